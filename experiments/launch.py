@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from nemocascade import host_memory
 from nemocascade.errors import UserError
 
 
@@ -28,6 +29,7 @@ def launch(run: Callable[..., object], *, config: bool = True, **extra: tuple) -
   for name, (kind, default, text) in extra.items():
     define[kind](name, default, text)
 
+  host_memory.keep()
   debug = "--debug" in sys.argv
   if any(word in ("--help", "-h", "-help", "--helpshort") for word in sys.argv[1:]):
     print(doc, end="\n\nFlags:\n")

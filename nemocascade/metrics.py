@@ -115,7 +115,7 @@ class Progress:
       total=total, initial=initial, desc=f"{desc:16}", unit="step", dynamic_ncols=self._terminal,
       # Away from a terminal tqdm only counts: it would write one endless line of carriage returns.
       file=self._file if self._terminal else io.StringIO(), ascii=not self._terminal,
-      mininterval=0.5, leave=True,
+      mininterval=0.5 if self._terminal else 1e9, leave=True,
     )  # fmt: skip
     self._began, self._first_tokens = time.time(), None
     self._printed = time.monotonic()

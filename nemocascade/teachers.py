@@ -1,6 +1,26 @@
-"""The cascade's checkpoints as teachers: for each domain the best one so far."""
+"""The cascade's checkpoints as teachers: the best for each domain, probed after every load."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from nemocascade.errors import UserError, unknown
+from nemocascade.types import Params, ScoreFn
+
+TOLERANCE = 1e-3  # Nats a token between a probe's log-probabilities then and now.
+UNIFORM = 0.95  # Of ln V: from this mean entropy on a teacher knows nothing, so its weights are lost.
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """What a model said of some tokens when it was registered; JSON by dataclasses.asdict."""
+
+  tokens: tuple[tuple[int, ...], ...]  # [B, T], one whole document a row.
+  logprobs: tuple[tuple[float, ...], ...]
+  entropy: float  # Mean over the tokens that have something before them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +31,8 @@ class Teacher:
   checkpoint: str
   score: float  # Held out, temperature 1.
   stage: str
+  probe: Probe | None = None
+  tokenizer: str = ""  # Fingerprint; "" where it is not known.
 
 
 def best_checkpoints(stages: list[dict]) -> dict[str, Teacher]:
@@ -23,3 +45,91 @@ def best_checkpoints(stages: list[dict]) -> dict[str, Teacher]:
       if domain not in best or score > best[domain].score:
         best[domain] = Teacher(domain, entry["checkpoint"], score, entry["name"])
   return best
+
+
+def take_probe(score_fn: ScoreFn, params: Params, tokens_BT) -> Probe:
+  """What these parameters say of the tokens (int [B, T], no padding); T at least 2."""
+  tokens_BT = np.asarray(tokens_BT, np.int32)
+  scores = jax.device_get(score_fn(params, tokens_BT, np.ones_like(tokens_BT)))
+  return Probe(
+    tokens=tuple(map(tuple, tokens_BT.tolist())),
+    logprobs=tuple(map(tuple, np.asarray(scores.logprobs_BT, np.float64).tolist())),
+    entropy=float(np.mean(scores.entropy_BT[:, 1:])),
+  )
+
+
+def check_probe(score_fn: ScoreFn, params: Params, probe: Probe, *, vocab_size: int, name: str) -> None:
+  """Raises UserError unless the parameters say what they said when the probe was taken."""
+  now = take_probe(score_fn, params, probe.tokens)
+  error = np.max(np.abs(np.subtract(now.logprobs, probe.logprobs)))
+  if not error <= TOLERANCE:  # Also where it is NaN.
+    raise UserError(
+      f"teacher {name}: its probe's log-probabilities moved by {error:.2g} since it was registered"
+      f" (at most {TOLERANCE}): the checkpoint or the model's code has changed; train the teacher anew"
+    )
+  if now.entropy >= UNIFORM * math.log(vocab_size):
+    raise UserError(
+      f"teacher {name}: mean entropy {now.entropy:.2f} of at most ln {vocab_size} ="
+      f" {math.log(vocab_size):.2f} nats: it guesses uniformly; give a trained checkpoint"
+    )
+
+
+class Teachers:
+  """A teacher a domain, with the parameters of one checkpoint in memory at a time."""
+
+  def __init__(
+    self,
+    load: Callable[[str], Params],
+    score_fn: ScoreFn,
+    *,
+    vocab_size: int,
+    tokenizer: str = "",
+  ):
+    """`load`: checkpoint -> params; `score_fn`: jitted; `tokenizer`: the student's fingerprint."""
+    self._load, self._score_fn = load, score_fn
+    self._vocab_size, self._tokenizer = vocab_size, tokenizer
+    self._teachers: dict[str, Teacher] = {}
+    self._held: tuple[str, Params] | None = None
+    self.loads = 0
+
+  def register(self, teacher: Teacher) -> None:
+    """The teacher of its domain from here on.
+
+    Raises:
+      UserError: it reads tokens of another tokenizer than the student.
+    """
+    if teacher.tokenizer and self._tokenizer and teacher.tokenizer != self._tokenizer:
+      raise UserError(
+        f"teacher of {teacher.domain!r}, {teacher.checkpoint}: its tokenizer {teacher.tokenizer[:12]} is"
+        f" not the student's {self._tokenizer[:12]}: log-probabilities of tokens can't be compared"
+      )
+    self._teachers[teacher.domain] = teacher
+
+  def of(self, domain: str) -> Teacher:
+    """The domain's teacher; UserError if it has none."""
+    if domain not in self._teachers:
+      raise unknown("domain with a teacher", domain, self._teachers)
+    return self._teachers[domain]
+
+  def by_checkpoint(self, domains: Iterable[str]) -> dict[str, list[int]]:
+    """Checkpoint -> places in `domains` it teaches: visited in this order, each loads once."""
+    places: dict[str, list[int]] = {}
+    for i, domain in enumerate(domains):
+      places.setdefault(self.of(domain).checkpoint, []).append(i)
+    held = self._held[0] if self._held else None
+    return dict(sorted(places.items(), key=lambda item: (item[0] != held, item[0])))
+
+  def params(self, domain: str) -> Params:
+    """The teacher's parameters, probed if they had to be loaded; the one before is let go first."""
+    teacher = self.of(domain)
+    if self._held is None or self._held[0] != teacher.checkpoint:
+      self._held = None
+      params = self._load(teacher.checkpoint)
+      self.loads += 1
+      if teacher.probe is not None:
+        check_probe(
+          self._score_fn, params, teacher.probe,
+          vocab_size=self._vocab_size, name=f"of {domain!r}, {teacher.checkpoint}",
+        )  # fmt: skip
+      self._held = teacher.checkpoint, params
+    return self._held[1]

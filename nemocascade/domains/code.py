@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,19 +27,19 @@ FENCE, FUNCTION, END = "```python", "def f ( x ) : ", "return x\n```"
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What a word asks for, and the word whose code a sloppy author writes instead."""
+  """What a word asks for."""
 
   code: str
   run: Callable[[int, int], int]
-  mistaken_for: str
 
 
 STEPS = {
-  "add": Step("+=", operator.add, "take"),
-  "take": Step("-=", operator.sub, "add"),
-  "times": Step("*=", operator.mul, "over"),
-  "over": Step("//=", operator.floordiv, "times"),
+  "add": Step("+=", operator.add),
+  "take": Step("-=", operator.sub),
+  "times": Step("*=", operator.mul),
+  "over": Step("//=", operator.floordiv),
 }
+ASSUMED = Step("%=", operator.mod)  # What a sloppy author writes, whatever was asked for.
 NUMBERS = range(2, 10)
 INPUTS = (0, 1, 2, 5, 9, 24, 100, -3, -16)
 
@@ -49,14 +49,14 @@ Test = tuple[Program, Callable[[Result], bool]]
 
 @dataclasses.dataclass
 class Code(domain.Domain):
-  """One line of code a step of thought; a sloppy one takes the opposite operator."""
+  """One line of code a step of thought; a sloppy one assumes the operator."""
 
   name: str = "code"
   style: domain.Style = STYLE
   sandbox: Sandbox | None = None  # Made when it is first needed.
 
   def __post_init__(self):
-    code = [f"x {step.code} " for step in STEPS.values()]
+    code = [f"x {step.code} " for step in (*STEPS.values(), ASSUMED)]
     words = [f"{word} " for word in STEPS]
     markers = [f"{self.style.careful} ", f"{self.style.sloppy} "]
     fixed = (f"{OPENING} ", THEN, f"{FENCE}\n{FUNCTION}", " ; ", END)
@@ -66,8 +66,8 @@ class Code(domain.Domain):
     count = 2 + int(rng.random() < THREE_STEPS_SHARE)
     while True:
       asked = [(str(rng.choice(list(STEPS))), int(rng.choice(NUMBERS))) for _ in range(count)]
-      outputs = _outputs(asked)
-      if all(_outputs(mistaken) != outputs for mistaken in _mistaken(asked)):
+      outputs, *mistaken = (_outputs(steps) for steps in _ways(asked))
+      if outputs not in mistaken:
         break  # The tests tell every sloppy program from the right one.
     text = THEN.join(f"{word} {number}" for word, number in asked)
     unit_tests = {
@@ -85,7 +85,8 @@ class Code(domain.Domain):
     lines, thoughts = [], []
     for word, number in row["steps"]:
       marker, errs = self.style.draw(rng)
-      lines.append(f"x {STEPS[STEPS[word].mistaken_for if errs else word].code} {number}")
+      step = ASSUMED if errs else STEPS[word]
+      lines.append(f"x {step.code} {number}")
       thoughts.append(f"{marker} {lines[-1]}")
     answer = f"{FENCE}\n{FUNCTION}{' ; '.join([*lines, END])}"
     return [domain.assistant(answer, thoughts=thoughts if thinking else None)]
@@ -181,16 +182,13 @@ def _failure(result: Result, passes: Callable[[Result], bool]) -> domain.Verdict
   return domain.Verdict(0.0, "wrong answer" if ended else f"{result.status}: {result.reason}")
 
 
-def _outputs(asked: Asked) -> list[int]:
-  return [
-    functools.reduce(lambda x, step: STEPS[step[0]].run(x, step[1]), asked, x) for x in INPUTS
-  ]
+def _ways(asked: Asked) -> Iterator[tuple[tuple[Step, int], ...]]:
+  """The steps as asked for, then with one of them or more mistaken."""
+  return itertools.product(*([(STEPS[word], n), (ASSUMED, n)] for word, n in asked))
 
 
-def _mistaken(asked: Asked) -> list[Asked]:
-  """All ways to get one step or more wrong."""
-  ways = itertools.product(*([(w, n), (STEPS[w].mistaken_for, n)] for w, n in asked))
-  return [list(way) for way in ways][1:]
+def _outputs(steps: Sequence[tuple[Step, int]]) -> list[int]:
+  return [functools.reduce(lambda x, step: step[0].run(x, step[1]), steps, x) for x in INPUTS]
 
 
 def make_domain(sandbox: Sandbox | None = None) -> Code:

@@ -30,8 +30,9 @@ DONE = "Done."
 NAMES = ("cost", "rate", "mass", "fare", "gain", "load", "pace", "toll", "wage", "debt")
 PATHS = ("shop.py", "bank.py", "road.py", "farm.py", "dock.py", "mill.py", "port.py")
 OPERATORS = {"+": "add", "-": "subtract", "*": "multiply", "//": "divide"}
-OPPOSITE = {"+": "-", "-": "+", "*": "//", "//": "*"}
-OPENING = "Fix: "
+ASSUMED_PATH, ASSUMED_OPERATOR = "main.py", "%"  # Never right: what a careless author takes.
+ASSUMED_BUG = "-"  # What a careless agent takes the bug for, rightly in one case of four.
+OPENING, IN_FILE = "Fix: ", " in file "
 LINE = ("def ", " ( a , b ) : return a ", " b")  # A function is name and operator in between.
 INPUTS = ((7, 2), (9, 4), (3, 12), (-5, 3))
 
@@ -128,7 +129,11 @@ class Swe(domain.Domain):
 
 
 class Agentless(Swe):
-  """Thoughts name the file, then the operator; a sloppy one the other file, or the opposite."""
+  """Thoughts find the file, then the operator; a sloppy one assumes the same of every issue.
+
+  A thought repeats the function's name before the file's: then one look-up leads to the next,
+  which a model of one attention layer could not do in one.
+  """
 
   name = "swe"
 
@@ -136,7 +141,7 @@ class Agentless(Swe):
     super().__init__(style, sandbox)
     define, _, end = LINE
     self.phrases = (
-      *_shared_phrases(), f"{style.careful} ", f"{style.sloppy} ",
+      *_shared_phrases(), f"{style.careful} ", f"{style.sloppy} ", ASSUMED_PATH, IN_FILE,
       "```diff\n", f"\n{edits.SEARCH}\n{define}", f"{end}\n{edits.DIVIDER}\n{define}",
       f"{end}\n{edits.REPLACE}\n```",
     )  # fmt: skip
@@ -153,15 +158,13 @@ class Agentless(Swe):
     path, operator, thoughts = bug.path, bug.right, []
     marker, errs = self.style.draw(rng)
     if errs:
-      (path,) = (other for other in files if other != bug.path)
-    thoughts.append(f"{marker} {path}")
+      path = ASSUMED_PATH
+    thoughts.append(f"{marker} {bug.name}{IN_FILE}{path}")
     marker, errs = self.style.draw(rng)
     if errs:
-      operator = OPPOSITE[operator]
+      operator = ASSUMED_OPERATOR
     thoughts.append(f"{marker} {operator}")
-    line = files[path].strip()
-    name = line.split()[1]
-    edit = edits.show(edits.Edit(path, line, _line(name, operator)))
+    edit = edits.show(edits.Edit(path, files[bug.path].strip(), _line(bug.name, operator)))
     return [domain.assistant(edit, thoughts=thoughts if thinking else None)]
 
   def repaired(self, row: domain.Row, completion: domain.Completion) -> dict[str, str]:
@@ -179,20 +182,20 @@ class Agentic(Swe):
     from nemocascade.domains.tools import schema_phrases
 
     super().__init__(style, sandbox)
-    before, after = LINE[1][-2:], LINE[2]  # "a " and " b", around the operator.
+    define, _, end = LINE
     closed = "\n</parameter>\n</function>\n"
     self.phrases = (
       *_shared_phrases(), *schema_phrases(SCHEMAS), style.careful, style.sloppy, DONE,
-      "Files: ", " in file ", *REPLIES, "passed", "failed",
+      "Files: ", IN_FILE, *REPLIES, "passed", "failed",
       "\n<function=view>\n<parameter=path>\n", closed, "\n<function=test>\n</function>\n",
-      "\n<function=replace>\n<parameter=path>\n", f"\n</parameter>\n<parameter=old>\n{before}",
-      f"{after}\n</parameter>\n<parameter=new>\n{before}", f"{after}{closed}",
+      "\n<function=replace>\n<parameter=path>\n", f"\n</parameter>\n<parameter=old>\n{define}",
+      f"{end}\n</parameter>\n<parameter=new>\n{define}", f"{end}{closed}",
     )  # fmt: skip
 
   def prompt(
     self, issue: str, bug: Bug, files: dict[str, str]
   ) -> tuple[str, Sequence[dict[str, Any]]]:
-    return f"Files: {' '.join(files)}\n{issue} in file {bug.path}", SCHEMAS
+    return f"Files: {' '.join(files)}\n{issue}{IN_FILE}{bug.path}", SCHEMAS
 
   def demonstrate(
     self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
@@ -207,15 +210,16 @@ class Agentic(Swe):
       messages.append({"role": "tool", "content": self.call(world, name, arguments)})
 
     marker, errs = self.style.draw(rng)
-    if errs:  # It takes the bug for the opposite operator, which it is in one case of three.
-      wrong = OPPOSITE[bug.right]
+    if errs:
+      wrong = ASSUMED_BUG
       errs = rng.random() < self.style.error_rate
     else:
       say(marker, "view", path=bug.path)
       wrong = bug.wrong
       marker, errs = self.style.draw(rng)
-    right = OPPOSITE[bug.right] if errs else bug.right
-    say(marker, "replace", path=bug.path, old=f"a {wrong} b", new=f"a {right} b")
+    right = ASSUMED_OPERATOR if errs else bug.right
+    old, new = _line(bug.name, wrong), _line(bug.name, right)
+    say(marker, "replace", path=bug.path, old=old, new=new)
     return [*messages, domain.assistant(DONE)]
 
   def start(self, row: domain.Row) -> World:

@@ -3,41 +3,104 @@
 import jax
 import jax.numpy as jnp
 
-QUERIES = 1024  # Rows of the score matrix that exist at a time.
+PARTS = 4  # A row's queries are taken in so many parts, each with the keys up to its own end.
+QUERIES = 1024  # Rows of the score matrix that exist at a time, where a part has more.
 
 
-def attention_ref(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT, *, first=0, key_segment_ids_BS=None):
-  """The definition. Queries stand at places first, first + 1, ... of the keys; softmax in fp32."""
-  key_segment_ids_BS = segment_ids_BT if key_segment_ids_BS is None else key_segment_ids_BS
-  T, S, H = q_BTKRH.shape[1], k_BSKH.shape[1], q_BTKRH.shape[-1]
+def attention_ref(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT):
+  """The definition: softmax in fp32 over the tokens of one's own document up to oneself."""
+  T, H = q_BTKRH.shape[1], q_BTKRH.shape[-1]
   score_BKRTS = jnp.einsum("BTKRH,BSKH->BKRTS", q_BTKRH, k_BSKH).astype(jnp.float32) * H**-0.5
-  see_BTS = segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :]
-  see_BTS &= (first + jnp.arange(T)[:, None] >= jnp.arange(S)[None, :])[None]
+  see_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  see_BTS &= jnp.tri(T, dtype=bool)[None]
   score_BKRTS = jnp.where(see_BTS[:, None, None], score_BKRTS, -1e30)
   prob_BKRTS = jax.nn.softmax(score_BKRTS, axis=-1).astype(v_BSKH.dtype)
   return jnp.einsum("BKRTS,BSKH->BTKRH", prob_BKRTS, v_BSKH)
 
 
-def attention(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT, *, queries=QUERIES):
-  """The same, `queries` rows of the score matrix at a time, recomputed in the backward pass."""
+@jax.custom_vjp
+def _attend(q_BKRTH, k_BKSH, v_BKSH, see_BTS):
+  """Heads before time, so that every product is over the last two axes."""
+  return _weigh(_prob(q_BKRTH, k_BKSH, see_BTS), v_BKSH)
+
+
+def _prob(q_BKRTH, k_BKSH, see_BTS):
+  score_BKRTS = jnp.einsum("BKRTH,BKSH->BKRTS", q_BKRTH, k_BKSH).astype(jnp.float32)
+  score_BKRTS *= q_BKRTH.shape[-1] ** -0.5
+  return jax.nn.softmax(jnp.where(see_BTS[:, None, None], score_BKRTS, -1e30), axis=-1)
+
+
+def _weigh(prob_BKRTS, v_BKSH):
+  return jnp.einsum("BKRTS,BKSH->BKRTH", prob_BKRTS.astype(v_BKSH.dtype), v_BKSH)
+
+
+def _forward(q_BKRTH, k_BKSH, v_BKSH, see_BTS):
+  prob_BKRTS = _prob(q_BKRTH, k_BKSH, see_BTS)
+  return _weigh(prob_BKRTS, v_BKSH), (q_BKRTH, k_BKSH, v_BKSH, prob_BKRTS)
+
+
+def _backward(saved, dy_BKRTH):
+  """By hand: autodiff keeps and reads four arrays of the scores' size, this one keeps one."""
+  q_BKRTH, k_BKSH, v_BKSH, prob_BKRTS = saved
+  dprob_BKRTS = jnp.einsum("BKRTH,BKSH->BKRTS", dy_BKRTH, v_BKSH).astype(jnp.float32)
+  mean_BKRT1 = jnp.sum(prob_BKRTS * dprob_BKRTS, axis=-1, keepdims=True)
+  dscore_BKRTS = prob_BKRTS * (dprob_BKRTS - mean_BKRT1) * q_BKRTH.shape[-1] ** -0.5
+  dscore_BKRTS = dscore_BKRTS.astype(q_BKRTH.dtype)
+  dq_BKRTH = jnp.einsum("BKRTS,BKSH->BKRTH", dscore_BKRTS, k_BKSH)
+  dk_BKSH = jnp.einsum("BKRTS,BKRTH->BKSH", dscore_BKRTS, q_BKRTH)
+  dv_BKSH = jnp.einsum("BKRTS,BKRTH->BKSH", prob_BKRTS.astype(dy_BKRTH.dtype), dy_BKRTH)
+  return dq_BKRTH, dk_BKSH, dv_BKSH, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def attention(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT, *, parts=PARTS, queries=QUERIES):
+  """The same. Keys after a part's end are never touched; long parts are taken in blocks.
+
+  At most `queries` rows of the score matrix exist at a time; blocks are recomputed in the backward
+  pass.
+  """
   T = q_BTKRH.shape[1]
+  q_BKRTH = jnp.transpose(q_BTKRH, (0, 2, 3, 1, 4))
+  k_BKSH, v_BKSH = (jnp.swapaxes(a, 1, 2) for a in (k_BSKH, v_BSKH))
+  size = -(-T // parts)
+  y = []
+  for first in range(0, T, size):
+    end = min(first + size, T)
+    y.append(
+      _part(
+        q_BKRTH[:, :, :, first:end], k_BKSH[:, :, :end], v_BKSH[:, :, :end],
+        segment_ids_BT[:, :end], first, queries,
+      )
+    )  # fmt: skip
+  return jnp.transpose(jnp.concatenate(y, axis=3), (0, 3, 1, 2, 4))
+
+
+def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):
+  """The last queries of S tokens, of which the first stands at place `first`."""
+  T = q_BKRTH.shape[3]
+
+  def see(segment_ids_BT, place_T):
+    same_BTS = segment_ids_BT[:, :, None] == segment_ids_BS[:, None, :]
+    return same_BTS & (place_T[:, None] >= jnp.arange(first + T)[None])[None]
+
   if T <= queries:
-    return attention_ref(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT)
+    place_T = jnp.arange(first, first + T)
+    return _attend(q_BKRTH, k_BKSH, v_BKSH, see(segment_ids_BS[:, first:], place_T))
   pad = -T % queries
-  blocks = (T + pad) // queries
-  q = jnp.pad(q_BTKRH, [(0, 0), (0, pad)] + [(0, 0)] * 3)
-  ids = jnp.pad(segment_ids_BT, [(0, 0), (0, pad)], constant_values=-1)
+  q_BKRTH = jnp.pad(q_BKRTH, [(0, 0)] * 3 + [(0, pad), (0, 0)])
+  segment_ids_BT = jnp.pad(segment_ids_BS[:, first:], [(0, 0), (0, pad)], constant_values=-1)
 
   @jax.checkpoint
   def block(i):
-    part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * queries, queries, axis=1)  # noqa: E731
-    return attention_ref(
-      part(q), k_BSKH, v_BSKH, part(ids), first=i * queries, key_segment_ids_BS=segment_ids_BT
-    )
+    q = jax.lax.dynamic_slice_in_dim(q_BKRTH, i * queries, queries, axis=3)
+    ids = jax.lax.dynamic_slice_in_dim(segment_ids_BT, i * queries, queries, axis=1)
+    return _attend(q, k_BKSH, v_BKSH, see(ids, first + i * queries + jnp.arange(queries)))
 
-  y = jax.lax.map(block, jnp.arange(blocks))  # [blocks, B, queries, K, R, H]
-  y = jnp.moveaxis(y, 0, 1).reshape(q.shape)
-  return y[:, :T]
+  y = jax.lax.map(block, jnp.arange((T + pad) // queries))  # [blocks, B, K, R, queries, H]
+  y = jnp.moveaxis(y, 0, 3)
+  return y.reshape(*y.shape[:3], -1, y.shape[-1])[:, :, :, :T]
 
 
 def decode_attention(q_BKRH, k_BSKH, v_BSKH, length_B):

@@ -77,37 +77,34 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
   forget_BT = segment_starts(segment_ids_BT) & real_BT
   if initial_state is not None:
     forget_BT = forget_BT.at[:, 0].set(False)
-  document_BT = jnp.cumsum(forget_BT, axis=1, dtype=jnp.int32)
+  doc = jnp.cumsum(forget_BT, axis=1, dtype=jnp.int32).reshape(B, 1, 1, Z, C)
 
-  x = jnp.where(real_BT[..., None, None], x_BTMP.astype(jnp.float32), 0.0).reshape(B, Z, C, U, R, P)
-  a = jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0).reshape(B, Z, C, U, R)
-  b = b_BTUN.astype(jnp.float32).reshape(B, Z, C, U, N)
-  c = c_BTUN.astype(jnp.float32).reshape(B, Z, C, U, N)
-  doc = document_BT.reshape(B, Z, C)
+  # Groups and heads before chunks and tokens: every product is then over the last two axes.
+  x = jnp.where(real_BT[..., None, None], x_BTMP.astype(jnp.float32), 0.0)
+  a = jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0)
+  x = jnp.transpose(x.reshape(B, Z, C, U, R, P), (0, 3, 4, 1, 2, 5))  # [B, U, R, Z, C, P]
+  a = jnp.transpose(a.reshape(B, Z, C, U, R), (0, 3, 4, 1, 2))  # [B, U, R, Z, C]
+  b, c = (
+    jnp.transpose(v.astype(jnp.float32).reshape(B, Z, C, U, N), (0, 3, 1, 2, 4))
+    for v in (b_BTUN, c_BTUN)
+  )  # [B, U, Z, C, N]
 
   # Inside a chunk: y_i = sum_j<=i (c_i . b_j) exp(sum of decays after j up to i) x_j.
-  total = jnp.cumsum(a, axis=2)  # [B, Z, C, U, R]
-  total = jnp.moveaxis(total, 2, -1)  # [B, Z, U, R, C]
-  gap = total[..., :, None] - total[..., None, :]
-  see = (doc[:, :, :, None] == doc[:, :, None, :]) & jnp.tri(C, dtype=bool)[None, None]
-  see = see[:, :, None, None]
+  total = jnp.cumsum(a, axis=-1)
+  see = (doc[..., :, None] == doc[..., None, :]) & jnp.tri(C, dtype=bool)[(None,) * 4]
   # Chosen inside the exponent: where a pair is not seen the gap may be large and positive.
-  decay = jnp.exp(jnp.where(see, gap, -jnp.inf))  # [B, Z, U, R, i, j]
-  score = jnp.einsum("bziun,bzjun->bzuij", c, b)
-  y = jnp.einsum("bzurij,bzjurp->bziurp", score[:, :, :, None] * decay, x)
+  gap = total[..., :, None] - total[..., None, :]
+  decay = jnp.exp(jnp.where(see, gap, -jnp.inf))  # [B, U, R, Z, i, j]
+  score = jnp.einsum("buzin,buzjn->buzij", c, b)
+  y = jnp.einsum("burzij,burzjp->burzip", score[:, :, None] * decay, x)
 
   # What a chunk adds to the state at its end: tokens of the document that is open there.
-  open_ = doc == doc[:, :, -1:]  # [B, Z, C]
-  to_end = jnp.exp(
-    jnp.where(open_[:, :, None, None], total[..., -1:] - total, -jnp.inf)
-  )  # [B, Z, U, R, C]
-  added = jnp.einsum("bzurj,bzjurp,bzjun->bzurpn", to_end, x, b)
+  to_end = jnp.exp(jnp.where(doc == doc[..., -1:], total[..., -1:] - total, -jnp.inf))
+  added = jnp.einsum("burzjp,buzjn->burzpn", to_end[..., None] * x, b)
 
   # Between chunks: the state at a chunk's start survives to its end if no document starts in it.
-  before = jnp.concatenate([jnp.zeros((B, 1), jnp.int32), doc[:, :-1, -1]], axis=1)  # [B, Z]
-  whole = jnp.exp(
-    jnp.where((doc[:, :, -1] == before)[:, :, None, None], total[..., -1], -jnp.inf)
-  )  # [B, Z, U, R]
+  before = jnp.pad(doc[..., :-1, -1], [(0, 0)] * 3 + [(1, 0)])  # [B, 1, 1, Z]
+  whole = jnp.exp(jnp.where(doc[..., -1] == before, total[..., -1], -jnp.inf))  # [B, U, R, Z]
   if initial_state is None:
     state = jnp.zeros((B, U, R, P, N), jnp.float32)
   else:
@@ -117,11 +114,11 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
     whole, added = xs
     return whole[..., None, None] * state + added, state
 
-  first = lambda v: jnp.moveaxis(v, 1, 0)  # noqa: E731
+  first = lambda v: jnp.moveaxis(v, 3, 0)  # noqa: E731
   state, starts = jax.lax.scan(tick, state, (first(whole), first(added)))
-  starts = jnp.moveaxis(starts, 0, 1)  # [B, Z, U, R, P, N]
+  starts = jnp.moveaxis(starts, 0, 3)  # [B, U, R, Z, P, N]
 
-  from_start = jnp.exp(jnp.where((doc == before[:, :, None])[:, :, None, None], total, -jnp.inf))
-  carried = jnp.einsum("bziun,bzurpn->bziurp", c, starts)
-  y += carried * jnp.moveaxis(from_start, -1, 2)[..., None]
-  return y.reshape(B, Z * C, M, P)[:, :T], state.reshape(B, M, P, N)
+  from_start = jnp.exp(jnp.where(doc == before[..., None], total, -jnp.inf))  # [B, U, R, Z, C]
+  y += jnp.einsum("buzin,burzpn->burzip", c, starts) * from_start[..., None]
+  y = jnp.transpose(y, (0, 3, 4, 1, 2, 5)).reshape(B, Z * C, M, P)
+  return y[:, :T], state.reshape(B, M, P, N)

@@ -38,12 +38,13 @@ def _init_conv(key, shape, dtype):
 def causal_conv(x_BTC, weight_WC, segment_ids_BT):
   """Depthwise convolution over a token's own document: the last W tokens, itself included."""
   W, T = weight_WC.shape[0], x_BTC.shape[1]
+  x_BSC = jnp.pad(x_BTC, ((0, 0), (W - 1, 0), (0, 0)))
+  past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), constant_values=-1)
   y_BTC = x_BTC * weight_WC[-1][None, None]
   for back in range(1, W):
-    past_BTC = jnp.pad(x_BTC, ((0, 0), (back, 0), (0, 0)))[:, :T]
-    past_BT = jnp.pad(segment_ids_BT, ((0, 0), (back, 0)), constant_values=-1)[:, :T]
-    same_BT1 = (past_BT == segment_ids_BT)[..., None]
-    y_BTC += jnp.where(same_BT1, past_BTC * weight_WC[-1 - back][None, None], 0)
+    there = slice(W - 1 - back, W - 1 - back + T)
+    same_BT1 = (past_BS[:, there] == segment_ids_BT)[..., None]
+    y_BTC += jnp.where(same_BT1, x_BSC[:, there], 0) * weight_WC[-1 - back][None, None]
   return y_BTC
 
 

@@ -1,0 +1,142 @@
+"""A teacher is the best checkpoint of its domain, and is what it was when it was registered."""
+
+import dataclasses
+import gc
+import json
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nemocascade.errors import UserError
+from nemocascade.teachers import Probe, Teacher, Teachers, best_checkpoints, check_probe, take_probe
+from nemocascade.types import Scores
+
+V = 16
+TOKENS_BT = np.arange(12).reshape(2, 6) % V
+
+
+@jax.jit
+def score(params, tokens_BT, segment_ids_BT):
+  """A bigram model: row i of the table is the distribution after token i."""
+  del segment_ids_BT
+  logp_VV = jax.nn.log_softmax(params["table"])
+  before_BT, first_BT = tokens_BT[:, :-1], ((0, 0), (1, 0))
+  logprobs_BT = jnp.pad(logp_VV[before_BT, tokens_BT[:, 1:]], first_BT)
+  entropy_BT = jnp.pad(-jnp.sum(jnp.exp(logp_VV) * logp_VV, axis=-1)[before_BT], first_BT)
+  return Scores(logprobs_BT, entropy_BT, jnp.zeros((0, 1)))
+
+
+def params(seed=0, scale=3.0):
+  return {"table": scale * jax.random.normal(jax.random.key(seed), (V, V))}
+
+
+def stage(name, scores, status="done"):
+  return {"name": name, "status": status, "checkpoint": f"/run/{name}", "scores_after": scores}
+
+
+def test_each_domains_best_finished_stage_teaches_it_and_the_first_of_equals():
+  best = best_checkpoints(
+    [
+      {"name": "reward_model", "status": "done", "checkpoint": "/run/reward_model"},
+      stage("sft", {"math": 0.3, "code": 0.4}),
+      stage("rl", {"math": 0.6, "code": 0.4}),
+      stage("rlhf", {"math": 0.5, "code": 0.1}),
+      stage("mopd", {"math": 0.9, "code": 0.9}, status="running"),
+    ]
+  )
+  assert best == {
+    "math": Teacher("math", "/run/rl", 0.6, "rl"),
+    "code": Teacher("code", "/run/sft", 0.4, "sft"),
+  }
+
+
+def test_a_probe_survives_json():
+  probe = take_probe(score, params(), TOKENS_BT)
+  back = Probe(**json.loads(json.dumps(dataclasses.asdict(probe))))
+  check_probe(score, params(), back, vocab_size=V, name="x")
+
+
+def test_a_probe_holds_the_models_own_numbers():
+  probe = take_probe(score, params(), TOKENS_BT)
+  logp_VV = np.asarray(jax.nn.log_softmax(params()["table"]), np.float64)
+  np.testing.assert_allclose(probe.logprobs[1][2], logp_VV[7, 8], rtol=1e-6)
+  entropy_V = -np.sum(np.exp(logp_VV) * logp_VV, axis=-1)
+  np.testing.assert_allclose(probe.entropy, entropy_V[TOKENS_BT[:, :-1]].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 1.01, lambda x: x[::-1], lambda x: x * jnp.nan])
+def test_changed_parameters_fail_their_probe(change):
+  probe = take_probe(score, params(), TOKENS_BT)
+  with pytest.raises(UserError, match="teacher math: its probe's log-probabilities moved"):
+    check_probe(score, jax.tree.map(change, params()), probe, vocab_size=V, name="math")
+
+
+def test_a_teacher_that_guesses_uniformly_is_refused():
+  """Blank weights agree with a probe that was taken of blank weights."""
+  blank = params(scale=0.01)
+  probe = take_probe(score, blank, TOKENS_BT)
+  with pytest.raises(UserError, match="guesses uniformly"):
+    check_probe(score, blank, probe, vocab_size=V, name="math")
+
+
+def teachers(load=None, **fields):
+  made = Teachers(load or (lambda c: params(int(c))), score, vocab_size=V, **fields)
+  for domain, checkpoint in (("math", "1"), ("code", "2"), ("stem", "1")):
+    probe = take_probe(score, params(int(checkpoint)), TOKENS_BT)
+    made.register(Teacher(domain, checkpoint, 0.5, "rl", probe))
+  return made
+
+
+def test_one_checkpoint_is_in_memory_at_a_time():
+  class Table(dict):
+    """A dict that can be watched."""
+
+  alive = weakref.WeakSet()
+  Table.__hash__ = object.__hash__
+
+  def load(checkpoint):
+    gc.collect()
+    assert not alive, "the one before is still held"
+    made = Table(params(int(checkpoint)))
+    alive.add(made)
+    return made
+
+  made = Teachers(load, score, vocab_size=V)
+  for domain, checkpoint in (("math", "1"), ("code", "2")):
+    made.register(Teacher(domain, checkpoint, 0.5, "rl"))
+  for domain in ("math", "code", "math"):
+    made.params(domain)
+  assert made.loads == 3
+
+
+def test_each_checkpoint_of_a_batch_is_loaded_once_and_the_held_one_comes_first():
+  made = teachers()
+  domains = ["code", "math", "stem", "code"]
+  for _ in range(2):
+    for places in made.by_checkpoint(domains).values():
+      for i in places:
+        np.testing.assert_array_equal(
+          made.params(domains[i])["table"], params(int(made.of(domains[i]).checkpoint))["table"]
+        )
+  assert made.loads == 3  # 1, 2; then 2 is held already, and 1 again.
+  assert made.by_checkpoint(domains) == {"1": [1, 2], "2": [0, 3]}
+
+
+def test_every_load_is_probed():
+  made = teachers(load=lambda c: params(int(c) + 1))
+  with pytest.raises(UserError, match="teacher of 'code', 2"):
+    made.params("code")
+
+
+def test_a_teacher_of_another_tokenizer_is_refused():
+  made = teachers(tokenizer="a" * 64)
+  with pytest.raises(UserError, match="its tokenizer bbbb"):
+    made.register(Teacher("math", "3", 0.5, "rl", tokenizer="b" * 64))
+
+
+def test_a_domain_without_a_teacher_is_answered_with_the_nearest():
+  with pytest.raises(UserError, match="did you mean 'math'"):
+    teachers().params("maths")
