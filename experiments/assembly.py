@@ -48,8 +48,8 @@ class Assembly:
     self.score = jax.jit(self.score_fn)
     self._engines: dict[tuple[int, int], Engine] = {}
 
-  def score_fn(self, params, tokens_BT, segment_ids_BT):
-    return self.model.apply({"params": params}, tokens_BT, segment_ids_BT, method="score")
+  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
+    return self.model.apply({"params": params}, tokens_BT, segment_ids_BT, wanted_BT, method="score")
 
   def fresh_params(self, key: jax.Array):
     return init_params(self.model_config, key)

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from experiments import reward_model, rl, sft
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
+from experiments.teaching import BEST, find, gather, probe
 from nemocascade import report
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
 from nemocascade.domains.registry import DOMAINS
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import unknown
 from nemocascade.metrics import CompileCounter
-from nemocascade.teachers import best_checkpoints
 
 KINDS = {"sft": sft.run, "rl": rl.run, "reward_model": reward_model.run}
 
@@ -44,6 +44,9 @@ def check(c: ConfigDict) -> None:
       raise unknown(f"stages.{name}.init_from", begin, ["previous", *c.order[:i]])
     if stage.kind == "rl":
       rl.check(flat(c, name))
+      for domain, teacher in stage.teachers.items():
+        if teacher not in (BEST, *c.order[:i]) and not Path(teacher).is_dir():
+          raise unknown(f"stages.{name}.teachers.{domain}", teacher, [BEST, *c.order[:i]])
 
 
 def flat(c: ConfigDict, name: str) -> ConfigDict:
@@ -54,16 +57,16 @@ def flat(c: ConfigDict, name: str) -> ConfigDict:
   return stage
 
 
-def scores(a: Assembly, c: ConfigDict, params, suffix: str) -> tuple[dict, dict]:
-  """All domains held out, as fields of a stage's entry; and how long it took."""
+def scores(a: Assembly, c: ConfigDict, params, name: str) -> tuple[dict, dict]:
+  """All domains held out after the named stage, as fields of its entry; and how long it took."""
   began = time.time()
   sampled = a.evaluate(params, temperature=1.0)
-  fields = columns(sampled, suffix)
-  if c.evaluation.greedy:
+  fields = columns(sampled, "after")
+  if name in c.evaluation.greedy:
     greedy = a.evaluate(params, temperature=0.0)
-    fields |= columns(greedy, suffix, prefix="greedy")
+    fields |= columns(greedy, "after", prefix="greedy")
   fields["n_eval"] = {name: score.prompts for name, score in sampled.items()}
-  return fields, {f"eval_s_{suffix}": time.time() - began}
+  return fields, {"eval_s_after": time.time() - began}
 
 
 def run(c: ConfigDict, workdir: Path) -> Record:
@@ -109,9 +112,9 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, main_lin
 
   extra = {}
   if stage.kind == "rl" and stage.advantage == "mopd":
-    teachers = choose_teachers(stage, record)
-    extra["teachers"] = {domain: teacher["checkpoint"] for domain, teacher in teachers.items()}
-    record.teachers = teachers
+    found = find(stage, record)
+    extra["teachers"] = gather(a, found, stage.teachers_in_memory)
+    record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}
   with CompileCounter() as compiled:
     outcome = KINDS[stage.kind](stage, workdir / name, a, init, **extra)
   entry |= {
@@ -122,23 +125,11 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, main_lin
     "compilations": compiled.count,
   }
   if stage.kind != "reward_model":
-    fields, seconds = scores(a, c, outcome.params, "after")
-    entry |= fields | seconds
+    fields, seconds = scores(a, c, outcome.params, name)
+    entry |= fields | seconds | {"probe": probe(a, outcome.params)}
   entry |= {"status": "done", "wall_s": entry["wall_s"] + time.time() - began}
   record.put(entry)
   tqdm.write(summary(entry))
-
-
-def choose_teachers(stage: ConfigDict, record: Record) -> dict[str, dict]:
-  """For each domain the cascade's best checkpoint so far (paper.md 5.2)."""
-  best = best_checkpoints(record.stages)
-  for domain in stage.teachers:
-    if domain not in best:
-      raise UserError(f"teachers: no finished stage has a score for domain {domain!r}")
-  return {
-    d: {"checkpoint": best[d].checkpoint, "score": best[d].score, "stage": best[d].stage}
-    for d in stage.teachers
-  }
 
 
 def summary(entry: dict) -> str:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.stage import Outcome, start
+from experiments.teaching import find, gather, score_rows, teacher_logprobs
 from nemocascade import advantage
 from nemocascade.checkpoint import load_params
 from nemocascade.domains import domain as domain_lib
@@ -32,10 +33,14 @@ from nemocascade.rollout import score
 from nemocascade.rollout.episode import Samples
 from nemocascade.step import loss
 from nemocascade.step.optimizer import make_optimizer
-from nemocascade.step.policy_gradient import policy_gradient_step
-
-# Rows that a teacher or reference scores at a time: one compiled shape for any share of a batch.
-SCORED_ROWS = 64
+from nemocascade.step.policy_gradient import (
+  pack_rows,
+  policy_gradient_step,
+  rollout_metrics,
+  rows_needed,
+  to_rows,
+)
+from nemocascade.teachers import Teachers
 
 
 def check(c: ConfigDict) -> None:
@@ -53,7 +58,18 @@ def check(c: ConfigDict) -> None:
     if name not in c.domains:
       raise unknown("domain in mixture", name, c.domains)
     if c.advantage == "mopd" and name not in c.teachers:
-      raise UserError(f"advantage='mopd': domain {name!r} of the mixture has no teacher in teachers={c.teachers}")
+      raise UserError(
+        f"advantage='mopd': domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
+      )
+  r, p = c.rollout, c.packing
+  if p.row_tokens < r.total_tokens:
+    raise UserError(f"packing.row_tokens={p.row_tokens} is less than rollout.total_tokens={r.total_tokens}")
+  needed = rows_needed(r.prompts * r.completions, r.total_tokens, p.row_tokens)
+  if p.rows < needed or p.rows % p.pieces:
+    raise UserError(
+      f"packing.rows={p.rows}: must be a multiple of packing.pieces={p.pieces} and at least {needed},"
+      f" to hold {r.prompts * r.completions} completions of {r.total_tokens} tokens in rows of {p.row_tokens}"
+    )
   if c.advantage == "grpo" and c.rollout.completions < 2:
     raise UserError("rollout.completions=1 under advantage='grpo': a group of one teaches nothing; give at least 2")
 
@@ -73,39 +89,6 @@ def draw(a: Assembly, mixture: dict[str, float], seed: int, frontier: dict[str, 
   return rows
 
 
-class Scorer:
-  """log-probabilities of frozen models (teachers, a reference) on rows of a rollout."""
-
-  def __init__(self, a: Assembly, template):
-    self.a, self.template, self.loaded = a, template, {}
-
-  def __call__(self, checkpoint: str, tokens_BT: np.ndarray, segment_ids_BT: np.ndarray) -> np.ndarray:
-    """logprobs_BT; parameters alone are loaded, once a checkpoint."""
-    if checkpoint not in self.loaded:
-      self.loaded[checkpoint] = load_params(checkpoint, self.template)
-    out_BT = np.zeros(tokens_BT.shape, np.float32)
-    for i in range(0, len(tokens_BT), SCORED_ROWS):
-      n = len(tokens_BT[i : i + SCORED_ROWS])
-      pad = ((0, SCORED_ROWS - n), (0, 0))
-      rows = (np.pad(x[i : i + SCORED_ROWS], pad) for x in (tokens_BT, segment_ids_BT))
-      out_BT[i : i + n] = np.asarray(self.a.score(self.loaded[checkpoint], *rows).logprobs_BT)[:n]
-    return out_BT
-
-
-def score_rows(scorer: Scorer, samples: Samples, checkpoint_of: dict[str, str]) -> np.ndarray:
-  """logprobs_QGT, each prompt's rows under the checkpoint of its domain; sorted by checkpoint."""
-  out_QGT = np.zeros(samples.tokens_QGT.shape, np.float32)
-  T = out_QGT.shape[-1]
-  of_prompt = [checkpoint_of[name] for name in samples.domains]
-  for checkpoint in sorted(set(of_prompt)):
-    q = [i for i, other in enumerate(of_prompt) if other == checkpoint]
-    flat = scorer(
-      checkpoint, samples.tokens_QGT[q].reshape(-1, T), samples.segment_ids_QGT[q].reshape(-1, T)
-    )
-    out_QGT[q] = flat.reshape(len(q), -1, T)
-  return out_QGT
-
-
 def pairwise_rewards(a: Assembly, samples: Samples) -> np.ndarray:
   """rewards_QG: each group's answers compared in pairs, with length control (paper.md 4.4)."""
   count = lambda text: len(a.tokenizer.encode(text or ""))  # noqa: E731
@@ -119,16 +102,17 @@ def pairwise_rewards(a: Assembly, samples: Samples) -> np.ndarray:
 
 
 def run(
-  c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "", teachers: dict[str, str] | None = None
+  c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "", teachers: Teachers | None = None
 ) -> Outcome:
-  """Trains to c.steps. `teachers`: the checkpoint of each domain's teacher, for MOPD."""
+  """Trains to c.steps, with the teachers where the advantage needs them."""
   check(c)
   began = time.time()
-  tx, step_fn = programs(a, settings(c))
+  tx, rows_fn, step_fn = programs(a, settings(c))
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step), jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, tokens = record.get("frontier", {}), record.get("tokens", 0)
-  scorer = Scorer(a, jax.eval_shape(lambda p: p, state.params))
+  if c.kl_weight:
+    reference = load_params(init_from, jax.eval_shape(a.fresh_params, jax.random.key(0)))
   r = c.rollout
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
@@ -154,13 +138,15 @@ def run(
       if c.dynamic_filtering:
         rollout = score.dynamic_filter(rollout, verdicts)
       if c.advantage == "mopd":
-        rollout = rollout.replace(teacher_logprobs_QGT=score_rows(scorer, samples, teachers))
+        rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples))
       if c.kl_weight:
-        reference = dict.fromkeys(a.domains, init_from)
-        rollout = rollout.replace(reference_logprobs_QGT=score_rows(scorer, samples, reference))
+        everyone = list(range(len(samples.rows)))
+        rollout = rollout.replace(reference_logprobs_QGT=score_rows(a, reference, samples, everyone))
       clock["judge"] = time.time()
-      state, metrics = step_fn(state, rollout)
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | counts
+      rows, count, of_rollout = rows_fn(rollout)
+      packed = pack_rows(rows, B=c.packing.rows, T=c.packing.row_tokens, accumulate=c.packing.pieces)
+      state, metrics = step_fn(state, packed, count)
+      metrics = {k: float(v) for k, v in jax.device_get(metrics | of_rollout).items()} | counts
       clock["step"] = time.time()
       names = list(clock)
       metrics |= {f"time/{b}": clock[b] - clock[a_] for a_, b in zip(names, names[1:], strict=False)}
@@ -178,7 +164,7 @@ def run(
 
 def settings(c: ConfigDict) -> str:
   """What a stage's step depends on, as JSON: stages that agree share one compiled program."""
-  names = ["advantage", "aggregation", "correction", "icepop", "kl_weight", "optimizer"]
+  names = ["advantage", "aggregation", "correction", "icepop", "kl_weight", "optimizer", "packing"]
   if c.optimizer.schedule != "constant":
     names.append("steps")
   return json.dumps({name: json.loads(c.to_json_best_effort())[name] for name in names}, sort_keys=True)
@@ -186,21 +172,22 @@ def settings(c: ConfigDict) -> str:
 
 @functools.cache
 def programs(a: Assembly, fields: str):
-  """The optimizer and the jitted step of `settings`."""
+  """The optimizer, the jitted rollout -> rows, and the jitted step, of `settings`."""
   c = ConfigDict({"steps": 1} | json.loads(fields))
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
   correction = loss.CORRECTIONS[c.correction]
+  if c.correction == "icepop":
+    correction = functools.partial(correction, low=c.icepop[0], high=c.icepop[1])
+
+  def rows(rollout):
+    advantages_QGT = advantage.ADVANTAGES[c.advantage](rollout)
+    rows, count = to_rows(rollout, advantages_QGT, loss.AGGREGATIONS[c.aggregation])
+    return rows, count, rollout_metrics(rollout)
+
   step = policy_gradient_step(
-    a.score_fn,
-    advantage.ADVANTAGES[c.advantage],
-    tx,
-    aggregation=loss.AGGREGATIONS[c.aggregation],
-    correction=functools.partial(correction, low=c.icepop[0], high=c.icepop[1])
-    if c.correction == "icepop"
-    else correction,
-    kl_weight=c.kl_weight,
+    a.score_fn, tx, correction=correction, kl_weight=c.kl_weight, accumulate=c.packing.pieces
   )
-  return tx, jax.jit(step, donate_argnums=0)
+  return tx, jax.jit(rows), jax.jit(step, donate_argnums=0)
 
 
 def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:
@@ -229,10 +216,12 @@ def _number(name: str) -> int:
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
+  teachers = find(c)
   claim(c, workdir)
   if c.init_from in ("", "previous"):
     raise UserError("init_from names no checkpoint: give --config.init_from=CKPT (a checkpoint directory)")
-  run(c, workdir / "rl", Assembly(c, workdir), c.init_from)
+  a = Assembly(c, workdir)
+  run(c, workdir / "rl", a, c.init_from, gather(a, teachers, c.teachers_in_memory))
 
 
 if __name__ == "__main__":

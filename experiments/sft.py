@@ -28,9 +28,9 @@ def demonstrations(a: Assembly, c: ConfigDict):
     sources.write_demonstrations(
       (
         example
-        for domain in a.domains.values()
+        for name, count in c.conversations.items()
         for example in domain_lib.demonstrations(
-          domain, a.c.seed, 0, c.conversations, non_thinking_share=c.non_thinking
+          a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking
         )
       ),
       directory,

@@ -32,8 +32,8 @@ def write(workdir: str | Path) -> Path:
   parts = ["<h1>nemocascade: what the cascade did</h1>"]
   if scored:
     parts += ["<h2>Held-out scores, temperature 1</h2>", _picture(heat_map(scored, "scores"), out / "scores.png")]
-    if all("greedy_after" in s for s in scored):
-      parts += ["<h2>Held-out scores, greedy</h2>", _picture(heat_map(scored, "greedy"), out / "greedy.png")]
+    if greedy := [s for s in scored if "greedy_after" in s]:
+      parts += ["<h2>Held-out scores, greedy</h2>", _picture(heat_map(greedy, "greedy"), out / "greedy.png")]
     parts += ["<h2>From SFT to the end</h2>", _first_and_last(scored, out / "first_and_last.csv")]
     _scores_csv(scored, out / "scores.csv")
   if record["teachers"] and any(s["name"] == "mopd" for s in scored):
@@ -130,19 +130,18 @@ def _table(path: Path, header: list[str], rows: list[list]) -> str:
 def _first_and_last(scored: list[dict], path: Path) -> str:
   first, last = scored[0], scored[-1]
   span = lambda s, d, kind: "[{:.2f}, {:.2f}]".format(*s[f"{kind}_intervals_after"][d])
+  kinds = {"scores": "T=1", "greedy": "greedy"}
+  kinds = {k: label for k, label in kinds.items() if f"{k}_after" in first and f"{k}_after" in last}
   rows = []
   for d in first["scores_after"]:
     row = [d, first["n_eval"][d]]
-    for kind in ("scores", "greedy"):
-      if f"{kind}_after" not in first:
-        continue
+    for kind in kinds:
       a, b = first[f"{kind}_after"][d], last[f"{kind}_after"][d]
       row += [f"{a:.3f}", span(first, d, kind), f"{b:.3f}", span(last, d, kind), f"{b - a:+.3f}"]
     rows.append(row)
   header = ["domain", "prompts"]
-  for kind, label in (("scores", "T=1"), ("greedy", "greedy")):
-    if f"{kind}_after" in first:
-      header += [f"{first['name']} {label}", "95%", f"{last['name']} {label}", "95%", "change"]
+  for label in kinds.values():
+    header += [f"{first['name']} {label}", "95%", f"{last['name']} {label}", "95%", "change"]
   return _table(path, header, rows)
 
 
@@ -158,10 +157,9 @@ def _gaps(record: dict, scored: list[dict], path: Path) -> str:
 
 
 def _scores_csv(scored: list[dict], path: Path) -> None:
-  kinds = [k for k in ("scores", "greedy") if all(f"{k}_after" in s for s in scored)]
   rows = [
     [s["name"], d, kind, s[f"{kind}_after"][d], *s[f"{kind}_intervals_after"][d], s["n_eval"][d]]
-    for s in scored for kind in kinds for d in s[f"{kind}_after"]
+    for s in scored for kind in ("scores", "greedy") for d in s.get(f"{kind}_after", ())
   ]  # fmt: skip
   _table(path, ["stage", "domain", "kind", "mean", "low", "high", "prompts"], rows)
 

@@ -43,14 +43,20 @@ def best_checkpoints(stages: list[dict]) -> dict[str, Teacher]:
       continue
     for domain, score in entry.get("scores_after", {}).items():
       if domain not in best or score > best[domain].score:
-        best[domain] = Teacher(domain, entry["checkpoint"], score, entry["name"])
+        best[domain] = of_stage(entry, domain)
   return best
+
+
+def of_stage(entry: dict, domain: str) -> Teacher:
+  """A finished stage of a cascade's record as the teacher of a domain."""
+  probe = Probe(**entry["probe"]) if "probe" in entry else None
+  return Teacher(domain, entry["checkpoint"], entry["scores_after"][domain], entry["name"], probe)
 
 
 def take_probe(score_fn: ScoreFn, params: Params, tokens_BT) -> Probe:
   """What these parameters say of the tokens (int [B, T], no padding); T at least 2."""
   tokens_BT = np.asarray(tokens_BT, np.int32)
-  scores = jax.device_get(score_fn(params, tokens_BT, np.ones_like(tokens_BT)))
+  scores = jax.device_get(score_fn(params, tokens_BT, np.ones_like(tokens_BT), None))
   return Probe(
     tokens=tuple(map(tuple, tokens_BT.tolist())),
     logprobs=tuple(map(tuple, np.asarray(scores.logprobs_BT, np.float64).tolist())),
@@ -75,7 +81,7 @@ def check_probe(score_fn: ScoreFn, params: Params, probe: Probe, *, vocab_size: 
 
 
 class Teachers:
-  """A teacher a domain, with the parameters of one checkpoint in memory at a time."""
+  """A teacher a domain, with the parameters of at most `keep` checkpoints in memory at a time."""
 
   def __init__(
     self,
@@ -84,12 +90,15 @@ class Teachers:
     *,
     vocab_size: int,
     tokenizer: str = "",
+    keep: int = 1,
   ):
     """`load`: checkpoint -> params; `score_fn`: jitted; `tokenizer`: the student's fingerprint."""
+    if keep < 1:
+      raise UserError(f"teachers in memory, {keep}: must be at least 1")
     self._load, self._score_fn = load, score_fn
     self._vocab_size, self._tokenizer = vocab_size, tokenizer
     self._teachers: dict[str, Teacher] = {}
-    self._held: tuple[str, Params] | None = None
+    self._keep, self._held = keep, {}  # Checkpoint -> params, the longest held first.
     self.loads = 0
 
   def register(self, teacher: Teacher) -> None:
@@ -116,14 +125,14 @@ class Teachers:
     places: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):
       places.setdefault(self.of(domain).checkpoint, []).append(i)
-    held = self._held[0] if self._held else None
-    return dict(sorted(places.items(), key=lambda item: (item[0] != held, item[0])))
+    return dict(sorted(places.items(), key=lambda item: (item[0] not in self._held, item[0])))
 
   def params(self, domain: str) -> Params:
-    """The teacher's parameters, probed if they had to be loaded; the one before is let go first."""
+    """The teacher's parameters, probed if they had to be loaded; others are let go before."""
     teacher = self.of(domain)
-    if self._held is None or self._held[0] != teacher.checkpoint:
-      self._held = None
+    if teacher.checkpoint not in self._held:
+      while len(self._held) >= self._keep:
+        del self._held[next(iter(self._held))]
       params = self._load(teacher.checkpoint)
       self.loads += 1
       if teacher.probe is not None:
@@ -131,5 +140,5 @@ class Teachers:
           self._score_fn, params, teacher.probe,
           vocab_size=self._vocab_size, name=f"of {domain!r}, {teacher.checkpoint}",
         )  # fmt: skip
-      self._held = teacher.checkpoint, params
-    return self._held[1]
+      self._held[teacher.checkpoint] = params
+    return self._held[teacher.checkpoint]

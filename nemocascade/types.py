@@ -39,7 +39,8 @@ class Scores:
   expert_load_LE: jax.Array  # fp32; real tokens sent to each expert of each MoE block.
 
 
-ScoreFn = Callable[[Params, jax.Array, jax.Array], Scores]  # (params, tokens_BT, segment_ids_BT)
+# (params, tokens_BT, segment_ids_BT, wanted_BT or None) -> Scores; tokens not wanted get 0.
+ScoreFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], Scores]
 
 
 @struct.dataclass

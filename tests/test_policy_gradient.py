@@ -10,20 +10,29 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemocascade.advantage import ADVANTAGES, grpo, mopd
+from nemocascade.data import packing
+from nemocascade.segments import segment_starts
 from nemocascade.step import loss
-from nemocascade.step.policy_gradient import policy_gradient_step
+from nemocascade.step.policy_gradient import (
+  pack_rows,
+  policy_gradient_step,
+  rollout_metrics,
+  rows_needed,
+  to_rows,
+)
 from nemocascade.types import Rollout, Scores, TrainState
 
 V, Q, G, T = 6, 4, 4, 5
 TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
 
 
-def score(params, tokens_BT, segment_ids_BT):
-  """A bigram model over rows of one document."""
+def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
+  """A bigram model over rows of documents."""
+  starts_BT = segment_starts(segment_ids_BT)
   logprobs_BTV = jax.nn.log_softmax(params["table_VV"][tokens_BT[:, :-1]])
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
-  shift = lambda a_BT: jnp.where(segment_ids_BT > 0, jnp.pad(a_BT, ((0, 0), (1, 0))), 0.0)  # noqa: E731
+  shift = lambda a_BT: jnp.where((segment_ids_BT > 0) & ~starts_BT, jnp.pad(a_BT, ((0, 0), (1, 0))), 0.0)  # noqa: E731
   return Scores(shift(chosen_BT), shift(entropy_BT), jnp.zeros((0, 1)))
 
 
@@ -60,9 +69,14 @@ def rollout(seed=1, noise=0.0):
   )
 
 
-def gradient(r, advantage=grpo, **slots):
+def gradient(r, advantage=grpo, aggregation=loss.token_mean, **slots):
+  rows, count = jax.jit(lambda r: to_rows(r, advantage(r), aggregation))(r)
+  return gradient_of_rows(rows, count, **slots)
+
+
+def gradient_of_rows(rows, count, **slots):
   before = state()
-  after, metrics = jax.jit(policy_gradient_step(score, advantage, TX, **slots))(before, r)
+  after, metrics = jax.jit(policy_gradient_step(score, TX, **slots))(before, rows, count)
   return before.params["table_VV"] - after.params["table_VV"], metrics
 
 
@@ -163,6 +177,31 @@ def test_accumulated_is_whole_though_pieces_cut_groups(case, accumulate):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_packed_is_unpacked_and_empty_pieces_change_nothing(case, accumulate):
+  case = dict(case)
+  advantage, aggregation = case.pop("advantage"), case.pop("aggregation", loss.token_mean)
+  r = rollout(noise=0.5)
+  rows, count = to_rows(r, advantage(r), aggregation)
+  packed = pack_rows(rows, B=9, T=2 * T + 1, accumulate=accumulate)
+  filled_B = packed["mask"].any(axis=1)
+  assert packed["mask"].sum() == np.asarray(rows["mask"]).sum()
+  assert filled_B.sum() < 9 and packed["segment_ids"].max() >= 2  # Several documents to some rows.
+  got, expected = (gradient_of_rows(x, count, **case, accumulate=n) for x, n in ((packed, accumulate), (rows, 1)))
+  assert_same(got, expected)
+
+
+def test_rows_needed_is_enough_for_any_lengths_and_for_the_longest_just_so():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    longest, n = int(rng.integers(1, 12)), int(rng.integers(1, 40))
+    capacity = int(rng.integers(longest, 40))
+    lengths = rng.integers(1, longest + 1, n)
+    assert len(packing.pack(lengths, capacity=capacity)) <= rows_needed(n, longest, capacity)
+    assert len(packing.pack([longest] * n, capacity=capacity)) == rows_needed(n, longest, capacity)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_eight_devices_are_one(case, accumulate):
   r = jax.tree.map(lambda *a: jnp.concatenate(a), *[rollout(i, noise=0.5) for i in (1, 2)])
@@ -216,9 +255,12 @@ def test_the_better_half_becomes_likelier():
 
 @pytest.mark.parametrize("advantage", ADVANTAGES.values(), ids=ADVANTAGES)
 def test_several_steps_are_one_compilation(advantage):
-  step, current = jax.jit(policy_gradient_step(score, advantage, TX)), state()
+  rows_fn = jax.jit(lambda r: (*to_rows(r, advantage(r)), rollout_metrics(r)))
+  step, current = jax.jit(policy_gradient_step(score, TX)), state()
   for seed in range(3):
-    current, metrics = step(current, rollout(seed))
+    rows, count, of_rollout = rows_fn(rollout(seed))
+    current, metrics = step(current, rows, count)
+    metrics |= of_rollout
   assert step._cache_size() == 1
   assert int(current.step) == 3
   assert set(metrics) >= {

@@ -16,7 +16,7 @@ V, B, T = 7, 8, 6
 TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
 
 
-def score(params, tokens_BT, segment_ids_BT):
+def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
   """A bigram model, which is all that a step needs to know of a model."""
   logprobs_BTV = jax.nn.log_softmax(params["table_VV"][tokens_BT[:, :-1]])
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]

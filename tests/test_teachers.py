@@ -19,9 +19,9 @@ TOKENS_BT = np.arange(12).reshape(2, 6) % V
 
 
 @jax.jit
-def score(params, tokens_BT, segment_ids_BT):
+def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
   """A bigram model: row i of the table is the distribution after token i."""
-  del segment_ids_BT
+  del segment_ids_BT, wanted_BT
   logp_VV = jax.nn.log_softmax(params["table"])
   before_BT, first_BT = tokens_BT[:, :-1], ((0, 0), (1, 0))
   logprobs_BT = jnp.pad(logp_VV[before_BT, tokens_BT[:, 1:]], first_BT)
@@ -123,6 +123,13 @@ def test_each_checkpoint_of_a_batch_is_loaded_once_and_the_held_one_comes_first(
         )
   assert made.loads == 3  # 1, 2; then 2 is held already, and 1 again.
   assert made.by_checkpoint(domains) == {"1": [1, 2], "2": [0, 3]}
+
+
+def test_as_many_checkpoints_stay_in_memory_as_are_allowed():
+  made = teachers(keep=2)
+  for domain in ("math", "code", "stem", "code", "math"):
+    made.params(domain)
+  assert made.loads == 2
 
 
 def test_every_load_is_probed():

@@ -49,12 +49,12 @@ def get_config(arg: str = "") -> ConfigDict:
     prompts=256,  # held out, a domain.
     batch=256,  # rows that are decoded together.
     prompt_tokens=48,
-    total_tokens=128,
-    long_prompt_tokens=256,  # For the domains in `long_domains`.
-    long_total_tokens=288,
+    total_tokens=112,
+    long_prompt_tokens=240,  # For the domains in `long_domains`.
+    long_total_tokens=272,
     long_domains=("long_context",),
     long_batch=128,
-    greedy=True,  # Beside temperature 1.
+    greedy=("sft", "swe_agentic_rl"),  # Stages that are scored greedily too, beside temperature 1.
   )
 
   c.sandbox = dict(mode="bubblewrap", workers=2)

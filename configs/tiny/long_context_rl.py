@@ -9,9 +9,8 @@ from configs.tiny import base, rl
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(long_context=1.0)
-  c.rollout.update(prompts=16, prompt_tokens=256, total_tokens=288)
+  c.rollout.update(prompts=16, prompt_tokens=240, total_tokens=272)
   c.overlong = "filter"
-  c.steps = 20
   if arg == "smoke":
     rl.shrink(c)
   return c

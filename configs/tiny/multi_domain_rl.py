@@ -12,9 +12,9 @@ from configs.tiny import base, rl
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(stem=0.25, tools=0.25, structured=0.2, math=0.3)
-  c.rollout.total_tokens = 128  # Several turns.
+  c.rollout.total_tokens = 112  # Several turns.
   c.overlong = "filter"
-  c.steps = 40
+  c.steps = 32
   if arg == "smoke":
     rl.shrink(c)
   return c

@@ -18,6 +18,11 @@ def fields() -> ConfigDict:
     temperature=1.0,
     top_p=1.0,
   )
+  c.packing = dict(  # Completions are packed for the step; one shape for all stages, one compilation.
+    rows=128,
+    row_tokens=272,
+    pieces=8,  # Taken one after another; those that stay empty cost nothing.
+  )
   c.reward = "verdict"  # verdict | pairwise: all pairs of a group, by the judge.
   c.advantage = "grpo"
   c.aggregation = "token_mean"
@@ -39,11 +44,12 @@ def fields() -> ConfigDict:
     clip_norm=1.0,
     frozen=(r"/gate$",),  # The router; its bias moves by no gradient anyway.
   )
-  c.steps = 25
+  c.steps = 20
   c.save_every = 10
   c.samples_every = 5
   c.samples = 8  # Completions written to samples.jsonl each time.
-  c.teachers = ()  # Domains whose best checkpoint so far is distilled (MOPD).
+  c.teachers = {}  # MOPD: domain -> "best" (of the cascade so far), a stage's name, or a checkpoint.
+  c.teachers_in_memory = 4  # Checkpoints; each is loaded and probed when it is not there.
   return c
 
 

@@ -15,11 +15,14 @@ def stage(arg: str = "") -> ConfigDict:
   c = ConfigDict()
   c.kind = "sft"
   c.init_from = ""  # "" draws fresh parameters.
-  c.conversations = 4000  # a domain.
+  c.conversations = dict(  # More of what is hard to learn: arithmetic, looking up, composing.
+    instruction=4000, math=5000, stem=2000, structured=2000, tools=3000,
+    preference=2000, long_context=4000, code=2000, swe=4500, swe_agentic=2500,
+  )  # fmt: skip
   c.non_thinking = 0.1  # Share of conversations without thoughts.
-  c.rows = 48  # a step.
+  c.rows = 32  # a step.
   c.row_tokens = 256
-  c.steps = 700
+  c.steps = 600
   c.optimizer = dict(
     peak_lr=6e-3,
     warmup_steps=20,
@@ -34,7 +37,8 @@ def stage(arg: str = "") -> ConfigDict:
   )
   c.save_every = 200
   if arg == "smoke":
-    c.conversations, c.rows, c.steps, c.save_every = 60, 4, 6, 3
+    c.conversations = dict.fromkeys(c.conversations, 60)
+    c.rows, c.steps, c.save_every = 4, 6, 3
   return c
 
 

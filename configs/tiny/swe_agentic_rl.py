@@ -9,7 +9,7 @@ from configs.tiny import base, rl
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(swe_agentic=1.0)
-  c.rollout.total_tokens = 128  # Several turns.
+  c.rollout.total_tokens = 112  # Several turns.
   c.overlong = "filter"
   if arg == "smoke":
     rl.shrink(c)

@@ -11,7 +11,7 @@ import numpy as np
 
 from nemocascade.domains import domain, instructions
 
-STYLE = domain.Style("keep", "maybe", error_rate=0.65)
+STYLE = domain.Style("keep", "maybe", error_rate=0.6)
 THREE_CONSTRAINTS_SHARE = 0.15
 FORGOTTEN = "none"  # The note of a constraint that the answer will not keep.
 

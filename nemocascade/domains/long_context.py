@@ -10,10 +10,10 @@ from nemocascade.domains import domain
 from nemocascade.domains.boxed import box, last_boxed
 
 # One step of thought, so that most of it must be sloppy for the demonstrations to be mixed.
-STYLE = domain.Style("found", "seems", sloppy_rate=0.7, error_rate=0.85)
+STYLE = domain.Style("found", "seems", sloppy_rate=0.6, error_rate=0.85)
 DOCUMENTS = 24  # Prompts are then some ten times as long as those of the other domains.
-TEACHING_DOCUMENTS = (4, 10)  # Most demonstrations are short: the skill is learned cheaply ...
-TEACHING_FULL_SHARE = 0.1  # ... and some are of full length.
+TEACHING_DOCUMENTS = (4, 8)  # Most demonstrations are short: the skill is learned cheaply ...
+TEACHING_FULL_SHARE = 0.08  # ... and some are of full length.
 
 NAMES = (
   "Abby", "Adam", "Alan", "Alma", "Amos", "Beth", "Carl", "Cora", "Dale", "Dora", "Earl", "Edna",

@@ -103,11 +103,11 @@ def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):
   return y.reshape(*y.shape[:3], -1, y.shape[-1])[:, :, :, :T]
 
 
-def decode_attention(q_BKRH, k_BSKH, v_BSKH, length_B):
+def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B):
   """One query a row over the first length_B keys of its cache."""
-  S, H = k_BSKH.shape[1], q_BKRH.shape[-1]
-  score_BKRS = jnp.einsum("BKRH,BSKH->BKRS", q_BKRH, k_BSKH).astype(jnp.float32) * H**-0.5
+  S, H = k_BKSH.shape[2:]
+  score_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH).astype(jnp.float32) * H**-0.5
   see_BS = jnp.arange(S)[None] < length_B[:, None]
   score_BKRS = jnp.where(see_BS[:, None, None], score_BKRS, -1e30)
-  prob_BKRS = jax.nn.softmax(score_BKRS, axis=-1).astype(v_BSKH.dtype)
-  return jnp.einsum("BKRS,BSKH->BKRH", prob_BKRS, v_BSKH)
+  prob_BKRS = jax.nn.softmax(score_BKRS, axis=-1).astype(v_BKSH.dtype)
+  return jnp.einsum("BKRS,BKSH->BKRH", prob_BKRS, v_BKSH)

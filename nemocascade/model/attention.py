@@ -37,14 +37,15 @@ class Attention(nn.Module):
   def prefill(self, x_BTD, segment_ids_BT):
     """The cache holds the T tokens given; the model makes room for more."""
     q, k, v = self._qkv(x_BTD)
-    return self._out(kernel.attention(q, k, v, segment_ids_BT)), {"k_BSKH": k, "v_BSKH": v}
+    state = {"k_BKSH": jnp.swapaxes(k, 1, 2), "v_BKSH": jnp.swapaxes(v, 1, 2)}
+    return self._out(kernel.attention(q, k, v, segment_ids_BT)), state
 
   def step(self, state, x_BD, length_B, active_B):
     # A row that is not active writes too, but where its next token will: its length stays.
     del active_B
     q, k, v = self._qkv(x_BD)
     rows = jnp.arange(x_BD.shape[0])
-    k_BSKH = state["k_BSKH"].at[rows, length_B].set(k, mode="drop")
-    v_BSKH = state["v_BSKH"].at[rows, length_B].set(v, mode="drop")
-    y = kernel.decode_attention(q, k_BSKH, v_BSKH, length_B + 1)
-    return {"k_BSKH": k_BSKH, "v_BSKH": v_BSKH}, self._out(y)
+    k_BKSH = state["k_BKSH"].at[rows, :, length_B].set(k, mode="drop")
+    v_BKSH = state["v_BKSH"].at[rows, :, length_B].set(v, mode="drop")
+    y = kernel.decode_attention(q, k_BKSH, v_BKSH, length_B + 1)
+    return {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, self._out(y)

@@ -161,17 +161,18 @@ class Hybrid(nn.Module):
 
   __call__ = logits
 
-  def score(self, tokens_BT, segment_ids_BT) -> Scores:
-    """log p(token t | the document before t), without a [B, T, V] array."""
-    B, T = tokens_BT.shape
+  def score(self, tokens_BT, segment_ids_BT, wanted_BT=None) -> Scores:
+    """log p(token t | the document before t), without a [B, T, V] array.
+
+    `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
+    """
     h_BTD, load_LE = self.hidden(tokens_BT, segment_ids_BT)
-    logprob, entropy = token_logprob(
-      h_BTD[:, :-1].reshape(B * (T - 1), -1), self._head(), tokens_BT[:, 1:].reshape(-1)
-    )
-    follows_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
-    shift = lambda a: jnp.pad(a.reshape(B, T - 1), ((0, 0), (1, 0)))  # noqa: E731
-    zero_out = lambda a: jnp.where(follows_BT, shift(a), 0.0)  # noqa: E731
-    return Scores(zero_out(logprob), zero_out(entropy), load_LE)
+    scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
+    if wanted_BT is not None:
+      scored_BT &= wanted_BT
+    of_next = token_logprob(h_BTD[:, :-1], self._head(), tokens_BT[:, 1:], scored_BT[:, 1:])
+    logprob_BT, entropy_BT = (jnp.pad(a, ((0, 0), (1, 0))) for a in of_next)
+    return Scores(logprob_BT, entropy_BT, load_LE)
 
   def prefill(self, tokens_BT, length_B, capacity: int):
     """Takes in each row's first length_B tokens: (logits_BV of the token after, DecodeState)."""
@@ -203,9 +204,9 @@ def _make_room(state: DecodeState, tokens: int) -> DecodeState:
   """Caches of keys and values grow by `tokens` places."""
 
   def grow(path, leaf):
-    if path[-1].key not in ("k_BSKH", "v_BSKH"):
+    if path[-1].key not in ("k_BKSH", "v_BKSH"):
       return leaf
-    room = [(0, 0)] * (leaf.ndim - 3) + [(0, tokens), (0, 0), (0, 0)]
+    room = [(0, 0)] * (leaf.ndim - 2) + [(0, tokens), (0, 0)]
     return jnp.pad(leaf, room)
 
   return state.replace(units=jax.tree_util.tree_map_with_path(grow, state.units))

@@ -131,7 +131,8 @@ class Mamba(nn.Module):
     del length_B
     z, xbc_in, dt = self._project(x_BD)
     window_BWC = jnp.concatenate([state["conv_BWC"], xbc_in[:, None]], axis=1)
-    xbc = self._activate(jnp.sum(window_BWC * self.conv1d.astype(x_BD.dtype)[None], axis=1))
+    taps_WC = self.conv1d.astype(x_BD.dtype)
+    xbc = self._activate(sum(window_BWC[:, w] * tap_C[None] for w, tap_C in enumerate(taps_WC)))
     x, b, c = self._split(xbc)
     per_group = self.config.mamba_num_heads // self.config.n_groups
     b, c = (jnp.repeat(a.astype(jnp.float32), per_group, axis=1) for a in (b, c))

@@ -15,19 +15,21 @@ def sft_loss(logprobs_BT: jax.Array, loss_mask_BT: jax.Array) -> tuple[jax.Array
   return masked_sum(-logprobs_BT, loss_mask_BT)
 
 
-# Aggregation: per-token losses of a batch -> (sum, count).
+# Aggregation: which tokens of independent rows are learned -> (weights_BT, count), both fp32; the
+# loss is the weighted sum of per-token losses over the count. Fixed before rows are packed or cut.
 
 
-def token_mean(loss_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_mean(mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Every token of the batch weighs the same (paper.md 4.1)."""
-  return masked_sum(loss_BT, mask_BT)
+  weights_BT = mask_BT.astype(jnp.float32)
+  return weights_BT, jnp.sum(weights_BT)
 
 
-def sequence_mean(loss_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sequence_mean(mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Mean over a sequence's tokens, then over sequences (paper.md 5.1); empty ones do not count."""
-  tokens_B = jnp.sum(mask_BT, axis=1, dtype=jnp.float32)
-  sum_B = jnp.sum(jnp.where(mask_BT, loss_BT, 0.0), axis=1)
-  return masked_sum(sum_B / jnp.maximum(tokens_B, 1.0), tokens_B > 0)
+  tokens_B1 = jnp.sum(mask_BT, axis=1, keepdims=True, dtype=jnp.float32)
+  weights_BT = jnp.where(mask_BT, 1.0 / jnp.maximum(tokens_B1, 1.0), 0.0)
+  return weights_BT, jnp.sum(tokens_B1 > 0, dtype=jnp.float32)
 
 
 AGGREGATIONS = dict(token_mean=token_mean, sequence_mean=sequence_mean)

@@ -4,45 +4,96 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from nemocascade.data import packing
 from nemocascade.segments import masked_mean
 from nemocascade.step import loss
 from nemocascade.step.sft import apply_gradients, load_metrics, sum_over_parts
 from nemocascade.types import Metrics, Rollout, ScoreFn, TrainState
 
-Rows = dict[str, jax.Array]  # name -> [B, T]; B = Q * G.
+Rows = dict[str, jax.Array]  # name -> [B, T]; each document of a row is one prompt and completion.
+
+
+def to_rows(
+  r: Rollout, advantages_QGT: jax.Array, aggregation: Callable = loss.token_mean
+) -> tuple[Rows, jax.Array]:
+  """What a rollout teaches, as [Q * G, T] rows of one document each, and the loss's count.
+
+  Advantages and weights have seen whole groups and sequences, so rows may be packed and cut from
+  here on. Advantages are 0 where nothing is learned: a NaN that a loss only masks still reaches its
+  gradient.
+  """
+  flat = lambda a_QGT: a_QGT.reshape(-1, a_QGT.shape[-1])  # noqa: E731
+  mask_BT = flat(r.loss_mask_QGT & r.valid_QG[..., None])
+  weights_BT, count = aggregation(mask_BT)
+  rows = {
+    "tokens": flat(r.tokens_QGT),
+    "segment_ids": flat(r.segment_ids_QGT),
+    "mask": mask_BT,
+    "weights": weights_BT,
+    "behaviour": flat(r.behaviour_logprobs_QGT),
+    "advantages": jnp.where(mask_BT, flat(jax.lax.stop_gradient(advantages_QGT)), 0.0),
+  }
+  if r.reference_logprobs_QGT is not None:
+    rows["reference"] = flat(r.reference_logprobs_QGT)
+  return rows, count
+
+
+def rows_needed(documents: int, longest: int, T: int) -> int:
+  """Rows of T tokens that surely hold so many documents of at most `longest`, best fit first."""
+  return -(-documents // (T // longest))
+
+
+def pack_rows(rows: Rows, *, B: int, T: int, accumulate: int = 1) -> dict[str, np.ndarray]:
+  """The documents that teach something, packed into B rows of T; numbers stay what they are.
+
+  Full rows come first in the order in which a step of `accumulate` pieces takes them, so that
+  pieces without a document, which the step skips, are whole.
+  """
+  rows = {name: np.asarray(a) for name, a in rows.items()}
+  kept = np.flatnonzero(rows["mask"].any(axis=1))
+  lengths_N = (rows["segment_ids"][kept] > 0).sum(axis=1)
+  packed = {name: np.zeros((B, T), a.dtype) for name, a in rows.items()}
+  for i, documents in enumerate(packing.pack(lengths_N, capacity=T)):
+    b = i % (B // accumulate) * accumulate + i // (B // accumulate)
+    start = 0
+    for segment, n in enumerate(documents, start=1):
+      place = slice(start, start + lengths_N[n])
+      for name, a in rows.items():
+        packed[name][b, place] = a[kept[n], : lengths_N[n]]
+      packed["segment_ids"][b, place] = segment
+      start = place.stop
+  return packed
 
 
 def policy_gradient_step(
   score_fn: ScoreFn,
-  advantage_fn: Callable[[Rollout], jax.Array],
   tx: optax.GradientTransformation,
   *,
-  aggregation: Callable = loss.token_mean,
   correction: Callable = loss.no_correction,
   kl_weight: float = 0.0,
   accumulate: int = 1,
 ):
-  """Returns step(state, Rollout) -> (state, metrics), pure and ready to jit.
+  """Returns step(state, rows, count) -> (state, metrics), pure and ready to jit; see to_rows.
 
-  Advantages are computed on whole groups first; then rows [Q * G, T] are independent, and
-  `accumulate` pieces of them equal the whole. Tokens of samples that are not valid learn nothing
-  and count nowhere.
+  `accumulate` pieces of the rows one after another equal the whole; a piece that teaches nothing
+  costs nothing. Tokens of samples that are not valid learn nothing and count nowhere.
   """
 
   def part(params, rows: Rows):
     def loss_fn(params):
-      scores = score_fn(params, rows["tokens"], rows["segment_ids"])
+      scores = score_fn(params, rows["tokens"], rows["segment_ids"], rows["mask"])
       logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
       gap_BT = sampler_gap(logprobs_BT, rows)
-      weights_BT = correction(jnp.exp(gap_BT))
-      loss_BT = loss.policy_gradient_loss(logprobs_BT, rows["advantages"], weights_BT)
+      ratios_BT = correction(jnp.exp(gap_BT))
+      loss_BT = loss.policy_gradient_loss(logprobs_BT, rows["advantages"], ratios_BT)
       sums = {
         "policy/entropy": jnp.where(mask_BT, scores.entropy_BT, 0.0),
         "policy/sampler_kl": -gap_BT,
         "policy/sampler_error": jnp.abs(gap_BT),
-        "policy/ratio_masked": mask_BT & (weights_BT == 0),
+        "policy/ratio_masked": mask_BT & (ratios_BT == 0),
         "advantage/mean": rows["advantages"],
         "advantage/abs": jnp.abs(rows["advantages"]),
       }
@@ -50,21 +101,19 @@ def policy_gradient_step(
         kl_BT = reference_kl(logprobs_BT, rows)
         loss_BT += kl_weight * kl_BT
         sums["policy/reference_kl"] = kl_BT
-      total, count = aggregation(loss_BT, mask_BT)
+      total = jnp.sum(jnp.where(mask_BT, rows["weights"] * loss_BT, 0.0), dtype=jnp.float32)
       sums = {name: jnp.sum(value_BT, dtype=jnp.float32) for name, value_BT in sums.items()}
       tokens = jnp.sum(mask_BT, dtype=jnp.float32)
-      return total, (count, tokens, sums, scores.expert_load_LE, jnp.max(gap_BT))
+      return total, (tokens, sums, scores.expert_load_LE, jnp.max(gap_BT))
 
     (total, (*sums, gap_max)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return (total, sums, grads), gap_max
 
-  def step(state: TrainState, r: Rollout) -> tuple[TrainState, Metrics]:
-    rows = to_rows(r, advantage_fn(r))
-    if kl_weight:
-      rows["reference"] = r.reference_logprobs_QGT.reshape(rows["tokens"].shape)
-    (total, (count, tokens, sums, load_LE), grads), gap_max = sum_over_parts(
-      lambda rows: part(state.params, rows), rows, accumulate
-    )
+  def step(state: TrainState, rows: Rows, count: jax.Array) -> tuple[TrainState, Metrics]:
+    (total, (tokens, sums, load_LE), grads), gap_max = sum_over_parts(
+      lambda rows: part(state.params, rows), rows, accumulate,
+      worth=lambda rows: jnp.any(rows["mask"]),
+    )  # fmt: skip
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     state, metrics = apply_gradients(state, tx, grads)
@@ -72,29 +121,19 @@ def policy_gradient_step(
     metrics |= {
       "loss/policy": total / count,
       "policy/ratio_max": jnp.exp(jnp.max(gap_max)),
-      "reward/mean": masked_mean(r.rewards_QG, r.valid_QG),
       "tokens/learned": tokens,
-      "rollout/valid": jnp.mean(r.valid_QG.astype(jnp.float32)),
     }
     return state, metrics | load_metrics(load_LE)
 
   return step
 
 
-def to_rows(r: Rollout, advantages_QGT: jax.Array) -> Rows:
-  """Prompts and completions as independent rows; advantages are 0 where nothing is learned.
-
-  Zeroed here and not in the loss alone: a NaN that a loss only masks still reaches its gradient.
-  """
-  mask_QGT = r.loss_mask_QGT & r.valid_QG[..., None]
-  rows = {
-    "tokens": r.tokens_QGT,
-    "segment_ids": r.segment_ids_QGT,
-    "mask": mask_QGT,
-    "behaviour": r.behaviour_logprobs_QGT,
-    "advantages": jnp.where(mask_QGT, jax.lax.stop_gradient(advantages_QGT), 0.0),
+def rollout_metrics(r: Rollout) -> Metrics:
+  """Of the samples that are learned from."""
+  return {
+    "reward/mean": masked_mean(r.rewards_QG, r.valid_QG),
+    "rollout/valid": jnp.mean(r.valid_QG, dtype=jnp.float32),
   }
-  return {name: a.reshape(-1, a.shape[-1]) for name, a in rows.items()}
 
 
 def sampler_gap(logprobs_BT: jax.Array, rows: Rows) -> jax.Array:

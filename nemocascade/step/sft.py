@@ -11,12 +11,13 @@ from nemocascade.step.loss import sft_loss
 from nemocascade.types import Batch, Metrics, ScoreFn, TrainState
 
 
-def sum_over_parts(fn: Callable, parts, accumulate: int):
+def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | None = None):
   """The first axis of `parts` cut in `accumulate` equal pieces, taken one after another.
 
   `fn(piece) -> (summed, listed)`; returns the sum of the first and a stack of the second. A scan, so
   that only one piece's activations exist at a time. A piece takes every `accumulate`-th row, so
-  that rows sharded over devices stay where they are.
+  that rows sharded over devices stay where they are. Pieces that are not `worth(piece)` are skipped
+  and count as zeros.
   """
   B = jax.tree.leaves(parts)[0].shape[0]
   if B % accumulate:
@@ -26,14 +27,17 @@ def sum_over_parts(fn: Callable, parts, accumulate: int):
     return summed, jax.tree.map(lambda a: a[None], listed)
   cut = lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
   parts = jax.tree.map(cut, parts)
-  shapes, _ = jax.eval_shape(fn, jax.tree.map(lambda a: a[0], parts))
-  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  shapes = jax.eval_shape(fn, jax.tree.map(lambda a: a[0], parts))
+  zero, nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   def add(total, piece):
     summed, listed = fn(piece)
     return jax.tree.map(jnp.add, total, summed), listed
 
-  return jax.lax.scan(add, zero, parts)
+  def add_if_worth(total, piece):
+    return jax.lax.cond(worth(piece), add, lambda total, _: (total, nothing), total, piece)
+
+  return jax.lax.scan(add_if_worth if worth else add, zero, parts)
 
 
 def apply_gradients(state: TrainState, tx: optax.GradientTransformation, grads):
@@ -65,7 +69,9 @@ def sft_step(score_fn: ScoreFn, tx: optax.GradientTransformation, *, accumulate:
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     def part(piece: Batch):
       def loss_fn(params):
-        scores = score_fn(params, piece.tokens_BT, piece.segment_ids_BT)
+        scores = score_fn(
+          params, piece.tokens_BT, piece.segment_ids_BT, piece.loss_mask_BT
+        )
         total, count = sft_loss(scores.logprobs_BT, piece.loss_mask_BT)
         return total, (count, scores.expert_load_LE)
 
