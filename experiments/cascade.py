@@ -35,6 +35,9 @@ def check(c: ConfigDict) -> None:
   for name in c.order:
     if name not in c.stages:
       raise unknown("stage in order", name, c.stages)
+  for name in c.evaluation.greedy:
+    if name not in c.order:
+      raise unknown("stage in evaluation.greedy", name, c.order)
   for i, name in enumerate(c.order):
     stage = c.stages[name]
     if stage.kind not in KINDS:

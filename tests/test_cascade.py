@@ -71,6 +71,7 @@ def test_a_workdir_of_another_config_is_refused(finished):
     ("--config.stages.if_rl.rollout.completions=1", "completions"),
     ("--config.model.hybrid_override_pattern=MEX", "X"),
     ("--config.stages.mopd.teachers.math=sfft", "sft"),
+    ("--config.evaluation.greedy=('stf',)", "sft"),
   ],
 )
 def test_a_bad_request_is_one_line_and_nothing_is_written(tmp_path, flag, word):

@@ -22,7 +22,7 @@ def test_the_question_is_answered_by_exactly_one_document():
   for row in domain.rows(TASK, "train", 0, 0, 100):
     name = row["question"].removesuffix("?").split()[-1]
     (text,) = [text for text in row["documents"] if text.startswith(f"{name} ")]
-    assert f" in box {row['expected_answer']} " in text
+    assert f" has box {row['expected_answer']} " in text
 
 
 def test_prompts_are_eight_times_as_long_as_those_of_other_domains():
@@ -31,13 +31,13 @@ def test_prompts_are_eight_times_as_long_as_those_of_other_domains():
   assert min(words(row) for row in domain.rows(TASK, "train", 0, 0, 50)) >= 8 * mean
 
 
-def test_demonstrations_are_mostly_short_and_a_tenth_of_full_length():
+def test_demonstrations_are_mostly_short_and_some_of_full_length():
   rows = domain.rows(TASK, "train", 0, 0, 500, teaching=True)
   counts = np.array([len(row["documents"]) for row in rows])
   full = counts == long_context.DOCUMENTS
   least, most = long_context.TEACHING_DOCUMENTS
   assert set(counts[~full]) == set(range(least, most + 1))
-  assert 0.05 < full.mean() < 0.15
+  assert 0.04 < full.mean() < 0.13
 
 
 def test_lengths_can_be_chosen():

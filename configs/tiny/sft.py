@@ -16,8 +16,8 @@ def stage(arg: str = "") -> ConfigDict:
   c.kind = "sft"
   c.init_from = ""  # "" draws fresh parameters.
   c.conversations = dict(  # More of what is hard to learn: arithmetic, looking up, composing.
-    instruction=4000, math=5000, stem=2000, structured=2000, tools=3000,
-    preference=2000, long_context=4000, code=2000, swe=4500, swe_agentic=2500,
+    instruction=4000, math=5000, stem=3000, structured=2000, tools=3000,
+    preference=2000, long_context=5000, code=2000, swe=4500, swe_agentic=2500,
   )  # fmt: skip
   c.non_thinking = 0.1  # Share of conversations without thoughts.
   c.rows = 32  # a step.

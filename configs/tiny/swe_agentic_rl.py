@@ -11,6 +11,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.mixture = dict(swe_agentic=1.0)
   c.rollout.total_tokens = 112  # Several turns.
   c.overlong = "filter"
+  c.refill_rounds = 2
   if arg == "smoke":
     rl.shrink(c)
   return c

@@ -12,6 +12,7 @@ def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(swe=1.0)
   c.overlong = "filter"
+  c.refill_rounds = 2
   if arg == "smoke":
     rl.shrink(c)
   return c

@@ -12,7 +12,7 @@ from nemocascade.domains.boxed import box, last_boxed
 # One step of thought, so that most of it must be sloppy for the demonstrations to be mixed.
 STYLE = domain.Style("found", "seems", sloppy_rate=0.6, error_rate=0.85)
 DOCUMENTS = 24  # Prompts are then some ten times as long as those of the other domains.
-TEACHING_DOCUMENTS = (4, 8)  # Most demonstrations are short: the skill is learned cheaply ...
+TEACHING_DOCUMENTS = (3, 7)  # Most demonstrations are short: the skill is learned cheaply ...
 TEACHING_FULL_SHARE = 0.08  # ... and some are of full length.
 
 NAMES = (
@@ -27,12 +27,16 @@ INSTRUCTION = "Which box is for"
 
 @dataclasses.dataclass
 class LongContext(domain.Domain):
-  """The thought quotes the document that answers; a sloppy one quotes the last document."""
+  """The thought quotes the document that answers; a sloppy one quotes the last document.
+
+  What is asked for stands two tokens after the name: within reach of one convolution, so that a
+  model of one attention layer can look it up.
+  """
 
   name: str = "long_context"
   style: domain.Style = STYLE
   phrases: tuple[str, ...] = (
-    f"{INSTRUCTION} ", "found ", "seems ", " keeps ", " in box ", " near the ",
+    f"{INSTRUCTION} ", "found ", "seems ", " has box ", " with ", " near the ",
     " door.", "\\boxed{",
   )  # fmt: skip
   documents: int = DOCUMENTS
@@ -44,7 +48,7 @@ class LongContext(domain.Domain):
     drawn = rng.integers((10, len(THINGS), len(COLORS)), size=(len(names), 3)).tolist()
     numbers = [number for number, _, _ in drawn]
     texts = [
-      f"{name} keeps {THINGS[thing]} in box {number} near the {COLORS[color]} door."
+      f"{name} has box {number} with {THINGS[thing]} near the {COLORS[color]} door."
       for name, (number, thing, color) in zip(names, drawn, strict=True)
     ]
     asked = int(rng.integers(len(names)))
@@ -67,8 +71,8 @@ class LongContext(domain.Domain):
     texts = row["documents"]
     others = [text for text in texts if _box(text) != row["expected_answer"]]
     text = others[-1] if errs and others else texts[row["asked"]]
-    # What is near the box is not asked, so it is not quoted.
-    thoughts = [f"{marker} {text.partition(' near')[0]}"] if thinking else None
+    # What is in the box is not asked, so it is not quoted.
+    thoughts = [f"{marker} {text.partition(' with')[0]}"] if thinking else None
     return [domain.assistant(box(_box(text)), thoughts=thoughts)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
@@ -81,7 +85,7 @@ class LongContext(domain.Domain):
 
 
 def _box(text: str) -> str:
-  return text.partition(" in box ")[2].partition(" ")[0]
+  return text.partition(" has box ")[2].partition(" ")[0]
 
 
 def make_domain(

@@ -12,22 +12,25 @@ import numpy as np
 from nemocascade.domains import domain, equality
 from nemocascade.domains.boxed import box, last_boxed
 
-STYLE = domain.Style("sum", "about", sloppy_rate=0.5, error_rate=0.65)
+STYLE = domain.Style("sum", "about", sloppy_rate=0.4, error_rate=0.65)
 TERMS = (3, 4)
 FOUR_TERMS_SHARE = 0.35
-LARGEST_TOTAL = 12  # Of every running total, so that the table to be learned stays small.
+LARGEST_TOTAL = 9  # Of every running total, so that the table to be learned stays small.
 INSTRUCTION = "Solve it and put the answer inside \\boxed{}:"
 POOL = 1 << 30  # Problems that reasoning-gym is asked to number; each is drawn by its index.
 
 
 @dataclasses.dataclass
 class Math(domain.Domain):
-  """Running totals are the thoughts; a sloppy one is too high by one, and the rest builds on it."""
+  """A thought takes in one more term; a sloppy total is too high by one, and the rest builds on it.
+
+  It is written out, `8 - 2 = 6`, so that to find the term and to add it are two small steps.
+  """
 
   name: str = "math"
   style: domain.Style = STYLE
   phrases: tuple[str, ...] = (
-    f"{INSTRUCTION} ", "sum ", "about ", " + ", " - ", " =", "\\boxed{",
+    f"{INSTRUCTION} ", "sum ", "about ", " + ", " - ", " =", " = ", "\\boxed{",
   )  # fmt: skip
 
   def make_row(self, rng: np.random.Generator) -> domain.Row:
@@ -50,8 +53,8 @@ class Math(domain.Domain):
     total, thoughts = int(words[0]), []
     for sign, term in zip(words[1:-1:2], words[2::2], strict=True):
       marker, errs = self.style.draw(rng)
-      total += (int(term) if sign == "+" else -int(term)) + errs
-      thoughts.append(f"{marker} {total}")
+      before, total = total, total + (int(term) if sign == "+" else -int(term)) + errs
+      thoughts.append(f"{marker} {before} {sign} {term} = {total}")
     return [domain.assistant(box(total), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:

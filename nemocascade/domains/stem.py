@@ -13,13 +13,11 @@ from nemocascade.domains.boxed import box, last_boxed
 
 STYLE = domain.Style("fact", "guess")
 OPTIONS = 4
-KNOWLEDGE = {
-  "metal": ("iron", "gold", "zinc", "lead", "tin", "silver", "nickel", "copper"),
-  "bird": ("robin", "crow", "owl", "hawk", "swan", "duck", "goose", "stork"),
-  "tree": ("oak", "pine", "elm", "birch", "maple", "cedar", "willow", "larch"),
-  "fish": ("trout", "salmon", "cod", "tuna", "carp", "pike", "perch", "eel"),
-  "planet": ("mars", "venus", "earth", "saturn", "jupiter", "uranus", "neptune", "mercury"),
-  "muscle": ("biceps", "triceps", "deltoid", "soleus", "psoas", "gluteus", "masseter", "teres"),
+KNOWLEDGE = {  # Few facts, so that each is met often: the questions are their combinations.
+  "metal": ("iron", "gold", "zinc", "lead", "tin"),
+  "bird": ("robin", "crow", "owl", "hawk", "swan"),
+  "tree": ("oak", "pine", "elm", "birch", "maple"),
+  "fish": ("trout", "salmon", "cod", "tuna", "carp"),
 }
 GRADING_MODES = ("strict_single_letter_boxed", "lenient_boxed")
 
