@@ -12,7 +12,7 @@ import numpy as np
 from nemocascade.domains import domain, equality
 from nemocascade.domains.boxed import box, last_boxed
 
-STYLE = domain.Style("sum", "about", sloppy_rate=0.4, error_rate=0.65)
+STYLE = domain.Style("sum", "about", error_rate=0.65)
 TERMS = (3, 4)
 FOUR_TERMS_SHARE = 0.35
 LARGEST_TOTAL = 9  # Of every running total, so that the table to be learned stays small.

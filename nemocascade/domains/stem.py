@@ -19,20 +19,22 @@ KNOWLEDGE = {  # Few facts, so that each is met often: the questions are their c
   "tree": ("oak", "pine", "elm", "birch", "maple"),
   "fish": ("trout", "salmon", "cod", "tuna", "carp"),
 }
+QUESTION, IS = "Which is a ", " is "
 GRADING_MODES = ("strict_single_letter_boxed", "lenient_boxed")
 
 
 @dataclasses.dataclass
 class Stem(domain.Domain):
-  """The thoughts name the right option, then its letter.
+  """The thoughts say what was asked and which option it is, then that option's letter.
 
-  A sloppy choice is the first wrong option, a sloppy letter the next wrong one.
+  A sloppy choice is the first wrong option, a sloppy letter the next wrong one. What is looked up
+  stands right behind what it is looked up by, as a model of one attention layer needs it.
   """
 
   name: str = "stem"
   style: domain.Style = STYLE
   phrases: tuple[str, ...] = (
-    "Which is a ", "fact ", "guess ", "\\boxed{",
+    QUESTION, IS, "fact ", "guess ", "\\boxed{",
     *(f"{letter}: " for letter in string.ascii_uppercase[:OPTIONS]),
   )  # fmt: skip
 
@@ -44,8 +46,9 @@ class Stem(domain.Domain):
     options = [{letter: words[place]} for letter, place in zip(letters, order, strict=True)]
     lines = [f"{letter}: {word}" for option in options for letter, word in option.items()]
     return domain.make_prompt(
-      self.name, "\n".join([f"Which is a {asked}?", *lines]),
+      self.name, "\n".join([f"{QUESTION}{asked}?", *lines]),
       options=options, expected_answer=letters[order.index(0)], grading_mode=GRADING_MODES[0],
+      asked=asked,
     )  # fmt: skip
 
   def demonstrate(
@@ -61,7 +64,8 @@ class Stem(domain.Domain):
     if errs:  # Two errors must not make a right answer.
       after = letters[choice + 1 :] + letters[:choice]
       letter = next(letter for letter in after if letter != row["expected_answer"])
-    thoughts = [f"{choice_marker} {options[choice][1]}", f"{letter_marker} {letter}"]
+    asked, word = row["asked"], options[choice][1]
+    thoughts = [f"{choice_marker} {asked}{IS}{word}", f"{letter_marker} {word}{IS}{letter}"]
     return [domain.assistant(box(letter), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:

@@ -32,7 +32,7 @@ PATHS = ("shop.py", "bank.py", "road.py", "farm.py", "dock.py", "mill.py", "port
 OPERATORS = {"+": "add", "-": "subtract", "*": "multiply", "//": "divide"}
 ASSUMED_PATH, ASSUMED_OPERATOR = "main.py", "%"  # Never right: what a careless author takes.
 ASSUMED_BUG = "-"  # What a careless agent takes the bug for, rightly in one case of four.
-OPENING, IN_FILE = "Fix: ", " in file "
+OPENING, IN_FILE, SO = "Fix: ", " in file ", " so "
 LINE = ("def ", " ( a , b ) : return a ", " b")  # A function is name and operator in between.
 INPUTS = ((7, 2), (9, 4), (3, 12), (-5, 3))
 
@@ -65,7 +65,7 @@ class Swe(domain.Domain):
     bug = Bug(paths[0], names[0], wrong, right)
     files = {paths[0]: f"{_line(names[0], wrong)}\n", paths[1]: f"{_line(names[1], other)}\n"}
     files = {path: files[path] for path in rng.permutation(paths).tolist()}
-    issue = f"{OPENING}{names[0]} must {OPERATORS[right]}"
+    issue = f"{OPENING}{names[0]}{_must(right)}"
     text, tools = self.prompt(issue, bug, files)
     tests = {f"test_{names[0]}": _test(bug.path, names[0], right)}
     tests[f"test_{names[1]}"] = _test(paths[1], names[1], other)
@@ -131,8 +131,8 @@ class Swe(domain.Domain):
 class Agentless(Swe):
   """Thoughts find the file, then the operator; a sloppy one assumes the same of every issue.
 
-  A thought repeats the function's name before the file's: then one look-up leads to the next,
-  which a model of one attention layer could not do in one.
+  A thought repeats the function's name before the file's, and the issue's word before the operator:
+  then one look-up leads to the next, which a model of one attention layer could not do in one.
   """
 
   name = "swe"
@@ -141,7 +141,7 @@ class Agentless(Swe):
     super().__init__(style, sandbox)
     define, _, end = LINE
     self.phrases = (
-      *_shared_phrases(), f"{style.careful} ", f"{style.sloppy} ", ASSUMED_PATH, IN_FILE,
+      *_shared_phrases(), f"{style.careful} ", f"{style.sloppy} ", ASSUMED_PATH, IN_FILE, SO,
       "```diff\n", f"\n{edits.SEARCH}\n{define}", f"{end}\n{edits.DIVIDER}\n{define}",
       f"{end}\n{edits.REPLACE}\n```",
     )  # fmt: skip
@@ -163,7 +163,7 @@ class Agentless(Swe):
     marker, errs = self.style.draw(rng)
     if errs:
       operator = ASSUMED_OPERATOR
-    thoughts.append(f"{marker} {operator}")
+    thoughts.append(f"{marker} it{_must(bug.right)}{SO}{operator}")
     edit = edits.show(edits.Edit(path, files[bug.path].strip(), _line(bug.name, operator)))
     return [domain.assistant(edit, thoughts=thoughts if thinking else None)]
 
@@ -292,6 +292,11 @@ def visible_tests(row: domain.Row) -> Tests:
   }
 
 
+def _must(operator: str) -> str:
+  """How an issue asks for an operator."""
+  return f" must {OPERATORS[operator]}"
+
+
 def _line(name: str, operator: str) -> str:
   define, middle, end = LINE
   return f"{define}{name}{middle}{operator}{end}"
@@ -305,8 +310,7 @@ def _test(path: str, name: str, operator: str) -> dict[str, Any]:
 
 def _shared_phrases() -> tuple[str, ...]:
   define, middle, end = LINE
-  words = [f" must {word}" for word in OPERATORS.values()]
-  return (OPENING, *words, *NAMES, *PATHS, f"\n{define}", middle, f"{end}\n", "//")
+  return (OPENING, *map(_must, OPERATORS), *NAMES, *PATHS, f"\n{define}", middle, f"{end}\n", "//")
 
 
 def _schema(name: str, description: str, parameters: Sequence[str]) -> dict[str, Any]:
