@@ -26,7 +26,7 @@ def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | No
     summed, listed = fn(parts)
     return summed, jax.tree.map(lambda a: a[None], listed)
   cut = lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
-  parts = jax.tree.map(cut, parts)
+  parts, fn = jax.tree.map(cut, parts), jax.jit(fn)  # So that asking for shapes is no second trace.
   shapes = jax.eval_shape(fn, jax.tree.map(lambda a: a[0], parts))
   zero, nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
