@@ -124,7 +124,7 @@ def test_thoughts_name_a_file_and_an_operator_that_the_edit_then_uses(agentless)
     first, second = (line.split() for line in message["reasoning_content"].split("\n"))
     assert {first[0], second[0]} <= {agentless.style.careful, agentless.style.sloppy}
     (edit,) = edits.parse(message["content"])
-    assert (edit.path, edit.replace.split()[-2]) == (first[-1], second[1])
+    assert (edit.path, edit.replace.split()[-2]) == (first[-1], second[-1])
 
 
 def test_any_right_edit_passes(agentless):

@@ -11,6 +11,8 @@ def stage(arg: str = "") -> ConfigDict:
   c.mixture = dict(long_context=1.0)
   c.rollout.update(prompts=16, prompt_tokens=240, total_tokens=272)
   c.overlong = "filter"
+  c.refill_rounds = 2
+  c.steps = 28
   if arg == "smoke":
     rl.shrink(c)
   return c

@@ -23,6 +23,11 @@ QUESTION, IS = "Which is a ", " is "
 GRADING_MODES = ("strict_single_letter_boxed", "lenient_boxed")
 
 
+def _mark(letter: str) -> str:
+  """What follows an option's text: behind it, so that the text leads to the letter."""
+  return f" ({letter})"
+
+
 @dataclasses.dataclass
 class Stem(domain.Domain):
   """The thoughts say what was asked and which option it is, then that option's letter.
@@ -35,7 +40,7 @@ class Stem(domain.Domain):
   style: domain.Style = STYLE
   phrases: tuple[str, ...] = (
     QUESTION, IS, "fact ", "guess ", "\\boxed{",
-    *(f"{letter}: " for letter in string.ascii_uppercase[:OPTIONS]),
+    *map(_mark, string.ascii_uppercase[:OPTIONS]),
   )  # fmt: skip
 
   def make_row(self, rng: np.random.Generator) -> domain.Row:
@@ -44,7 +49,7 @@ class Stem(domain.Domain):
     order = rng.permutation(OPTIONS).tolist()
     letters = string.ascii_uppercase[:OPTIONS]
     options = [{letter: words[place]} for letter, place in zip(letters, order, strict=True)]
-    lines = [f"{letter}: {word}" for option in options for letter, word in option.items()]
+    lines = [f"{word}{_mark(letter)}" for option in options for letter, word in option.items()]
     return domain.make_prompt(
       self.name, "\n".join([f"{QUESTION}{asked}?", *lines]),
       options=options, expected_answer=letters[order.index(0)], grading_mode=GRADING_MODES[0],
@@ -65,7 +70,7 @@ class Stem(domain.Domain):
       after = letters[choice + 1 :] + letters[:choice]
       letter = next(letter for letter in after if letter != row["expected_answer"])
     asked, word = row["asked"], options[choice][1]
-    thoughts = [f"{choice_marker} {asked}{IS}{word}", f"{letter_marker} {word}{IS}{letter}"]
+    thoughts = [f"{choice_marker} {asked}{IS}{word}", f"{letter_marker} {word}{_mark(letter)}"]
     return [domain.assistant(box(letter), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
