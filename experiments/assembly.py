@@ -1,5 +1,6 @@
 """What there is in a run: tokenizer, model, domains, judge and the jitted programs over them."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import loading
 from nemocascade import evaluate
 from nemocascade.checkpoint import load_params
 from nemocascade.config import ModelConfig
@@ -187,18 +189,14 @@ class Assembly:
 
 
 def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Assembly, Params]:
-  """The assembly and parameters of a checkpoint of ours, with the model and tokenizer beside it."""
-  files = Path(checkpoint).resolve().parent.parent / "model"
-  if not checkpoint or not (files / "config.json").exists():
-    raise UserError(
-      f"--checkpoint={checkpoint!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
-      " directory"
-    )
+  """The assembly and parameters of a checkpoint of ours or an `hf:DIR`, with the model and tokenizer it names."""
+  found = loading.find(checkpoint)
+  if found.tokenizer is None:
+    raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
   c = ConfigDict(c)
-  c.model = ConfigDict(json.loads((files / "config.json").read_text()))
-  a = Assembly(c, workdir, load_tokenizer(files / "tokenizer.model"))
-  template = jax.eval_shape(a.fresh_params, jax.random.key(0))
-  return a, load_params(checkpoint, template)
+  c.model = ConfigDict(dataclasses.asdict(found.config))
+  a = Assembly(c, workdir, found.tokenizer)
+  return a, found.load(jax.eval_shape(a.fresh_params, jax.random.key(0)))
 
 
 def claim(c: ConfigDict, workdir: Path) -> None:
