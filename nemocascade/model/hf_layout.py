@@ -69,7 +69,7 @@ def layout(c: ModelConfig, tree: Tree) -> dict[str, Named]:
   """Every tensor of theirs, in the order of the blocks."""
   V, D = c.vocab_size, c.hidden_size
   entries = [_one(f"{tree.prefix}.embeddings.weight", (V, D), "embedding", ())]
-  for i, (letter, block, index) in enumerate(_blocks(c.hybrid_override_pattern)):
+  for i, (letter, block, index) in enumerate(blocks(c.hybrid_override_pattern)):
     prefix = f"{tree.prefix}.layers.{i}."
     entries.append(_one(f"{prefix}norm.weight", (D,), f"{block}/norm/weight", index))
     for name, leaf, split, axes, *flat in MIXERS[letter](c):
@@ -91,7 +91,7 @@ def _one(name, shape, leaf, index):
   return Named(name, shape, (Place(leaf, index, shape, tuple(range(len(shape)))),))
 
 
-def _blocks(pattern: str):
+def blocks(pattern: str):
   """(letter, our path of the block, its index in stacked leaves) of each block in turn."""
   for u, (unit, repeats) in enumerate(plan(pattern)):
     for repeat in range(repeats):
