@@ -43,6 +43,13 @@ def find(checkpoint: str) -> Found:
   )
 
 
+def load(checkpoint: str, template: Params) -> Params:
+  """The parameters of `hf:DIR` or of a checkpoint of ours, for a model that is known already."""
+  if checkpoint.startswith(hf.PREFIX):
+    return hf.load_params(hf.open_source(checkpoint.removeprefix(hf.PREFIX)), template)
+  return checkpoint_lib.load_params(checkpoint, template)
+
+
 def model_files(checkpoint: str) -> Path:
   """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
   path = Path(checkpoint).resolve()

@@ -1,6 +1,7 @@
 """A Hugging Face folder as a model: its config, its checked tensors, and parameters placed on a mesh."""
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.hf_config import model_config
 from nemocascade.model.hf_layout import Named, Place, Tree, layout, tree_of, usual
+from nemocascade.model.hybrid import init_params
 from nemocascade.model.tensor_files import Folder, finite
 from nemocascade.types import Params
 
@@ -106,8 +108,10 @@ def load_params(source: Source, template: Params) -> Params:
   Args:
     template: shapes and dtypes of the tree, with a sharding each or on the first local device.
   Raises:
-    UserError: naming every tensor among those read that holds NaN or infinity.
+    UserError: the template is of another model, or tensors that were read hold NaN or infinity; all
+      that differ are named.
   """
+  _same_model(source, template)
   by_leaf: dict[str, list[tuple[str, int, Place]]] = {}
   for named in source.layout.values():
     if named.name == HEAD and source.config.tie_word_embeddings:
@@ -127,6 +131,24 @@ def load_params(source: Source, template: Params) -> Params:
   if broken:
     raise UserError(f"hf:{source.path}: NaN or infinity in {'; '.join(sorted(broken))}")
   return params
+
+
+def _same_model(source: Source, template: Params) -> None:
+  there = jax.eval_shape(functools.partial(init_params, source.config), jax.random.key(0))
+  there, here = (
+    {
+      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (there, template)
+  )
+  different = [
+    f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]
+  if different:
+    raise UserError(f"hf:{source.path} is of another model: {'; '.join(different)}")
 
 
 def _shard(source: Source, pieces, leaf, index: tuple[slice, ...], broken: set[str]) -> np.ndarray:
