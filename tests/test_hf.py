@@ -230,9 +230,9 @@ def test_heads_of_multi_token_prediction_are_left_out_and_said(tmp_path, capsys)
 
 def test_a_trained_checkpoint_goes_out_too(tmp_path):
   """Saved by the training's own store (compressed, one chunk an array), with no folder to go back to."""
-  config = open_source(save(random_model(PATTERN), tmp_path / "A")).config
-  config = dataclasses.replace(config, time_step_limit=(0.0, math.inf))
-  params = init_params(config, jax.random.key(1))
+  source, rng = open_source(save(random_model(PATTERN), tmp_path / "A")), np.random.default_rng(0)
+  config = dataclasses.replace(source.config, time_step_limit=(0.0, math.inf))
+  params = jax.tree.map(lambda a: jnp.array(rng.standard_normal(a.shape), a.dtype), template(source))
   state = TrainState(step=jnp.int32(1), params=params, opt_state={})
   checkpoint.Store(tmp_path / "stage" / "checkpoints").save(1, state, {})
   (tmp_path / "stage" / "model").mkdir()
