@@ -55,8 +55,7 @@ def run(checkpoint: str, tokens: int, new_tokens: int, dtype: str, seed: int) ->
   rows["greedy tokens"] = float(same_BN.mean())
   print(f"{'greedy tokens':24} {'  '.join(f'{same_N.sum()}/{new_tokens}' for same_N in same_BN)}")
   if meant.time_step_limit != c.time_step_limit:
-    *_, (_, logits) = states(meant, params, row_BT)
-    rows["without the clamp"] = _relative(logits, expected["logits"])
+    rows["without the clamp"] = _relative(logits_of(meant, params, row_BT), expected["logits"])
     print(
       f"this folder means dt in {list(meant.time_step_limit)}, which other commands compute: its logits are"
       f" {rows['without the clamp']:.1e} from transformers, which clamps dt at {meant.time_step_min}"
@@ -66,7 +65,7 @@ def run(checkpoint: str, tokens: int, new_tokens: int, dtype: str, seed: int) ->
 
 def states(c: ModelConfig, params, tokens_BT):
   """(name, value) of every layer's output, the last norm and the logits, in turn."""
-  model, ids_BT = Hybrid(c), jnp.ones(tokens_BT.shape, jnp.int32)
+  ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
 
   @functools.partial(jax.jit, static_argnums=0)
   def block(letter, params, x_BTD):
@@ -80,7 +79,12 @@ def states(c: ModelConfig, params, tokens_BT):
     x_BTD = block(letter, own, x_BTD)
     yield f"{i} {BLOCK_KINDS[letter]}", x_BTD
   yield "last norm", RMSNorm(c).apply({"params": params["norm_f"]}, x_BTD)
-  yield "logits", jax.jit(model.apply)({"params": params}, jnp.array(tokens_BT), ids_BT)
+  yield "logits", logits_of(c, params, tokens_BT)  # By the model as a whole, its scans included.
+
+
+def logits_of(c: ModelConfig, params, tokens_BT):
+  """[B, T, V] of rows of one document each."""
+  return jax.jit(Hybrid(c).apply)({"params": params}, jnp.array(tokens_BT), jnp.ones(tokens_BT.shape, jnp.int32))
 
 
 def greedy(c: ModelConfig, params, prompt_BP, N: int) -> np.ndarray:
