@@ -15,7 +15,7 @@ from nemocascade import evaluate
 from nemocascade.checkpoint import load_params
 from nemocascade.config import ModelConfig
 from nemocascade.data import chat
-from nemocascade.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from nemocascade.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import registry
 from nemocascade.domains.judge import BradleyTerryJudge
@@ -35,7 +35,7 @@ class Assembly:
   Attributes: c, workdir, tokenizer, model_config, model, domains, score_fn (pure), score (jitted).
   """
 
-  def __init__(self, c: ConfigDict, workdir: Path, tokenizer: SentencePieceTokenizer | None = None):
+  def __init__(self, c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None):
     self.c, self.workdir = c, Path(workdir)
     self.model_config = ModelConfig.from_fields(c.model.to_dict())
     self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers)
@@ -59,11 +59,11 @@ class Assembly:
   def save_model_files(self, stage_dir: Path) -> None:
     """What a checkpoint needs beside its arrays, so that it can be used from anywhere."""
     write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
-    self.tokenizer.save(stage_dir / "model" / "tokenizer.model")
+    self.tokenizer.save(stage_dir / "model")
 
   # Text.
 
-  def _tokenizer(self) -> SentencePieceTokenizer:
+  def _tokenizer(self) -> Tokenizer:
     """The work directory's tokenizer, trained on the domains' own text at the first run."""
     path = self.workdir / "tokenizer" / "tokenizer.model"
     if not path.exists():
