@@ -38,7 +38,8 @@ class Assembly:
   def __init__(self, c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None):
     self.c, self.workdir = c, Path(workdir)
     self.model_config = ModelConfig.from_fields(c.model.to_dict())
-    self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers)
+    # Only domains run code: a model alone is of use where a sandbox is not to be had.
+    self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers) if c.domains else None
     self.domains = registry.build(c.domains, sandbox=self.sandbox)
     self.tokenizer = tokenizer or self._tokenizer()
     if self.tokenizer.vocab_size > self.model_config.vocab_size:
@@ -186,6 +187,11 @@ class Assembly:
         rows, collect, functools.partial(score.judge, domains=self.domains), batch=batch
       )
     return {name: scores[name] for name in self.domains}
+
+
+def model_alone() -> ConfigDict:
+  """The config of a command that only runs a model; `from_checkpoint` adds the model's own."""
+  return ConfigDict({"domains": ()})
 
 
 def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Assembly, Params]:
