@@ -88,6 +88,7 @@ class Terminal:
   def __init__(self, conversation: Conversation, tools: Tools):
     self.conversation, self.tools = conversation, tools
     self._dimmed = False
+    self._in_thoughts = False
 
   def talk(self) -> None:
     """Until Ctrl-D."""
@@ -110,6 +111,8 @@ class Terminal:
           self._answer(line)
       except UserError as error:
         print(f"error: {error}; /reset begins anew")
+      except KeyboardInterrupt:
+        print()
 
   def _command(self, name: str = "help", *words: str) -> None:
     commands = {
@@ -158,8 +161,10 @@ class Terminal:
 
   def _answer(self, text: str) -> None:
     """One question with all the rounds that it takes."""
-    self.conversation.ask(text)
     with interruptible() as stopped:
+      if not self.conversation.prefills:
+        self._write("(the first answer waits for its programs to compile)\n", dim=True)
+      self.conversation.ask(text)
       for _ in range(MOST_ROUNDS):
         for delta in self.conversation.answer(stopped):
           self._show(delta)
@@ -186,16 +191,19 @@ class Terminal:
 
   def _show(self, delta: Delta) -> None:
     self._write(delta.reasoning, dim=True)
-    if delta.content and self._dimmed:
+    self._in_thoughts |= bool(delta.reasoning)
+    if delta.content and self._in_thoughts:
       self._write("\n", dim=True)
+      self._in_thoughts = False
     self._write(delta.content)
     if delta.tool_call is not None:
       arguments = "\n".join(delta.tool_call.arguments.values())
       self._write(f"\n> {delta.tool_call.name}\n{arguments}", dim=True)
     if delta.error is not None:
-      self._write(f"\n[{delta.error.message}]", dim=True)
+      self._write(f"\n[{delta.error.message}]\n", dim=True)
 
   def _end(self, turn: Turn, stopped: bool) -> None:
+    self._in_thoughts = False
     if not turn.finished:
       self._write(" [stopped]" if stopped else " [cut off: no more tokens]", dim=True)
     self._write("\n")

@@ -59,8 +59,11 @@ def logprobs_by_hand(logits, tokens):
   return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
 
 
+# All completions are of few shapes: three or four rows of up to 32 tokens, one of up to 64.
+NEW = 8
 TALK = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 LONG = [int(i) for i in np.random.default_rng(0).integers(18, 600, 70)]
+PROMPTS = [LONG[:n] for n in (3, 5, 9)]
 
 
 def test_score_is_the_forward_pass_of_each_row_alone(checkpoint, logits, tmp_path):
@@ -92,36 +95,35 @@ def test_many_lengths_are_few_programs(loaded):
 
 def test_greedy_completions_are_the_likeliest_tokens(loaded, logits):
   a, params = loaded
-  lines = [{"messages": TALK[:1]}, {"tokens": LONG, "id": 1}, {"tokens": LONG[:40]}]
-  done = generate.generate(a, params, lines, temperature=0.0, max_new_tokens=12, thinking=False)
-  assert done[1]["id"] == 1 and done[0]["messages"] == TALK[:1]
+  lines = [{"tokens": LONG[:40], "id": 1}, {"messages": TALK[:1]}, *({"tokens": p} for p in PROMPTS[:2])]
+  done = generate.generate(a, params, lines, temperature=0.0, max_new_tokens=NEW, thinking=False)
+  assert done[0]["id"] == 1 and done[1]["messages"] == TALK[:1]
   pieces = chat.render(TALK[:1], add_generation_prompt=True, enable_thinking=False)
-  prompts = [chat.tokenize(pieces, TOKENIZER)[0], LONG, LONG[:40]]
+  prompts = [LONG[:40], chat.tokenize(pieces, TOKENIZER)[0], *PROMPTS[:2]]
   for prompt, row in zip(prompts, done, strict=True):
     logprobs_TV = logprobs_by_hand(logits, prompt + row["tokens"])[len(prompt) - 1 : -1]
     assert row["tokens"] == logprobs_TV.argmax(-1).tolist()
     np.testing.assert_allclose(row["logprobs"], logprobs_TV.max(-1), atol=1e-4)
     stopped = row["tokens"][-1] in (2, 11)
     assert row["finish_reason"] == ("stop" if stopped else "length")
-    assert stopped or len(row["tokens"]) == 12
+    assert stopped or len(row["tokens"]) == NEW
     assert row["text"] == TOKENIZER.decode(row["tokens"][:-1] if stopped else row["tokens"])
 
 
 def test_a_completion_depends_on_its_number_and_the_seed_alone(loaded):
   a, params = loaded
-  prompts = [LONG[:n] for n in (3, 5, 9)]
-  sample = lambda prompts, seed=0: generate.complete(a, params, prompts, max_new_tokens=8, seed=seed)
-  done = sample(prompts)
-  assert sample([*prompts, LONG[:20], LONG[:60]])[:3] == done
-  assert sample(prompts, seed=1) != done
-  assert done[0] != sample([prompts[1], prompts[0]])[1]  # Another number, another draw.
+  sample = lambda prompts, seed=0: generate.complete(a, params, prompts, max_new_tokens=NEW, seed=seed)
+  done = sample(PROMPTS)
+  assert sample([*PROMPTS, LONG[:20], LONG[:40]])[:3] == done
+  assert sample(PROMPTS, seed=1) != done
+  assert done[0] != sample(PROMPTS[::-1])[2]  # Another number, another draw.
 
 
 def test_top_p_keeps_to_the_nucleus(loaded):
   a, params = loaded
-  settings = dict(max_new_tokens=8, seed=3)
-  greedy = generate.complete(a, params, [LONG[:9]], temperature=0.0, **settings)
-  narrow = generate.complete(a, params, [LONG[:9]], temperature=1.0, top_p=1e-6, **settings)
+  settings = dict(max_new_tokens=NEW, seed=3)
+  greedy = generate.complete(a, params, PROMPTS, temperature=0.0, **settings)
+  narrow = generate.complete(a, params, PROMPTS, temperature=1.0, top_p=1e-6, **settings)
   assert narrow[0]["tokens"] == greedy[0]["tokens"]
   np.testing.assert_allclose(narrow[0]["logprobs"], 0.0, atol=1e-6)
 
@@ -178,7 +180,7 @@ def test_without_a_tokenizer_tokens_work_and_messages_are_refused(loaded):
     rows.tokens_of([(4, {"messages": TALK})], None, path="rows", vocab_size=640)
   with pytest.MonkeyPatch().context() as patch:
     patch.setattr(a, "tokenizer", None)
-    assert generate.complete(a, params, [LONG[:3]], max_new_tokens=4)[0]["text"] is None
+    assert generate.complete(a, params, PROMPTS, max_new_tokens=NEW)[0]["text"] is None
 
 
 @pytest.mark.parametrize(

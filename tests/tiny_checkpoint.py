@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from experiments.assembly import Assembly, model_alone
 from nemocascade.checkpoint import Store
 from nemocascade.data import chat
-from nemocascade.data.tokenizer import train_sentencepiece
+from nemocascade.data.tokenizer import EOS, IM_END, train_sentencepiece
 from nemocascade.types import TrainState
 
 TOKENIZER = train_sentencepiece(
@@ -44,10 +44,13 @@ def assembly(workdir: Path) -> Assembly:
   return Assembly(c, workdir, TOKENIZER)
 
 
-def make(stage: Path) -> str:
-  """Writes it into the stage's folder; returns its path."""
+def make(stage: Path, *, endless: bool = False) -> str:
+  """Writes it into the stage's folder; returns its path. `endless`: greedy answers never stop."""
   a = assembly(stage)
-  state = TrainState(jnp.zeros((), jnp.int32), a.fresh_params(jax.random.key(0)), {})
+  params = a.fresh_params(jax.random.key(0))
+  if endless:  # Of 640 logits about 0 the largest is never one that is 0.
+    params["lm_head"] = params["lm_head"].at[:, jnp.array([EOS, IM_END])].set(0)
+  state = TrainState(jnp.zeros((), jnp.int32), params, {})
   a.save_model_files(stage)
   store = Store(stage / "checkpoints")
   store.save(1, state, {})
