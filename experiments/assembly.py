@@ -41,8 +41,9 @@ class Assembly:
     # Only domains run code: a model alone is of use where a sandbox is not to be had.
     self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers) if c.domains else None
     self.domains = registry.build(c.domains, sandbox=self.sandbox)
-    self.tokenizer = tokenizer or self._tokenizer()
-    if self.tokenizer.vocab_size > self.model_config.vocab_size:
+    # None where there are no domains either: such a model is given tokens.
+    self.tokenizer = tokenizer or (self._tokenizer() if c.domains else None)
+    if self.tokenizer and self.tokenizer.vocab_size > self.model_config.vocab_size:
       raise UserError(
         f"model.vocab_size={self.model_config.vocab_size} is smaller than the tokenizer's"
         f" {self.tokenizer.vocab_size}: raise it, or lower tokenizer.vocab_size"
@@ -197,7 +198,7 @@ def model_alone() -> ConfigDict:
 def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Assembly, Params]:
   """The assembly and parameters of a checkpoint of ours or an `hf:DIR`, with the model and tokenizer it names."""
   found = loading.find(checkpoint)
-  if found.tokenizer is None:
+  if found.tokenizer is None and c.domains:
     raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
   c = ConfigDict(c)
   c.model = ConfigDict(dataclasses.asdict(found.config))

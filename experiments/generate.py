@@ -21,7 +21,6 @@ from experiments import rows as rows_lib
 from experiments.assembly import Assembly, from_checkpoint, model_alone
 from experiments.launch import launch
 from nemocascade.errors import UserError
-from nemocascade.metrics import progress
 from nemocascade.types import Params
 
 BATCH = 64  # Rows decoded together, at most.
@@ -87,13 +86,10 @@ def complete(
     of_length[rows_lib.bucket(len(prompt))].append(i)
   completions: list[dict] = [{} for _ in prompts]
   key = jax.random.key(seed)
-  bar = progress(len(prompts), initial=0, desc="generate")
-  done = 0
   for P, numbers in sorted(of_length.items()):
     engine = a.engine(P, P + max_new_tokens)
     B = min(BATCH, 1 << (len(numbers) - 1).bit_length())
-    for start in range(0, len(numbers), B):
-      part = numbers[start : start + B]
+    for part in rows_lib.batches(numbers, B, desc=f"generate after {P}"):
       filled = part + [part[-1]] * (B - len(part))
       d = engine.start(params, [prompts[i] for i in filled], 1)
       limit_B = np.array([len(prompts[i]) + max_new_tokens for i in filled], np.int32)
@@ -110,9 +106,6 @@ def complete(
           "text": None if a.tokenizer is None else a.tokenizer.decode(said),
           "finish_reason": "stop" if stopped else "length",
         }
-        done += len(tokens)
-      bar.update(len(part), tokens=done)
-  bar.close()
   return completions
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from nemocascade.data import chat
 from nemocascade.data.sources import numbered_jsonl
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
+from nemocascade.metrics import progress
 
 Row = dict[str, Any]
 FEWEST = 32  # Tokens of the smallest bucket.
@@ -81,6 +82,18 @@ def check_output(path: str) -> None:
 def bucket(length: int) -> int:
   """The next power of two, so that few lengths are compiled."""
   return max(FEWEST, 1 << (length - 1).bit_length())
+
+
+def batches(numbers: Sequence[int], B: int, *, desc: str) -> Iterator[Sequence[int]]:
+  """B at a time, with a progress bar where there are several."""
+  bar = progress(len(numbers), initial=0, desc=desc) if len(numbers) > B else None
+  for start in range(0, len(numbers), B):
+    part = numbers[start : start + B]
+    yield part
+    if bar is not None:
+      bar.update(len(part))
+  if bar is not None:
+    bar.close()
 
 
 def _tokens(row: Row, tokenizer: Tokenizer | None, vocab_size: int, template: Mapping) -> list[int]:

@@ -17,7 +17,6 @@ import numpy as np
 from experiments import rows as rows_lib
 from experiments.assembly import Assembly, from_checkpoint, model_alone
 from experiments.launch import launch
-from nemocascade.metrics import progress
 from nemocascade.types import Params
 
 TOKENS = 1 << 14  # Of a batch, padding included.
@@ -45,21 +44,15 @@ def score(
   for i, tokens in enumerate(documents):
     of_length[rows_lib.bucket(len(tokens))].append(i)
   scores: list[list[float | None]] = [[] for _ in documents]
-  bar = progress(len(documents), initial=0, desc="score")
-  done = 0
   for T, numbers in sorted(of_length.items()):
     B = min(max(1, TOKENS // T), rows_lib.bucket(len(numbers)))
-    for start in range(0, len(numbers), B):
-      part = numbers[start : start + B]
+    for part in rows_lib.batches(numbers, B, desc=f"score, {T} tokens"):
       tokens_BT, segment_ids_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
       for b, i in enumerate(part):
         tokens_BT[b, : len(documents[i])], segment_ids_BT[b, : len(documents[i])] = documents[i], 1
       logprobs_BT = np.asarray(a.score(params, tokens_BT, segment_ids_BT).logprobs_BT)
       for b, i in enumerate(part):
         scores[i] = [None, *logprobs_BT[b, 1 : len(documents[i])].tolist()]
-        done += len(documents[i])
-      bar.update(len(part), tokens=done)
-  bar.close()
   return scores
 
 

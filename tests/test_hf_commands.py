@@ -14,11 +14,14 @@ from experiments import generate, score
 from nemocascade.data import chat
 from nemocascade.errors import UserError
 
-V, NEW = 448, 12
-MESSAGES = [{"role": "user", "content": "the cat sat on the <think> mat"}]
+V, NEW = 318, 12  # All ids are words of the tokenizer.
+MESSAGES = [
+  {"role": "system", "content": ""},
+  {"role": "user", "content": "the cat sat on the <think> mat"},
+]
 ANSWERED = [*MESSAGES, {"role": "assistant", "content": "12 + 7", "reasoning_content": "is 19"}]
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, V, 45)]
-ROWS = [{"tokens": IDS}, {"messages": MESSAGES}, {"tokens": IDS[:7]}, {"messages": ANSWERED}, {"tokens": IDS[5:6]}]
+ROWS = [{"tokens": IDS}, {"messages": MESSAGES}, {"tokens": IDS[:37]}, {"messages": ANSWERED}, {"tokens": IDS[:1]}]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_score_agrees_with_transformers(peer, words, folder, tmp_path):
 
 
 def test_greedy_generation_agrees_with_transformers(peer, words, folder, tmp_path):
-  rows = [row for row in ROWS if row.get("messages") != ANSWERED]
+  rows = ROWS[:3]
   done = command(generate.run, f"hf:{folder}", tmp_path, rows, 0.0, 1.0, NEW, 0, True)
   for row, found in zip(rows, done, strict=True):
     prompt = row.get("tokens")
@@ -91,6 +94,6 @@ def test_a_folder_without_a_tokenizer_takes_tokens_and_refuses_messages(peer, tm
   expected = logprobs_of(peer, IDS[:7])[np.arange(6), IDS[1:7]]
   np.testing.assert_allclose(scored["logprobs"][1:], expected, atol=1e-4)
   (done,) = command(generate.run, f"hf:{path}", tmp_path, [{"tokens": IDS[:7]}], 0.0, 1.0, 4, 0, True)
-  assert done["text"] is None
+  assert done["text"] is None and done["tokens"]
   with pytest.raises(UserError, match=r"line 2: has messages, but the checkpoint has no tokenizer"):
     command(score.run, f"hf:{path}", tmp_path, [{"tokens": IDS[:7]}, {"messages": MESSAGES}])
