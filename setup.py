@@ -38,9 +38,13 @@ setup(
       "nbclient>=0.10,<0.12",
       "nbformat>=5.10,<6",
       "ipykernel>=6.29,<8",
+      "torch==2.13.0",  # CPU, for transformers: the peer that the model is compared with.
+      "transformers>=5,<6",
+      "safetensors>=0.5,<1",
+      "tokenizers>=0.22,<1",
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
-    "hf": ["transformers>=5,<6", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"],
+    "hf": ["torch>=2.9", "transformers>=5,<6", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"],
   },
 )

@@ -1,5 +1,6 @@
 """What there is in a run: tokenizer, model, domains, judge and the jitted programs over them."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -9,11 +10,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import loading
 from nemocascade import evaluate
 from nemocascade.checkpoint import load_params
 from nemocascade.config import ModelConfig
 from nemocascade.data import chat
-from nemocascade.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from nemocascade.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import registry
 from nemocascade.domains.judge import BradleyTerryJudge
@@ -33,13 +35,15 @@ class Assembly:
   Attributes: c, workdir, tokenizer, model_config, model, domains, score_fn (pure), score (jitted).
   """
 
-  def __init__(self, c: ConfigDict, workdir: Path, tokenizer: SentencePieceTokenizer | None = None):
+  def __init__(self, c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None):
     self.c, self.workdir = c, Path(workdir)
     self.model_config = ModelConfig.from_fields(c.model.to_dict())
-    self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers)
+    # Only domains run code: a model alone is of use where a sandbox is not to be had.
+    self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers) if c.domains else None
     self.domains = registry.build(c.domains, sandbox=self.sandbox)
-    self.tokenizer = tokenizer or self._tokenizer()
-    if self.tokenizer.vocab_size > self.model_config.vocab_size:
+    # None where there are no domains either: such a model is given tokens.
+    self.tokenizer = tokenizer or (self._tokenizer() if c.domains else None)
+    if self.tokenizer and self.tokenizer.vocab_size > self.model_config.vocab_size:
       raise UserError(
         f"model.vocab_size={self.model_config.vocab_size} is smaller than the tokenizer's"
         f" {self.tokenizer.vocab_size}: raise it, or lower tokenizer.vocab_size"
@@ -57,11 +61,11 @@ class Assembly:
   def save_model_files(self, stage_dir: Path) -> None:
     """What a checkpoint needs beside its arrays, so that it can be used from anywhere."""
     write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
-    self.tokenizer.save(stage_dir / "model" / "tokenizer.model")
+    self.tokenizer.save(stage_dir / "model")
 
   # Text.
 
-  def _tokenizer(self) -> SentencePieceTokenizer:
+  def _tokenizer(self) -> Tokenizer:
     """The work directory's tokenizer, trained on the domains' own text at the first run."""
     path = self.workdir / "tokenizer" / "tokenizer.model"
     if not path.exists():
@@ -186,19 +190,20 @@ class Assembly:
     return {name: scores[name] for name in self.domains}
 
 
+def model_alone() -> ConfigDict:
+  """The config of a command that only runs a model; `from_checkpoint` adds the model's own."""
+  return ConfigDict({"domains": ()})
+
+
 def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Assembly, Params]:
-  """The assembly and parameters of a checkpoint of ours, with the model and tokenizer beside it."""
-  files = Path(checkpoint).resolve().parent.parent / "model"
-  if not checkpoint or not (files / "config.json").exists():
-    raise UserError(
-      f"--checkpoint={checkpoint!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
-      " directory"
-    )
+  """The assembly and parameters of a checkpoint of ours or an `hf:DIR`, with the model and tokenizer it names."""
+  found = loading.find(checkpoint)
+  if found.tokenizer is None and c.domains:
+    raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
   c = ConfigDict(c)
-  c.model = ConfigDict(json.loads((files / "config.json").read_text()))
-  a = Assembly(c, workdir, load_tokenizer(files / "tokenizer.model"))
-  template = jax.eval_shape(a.fresh_params, jax.random.key(0))
-  return a, load_params(checkpoint, template)
+  c.model = ConfigDict(dataclasses.asdict(found.config))
+  a = Assembly(c, workdir, found.tokenizer)
+  return a, found.load(jax.eval_shape(a.fresh_params, jax.random.key(0)))
 
 
 def claim(c: ConfigDict, workdir: Path) -> None:

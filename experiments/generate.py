@@ -4,91 +4,120 @@
     --input=prompts.jsonl --output=out.jsonl --temperature=0 --max_new_tokens=64
 
 A row in is {"messages": [...], "tools": [...]} or {"tokens": [...]}; other keys are carried through.
-A row out adds {"tokens", "logprobs", "text", "finish_reason": "stop" | "length"}.
+A row out adds {"tokens", "logprobs", "text", "finish_reason": "stop" | "length"}: the new tokens,
+the log-probability with which each was drawn, and what they say up to the stop token (null where the
+checkpoint has no tokenizer).
 """
 
-import json
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.assembly import Assembly, from_checkpoint
+from experiments import rows as rows_lib
+from experiments.assembly import Assembly, from_checkpoint, model_alone
 from experiments.launch import launch
-from nemocascade.data import chat
-from nemocascade.data.sources import read_jsonl
 from nemocascade.errors import UserError
+from nemocascade.types import Params
 
-BATCH = 64  # Rows decoded together.
+BATCH = 64  # Rows decoded together, at most.
 
 
 def run(
-  checkpoint: str, input: str, output: str, temperature: float, max_new_tokens: int, seed: int, thinking: bool
-) -> None:
-  if temperature < 0 or max_new_tokens < 1:
-    raise UserError(f"--temperature={temperature} --max_new_tokens={max_new_tokens}: at least 0 and 1")
-  rows = read_jsonl(input)
-  a, params = from_checkpoint(None, Path(output).resolve().parent, checkpoint)
-  lines = generate(
-    a, params, rows, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, thinking=thinking
+  checkpoint: str, input: str, output: str, temperature: float, top_p: float, max_new_tokens: int,
+  seed: int, thinking: bool,
+) -> None:  # fmt: skip
+  check_sampling(temperature, top_p, max_new_tokens)
+  rows_lib.check_output(output)
+  rows = rows_lib.read_rows(input)
+  a, params = from_checkpoint(model_alone(), Path(output).resolve().parent, checkpoint)
+  prompts = rows_lib.tokens_of(
+    rows, a.tokenizer, path=input, vocab_size=a.model_config.vocab_size,
+    add_generation_prompt=True, enable_thinking=thinking,
+  )  # fmt: skip
+  completions = complete(
+    a, params, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
   )
-  partial = Path(f"{output}.tmp")
-  partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  partial.rename(output)
+  lines = [row | completion for (_, row), completion in zip(rows, completions, strict=True)]
+  rows_lib.write_rows(output, lines)
 
 
-def prompt_tokens(a: Assembly, row: dict, thinking: bool) -> list[int]:
-  """The row's own tokens, or its conversation up to the assistant's next word."""
-  if "tokens" in row:
-    return [int(token) for token in row["tokens"]]
-  if "messages" not in row:
-    raise UserError(f"an input row has neither 'messages' nor 'tokens', only {sorted(row)}")
-  pieces = chat.render(
-    row["messages"], tools=row.get("tools"), enable_thinking=thinking, add_generation_prompt=True
-  )
-  return chat.tokenize(pieces, a.tokenizer)[0]
+def check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> None:
+  """Raises UserError on a setting that no sampler has."""
+  if temperature < 0:
+    raise UserError(f"--temperature={temperature}: must be at least 0")
+  if not 0 < top_p <= 1:
+    raise UserError(f"--top_p={top_p}: must be above 0 and at most 1")
+  if max_new_tokens < 1:
+    raise UserError(f"--max_new_tokens={max_new_tokens}: must be at least 1")
 
 
 def generate(
-  a: Assembly, params, rows: list[dict], *, temperature=1.0, max_new_tokens=64, seed=0, thinking=True
+  a: Assembly, params: Params, rows: Sequence[dict], *, thinking: bool = True, **sampling: Any
 ) -> list[dict]:
-  """The rows with their completions, in order."""
-  prompts = [prompt_tokens(a, row, thinking) for row in rows]
-  if not prompts:
-    return []
-  # One shape for all batches: the longest prompt, up to a whole chunk of the scan.
-  P = -(-max(map(len, prompts)) // 32) * 32
-  engine, lines = a.engine(P, P + max_new_tokens), []
-  for start in range(0, len(rows), BATCH):
-    part = prompts[start : start + BATCH]
-    key = jax.random.fold_in(jax.random.key(seed), start)
-    d = engine.start(params, part + [part[-1]] * (BATCH - len(part)), 1)
-    d = d.replace(limit_B=np.minimum(d.known_B + max_new_tokens, P + max_new_tokens))
-    d = jax.device_get(engine.decode(params, d, key, temperature, 1.0))
-    for b, prompt in enumerate(part):
-      new = slice(len(prompt), int(d.known_B[b]))
-      tokens = d.tokens_BT[b, new].tolist()
-      stopped = bool(tokens) and tokens[-1] in engine.stop_ids
-      lines.append(
-        rows[start + b]
-        | {
+  """Rows with their completions, in order; see `complete`."""
+  prompts = rows_lib.tokens_of(
+    list(enumerate(rows, start=1)), a.tokenizer, path="rows",
+    vocab_size=a.model_config.vocab_size, add_generation_prompt=True, enable_thinking=thinking,
+  )  # fmt: skip
+  completions = complete(a, params, prompts, **sampling)
+  return [row | completion for row, completion in zip(rows, completions, strict=True)]
+
+
+def complete(
+  a: Assembly,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  *,
+  temperature: float = 1.0,
+  top_p: float = 1.0,
+  max_new_tokens: int = 64,
+  seed: int = 0,
+) -> list[dict]:
+  """A completion of each prompt, in order; prompts of like lengths are decoded together.
+
+  What is sampled depends on the seed and the prompt's number, not on its neighbours.
+  """
+  of_length = defaultdict(list)
+  for i, prompt in enumerate(prompts):
+    of_length[rows_lib.bucket(len(prompt))].append(i)
+  completions: list[dict] = [{} for _ in prompts]
+  key = jax.random.key(seed)
+  for P, numbers in sorted(of_length.items()):
+    engine = a.engine(P, P + max_new_tokens)
+    B = min(BATCH, 1 << (len(numbers) - 1).bit_length())
+    for part in rows_lib.batches(numbers, B, desc=f"generate after {P}"):
+      filled = part + [part[-1]] * (B - len(part))
+      d = engine.start(params, [prompts[i] for i in filled], 1)
+      limit_B = np.array([len(prompts[i]) + max_new_tokens for i in filled], np.int32)
+      d = d.replace(row_id_B=np.array(filled, np.int32), limit_B=limit_B)
+      d = engine.decode(params, d, key, temperature, top_p)
+      d = jax.device_get((d.tokens_BT, d.behaviour_logprobs_BT, d.known_B))
+      for b, i in enumerate(part):
+        tokens, logprobs = (a_BT[b, len(prompts[i]) : int(d[2][b])].tolist() for a_BT in d[:2])
+        stopped = tokens[-1] in engine.stop_ids
+        said = tokens[:-1] if stopped else tokens
+        completions[i] = {
           "tokens": tokens,
-          "logprobs": d.behaviour_logprobs_BT[b, new].tolist(),
-          "text": a.tokenizer.decode(tokens),
+          "logprobs": logprobs,
+          "text": None if a.tokenizer is None else a.tokenizer.decode(said),
           "finish_reason": "stop" if stopped else "length",
         }
-      )
-  return lines
+  return completions
 
 
 if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(str, "", "The checkpoint directory."),
+    checkpoint=(str, "", "The checkpoint directory, or hf:DIR."),
     input=(str, "", "Prompts, JSON lines."),
     output=(str, "", "Completions, JSON lines."),
     temperature=(float, 1.0, "0 is greedy."),
+    top_p=(float, 1.0, "Tokens are drawn from the likeliest that together reach this."),
     max_new_tokens=(int, 64, "Tokens of a completion at most."),
     seed=(int, 0, "Of the sampling."),
     thinking=(bool, True, "Whether the assistant starts with thoughts."),

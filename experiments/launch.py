@@ -12,12 +12,15 @@ from nemocascade import host_memory
 from nemocascade.errors import UserError
 
 
-def launch(run: Callable[..., object], *, config: bool = True, **extra: tuple) -> None:
+def launch(
+  run: Callable[..., object], *, config: bool = True, positional: str = "", **extra: tuple
+) -> None:
   """Parses the command line and calls `run`; does not return.
 
   Args:
     run: called as run(config, workdir, **extra flags), or run(**extra flags) without a config.
     config: whether the command takes --config and --workdir.
+    positional: the name of the one argument written without a flag, if there is one.
     **extra: further flags, name -> (kind, default, help), kind one of str, int, float, bool.
   """
   doc = (sys.modules["__main__"].__doc__ or "").strip()
@@ -38,9 +41,10 @@ def launch(run: Callable[..., object], *, config: bool = True, **extra: tuple) -
     sys.exit(0)
   try:
     left = _parse(sys.argv)
+    arguments = {positional: left.pop(1) if len(left) > 1 else ""} if positional else {}
     if len(left) > 1:
       raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value")
-    arguments = {name: getattr(flags.FLAGS, name) for name in extra}
+    arguments |= {name: getattr(flags.FLAGS, name) for name in extra}
     if config:
       for name in ("config", "workdir"):
         if getattr(flags.FLAGS, name) is None:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments import loading
 from experiments.assembly import Assembly
-from nemocascade.checkpoint import Store, load_params
+from nemocascade.checkpoint import Store
 from nemocascade.types import Params, TrainState
 
 
@@ -29,7 +30,7 @@ def start(
   """The state to train from, its record and the store: the first of these that exists.
 
   1. This stage's own last checkpoint, data position included.
-  2. The parameters at `init_from`, under a new optimizer.
+  2. The parameters at `init_from` (a checkpoint of ours, or hf:DIR), under a new optimizer.
   3. Fresh parameters.
   """
   init_params = init_params or a.fresh_params
@@ -50,7 +51,7 @@ def start(
     a.save_model_files(stage_dir)
     record = {}
     if init_from:
-      state = under_new_optimizer(load_params(init_from, template.params))
+      state = under_new_optimizer(loading.load(init_from, template.params))
     else:
       state = fresh(key)
   # Committed to its device wherever it came from: else the second step would compile again.

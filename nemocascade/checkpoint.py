@@ -51,7 +51,7 @@ class Store:
     )
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
-      _write_checksums(self.path_of(step))
+      write_checksums(self.path_of(step))
 
   def wait(self) -> None:
     """Returns when everything saved is on disk."""
@@ -172,8 +172,8 @@ def _placed(template):
   return jax.tree.map(place, template)
 
 
-def _write_checksums(path: Path) -> None:
-  """{file: [bytes, crc32 or null]}, renamed into place after Orbax has committed.
+def write_checksums(path: Path) -> None:
+  """{file: [bytes, crc32 or null]} of a checkpoint, renamed into place after Orbax has committed.
 
   A kill before this leaves a whole checkpoint that is only less well guarded.
   """

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nemocascade.data import chat
 from nemocascade.data.chat import ToolCall, Turn, parse, render, text_of, tokenize, tool_response
+from nemocascade.data.chat_parse import FormatError, TurnParser
 from nemocascade.data.tokenizer import (
   EOS,
   IM_END,
@@ -89,6 +90,16 @@ def learned_runs(pieces):
 
 
 # Text.
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "chat.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
+def test_golden_conversations(case):
+  """Written by hand from paper.md 2, not by this code: a difference is an error of the code."""
+  pieces = render(case["messages"], tools=case.get("tools"), **case["arguments"])
+  assert text_of(pieces) == "\n".join(case["text"])
+  assert learned_runs(pieces) == case["learned"]
 
 
 @pytest.mark.parametrize("thinking, opening", [(True, "<think>\n"), (False, "<think></think>")])
@@ -258,6 +269,20 @@ def test_messages_that_cannot_be_rendered_are_named(messages, complaint):
     render(messages)
 
 
+@pytest.mark.parametrize(
+  "arguments, complaint",
+  [
+    ({"enable_thinkng": True}, "unknown template argument 'enable_thinkng'.*'enable_thinking'"),
+    ({"enable_thinking": "no"}, "enable_thinking='no': must be true or false"),
+    ({"reasoning_budget": "64"}, "reasoning_budget='64': must be a whole number or null"),
+    ({"reasoning_budget": True}, "reasoning_budget=True: must be a whole number or null"),
+  ],
+)
+def test_template_arguments_that_do_not_exist_are_named(arguments, complaint):
+  with pytest.raises(UserError, match=complaint):
+    render([user()], **arguments)
+
+
 def test_nameless_tool_is_named_by_its_place():
   with pytest.raises(UserError, match="tool 1 has no name"):
     render([user()], tools=[TOOLS[0], {"type": "function"}])
@@ -379,6 +404,34 @@ def test_training_sees_the_tokens_that_a_rollout_makes(steps, last, thinking, to
   assert tokenize(render(messages, tools=tools), TOKENIZER) == (tokens, loss_mask)
 
 
+conversation = st.lists(
+  st.tuples(text, st.booleans(), turn, st.lists(st.lists(text, min_size=1, max_size=2), max_size=2)),
+  min_size=1, max_size=3,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(conversation, st.sampled_from([None, TOOLS]))
+def test_turn_by_turn_is_a_prefix_of_the_whole_when_history_is_not_truncated(asked, tools):
+  messages, ends = [], []
+  for question, thinking, (reasoning, content, calls), rounds in asked:
+    messages.append(user(question))
+    ends.append((len(messages), thinking))
+    for results in rounds:
+      messages.append(assistant(content, reasoning if thinking else None, [*calls, ("more", {})]))
+      messages += map(result, results)
+      ends.append((len(messages), thinking))
+    messages.append(assistant(content, reasoning if thinking else None))
+  settings_ = dict(tools=tools, truncate_history_thinking=False)
+  whole, _ = tokenize(render(messages, **settings_), TOKENIZER)
+  for end, thinking in ends:
+    pieces = render(
+      messages[:end], add_generation_prompt=True, enable_thinking=thinking, **settings_
+    )
+    tokens, _ = tokenize(pieces, TOKENIZER)
+    assert whole[: len(tokens)] == tokens
+
+
 # Reading back.
 
 
@@ -398,6 +451,52 @@ def test_what_was_rendered_is_read_back(said, thinking):
   )
 
 
+# Ids of structure, of words, of single bytes, of the template's phrases, and of nothing.
+ids = st.one_of(
+  st.integers(10, 17),
+  st.integers(0, 20),
+  st.integers(18, 300),
+  st.sampled_from(TOKENIZER.encode("é日 \n\n</function>\n<parameter=box>\n>\n")),
+  st.integers(-2, TOKENIZER.vocab_size + 2),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ids, max_size=30), st.lists(st.integers(1, 5)), st.booleans())
+def test_tokens_as_they_come_say_what_they_say_at_once(tokens, sizes, thinking):
+  parser, deltas, start = TurnParser(TOKENIZER, thinking=thinking), [], 0
+  for size in [*sizes, len(tokens)]:
+    deltas += parser.feed(tokens[start : start + size])
+    start += size
+  deltas += parser.finish()
+  turn = parser.turn()
+  assert turn == parse(tokens, TOKENIZER, thinking=thinking)
+  assert "".join(d.reasoning for d in deltas) == (turn.reasoning or "")
+  assert "".join(d.content for d in deltas) == turn.content
+  assert tuple(d.tool_call for d in deltas if d.tool_call) == turn.tool_calls
+  assert next((d.error for d in deltas if d.error), None) == turn.error
+
+
+def test_text_comes_out_as_soon_as_it_is_certain():
+  parser = TurnParser(TOKENIZER, thinking=True)
+  said = []
+  for token in [*TOKENIZER.encode("move é\n"), THINK_END, *TOKENIZER.encode("\nbox "), TOOL_CALL]:
+    said.append(["".join(d.reasoning + d.content for d in parser.feed([token])), token])
+  words = [text for text, _ in said if text]
+  assert "".join(words) == "move ébox"
+  assert said[0][0] == TOKENIZER.decode([said[0][1]])  # At once.
+
+
+def test_an_error_tells_the_model_what_to_mend():
+  tokens = [TOOL_CALL, *TOKENIZER.encode(GOOD), TOOL_CALL_END, TOOL_CALL, *TOKENIZER.encode("x")]
+  turn = parse([*tokens, TOOL_CALL_END, IM_END], TOKENIZER, thinking=False)
+  message = "a tool call is not <function=NAME> ... </function>"
+  assert turn.error == FormatError("tool_call", message, call=1, text="x")
+  assert json.loads(turn.error.as_response()) == {
+    "error": {"type": "tool_call", "message": message, "call": 1}
+  }
+
+
 def test_a_stop_token_ends_the_turn():
   words = TOKENIZER.encode("move")
   for stop in (IM_END, EOS):
@@ -409,7 +508,8 @@ def test_a_stop_token_ends_the_turn():
 
 def test_an_endless_thought_is_no_answer():
   turn = parse([*TOKENIZER.encode("look at"), TOOL_CALL, IM_END], TOKENIZER, thinking=True)
-  assert turn == Turn("look at<tool_call>", "", error="the thought has no </think>", finished=True)
+  assert turn == Turn("look at<tool_call>", "", (), turn.error, finished=True)
+  assert turn.error == FormatError("thought", "the thought has no </think>")
 
 
 def test_tags_spelt_in_text_are_text():
@@ -448,7 +548,7 @@ GOOD = "\n<function=stop>\n</function>\n"
 def test_malformed_calls_are_errors_in_words(parts, calls, complaint):
   tokens = sum(([p] if isinstance(p, int) else TOKENIZER.encode(p) for p in parts), [])
   turn = parse([*tokens, IM_END], TOKENIZER, thinking=False)
-  assert complaint in turn.error
+  assert complaint in turn.error.message
   assert turn.tool_calls == (ToolCall("stop", {}),) * calls
   assert turn.finished
 

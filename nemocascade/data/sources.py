@@ -118,9 +118,19 @@ class Demonstrations(Sequence):
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The objects of a JSON lines file; blank lines are none."""
-  path = pathlib.Path(path)
+  """The objects of a JSON lines file; blank lines are none. Raises UserError on the first bad one."""
   rows = []
+  for number, row in numbered_jsonl(path):
+    if isinstance(row, UserError):
+      raise UserError(f"{path}, line {number}: {row}") from row
+    rows.append(row)
+  return rows
+
+
+def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any] | UserError]]:
+  """(line number, its object or what is wrong with it) of each line that is not blank."""
+  path = pathlib.Path(path)
+  rows: list[tuple[int, dict[str, Any] | UserError]] = []
   try:
     lines = path.read_bytes().split(b"\n")
   except OSError as error:
@@ -131,10 +141,11 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
       row = json.loads(line)
     except ValueError as error:  # Of JSON, or of UTF-8.
-      raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-      raise UserError(f"{path}, line {number}: must be an object, is {type(row).__name__}")
-    rows.append(row)
+      row = UserError(f"not JSON ({error})")
+    else:
+      if not isinstance(row, dict):
+        row = UserError(f"must be an object, is {type(row).__name__}")
+    rows.append((number, row))
   return rows
 
 

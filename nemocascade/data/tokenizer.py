@@ -1,11 +1,13 @@
 """Text to ids and back, without loss, and without text ever spelling a special token."""
 
+import abc
 import hashlib
 import io
+import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import sentencepiece
 
@@ -26,15 +28,70 @@ SPECIAL_NAMES = (
   "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
 )  # fmt: skip
 
-FILE_NAME = "tokenizer.model"  # What a folder that holds a tokenizer calls it.
+# The ids that the chat template and its parser work with.
+FAMILY = {name: i for i, name in enumerate(SPECIAL_NAMES) if i >= IM_START}
+
 _SPACE = "\u2581"  # SentencePiece writes a space so; a text that has it needs bytes instead.
 
 
-class SentencePieceTokenizer:
+class Tokenizer(abc.ABC):
+  """The face that all tokenizers have.
+
+  Attributes:
+    special: name -> id of each special token; the family's are among them.
+    special_names: the same, id -> name.
+    vocab_size: one more than the largest id.
+    fingerprint: names the tokenizer: equal files, equal fingerprints.
+    byte_ids: ids that spell one byte each and whose text depends on the bytes beside them.
+    file_name: what a folder that holds the tokenizer calls it.
+  """
+
+  file_name: str
+  byte_ids: frozenset[int] = frozenset()
+
+  def __init__(self, data: bytes, special: Mapping[str, int], vocab_size: int):
+    self._data = data
+    self.special, self.vocab_size = dict(special), vocab_size
+    self.special_names = {i: name for name, i in self.special.items()}
+    self.fingerprint = hashlib.sha256(data).hexdigest()
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """Ids of plain text: never a special one, whatever the text spells."""
+
+  @abc.abstractmethod
+  def _decode(self, ids: list[int]) -> str:
+    """The text of neighbouring ids, none of them special."""
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of any ids; a special id as its name, one outside the vocabulary as U+FFFD."""
+    parts, run = [], []
+    for i in map(int, ids):
+      if 0 <= i < self.vocab_size and i not in self.special_names:
+        run.append(i)
+        continue
+      parts.append(self._decode(run) if run else "")
+      parts.append(self.special_names.get(i, "\ufffd"))
+      run = []
+    parts.append(self._decode(run) if run else "")
+    return "".join(parts)
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes the file it was read from, or into a folder by its name; whole or not at all."""
+    path = pathlib.Path(path)
+    path = path / self.file_name if path.is_dir() else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(self._data)
+    os.replace(partial, path)
+
+
+class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model whose ids 0 to 17 are the family's special tokens."""
 
+  file_name = "tokenizer.model"
+
   def __init__(self, model: bytes, *, origin: str = "tokenizer"):
-    self._model = model
     self._pieces = sentencepiece.SentencePieceProcessor()
     try:
       self._pieces.LoadFromSerializedProto(model)
@@ -44,51 +101,98 @@ class SentencePieceTokenizer:
     for i, (found, name) in enumerate(zip(names, SPECIAL_NAMES, strict=True)):
       if found != name:
         raise UserError(f"{origin}: id {i} is {found!r}, must be {name!r}")
-    self.special = {name: i for i, name in enumerate(SPECIAL_NAMES)}
-    self.vocab_size = self._pieces.GetPieceSize()
-    self.fingerprint = hashlib.sha256(model).hexdigest()
+    special = {name: i for i, name in enumerate(SPECIAL_NAMES)}
+    super().__init__(model, special, self._pieces.GetPieceSize())
     self._space_bytes = [self._pieces.PieceToId(f"<0x{b:02X}>") for b in _SPACE.encode()]
 
   def encode(self, text: str) -> list[int]:
-    """Ids of plain text: never a special one, whatever the text spells."""
-    # Half of a surrogate pair is no text; everything else survives.
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    first, *others = text.split(_SPACE)
+    first, *others = _whole(text).split(_SPACE)
     ids = self._pieces.EncodeAsIds(first)
     for other in others:
       ids += self._space_bytes + self._pieces.EncodeAsIds(other)
     return ids
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of any ids; a special id as its name, one outside the vocabulary as U+FFFD."""
-    parts, run = [], []
-    for i in map(int, ids):
-      if len(SPECIAL_NAMES) <= i < self.vocab_size:
-        run.append(i)
-        continue
-      parts.append(self._pieces.DecodeIds(run) if run else "")
-      parts.append(SPECIAL_NAMES[i] if 0 <= i < len(SPECIAL_NAMES) else "\ufffd")
-      run = []
-    parts.append(self._pieces.DecodeIds(run) if run else "")
-    return "".join(parts)
-
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes the model to a file, or as `tokenizer.model` into a folder; whole or not at all."""
-    path = _file_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(self._model)
-    os.replace(partial, path)
+  def _decode(self, ids: list[int]) -> str:
+    return self._pieces.DecodeIds(ids)
 
 
-def load_tokenizer(path: str | os.PathLike) -> SentencePieceTokenizer:
-  """Reads what `save` wrote: a file, or a folder with `tokenizer.model`."""
-  path = _file_of(path)
+class HuggingFaceTokenizer(Tokenizer):
+  """A `tokenizer.json` in which ids 10 to 17 are the family's."""
+
+  file_name = "tokenizer.json"
+
+  def __init__(self, data: bytes, *, origin: str = "tokenizer"):
+    try:
+      import tokenizers  # Of the extra [hf].
+    except ImportError as error:
+      raise UserError(
+        f"{origin}: needs the package tokenizers: pip install 'nemocascade[hf]'"
+      ) from error
+    try:
+      fields = json.loads(data)
+      added = fields.get("added_tokens") or []
+      for token in added:  # Else a text that spells it would be read as it.
+        token["special"] = token["special"] or token["content"] in FAMILY
+      self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    except Exception as error:  # The binding raises bare Exceptions.
+      why = " ".join(str(error).split())[:200]
+      raise UserError(f"{origin}: not a whole tokenizer.json ({why})") from error
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._tokenizer.encode_special_tokens = True  # As any other text.
+
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    _check_family(vocabulary, origin)
+    special = {token["content"]: vocabulary[token["content"]] for token in added if token["special"]}
+    super().__init__(data, {**FAMILY, **special}, max(vocabulary.values()) + 1)
+    decoder = json.dumps(fields.get("decoder"))
+    if "ByteFallback" in decoder:
+      spelt = (vocabulary.get(f"<0x{byte:02X}>") for byte in range(256))
+      self.byte_ids = frozenset(i for i in spelt if i is not None)
+    # Names cut after their first letter are names no more.
+    longest_first = sorted(self.special, key=len, reverse=True)
+    self._named = re.compile("|".join(map(re.escape, longest_first)))
+
+  def encode(self, text: str) -> list[int]:
+    """As the face says; `<unk>` alone may come up, where a vocabulary lacks a character."""
+    text = _whole(text)
+    ids = self._encode(text)
+    if self.special_names.keys().isdisjoint(ids):
+      return ids
+    # A vocabulary may hold a special token's name as a word.
+    ends = [match.start() + 1 for match in self._named.finditer(text)]
+    parts = zip([0, *ends], [*ends, len(text)], strict=True)
+    return [i for start, end in parts for i in self._encode(text[start:end])]
+
+  def _encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def _decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+TOKENIZERS = (HuggingFaceTokenizer, SentencePieceTokenizer)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """Reads a file, or what a folder has: `tokenizer.json`, else `tokenizer.model`.
+
+  Raises:
+    UserError: there is none, it is damaged, or of another family.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    found = [path / kind.file_name for kind in TOKENIZERS if (path / kind.file_name).exists()]
+    if not found:
+      names = " or ".join(kind.file_name for kind in TOKENIZERS)
+      raise UserError(f"tokenizer {path}: the folder has no {names}")
+    path = found[0]
   try:
-    model = path.read_bytes()
+    data = path.read_bytes()
   except OSError as error:
     raise UserError(f"tokenizer {path}: {error.strerror or error}") from error
-  return SentencePieceTokenizer(model, origin=f"tokenizer {path}")
+  kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+  return kind(data, origin=f"tokenizer {path}")
 
 
 def train_sentencepiece(
@@ -151,6 +255,20 @@ def train_sentencepiece(
   return SentencePieceTokenizer(model.getvalue())
 
 
-def _file_of(path: str | os.PathLike) -> pathlib.Path:
-  path = pathlib.Path(path)
-  return path / FILE_NAME if path.is_dir() else path
+def _whole(text: str) -> str:
+  """Half of a surrogate pair is no text; everything else survives."""
+  return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _check_family(vocabulary: Mapping[str, int], origin: str) -> None:
+  """Raises UserError, naming every token of the family that is missing or has another id."""
+  missing = [name for name in FAMILY if name not in vocabulary]
+  if missing:
+    raise UserError(f"{origin}: lacks the special tokens {', '.join(map(repr, missing))}")
+  moved = [
+    f"{name!r} is id {vocabulary[name]}, must be {i}"
+    for name, i in FAMILY.items()
+    if vocabulary[name] != i
+  ]
+  if moved:
+    raise UserError(f"{origin}: {'; '.join(moved)}")

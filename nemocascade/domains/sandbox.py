@@ -156,6 +156,10 @@ class Sandbox:
         self._remembered.popitem(last=False)
     return [known[digest] for digest in digests]
 
+  def session(self, limits: Limits) -> _Worker:
+    """A confined process for the caller alone, to `start` one program in and to `close`."""
+    return _Worker(self._prefix, self._filter, limits)
+
   def close(self) -> None:
     """Ends the processes; at the latest this happens when the sandbox goes."""
     _close(self._pool, self._workers)
@@ -271,15 +275,19 @@ class _Worker:
 
   def _send(self, program: Program, fds: list[int]) -> None:
     """Sends the program with its ends of the pipes, and lets go of these."""
-    files = [(path, _bytes(content)) for path, content in program.files.items()]
-    calls = [dataclasses.astuple(call) for call in program.calls]
-    payload = marshal.dumps((files, program.argv, calls))
     try:
-      with _holding(payload) as file, _holding(_bytes(program.stdin)) as stdin:
-        socket.send_fds(self._socket, [b"p"], [file.fileno(), stdin.fileno(), *fds])
+      with _holding(_bytes(program.stdin)) as stdin:
+        self.start(program, [stdin.fileno(), *fds])
     finally:
       for fd in fds:
         os.close(fd)
+
+  def start(self, program: Program, fds: Sequence[int]) -> None:
+    """Begins the program; `fds` become its stdin, stdout, stderr and control."""
+    files = [(path, _bytes(content)) for path, content in program.files.items()]
+    calls = [dataclasses.astuple(call) for call in program.calls]
+    with _holding(marshal.dumps((files, program.argv, calls))) as file:
+      socket.send_fds(self._socket, [b"p"], [file.fileno(), *fds])
 
   def _read(self, fds: Sequence[int], deadline: float) -> tuple[list[bytes], str]:
     """What came through the pipes, and what was too much of it; at the deadline it stops."""

@@ -57,17 +57,23 @@ class Engine:
     )
     self._decode = jax.jit(functools.partial(_decode, step_fn, self.stop_ids), donate_argnums=1)
 
-  def start(self, params: Params, prompts: Sequence[Sequence[int]], G: int) -> Decoding:
+  def start(
+    self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None
+  ) -> Decoding:
     """Takes in each prompt once, for G rows of it.
 
+    Args:
+      width: what prompts are padded to where that is less than P; each width compiles once.
+
     Raises:
-      UserError: a prompt is empty or longer than P.
+      UserError: a prompt is empty or too long.
     """
-    tokens_QP = np.zeros((len(prompts), self.P), np.int32)
+    width = self.P if width is None else min(width, self.P)
+    tokens_QP = np.zeros((len(prompts), width), np.int32)
     for q, prompt in enumerate(prompts):
-      if not 0 < len(prompt) <= self.P:
+      if not 0 < len(prompt) <= width:
         raise UserError(
-          f"prompt {q} has {len(prompt)} tokens: allowed are 1 to prompt_tokens={self.P}"
+          f"prompt {q} has {len(prompt)} tokens: allowed are 1 to prompt_tokens={width}"
         )
       tokens_QP[q, : len(prompt)] = prompt
     length_Q = np.array([len(prompt) for prompt in prompts], np.int32)

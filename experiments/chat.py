@@ -1,0 +1,258 @@
+"""A conversation in the terminal, streamed, with thoughts dimmed.
+
+  python -m experiments.chat --checkpoint=runs/tiny/sft/checkpoints/700
+  python -m experiments.chat --checkpoint=hf:DIR --thinking --tools=python
+
+Ctrl-C stops the answer, Ctrl-D leaves; /help lists the commands. With --tools=python the model may run
+Python in the sandbox: results go back to it until it answers.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from experiments.assembly import from_checkpoint, model_alone
+from experiments.generate import check_sampling
+from experiments.launch import launch
+from nemocascade.data.chat_parse import Delta, Turn
+from nemocascade.data.tool_format import ToolCall
+from nemocascade.domains.python_tool import PythonTool
+from nemocascade.domains.sandbox import MODES, Sandbox
+from nemocascade.errors import UserError, unknown
+from nemocascade.rollout.conversation import Conversation
+
+TOOLS = ("none", "python")
+MOST_ROUNDS = 100  # Answers to one question, where each but the last calls a tool.
+HELP = """\
+/think      think before answers from now on
+/nothink    answer at once
+/tools      the tools on offer; /tools python, /tools none
+/reset      forget the conversation
+/help       this
+Ctrl-C stops an answer, Ctrl-D leaves."""
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def run(
+  checkpoint: str, thinking: bool, temperature: float, top_p: float, max_new_tokens: int,
+  context: int, seed: int, system: str, tools: str, sandbox: str,
+) -> None:  # fmt: skip
+  check_sampling(temperature, top_p, max_new_tokens)
+  if context < 2:
+    raise UserError(f"--context={context}: must be at least 2")
+  for name, value, allowed in (("--tools", tools, TOOLS), ("--sandbox", sandbox, MODES)):
+    if value not in allowed:
+      raise unknown(name, value, allowed)
+  tool = Tools(sandbox)
+  offered = tool.offer(tools)
+  a, params = from_checkpoint(model_alone(), Path.cwd(), checkpoint)
+  if a.tokenizer is None:
+    raise UserError(f"--checkpoint={checkpoint!r}: has no tokenizer, so it cannot be talked to")
+  conversation = Conversation(
+    a.engine(context - 1, context), params, a.tokenizer,
+    seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
+    thinking=thinking, system=system or None, tools=offered,
+  )  # fmt: skip
+  Terminal(conversation, tool).talk()
+
+
+class Tools:
+  """What the model may call."""
+
+  def __init__(self, sandbox_mode: str):
+    self.name, self._mode = "none", sandbox_mode
+    self._python: PythonTool | None = None
+
+  def offer(self, name: str) -> list[dict]:
+    """Schemas of the tools of this name. Raises UserError where code cannot be confined."""
+    if name not in TOOLS:
+      raise unknown("tool", name, TOOLS)
+    if name == "python" and self._python is None:
+      self._python = PythonTool(Sandbox(mode=self._mode, workers=1))
+    self.name = name
+    return [self._python.schema] if name == "python" else []
+
+  def call(self, call: ToolCall, stopped: Callable[[], bool]) -> str:
+    return self._python.call(call.name, call.arguments, stopped=stopped)
+
+  def reset(self) -> None:
+    if self._python is not None:
+      self._python.reset()
+
+
+class Terminal:
+  """Reads lines, and shows a conversation as it goes."""
+
+  def __init__(self, conversation: Conversation, tools: Tools):
+    self.conversation, self.tools = conversation, tools
+    self._dimmed = False
+    self._in_thoughts = False
+
+  def talk(self) -> None:
+    """Until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+      import readline  # noqa: F401  Gives `input` its line editing.
+    print(f"{self._state()}; /help for help")
+    while True:
+      try:
+        line = input("> ").strip()
+      except EOFError:
+        print()
+        return
+      except KeyboardInterrupt:
+        print("\nCtrl-D leaves")
+        continue
+      try:
+        if line.startswith("/"):
+          self._command(*line[1:].split())
+        elif line:
+          self._answer(line)
+      except UserError as error:
+        print(f"error: {error}; /reset begins anew")
+      except KeyboardInterrupt:
+        print()
+
+  def _command(self, name: str = "help", *words: str) -> None:
+    commands = {
+      "think": self._think, "nothink": self._nothink, "tools": self._tools,
+      "reset": self._reset, "help": self._help,
+    }  # fmt: skip
+    if name not in commands:
+      print(unknown("command", f"/{name}", [f"/{command}" for command in commands]))
+    elif words and name != "tools":
+      print(f"/{name} stands alone")
+    else:
+      commands[name](*words)
+
+  def _think(self) -> None:
+    self.conversation.thinking = True
+    print(self._state())
+
+  def _nothink(self) -> None:
+    self.conversation.thinking = False
+    print(self._state())
+
+  def _tools(self, *words: str) -> None:
+    if words:
+      try:
+        self.conversation.offer(self.tools.offer(words[0]))
+      except UserError as error:
+        print(error)
+        return
+    print(self._state())
+    for schema in self.conversation.tools:
+      function = schema["function"]
+      parameters = ", ".join(function["parameters"]["properties"])
+      print(f"  {function['name']}({parameters}): {function['description']}")
+
+  def _reset(self) -> None:
+    self.conversation.reset()
+    self.tools.reset()
+    print("the conversation is forgotten")
+
+  def _help(self) -> None:
+    print(HELP)
+
+  def _state(self) -> str:
+    mode = "thinking" if self.conversation.thinking else "not thinking"
+    return f"{mode}, tools: {self.tools.name}"
+
+  def _answer(self, text: str) -> None:
+    """One question with all the rounds that it takes."""
+    with interruptible() as stopped:
+      if not self.conversation.prefills:
+        self._write("(the first answer waits for its programs to compile)\n", dim=True)
+      self.conversation.ask(text)
+      for _ in range(MOST_ROUNDS):
+        for delta in self.conversation.answer(stopped):
+          self._show(delta)
+        turn = self.conversation.turn
+        self._end(turn, stopped())
+        results = self._results(turn, stopped)
+        if not results or stopped():
+          return
+        self.conversation.respond(results)
+      print(f"(stopped after {MOST_ROUNDS} rounds)")
+
+  def _results(self, turn: Turn, stopped: Callable[[], bool]) -> list[str]:
+    """What the tools say, and what was wrong with a call; empty where the model has ended."""
+    if self.tools.name == "none" or not turn.finished:
+      return []
+    results = []
+    for call in turn.tool_calls:
+      results.append(self.tools.call(call, stopped))
+      self._write(f"< {results[-1]}\n", dim=True)
+    if turn.error is not None and turn.error.kind in ("tool_call", "after_call"):
+      results.append(turn.error.as_response())
+      self._write(f"< {results[-1]}\n", dim=True)
+    return results
+
+  def _show(self, delta: Delta) -> None:
+    self._write(delta.reasoning, dim=True)
+    self._in_thoughts |= bool(delta.reasoning)
+    if delta.content and self._in_thoughts:
+      self._write("\n", dim=True)
+      self._in_thoughts = False
+    self._write(delta.content)
+    if delta.tool_call is not None:
+      arguments = "\n".join(delta.tool_call.arguments.values())
+      self._write(f"\n> {delta.tool_call.name}\n{arguments}", dim=True)
+    if delta.error is not None:
+      self._write(f"\n[{delta.error.message}]\n", dim=True)
+
+  def _end(self, turn: Turn, stopped: bool) -> None:
+    self._in_thoughts = False
+    if not turn.finished:
+      self._write(" [stopped]" if stopped else " [cut off: no more tokens]", dim=True)
+    self._write("\n")
+
+  def _write(self, text: str, *, dim: bool = False) -> None:
+    if not text:
+      return
+    if sys.stdout.isatty() and dim != self._dimmed:
+      sys.stdout.write(DIM if dim else PLAIN)
+    self._dimmed = dim
+    sys.stdout.write(shown(text))
+    sys.stdout.flush()
+
+
+def shown(text: str) -> str:
+  """The text with control characters made visible: a model must not steer the terminal."""
+  return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+  code = ord(character)
+  if character in "\n\t" or 0x20 <= code < 0x7F or code >= 0xA0:
+    return character
+  return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+  """Within, Ctrl-C only makes the function true: an exception might lose the decode state."""
+  pressed: list[int] = []
+  before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+  try:
+    yield lambda: bool(pressed)
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+  launch(
+    run,
+    config=False,
+    checkpoint=(str, "", "The checkpoint directory, or hf:DIR."),
+    thinking=(bool, False, "Whether the assistant thinks before it answers."),
+    temperature=(float, 1.0, "0 is greedy."),
+    top_p=(float, 0.95, "Tokens are drawn from the likeliest that together reach this."),
+    max_new_tokens=(int, 1024, "Tokens of an answer at most."),
+    context=(int, 4096, "Tokens of the conversation at most."),
+    seed=(int, 0, "Of the sampling."),
+    system=(str, "", "The system turn; empty is the family's own."),
+    tools=(str, "none", "none or python."),
+    sandbox=(str, "bubblewrap", "How Python is confined; unconfined only limits its resources."),
+  )

@@ -1,0 +1,48 @@
+"""Weights in and out: a Hugging Face folder to a checkpoint of ours, and back.
+
+  python -m experiments.convert --source=hf:DIR --target=CKPT
+  python -m experiments.convert --source=CKPT --target=hf:DIR
+
+Streamed, so that memory does not grow with the model. Every tensor keeps its numbers and its width;
+config.json, the generation config and the tokenizer go along. The target must not exist.
+"""
+
+import time
+from pathlib import Path
+
+from experiments.launch import launch
+from experiments.loading import model_files, read_config, tokenizer_of
+from nemocascade import conversion
+from nemocascade.errors import UserError
+from nemocascade.model import hf
+
+
+def run(source: str, target: str) -> None:
+  inward, outward = (name.startswith(hf.PREFIX) for name in (source, target))
+  if not source or not target or inward == outward:
+    raise UserError(f"--source={source!r} --target={target!r}: one of them must be hf:DIR")
+  into = Path(target.removeprefix(hf.PREFIX)).resolve()
+  if into.exists() and (not into.is_dir() or any(into.iterdir())):
+    raise UserError(f"--target={target}: is there already; remove it, or choose another")
+  began = time.perf_counter()
+  if inward:
+    opened = hf.open_source(source.removeprefix(hf.PREFIX))
+    tokenizer_of(opened.path, opened.config)  # Refused here if it does not fit.
+    conversion.from_hf(opened, into)
+  else:
+    files = model_files(source)
+    config = read_config(files)
+    tokenizer_of(files, config)
+    conversion.to_hf(Path(source).resolve(), files, config, into)
+  size = sum(file.stat().st_size for file in into.rglob("*") if file.is_file())
+  took = time.perf_counter() - began
+  print(f"{target}: {size / 1e9:.2f} GB in {took:.1f} s ({size / 1e9 / took:.2f} GB/s)")
+
+
+if __name__ == "__main__":
+  launch(
+    run,
+    config=False,
+    source=(str, "", "hf:DIR, or a checkpoint directory of ours."),
+    target=(str, "", "Where it is written: a new directory, or hf:DIR."),
+  )

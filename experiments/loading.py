@@ -1,0 +1,79 @@
+"""What a --checkpoint names, ours or a Hugging Face folder: its model, its tokenizer, its parameters."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from nemocascade import checkpoint as checkpoint_lib
+from nemocascade.config import ModelConfig
+from nemocascade.data.tokenizer import load_tokenizer
+from nemocascade.errors import UserError
+from nemocascade.model import hf
+from nemocascade.types import Params
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A checkpoint whose files are there and agree with each other; its weights are not read yet."""
+
+  config: ModelConfig
+  tokenizer: object | None  # None where the folder has none.
+  load: Callable[[Params], Params]  # Template (shapes, dtypes, shardings) -> parameters.
+
+
+def find(checkpoint: str) -> Found:
+  """Opens `hf:DIR`, or a checkpoint directory of ours.
+
+  Raises:
+    UserError: there is none, or its config, tensors and tokenizer do not agree.
+  """
+  if checkpoint.startswith(hf.PREFIX):
+    path = Path(checkpoint.removeprefix(hf.PREFIX))
+    source = hf.open_source(path)
+    return Found(
+      source.config, tokenizer_of(path, source.config), lambda template: hf.load_params(source, template)
+    )
+  files = model_files(checkpoint)
+  config = read_config(files)
+  return Found(
+    config, tokenizer_of(files, config), lambda template: checkpoint_lib.load_params(checkpoint, template)
+  )
+
+
+def load(checkpoint: str, template: Params) -> Params:
+  """The parameters of `hf:DIR` or of a checkpoint of ours, for a model that is known already."""
+  if checkpoint.startswith(hf.PREFIX):
+    return hf.load_params(hf.open_source(checkpoint.removeprefix(hf.PREFIX)), template)
+  return checkpoint_lib.load_params(checkpoint, template)
+
+
+def model_files(checkpoint: str) -> Path:
+  """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
+  path = Path(checkpoint).resolve()
+  for files in (path / "model", path.parent.parent / "model"):
+    if checkpoint and (files / "config.json").exists():
+      return files
+  raise UserError(
+    f"--checkpoint={checkpoint!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
+    " directory, a converted one, or hf:DIR"
+  )
+
+
+def read_config(files: Path) -> ModelConfig:
+  return ModelConfig.from_fields(json.loads((files / "config.json").read_text()))
+
+
+def tokenizer_of(files: Path, config: ModelConfig):
+  """The tokenizer of a folder, or None; its ids must be rows of the model's embedding."""
+  if not any((files / name).exists() for name in TOKENIZER_FILES):
+    return None
+  tokenizer = load_tokenizer(files)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise UserError(
+      f"{files}: the tokenizer has {tokenizer.vocab_size} tokens, more than the {config.vocab_size} rows of"
+      " the embedding (vocab_size of config.json)"
+    )
+  return tokenizer

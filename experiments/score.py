@@ -1,0 +1,66 @@
+"""Log-probabilities of given tokens: rows in, the same rows with a number a token out.
+
+  python -m experiments.score --checkpoint=runs/tiny/sft/checkpoints/700 \\
+    --input=rows.jsonl --output=out.jsonl
+
+A row in is {"tokens": [...]} or {"messages": [...], "tools": [...]}; other keys are carried through.
+A row out adds {"logprobs": [null, float, ...]}: entry t is log p(token t | the tokens before it).
+Rows of messages get their "tokens" too.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import rows as rows_lib
+from experiments.assembly import Assembly, from_checkpoint, model_alone
+from experiments.launch import launch
+from nemocascade.types import Params
+
+TOKENS = 1 << 14  # Of a batch, padding included.
+
+
+def run(checkpoint: str, input: str, output: str) -> None:
+  rows_lib.check_output(output)
+  rows = rows_lib.read_rows(input)
+  a, params = from_checkpoint(model_alone(), Path(output).resolve().parent, checkpoint)
+  documents = rows_lib.tokens_of(
+    rows, a.tokenizer, path=input, vocab_size=a.model_config.vocab_size
+  )
+  scored = zip(rows, documents, score(a, params, documents), strict=True)
+  rows_lib.write_rows(
+    output,
+    [row | {"tokens": tokens, "logprobs": logprobs} for (_, row), tokens, logprobs in scored],
+  )
+
+
+def score(
+  a: Assembly, params: Params, documents: Sequence[Sequence[int]]
+) -> list[list[float | None]]:
+  """log p of each token after the first, in order; documents of like lengths are batched."""
+  of_length = defaultdict(list)
+  for i, tokens in enumerate(documents):
+    of_length[rows_lib.bucket(len(tokens))].append(i)
+  scores: list[list[float | None]] = [[] for _ in documents]
+  for T, numbers in sorted(of_length.items()):
+    B = min(max(1, TOKENS // T), rows_lib.bucket(len(numbers)))
+    for part in rows_lib.batches(numbers, B, desc=f"score, {T} tokens"):
+      tokens_BT, segment_ids_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+      for b, i in enumerate(part):
+        tokens_BT[b, : len(documents[i])], segment_ids_BT[b, : len(documents[i])] = documents[i], 1
+      logprobs_BT = np.asarray(a.score(params, tokens_BT, segment_ids_BT).logprobs_BT)
+      for b, i in enumerate(part):
+        scores[i] = [None, *logprobs_BT[b, 1 : len(documents[i])].tolist()]
+  return scores
+
+
+if __name__ == "__main__":
+  launch(
+    run,
+    config=False,
+    checkpoint=(str, "", "The checkpoint directory, or hf:DIR."),
+    input=(str, "", "Rows, JSON lines."),
+    output=(str, "", "Rows with their log-probabilities, JSON lines."),
+  )

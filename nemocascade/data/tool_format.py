@@ -1,0 +1,177 @@
+"""How tools are told to the model and how it calls them (paper.md 2.4), written and read back."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from nemocascade.data.pieces import Piece, mark
+from nemocascade.errors import UserError
+
+# What the template says of tools, word for word: models were trained on it.
+_HEAD = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
+_TAIL = (
+  "\n</tools>\n\n"
+  "If you choose to call a function ONLY reply in the following format with NO suffix:\n\n"
+)
+_EXAMPLE = (
+  "\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n"
+  "<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n"
+  "multiple lines\n</parameter>\n</function>\n"
+)
+_REMINDER = (
+  "\n\n<IMPORTANT>\nReminder:\n"
+  "- Function calls MUST follow the specified format: an inner <function=...></function> block "
+  "must be nested within "
+)
+_REMINDER_END = (
+  " XML tags\n"
+  "- Required parameters MUST be specified\n"
+  "- You may provide optional reasoning for your function call in natural language BEFORE the "
+  "function call, but NOT after\n"
+  "- If there is no function call available, answer the question like normal with your current "
+  "knowledge and do not tell the user about function calls\n</IMPORTANT>"
+)
+
+# Fixed strings of the format, as cut by special tokens: each is worth a token of its own.
+PHRASES: tuple[str, ...] = (
+  _HEAD, _TAIL, _EXAMPLE, _REMINDER, _REMINDER_END,
+  "\n<function>\n<name>", "</name>\n<description>", "</name>\n<parameters>", "</name>\n<type>",
+  "</description>\n<parameters>", "\n<parameter>\n<name>", "</type>\n<description>",
+  "</description>\n</parameter>", "</type>\n</parameter>", "\n</parameters>\n</function>",
+  "\n<required>", "</required>\n</parameters>\n</function>",
+  "\n<function=", ">\n", "<parameter=", "\n</parameter>\n", "</function>\n",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+  """A call as written: values are strings, to be read by whoever knows the schema."""
+
+  name: str
+  arguments: dict[str, str]
+
+
+# Writing.
+
+
+def tools_section(tools: Sequence[Mapping]) -> list[Piece]:
+  """The part of the system turn that offers the tools.
+
+  Raises:
+    UserError: a tool is no object or has no name.
+  """
+  text = _HEAD
+  for place, tool in enumerate(tools):
+    tool = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+    if not isinstance(tool, Mapping) or "name" not in tool:
+      raise UserError(f"tool {place} has no name")
+    text += f"\n<function>\n<name>{tool['name']}</name>"
+    if "description" in tool:
+      text += f"\n<description>{str(tool['description']).strip()}</description>"
+    text += "\n<parameters>"
+    parameters = tool.get("parameters")
+    parameters = parameters if isinstance(parameters, Mapping) else {}
+    properties = parameters.get("properties")
+    for name, field in properties.items() if isinstance(properties, Mapping) else ():
+      text += f"\n<parameter>\n<name>{name}</name>"
+      field = field if isinstance(field, Mapping) else {}
+      if "type" in field:
+        text += f"\n<type>{field['type']}</type>"
+      if "description" in field:
+        text += f"\n<description>{str(field['description']).strip()}</description>"
+      if "enum" in field:
+        text += f"\n<enum>{_json(field['enum'])}</enum>"
+      text += _other_keys(field, ("name", "type", "description", "enum")) + "\n</parameter>"
+    text += _other_keys(parameters, ("type", "properties", "required"))
+    if "required" in parameters:
+      text += f"\n<required>{_json(parameters['required'])}</required>"
+    text += "\n</parameters>"
+    text += _other_keys(tool, ("type", "name", "description", "parameters")) + "\n</function>"
+
+  call, call_end = mark("<tool_call>"), mark("</tool_call>")
+  return [
+    Piece(text), Piece(_TAIL), call, Piece(_EXAMPLE), call_end,
+    Piece(_REMINDER), call, call_end, Piece(_REMINDER_END),
+  ]  # fmt: skip
+
+
+def calls(tool_calls: Sequence[Mapping], *, learned: bool) -> list[Piece]:
+  """Calls of an assistant's message, each in its own wrapper.
+
+  Raises:
+    UserError: a call lacks a name, or its arguments are no object.
+  """
+  pieces = []
+  for call in tool_calls:
+    pieces += [mark("<tool_call>", learned), Piece(_call_text(call), learned=learned)]
+    pieces += [mark("</tool_call>", learned), Piece("\n", learned=learned)]
+  return pieces
+
+
+def responses(results: Sequence[str]) -> list[Piece]:
+  """Results of calls, in the order of the calls."""
+  pieces = []
+  for result in results:
+    pieces += [mark("<tool_response>"), Piece(f"\n{result}\n"), mark("</tool_response>")]
+    pieces += [Piece("\n")]
+  return pieces
+
+
+def _call_text(call: Mapping) -> str:
+  call = call.get("function", call) if isinstance(call, Mapping) else {}
+  name, arguments = call.get("name"), call.get("arguments") or {}
+  if isinstance(arguments, str):
+    try:
+      arguments = json.loads(arguments)
+    except ValueError as error:
+      raise UserError(f"arguments of tool call {name!r}: not JSON ({error})") from error
+  if not isinstance(name, str) or not isinstance(arguments, Mapping):
+    raise UserError(f"tool call {name!r}: needs a name and arguments as an object")
+  filled = "".join(
+    f"<parameter={key}>\n{_value(value)}\n</parameter>\n" for key, value in arguments.items()
+  )
+  return f"\n<function={name}>\n{filled}</function>\n"
+
+
+def _other_keys(fields: Mapping, handled: Sequence[str]) -> str:
+  return "".join(
+    f"\n<{key}>{_value(value)}</{key}>" for key, value in fields.items() if key not in handled
+  )
+
+
+def _value(value: object) -> str:
+  return _json(value) if isinstance(value, Mapping | list | tuple) else str(value)
+
+
+def _json(value: object) -> str:
+  return json.dumps(value, ensure_ascii=False)
+
+
+# Reading back.
+
+# Whole because a value may itself hold tags: the last </function> closes, and a
+# </parameter> only where another parameter or the end follows.
+_CALL = re.compile(r"\s*<function=([^\n>]+)>(.*)</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(
+  r"\s*<parameter=([^\n>]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL
+)
+
+
+def parse_call(text: str) -> ToolCall | str:
+  """The call that stands between <tool_call> and </tool_call>, or what is wrong with it."""
+  call = _CALL.fullmatch(text)
+  if call is None:
+    return "a tool call is not <function=NAME> ... </function>"
+  name, filled = call.groups()
+  arguments, start = {}, 0
+  while filled[start:].strip():
+    parameter = _PARAMETER.match(filled, start)
+    if parameter is None:
+      return f"a parameter of {name} is not <parameter=NAME> ... </parameter>"
+    key, value = parameter.groups()
+    if key in arguments:
+      return f"parameter {key} of {name} is given twice"
+    arguments[key] = value
+    start = parameter.end()
+  return ToolCall(name, arguments)

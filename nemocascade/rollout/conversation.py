@@ -1,0 +1,175 @@
+"""One conversation with a model: its decode state is kept, and answers come as they are sampled."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from nemocascade.data import chat
+from nemocascade.data.chat_parse import Delta, Turn, TurnParser
+from nemocascade.data.tokenizer import IM_END, THINK_END, Tokenizer
+from nemocascade.errors import UserError
+from nemocascade.rollout.engine import Decoding, Engine
+from nemocascade.types import Params
+
+STRIDE = 4  # Tokens sampled between two looks at them.
+NARROWEST = 64  # Of the widths that prompts are padded to.
+# Given tokens are taken in one by one; from so many on, it is faster to take in all anew at once.
+TAKEN_SINGLY = 128
+
+
+class Conversation:
+  """Messages, and the tokens that the model has seen of them.
+
+  Sampled tokens stay as they are: a further message is only added. Where the template cuts the
+  thoughts of earlier turns (paper.md 2.3), the history is another, and is rendered and taken in anew.
+
+  Attributes:
+    messages: in OpenAI form; the system's is kept apart.
+    turn: the last answer, once it ended.
+    tokens: all that the model has seen, or will at the next answer.
+    prefills: how often a whole history was taken in.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 1024,
+    thinking: bool = True,
+    truncate_history_thinking: bool = True,
+    system: str | None = None,
+    tools: Sequence[dict[str, Any]] = (),
+  ):
+    self.engine, self.params, self.tokenizer = engine, params, tokenizer
+    self.key, self.temperature, self.top_p = jax.random.key(seed), temperature, top_p
+    self.max_new_tokens, self.thinking = max_new_tokens, thinking
+    self.truncate_history_thinking = truncate_history_thinking
+    self.system, self.tools = system, list(tools)
+    self.prefills = 0
+    self.reset()
+
+  def reset(self) -> None:
+    """Forgets all that was said."""
+    self.messages: list[dict[str, Any]] = []
+    self.turn: Turn | None = None
+    self._forget()
+
+  def offer(self, tools: Sequence[dict[str, Any]]) -> None:
+    """Other tools from now on. The system turn tells of them, so the history is taken in anew."""
+    self.tools = list(tools)
+    self._forget()
+
+  def ask(self, text: str) -> None:
+    """The user's next message.
+
+    Raises:
+      UserError: there is no room for it; the conversation is as it was.
+    """
+    message = {"role": "user", "content": text}
+    if self._d is None or (self._has_thoughts and self.truncate_history_thinking):
+      self._begin([*self.messages, message])
+    else:
+      self._add(chat.user_turn(text, enable_thinking=self.thinking))
+    self.messages.append(message)
+
+  def respond(self, results: Sequence[str]) -> None:
+    """Results of the last answer's calls, in order. Raises UserError as `ask` does."""
+    self._add(chat.tool_response(results, enable_thinking=self.thinking))
+    self.messages += [{"role": "tool", "content": result} for result in results]
+
+  def answer(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Delta]:
+    """Samples the next turn and yields what becomes certain of it; the turn ends with the iterator.
+
+    Args:
+      stopped: asked every few tokens; the turn ends where it is true.
+    """
+    parser = TurnParser(self.tokenizer, thinking=self.thinking)
+    begin, new = len(self.tokens), []
+    limit = min(begin + self.max_new_tokens, self.engine.T)
+    while len(self.tokens) < limit and not stopped():
+      new = self._sample(min(len(self.tokens) + STRIDE, limit))
+      yield from parser.feed(new)
+      if new[-1] in self.engine.stop_ids:
+        break
+    yield from parser.finish()
+    self.turn = parser.turn()
+    # A turn that was cut off is closed for it, when more is said.
+    self._owed = []
+    if not self.turn.finished:
+      in_thought = self.thinking and THINK_END not in self.tokens[begin:]
+      self._owed = [THINK_END, IM_END] if in_thought else [IM_END]
+    self._has_thoughts |= bool((self.turn.reasoning or "").strip())
+    self.messages.append(_message(self.turn))
+
+  def _forget(self) -> None:
+    self.tokens: list[int] = []
+    self._d: Decoding | None = None
+    self._owed: list[int] = []
+    self._has_thoughts = False  # Whether `tokens` hold thoughts that a next question cuts.
+
+  def _begin(self, messages: Sequence[dict[str, Any]]) -> None:
+    system = [] if self.system is None else [{"role": "system", "content": self.system}]
+    pieces = chat.render(
+      [*system, *messages],
+      tools=self.tools,
+      add_generation_prompt=True,
+      enable_thinking=self.thinking,
+      truncate_history_thinking=self.truncate_history_thinking,
+    )
+    self._take_in(chat.tokenize(pieces, self.tokenizer)[0])
+    self._owed = []
+    self._has_thoughts = not self.truncate_history_thinking and self._has_thoughts
+
+  def _add(self, pieces: Sequence[chat.Piece]) -> None:
+    given = self._owed + chat.tokenize(pieces, self.tokenizer)[0]
+    if len(given) > TAKEN_SINGLY:
+      self._take_in(self.tokens + given)
+    else:
+      self._check_room(len(self.tokens) + len(given))
+      assert self._d is not None
+      d = self._d.replace(limit_B=np.array([self.engine.T], np.int32))
+      self._d = self.engine.extend(d, {0: given})
+      self.tokens = self.tokens + given
+    self._owed = []
+
+  def _take_in(self, tokens: list[int]) -> None:
+    self._check_room(len(tokens))
+    width = max(NARROWEST, 1 << (len(tokens) - 1).bit_length())
+    self._d = self.engine.start(self.params, [tokens], 1, width=width)
+    self.tokens = tokens
+    self.prefills += 1
+
+  def _check_room(self, tokens: int) -> None:
+    if tokens >= self.engine.T:
+      raise UserError(
+        f"the conversation would have {tokens} tokens, and there is room for {self.engine.T}"
+      )
+
+  def _sample(self, limit: int) -> list[int]:
+    """Goes on to a stop token or to `limit` tokens in all; returns the new ones."""
+    assert self._d is not None
+    d = self._d.replace(limit_B=np.array([limit], np.int32), done_B=np.array([False]))
+    self._d = self.engine.decode(self.params, d, self.key, self.temperature, self.top_p)
+    known = int(self._d.known_B[0])
+    new = np.asarray(self._d.tokens_BT)[0, len(self.tokens) : known].tolist()
+    self.tokens = self.tokens + new
+    return new
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+  message: dict[str, Any] = {"role": "assistant", "content": turn.content}
+  if turn.reasoning is not None:
+    message["reasoning_content"] = turn.reasoning
+  if turn.tool_calls:
+    message["tool_calls"] = [
+      {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+      for call in turn.tool_calls
+    ]
+  return message
