@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import reward_model, rl, sft
+from experiments import loading, reward_model, rl, sft
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.teaching import BEST, find, gather, probe
@@ -48,7 +48,7 @@ def check(c: ConfigDict) -> None:
     if stage.kind == "rl":
       rl.check(flat(c, name))
       for domain, teacher in stage.teachers.items():
-        if teacher not in (BEST, *c.order[:i]) and not Path(teacher).is_dir():
+        if teacher not in (BEST, *c.order[:i]) and not loading.is_checkpoint(teacher):
           raise unknown(f"stages.{name}.teachers.{domain}", teacher, [BEST, *c.order[:i]])
 
 

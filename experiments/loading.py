@@ -43,6 +43,11 @@ def find(checkpoint: str) -> Found:
   )
 
 
+def is_checkpoint(name: str) -> bool:
+  """Whether the name is of something to load, and not of a stage."""
+  return name.startswith(hf.PREFIX) or (Path(name) / "params").is_dir()
+
+
 def load(checkpoint: str, template: Params) -> Params:
   """The parameters of `hf:DIR` or of a checkpoint of ours, for a model that is known already."""
   if checkpoint.startswith(hf.PREFIX):

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import loading
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.stage import Outcome, start
 from experiments.teaching import find, gather, score_rows, teacher_logprobs
 from nemocascade import advantage
-from nemocascade.checkpoint import load_params
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
 from nemocascade.errors import UserError, unknown
@@ -112,7 +112,7 @@ def run(
   first, key = int(state.step), jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, tokens = record.get("frontier", {}), record.get("tokens", 0)
   if c.kl_weight:
-    reference = load_params(init_from, jax.eval_shape(a.fresh_params, jax.random.key(0)))
+    reference = loading.load(init_from, jax.eval_shape(a.fresh_params, jax.random.key(0)))
   r = c.rollout
 
   with MetricsWriter(stage_dir, start_step=first) as writer:

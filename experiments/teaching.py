@@ -1,16 +1,14 @@
 """From the teachers that a config names to checked checkpoints, and what they say of a rollout."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import loading
 from experiments.assembly import Assembly
 from nemocascade.cascade import Record
-from nemocascade.checkpoint import load_params
-from nemocascade.data.tokenizer import load_tokenizer
 from nemocascade.domains import domain as domain_lib
 from nemocascade.errors import UserError, unknown
 from nemocascade.rollout.episode import Samples
@@ -43,9 +41,10 @@ def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
       )
     elif stage is not None:
       found.append(of_stage(stage, domain))
-    elif (Path(name) / "params").is_dir():
-      tokenizer = load_tokenizer(Path(name).resolve().parent.parent / "model" / "tokenizer.model")
-      found.append(Teacher(domain, name, float("nan"), "", tokenizer=tokenizer.fingerprint))
+    elif loading.is_checkpoint(name):
+      tokenizer = loading.find(name).tokenizer
+      fingerprint = tokenizer.fingerprint if tokenizer else ""
+      found.append(Teacher(domain, name, float("nan"), "", tokenizer=fingerprint))
     else:
       raise unknown(f"teachers.{domain}", name, [BEST, *(s["name"] for s in stages)])
   return found
@@ -55,7 +54,7 @@ def gather(a: Assembly, teachers: list[Teacher], keep: int) -> Teachers:
   """The registry that loads and probes them."""
   template = jax.eval_shape(a.fresh_params, jax.random.key(0))
   registry = Teachers(
-    lambda checkpoint: load_params(checkpoint, template), a.score,
+    lambda checkpoint: loading.load(checkpoint, template), a.score,
     vocab_size=a.model_config.vocab_size, tokenizer=a.tokenizer.fingerprint, keep=keep,
   )  # fmt: skip
   for teacher in teachers:

@@ -10,7 +10,7 @@ import pytest
 from configs.tiny import if_rl
 from experiments import rl
 from experiments.assembly import Assembly
-from nemocascade.checkpoint import Store
+from nemocascade.checkpoint import Store, load_params
 from nemocascade.errors import UserError
 from nemocascade.types import TrainState
 
@@ -61,7 +61,7 @@ def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
   shutil.copytree(whole, cut)
   shutil.rmtree(cut / "checkpoints" / "4")  # As if killed in the fourth step.
   outcome = rl.run(c, cut, a, start)
-  expected = rl.load_params(whole / "checkpoints" / "4", jax.eval_shape(lambda p: p, outcome.params))
+  expected = load_params(whole / "checkpoints" / "4", jax.eval_shape(lambda p: p, outcome.params))
   jax.tree.map(np.testing.assert_array_equal, outcome.params, expected)
   assert lines(cut) == lines(whole)
   assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
