@@ -26,7 +26,7 @@ from nemocascade.model.hf import CONFIG, HEAD, Source
 from nemocascade.model.hf_config import config_fields
 from nemocascade.model.hf_layout import Named, Place, Tree, layout
 from nemocascade.model.hybrid import init_params
-from nemocascade.model.tensor_files import DTYPES, file_blocks, finite, write_all, write_shards
+from nemocascade.model.tensor_files import DTYPES, Stretch, finite, write_all, write_shards
 
 # In a checkpoint's `model` folder, beside config.json and the tokenizer.
 THEIR_CONFIG, RECORD = "hf_config.json", "hf.json"
@@ -111,15 +111,25 @@ def _write_part(source: Source, own: str, part: int, parts: int, place: Place, l
   dtype, good = DTYPES[source.folder.tensors[own].dtype], True
   first = part * int(np.prod(place.split))  # Of this part's numbers in the tensor.
   for where, start, count in _chunks(place, layout):
-    blocks = source.folder.blocks(own, (first + start) * dtype.itemsize, count * dtype.itemsize)
-    if not _same_bytes(place):
-      blocks = [np.ascontiguousarray(place.ours(np.concatenate([block.copy() for block in blocks])))]
+    stretch = source.folder.stretch(own, (first + start) * dtype.itemsize, count * dtype.itemsize)
+    good &= stretch.finite()
     with arrays.chunk_file(params, place.leaf, where).open("wb", buffering=0) as file:
-      for block in blocks:
-        good &= finite(block)
-        write_all(file, block.astype(layout.dtype, copy=False))
-      file.truncate(layout.chunk_bytes)  # The last chunk is filled up with zeros.
+      for piece in _as_ours(stretch, place, layout):
+        write_all(file, piece)
+      if count < int(np.prod(layout.chunks)):
+        file.truncate(layout.chunk_bytes)  # The last chunk is filled up with zeros.
   return good
+
+
+def _as_ours(stretch: Stretch, place: Place, layout: Layout) -> Iterator[np.ndarray | Stretch]:
+  """A chunk's numbers as they lie on disk."""
+  if not _same_bytes(place):
+    numbers = np.concatenate([block.copy() for block in stretch.blocks()])
+    yield place.ours(numbers).astype(layout.dtype)
+  elif stretch.dtype != layout.dtype:
+    yield from (block.astype(layout.dtype) for block in stretch.blocks())
+  else:
+    yield stretch
 
 
 def _write_model_files(source: Source, layouts: dict[str, Layout], model: Path) -> None:
@@ -159,30 +169,33 @@ def to_hf(checkpoint: Path, model: Path, config: ModelConfig, target: Path) -> N
   specs = {named.name: (dtype_of(named), named.shape) for named in tensors.values()}
   broken: list[str] = []
 
-  def blocks(name: str) -> Iterator[np.ndarray]:
+  def pieces(name: str) -> Iterator[np.ndarray | Stretch]:
     dtype, good = DTYPES[specs[name][0]], True
-    for block in _read_blocks(params, tensors[name], opened):
-      good &= finite(block)
-      yield block.astype(dtype, copy=False)
+    for piece in _pieces(params, tensors[name], opened):
+      good &= piece.finite() if isinstance(piece, Stretch) else finite(piece)
+      if piece.dtype == dtype:
+        yield piece
+      else:
+        yield from (b.astype(dtype) for b in (piece.blocks() if isinstance(piece, Stretch) else [piece]))
     if not good:
       broken.append(name)
 
   with _whole_or_nothing(target) as partial:
     partial.mkdir()
-    write_shards(partial, specs, blocks)
+    write_shards(partial, specs, pieces)
     if broken:
       raise UserError(f"checkpoint {checkpoint}: NaN or infinity in {'; '.join(broken)}")
     _write_their_files(model, config, partial)
 
 
-def _read_blocks(params: Path, named: Named, opened) -> Iterator[np.ndarray]:
+def _pieces(params: Path, named: Named, opened) -> Iterator[np.ndarray | Stretch]:
   """A tensor of theirs in pieces, in C order: from plain files where the bytes are the same."""
   for place in named.parts:
     stored = arrays.stored_layout(params, place.leaf)
     if stored is not None and stored == _layout(stored.shape, place, stored.dtype) and _same_bytes(place):
       for where, _, count in _chunks(place, stored):
         file = arrays.chunk_file(params, place.leaf, where)
-        yield from file_blocks(file, 0, count * stored.dtype.itemsize, stored.dtype)
+        yield Stretch(file, 0, count * stored.dtype.itemsize, stored.dtype)
       continue
     matrix = opened(place.leaf)[place.index] if place.index else opened(place.leaf)
     theirs = matrix.transpose(np.argsort(place.axes).tolist())

@@ -94,7 +94,9 @@ def _tied(folder: Folder, names: dict[str, str], config: ModelConfig, tree: Tree
   same = (one.dtype, one.shape) == (other.dtype, other.shape) and all(
     np.array_equal(a.view(np.uint8), b.view(np.uint8))
     for a, b in zip(
-      folder.blocks(embedding, 0, one.nbytes), folder.blocks(names[HEAD], 0, other.nbytes), strict=True
+      folder.stretch(embedding, 0, one.nbytes).blocks(),
+      folder.stretch(names[HEAD], 0, other.nbytes).blocks(),
+      strict=True,
     )
   )
   if not same:

@@ -6,8 +6,10 @@ length with {name: {dtype, shape, data_offsets}}, then the tensors' bytes, littl
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +19,7 @@ from nemocascade.errors import UserError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5_000_000_000
-BLOCK = 1 << 18  # Bytes streamed at a time: what was checked is still in cache when it is written.
+BLOCK = 1 << 18  # Bytes looked at together: they stay in the processor's cache.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,32 @@ class Tensor:
   shape: tuple[int, ...]
   start: int  # Of its first byte in the file.
   nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+  """Numbers that lie in a file as they are wanted: copied by the system, without passing through us."""
+
+  file: Path
+  start: int
+  nbytes: int
+  dtype: np.dtype
+
+  def blocks(self) -> Iterator[np.ndarray]:
+    """The numbers in arrays, each overwritten by the next."""
+    left, buffer = self.nbytes, np.empty(min(BLOCK, self.nbytes) // self.dtype.itemsize, self.dtype)
+    with self.file.open("rb", buffering=0) as source:
+      source.seek(self.start)
+      while left:
+        block = buffer[: left // self.dtype.itemsize]
+        got = source.readinto(block.view(np.uint8))
+        if got != block.nbytes:
+          raise OSError(f"{self.file} ended {left - (got or 0)} bytes early")
+        yield block
+        left -= block.nbytes
+
+  def finite(self) -> bool:
+    return all([finite(block) for block in self.blocks()])
 
 
 class Folder:
@@ -88,24 +116,10 @@ class Folder:
     mapped = np.memmap(t.file, np.dtype(f"u{dtype.itemsize}"), "r", t.start, t.shape)
     return np.array(mapped[index]).view(dtype)
 
-  def blocks(self, name: str, start: int, nbytes: int) -> Iterator[np.ndarray]:
-    """`nbytes` bytes of a tensor from its byte `start`, in arrays that the next one overwrites."""
+  def stretch(self, name: str, start: int, nbytes: int) -> Stretch:
+    """`nbytes` bytes of a tensor from its byte `start`."""
     t = self.tensors[name]
-    yield from file_blocks(t.file, t.start + start, nbytes, DTYPES[t.dtype])
-
-
-def file_blocks(file: Path, start: int, nbytes: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-  """A stretch of a file as arrays of `dtype`, each overwritten by the next."""
-  buffer = np.empty(min(BLOCK, nbytes) // dtype.itemsize, dtype)
-  with file.open("rb", buffering=0) as source:
-    source.seek(start)
-    while nbytes:
-      block = buffer[: nbytes // dtype.itemsize]
-      got = source.readinto(block.view(np.uint8))
-      if got != block.nbytes:
-        raise OSError(f"{file} ended {nbytes - (got or 0)} bytes early")
-      yield block
-      nbytes -= block.nbytes
+    return Stretch(t.file, t.start + start, nbytes, DTYPES[t.dtype])
 
 
 def finite(block: np.ndarray) -> bool:
@@ -155,14 +169,14 @@ def read_header(file: Path) -> dict[str, Tensor]:
 def write_shards(
   path: Path,
   specs: dict[str, tuple[str, tuple[int, ...]]],
-  blocks: Callable[[str], Iterable[np.ndarray]],
+  blocks: Callable[[str], Iterable[np.ndarray | Stretch]],
   limit: int = SHARD_BYTES,
 ) -> None:
   """Writes tensors as one file, or as shards of at most `limit` bytes with an index.
 
   Args:
     specs: name -> (dtype as in DTYPES, shape), in the order of the files.
-    blocks: name -> the tensor's numbers in C order, in arrays of any size.
+    blocks: name -> the tensor's numbers in C order, in pieces of any size.
   """
   nbytes = {n: DTYPES[dtype].itemsize * int(np.prod(shape)) for n, (dtype, shape) in specs.items()}
   shards: list[list[str]] = [[]]
@@ -201,9 +215,18 @@ def _write_file(file: Path, specs, nbytes, blocks) -> None:
         raise ValueError(f"{name}: {written} bytes written of {nbytes[name]}")
 
 
-def write_all(target, block: np.ndarray) -> int:
-  """All bytes of an array in C order to an unbuffered file; returns how many."""
-  left = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
-  while left:
-    left = left[target.write(left) :]
-  return block.nbytes
+def write_all(target: BinaryIO, piece: np.ndarray | Stretch) -> int:
+  """All bytes of a piece, in C order, to an unbuffered file; returns how many."""
+  if isinstance(piece, Stretch):
+    with piece.file.open("rb", buffering=0) as source:
+      at, end = piece.start, piece.start + piece.nbytes
+      while at < end:
+        sent = os.sendfile(target.fileno(), source.fileno(), at, end - at)
+        if not sent:
+          raise OSError(f"{piece.file} ended {end - at} bytes early")
+        at += sent
+  else:
+    left = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+    while left:
+      left = left[target.write(left) :]
+  return piece.nbytes
