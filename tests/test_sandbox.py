@@ -281,6 +281,22 @@ def test_without_namespaces_one_line_names_the_weaker_mode(monkeypatch, tmp_path
     assert not found or "No permissions" in str(error.value)
 
 
+def test_a_sandbox_that_ended_before_it_was_asked_still_says_why(monkeypatch, tmp_path):
+  broken = tmp_path / "bwrap"
+  broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+  broken.chmod(0o755)
+  monkeypatch.setattr(confinement, "bubblewraps", lambda: [str(broken)])
+  send = sandbox._Worker._send
+
+  def late(self, *args):
+    self._process.wait()
+    return send(self, *args)
+
+  monkeypatch.setattr(sandbox._Worker, "_send", late)
+  with pytest.raises(UserError, match="No permissions"):
+    Sandbox()
+
+
 def test_the_weaker_mode_warns_and_still_limits():
   with pytest.warns(RuntimeWarning, match="can read and write"):
     box = Sandbox("unconfined", cpu_s=CPU_S, wall_s=WALL_S)

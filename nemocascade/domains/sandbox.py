@@ -243,7 +243,8 @@ class _Worker:
     deadline = time.monotonic() + self.limits.wall_s
     pipes = [os.pipe() for _ in range(3)]
     try:
-      self._send(program, [end for _, end in pipes])
+      with contextlib.suppress(ConnectionError):  # It ended already: below is read why.
+        self._send(program, [end for _, end in pipes])
       written, reason = self._read([start for start, _ in pipes], deadline)
     finally:
       for start, _ in pipes:
