@@ -11,7 +11,7 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.types import Params, ScoreFn
 
 TOLERANCE = 1e-3  # Nats a token between a probe's log-probabilities then and now.
-UNIFORM = 0.95  # Of ln V: from this mean entropy on a teacher knows nothing, so its weights are lost.
+UNIFORM = 0.995  # Of ln V: from this mean entropy on all logits are alike, so its weights are lost.
 
 
 @dataclasses.dataclass(frozen=True)

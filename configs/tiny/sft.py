@@ -39,6 +39,7 @@ def stage(arg: str = "") -> ConfigDict:
   if arg == "smoke":
     c.conversations = dict.fromkeys(c.conversations, 60)
     c.rows, c.steps, c.save_every = 4, 6, 3
+    c.optimizer.warmup_steps = 2
   return c
 
 
