@@ -55,6 +55,8 @@ def run(
     seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
     thinking=thinking, system=system or None, tools=offered,
   )  # fmt: skip
+  # A script that starts it in the background has it ignore Ctrl-C, and Python leaves that so.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   Terminal(conversation, tool).talk()
 
 
