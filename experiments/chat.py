@@ -55,6 +55,8 @@ def run(
     seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
     thinking=thinking, system=system or None, tools=offered,
   )  # fmt: skip
+  # A script that starts it in the background has it ignore Ctrl-C, and Python leaves that so.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   Terminal(conversation, tool).talk()
 
 
@@ -89,6 +91,7 @@ class Terminal:
     self.conversation, self.tools = conversation, tools
     self._dimmed = False
     self._in_thoughts = False
+    self._complained = False  # Of this answer's form: once is enough.
 
   def talk(self) -> None:
     """Until Ctrl-D."""
@@ -199,11 +202,12 @@ class Terminal:
     if delta.tool_call is not None:
       arguments = "\n".join(delta.tool_call.arguments.values())
       self._write(f"\n> {delta.tool_call.name}\n{arguments}", dim=True)
-    if delta.error is not None:
+    if delta.error is not None and not self._complained:
+      self._complained = True
       self._write(f"\n[{delta.error.message}]\n", dim=True)
 
   def _end(self, turn: Turn, stopped: bool) -> None:
-    self._in_thoughts = False
+    self._in_thoughts = self._complained = False
     if not turn.finished:
       self._write(" [stopped]" if stopped else " [cut off: no more tokens]", dim=True)
     self._write("\n")

@@ -79,7 +79,9 @@ def test_greedy_generation_agrees_with_transformers(peer, words, folder, tmp_pat
       scored = command(score.run, f"hf:{folder}", tmp_path, [row])[0]["tokens"]
       prompt = scored + words("<|im_start|>assistant\n<think>\n").input_ids
     settings = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=[2, 11], pad_token_id=0)
-    expected = peer.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+    given = torch.tensor([prompt])  # With its mask: transformers would guess that id 0 is padding.
+    given = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+    expected = peer.generate(**given, **settings)[0, len(prompt) :].tolist()
     assert found["tokens"] == expected
     stopped = expected[-1] in (2, 11)
     assert found["finish_reason"] == ("stop" if stopped else "length")
