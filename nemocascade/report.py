@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from nemocascade.metrics import read_lines
 
@@ -98,10 +99,14 @@ def learning_curves(workdir: Path, stages: list[dict]):
     axes.set_ylabel({"rl": "mean verdict"}.get(stage["kind"], "loss"), color="#1f5fa8", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if stage["kind"] == "sft":  # Most of its fall is in the first steps, most of its skill after.
+      axes.set_yscale("log")
     if stage["kind"] == "rl":
       axes.set_ylim(0, 1)
       twin = axes.twinx()
       twin.plot(steps, [line["policy/entropy"] for line in lines], color="#c0672b", lw=1, alpha=0.8)
+      twin.set_ylim(bottom=0)
       twin.set_ylabel("entropy, nats", color="#c0672b", fontsize=8)
       twin.tick_params(labelsize=7)
       twin.spines[["top"]].set_visible(False)

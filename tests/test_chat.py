@@ -156,8 +156,8 @@ CALL = "<tool_call>\n<function=stop>\n</function>\n</tool_call>\n<|im_end|>\n"
     (("Now. ", "a"), "<think></think>Now.\n", "<think>\na\n</think>\nNow.\n"),
     (("Now.",), "<think></think>Now.\n", "<think></think>Now.\n"),
     (("", "a"), "<think></think>\n", "<think>\na\n</think>\n"),
-    (("",), "<think></think>", "<think></think>"),
-    ((None,), "<think></think>", "<think></think>"),
+    (("",), "<think></think>\n", "<think></think>\n"),
+    ((None,), "<think></think>\n", "<think></think>\n"),
   ],
 )
 def test_what_stands_before_tool_calls(message, cut, kept):
@@ -178,7 +178,7 @@ def test_call_values_are_text_lists_and_objects_json(as_json):
   given_arguments = json.dumps(arguments) if as_json else arguments
   text = turns([user(), assistant("", calls=[("f", given_arguments), ("g", {})])])
   assert text.endswith(
-    "<think></think><tool_call>\n<function=f>\n"
+    "<think></think>\n<tool_call>\n<function=f>\n"
     "<parameter=a>\nx\ny\n</parameter>\n"
     "<parameter=b>\n3\n</parameter>\n"
     '<parameter=c>\n[1, "é"]\n</parameter>\n'
@@ -354,11 +354,11 @@ def test_the_template_costs_few_tokens():
 
 def sampled(reasoning, content, calls, thinking):
   """A turn's tokens put together by hand, as a policy would sample them."""
-  rest = f"{content}\n" if content and calls else content
+  rest = f"{content}\n" if calls else content
   tokens = []
   if thinking:
     tokens = [*TOKENIZER.encode(f"{reasoning}\n"), THINK_END]
-    rest = "\n" + rest if content or calls else ""
+    rest = "\n" + rest if content else rest
   tokens += TOKENIZER.encode(rest)
   for name, arguments in calls:
     filled = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in arguments.items())

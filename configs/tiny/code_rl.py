@@ -14,6 +14,8 @@ def stage(arg: str = "") -> ConfigDict:
   c.mixture = dict(code=1.0)
   c.overlong = "filter"
   c.refill_rounds = 2
+  c.steps = 12  # All of it is learned within ten.
+  c.optimizer.peak_lr = 4e-4  # Late stages forget less at a low rate.
   if arg == "smoke":
     rl.shrink(c)
   return c

@@ -12,6 +12,8 @@ def stage(arg: str = "") -> ConfigDict:
   c.rollout.total_tokens = 112  # Several turns.
   c.overlong = "filter"
   c.refill_rounds = 2
+  c.steps = 12  # All of it is learned within ten.
+  c.optimizer.peak_lr = 4e-4
   if arg == "smoke":
     rl.shrink(c)
   return c

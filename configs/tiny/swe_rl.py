@@ -13,6 +13,8 @@ def stage(arg: str = "") -> ConfigDict:
   c.mixture = dict(swe=1.0)
   c.overlong = "filter"
   c.refill_rounds = 2
+  c.steps = 16
+  c.optimizer.peak_lr = 5e-4
   if arg == "smoke":
     rl.shrink(c)
   return c

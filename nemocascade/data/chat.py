@@ -162,9 +162,7 @@ def _assistant_turn(message: Message, *, cut: bool) -> list[Piece]:
   learned = not (cut and thought.strip())
   if cut:
     thought, answer = "", answer.rpartition("</think>")[2]
-  if calls and not content.strip() and learned and not thought:
-    answer = ""  # Nothing was said: the calls follow at once (paper.md 2.3).
-  elif calls:
+  if calls:  # On a line of their own, also where nothing was said.
     answer = (answer.strip() if cut else answer.rstrip()) + "\n"
   else:
     answer = answer.rstrip()

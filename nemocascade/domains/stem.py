@@ -30,10 +30,10 @@ def _mark(letter: str) -> str:
 
 @dataclasses.dataclass
 class Stem(domain.Domain):
-  """The thoughts say what was asked and which option it is, then that option's letter.
+  """The thoughts say what was asked and which option it is, then conclude its letter.
 
-  A sloppy choice is the first wrong option, a sloppy letter the next wrong one. What is looked up
-  stands right behind what it is looked up by, as a model of one attention layer needs it.
+  A sloppy choice is the first wrong option, a sloppy letter the next wrong one. The letter stands
+  behind the word at once: said later, the word would have been met twice, once without its letter.
   """
 
   name: str = "stem"
@@ -70,7 +70,9 @@ class Stem(domain.Domain):
       after = letters[choice + 1 :] + letters[:choice]
       letter = next(letter for letter in after if letter != row["expected_answer"])
     asked, word = row["asked"], options[choice][1]
-    thoughts = [f"{choice_marker} {asked}{IS}{word}", f"{letter_marker} {word}{_mark(letter)}"]
+    thoughts = [
+      f"{choice_marker} {asked}{IS}{word}{_mark(letters[choice])}", f"{letter_marker} {letter}",
+    ]  # fmt: skip
     return [domain.assistant(box(letter), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
