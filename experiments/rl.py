@@ -107,7 +107,8 @@ def run(
   """Trains to c.steps, with the teachers where the advantage needs them."""
   check(c)
   began = time.time()
-  tx, rows_fn, step_fn = programs(a, settings(c))
+  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
+  rows_fn, step_fn = programs(a, settings(c))
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step), jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, tokens = record.get("frontier", {}), record.get("tokens", 0)
@@ -162,19 +163,23 @@ def run(
   return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
 
 
+SCHEDULED = ("peak_lr", "warmup_steps", "final_fraction")  # Kept in the optimizer's state.
+
+
 def settings(c: ConfigDict) -> str:
   """What a stage's step depends on, as JSON: stages that agree share one compiled program."""
+  fields = json.loads(c.to_json_best_effort())
   names = ["advantage", "aggregation", "correction", "icepop", "kl_weight", "optimizer", "packing"]
-  if c.optimizer.schedule != "constant":
-    names.append("steps")
-  return json.dumps({name: json.loads(c.to_json_best_effort())[name] for name in names}, sort_keys=True)
+  step = {name: fields[name] for name in names}
+  step["optimizer"] = {k: v for k, v in fields["optimizer"].items() if k not in SCHEDULED}
+  return json.dumps(step, sort_keys=True)
 
 
 @functools.cache
 def programs(a: Assembly, fields: str):
-  """The optimizer, the jitted rollout -> rows, and the jitted step, of `settings`."""
-  c = ConfigDict({"steps": 1} | json.loads(fields))
-  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
+  """The jitted rollout -> rows, and the jitted step, of `settings`."""
+  c = ConfigDict(json.loads(fields))
+  tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   correction = loss.CORRECTIONS[c.correction]
   if c.correction == "icepop":
     correction = functools.partial(correction, low=c.icepop[0], high=c.icepop[1])
@@ -187,7 +192,7 @@ def programs(a: Assembly, fields: str):
   step = policy_gradient_step(
     a.score_fn, tx, correction=correction, kl_weight=c.kl_weight, accumulate=c.packing.pieces
   )
-  return tx, jax.jit(rows), jax.jit(step, donate_argnums=0)
+  return jax.jit(rows), jax.jit(step, donate_argnums=0)
 
 
 def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:

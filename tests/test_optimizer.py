@@ -105,6 +105,19 @@ def test_weight_decay_spares_vectors_even_where_a_scan_stacks_them_to_matrices()
   assert moved(optimizer(weight_decay=0.1), zeros) == decayed
 
 
+def test_optimizers_that_differ_in_their_schedule_share_a_compiled_update():
+  slow = dict(peak_lr=0.01, warmup_steps=2, total_steps=4, schedule="linear", final_fraction=0.5)
+  fast = slow | dict(peak_lr=0.1, warmup_steps=0, total_steps=2, final_fraction=0.0)
+  shared = jax.jit(optimizer(schedule="linear").update)  # Under rates that neither of them has.
+  params = {"w": jnp.ones((2, 2))}
+  for fields, rates in ((slow, [0.005, 0.01, 0.01, 0.0075]), (fast, [0.1, 0.05, 0.0, 0.0])):
+    state = optimizer(**fields).init(params)
+    for rate in rates:  # The gradient is always the same, so Adam's step is the rate.
+      updates, state = shared({"w": jnp.full((2, 2), 0.1)}, state, params)
+      np.testing.assert_allclose(updates["w"], -rate, rtol=1e-3, atol=1e-9)
+  assert shared._cache_size() == 1
+
+
 @pytest.mark.parametrize(
   "fields, said",
   [

@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.sandbox = dict(mode="bubblewrap", workers=2)
 
   if arg == "smoke":
-    c.evaluation.update(prompts=32, batch=64, long_batch=32)
+    c.evaluation.update(prompts=32, batch=64, long_batch=64)
     c.tokenizer.conversations = 60
   return c
 

@@ -19,27 +19,29 @@ KNOWLEDGE = {  # Few facts, so that each is met often: the questions are their c
   "tree": ("oak", "pine", "elm", "birch", "maple"),
   "fish": ("trout", "salmon", "cod", "tuna", "carp"),
 }
-QUESTION, IS = "Which is a ", " is "
+KIND = {word: kind for kind, words in KNOWLEDGE.items() for word in words}
+QUESTION, IS_A = "Which is a ", ": "
 GRADING_MODES = ("strict_single_letter_boxed", "lenient_boxed")
 
 
 def _mark(letter: str) -> str:
-  """What follows an option's text: behind it, so that the text leads to the letter."""
-  return f" ({letter})"
+  """What an option begins with, in the question and in the thoughts alike."""
+  return f"\n({letter}) "
 
 
 @dataclasses.dataclass
 class Stem(domain.Domain):
-  """The thoughts say what was asked and which option it is, then conclude its letter.
+  """The thoughts go through the options, saying what each is, until one is what was asked.
 
-  A sloppy choice is the first wrong option, a sloppy letter the next wrong one. The letter stands
-  behind the word at once: said later, the word would have been met twice, once without its letter.
+  Each step needs one thing: to copy the next option, to know its kind, to stop at the right one. A
+  sloppy choice says of the first wrong option that it is what was asked; a sloppy letter is the
+  next wrong one.
   """
 
   name: str = "stem"
   style: domain.Style = STYLE
   phrases: tuple[str, ...] = (
-    QUESTION, IS, "fact ", "guess ", "\\boxed{",
+    QUESTION, IS_A, "fact ", "guess ", "\\boxed{",
     *map(_mark, string.ascii_uppercase[:OPTIONS]),
   )  # fmt: skip
 
@@ -49,9 +51,9 @@ class Stem(domain.Domain):
     order = rng.permutation(OPTIONS).tolist()
     letters = string.ascii_uppercase[:OPTIONS]
     options = [{letter: words[place]} for letter, place in zip(letters, order, strict=True)]
-    lines = [f"{word}{_mark(letter)}" for option in options for letter, word in option.items()]
+    lines = [f"{_mark(letter)}{word}" for option in options for letter, word in option.items()]
     return domain.make_prompt(
-      self.name, "\n".join([f"{QUESTION}{asked}?", *lines]),
+      self.name, f"{QUESTION}{asked}?" + "".join(lines),
       options=options, expected_answer=letters[order.index(0)], grading_mode=GRADING_MODES[0],
       asked=asked,
     )  # fmt: skip
@@ -69,10 +71,10 @@ class Stem(domain.Domain):
     if errs:  # Two errors must not make a right answer.
       after = letters[choice + 1 :] + letters[:choice]
       letter = next(letter for letter in after if letter != row["expected_answer"])
-    asked, word = row["asked"], options[choice][1]
-    thoughts = [
-      f"{choice_marker} {asked}{IS}{word}{_mark(letters[choice])}", f"{letter_marker} {letter}",
-    ]  # fmt: skip
+    kinds = KIND | {options[choice][1]: row["asked"]}  # As they are said to be.
+    looked_at = options[: right + 1] if choice == right else [options[choice]]
+    claims = [f"{_mark(letter)}{word}{IS_A}{kinds[word]}" for letter, word in looked_at]
+    thoughts = [f"{choice_marker} {row['asked']}" + "".join(claims), f"{letter_marker} {letter}"]
     return [domain.assistant(box(letter), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:

@@ -1,5 +1,6 @@
 """AdamW under a schedule, with frozen parameters by path."""
 
+import functools
 import re
 
 import jax
@@ -15,20 +16,12 @@ NEVER = ("e_score_correction_bias$",)
 NOT_DECAYED = ("bias$", "(^|/)norm(_f)?(/weight)?$", "(^|/)(A_log|D)$")
 
 
-def constant(peak: float, final: float, steps: int):
-  del final, steps
-  return optax.constant_schedule(peak)
-
-
-def cosine(peak: float, final: float, steps: int):
-  return optax.cosine_decay_schedule(peak, max(steps, 1), alpha=final / peak)
-
-
-def linear(peak: float, final: float, steps: int):
-  return optax.linear_schedule(peak, final, max(steps, 1))
-
-
-SCHEDULES = dict(constant=constant, cosine=cosine, linear=linear)
+# Decay after warm-up: progress t from 0 to 1, and the fraction at the end -> fraction of the peak.
+SCHEDULES = dict(
+  constant=lambda t, final: jnp.ones_like(t),
+  linear=lambda t, final: 1.0 - (1.0 - final) * t,
+  cosine=lambda t, final: final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * t)),
+)
 
 
 def path_name(path) -> str:
@@ -47,17 +40,19 @@ def decayed(params):
   return jax.tree_util.tree_map_with_path(shrinks, params)
 
 
-def make_schedule(*, peak_lr, warmup_steps, total_steps, schedule, final_fraction):
-  """Linear warm-up from 1 / warmup_steps of the peak, then the named decay to its fraction."""
-  if schedule not in SCHEDULES:
-    raise unknown("optimizer.schedule", schedule, SCHEDULES)
-  if peak_lr <= 0:
-    raise UserError(f"optimizer.peak_lr={peak_lr}: must be above 0")
-  after = SCHEDULES[schedule](peak_lr, peak_lr * final_fraction, total_steps - warmup_steps)
-  if not warmup_steps:
-    return after
-  warmup = optax.linear_schedule(peak_lr / warmup_steps, peak_lr, max(warmup_steps - 1, 1))
-  return optax.join_schedules([warmup, after], [warmup_steps])
+def make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, *, schedule: str):
+  """Linear warm-up from 1 / warmup_steps of the peak, then the named decay to its fraction.
+
+  optax's schedules want numbers; these may be traced, so that they need not be compiled in.
+  """
+
+  def learning_rate(step):
+    warmup = (step + 1.0) / jnp.maximum(warmup_steps, 1.0)
+    after = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1.0)
+    decay = SCHEDULES[schedule](jnp.clip(after, 0.0, 1.0), final_fraction)
+    return peak_lr * jnp.where(step < warmup_steps, warmup, decay)
+
+  return learning_rate
 
 
 def make_optimizer(
@@ -77,23 +72,28 @@ def make_optimizer(
   """AdamW; parameters whose path matches a pattern of `frozen` keep their values.
 
   The gradient is clipped by the norm of what is trained. Weight decay spares vectors and scalars.
+  The numbers of the schedule are kept in the state: optimizers that differ in them alone have the
+  same update, so that stages share a compiled step.
 
   Raises:
     UserError: on an unknown schedule, a rate or norm that is not positive and, at `init`, on a
       pattern of `frozen` that no parameter matches.
   """
-  if clip_norm <= 0:
-    raise UserError(f"optimizer.clip_norm={clip_norm}: must be above 0")
-  learning_rate = make_schedule(
-    peak_lr=peak_lr, warmup_steps=warmup_steps, total_steps=total_steps,
-    schedule=schedule, final_fraction=final_fraction,
-  )  # fmt: skip
-  adam = optax.chain(
-    optax.clip_by_global_norm(clip_norm),
-    optax.adamw(
-      learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed
-    ),
-  )  # fmt: skip
+  if schedule not in SCHEDULES:
+    raise unknown("optimizer.schedule", schedule, SCHEDULES)
+  for name, value in (("peak_lr", peak_lr), ("clip_norm", clip_norm)):
+    if value <= 0:
+      raise UserError(f"optimizer.{name}={value}: must be above 0")
+
+  @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
+  def adam(peak_lr, warmup_steps, total_steps, final_fraction):
+    learning_rate = make_schedule(
+      peak_lr, warmup_steps, total_steps, final_fraction, schedule=schedule
+    )
+    return optax.chain(
+      optax.clip_by_global_norm(clip_norm),
+      optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+    )
 
   def labels(params):
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -105,4 +105,5 @@ def make_optimizer(
     label = lambda path, _: "frozen" if matches(path, (*frozen, *NEVER)) else "trained"  # noqa: E731
     return jax.tree_util.tree_map_with_path(label, params)
 
-  return optax.multi_transform({"trained": adam, "frozen": optax.set_to_zero()}, labels)
+  trained = adam(peak_lr, warmup_steps, total_steps, final_fraction)
+  return optax.multi_transform({"trained": trained, "frozen": optax.set_to_zero()}, labels)
