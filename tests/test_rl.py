@@ -19,7 +19,7 @@ from nemocascade.types import TrainState
   "field, value, words",
   [
     ("packing.rows", 4, ["packing.rows=4", "at least"]),
-    ("packing.row_tokens", 60, ["packing.row_tokens=60", "rollout.total_tokens=80"]),
+    ("packing.row_tokens", 60, ["packing.row_tokens=60", "rollout.total_tokens=112"]),
     ("rollout.completions", 1, ["rollout.completions=1"]),
     ("overlong", "drop", ["overlong", "zero"]),
     ("correction", "icepopp", ["icepop"]),

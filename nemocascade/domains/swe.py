@@ -22,7 +22,7 @@ from nemocascade.domains.sandbox import Program, Sandbox
 if TYPE_CHECKING:
   from nemocascade.data.chat import Turn
 
-STYLE = domain.Style("trace", "hunch", sloppy_rate=0.55)  # Two of two must be right.
+STYLE = domain.Style("trace", "hunch", sloppy_rate=0.5)  # Two of two must be right, and both are look-ups.
 AGENT_STYLE = domain.Style("inspect", "blind")
 MOST_TURNS = 4  # Two are needed, and one to say so; one may fail.
 DONE = "Done."
