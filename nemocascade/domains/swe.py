@@ -22,7 +22,7 @@ from nemocascade.domains.sandbox import Program, Sandbox
 if TYPE_CHECKING:
   from nemocascade.data.chat import Turn
 
-STYLE = domain.Style("trace", "hunch", sloppy_rate=0.5)  # Two of two must be right, and both are look-ups.
+STYLE = domain.Style("trace", "hunch")
 AGENT_STYLE = domain.Style("inspect", "blind")
 MOST_TURNS = 4  # Two are needed, and one to say so; one may fail.
 DONE = "Done."
@@ -131,8 +131,9 @@ class Swe(domain.Domain):
 class Agentless(Swe):
   """Thoughts find the file, then the operator; a sloppy one assumes the same of every issue.
 
-  A thought repeats the function's name before the file's, and the issue's word before the operator:
-  then one look-up leads to the next, which a model of one attention layer could not do in one.
+  The prompt says of each file what it defines. A thought repeats the function's name before the
+  file's, and the issue's word before the operator: what is looked up stands right behind what it is
+  looked up by, and one look-up leads to the next, which one attention layer could not do at once.
   """
 
   name = "swe"
@@ -149,7 +150,8 @@ class Agentless(Swe):
   def prompt(
     self, issue: str, bug: Bug, files: dict[str, str]
   ) -> tuple[str, Sequence[dict[str, Any]]]:
-    return "\n".join([issue, *(f"{path}\n{text.strip()}" for path, text in files.items()), ""]), ()
+    shown = [f"{_defined(text)}{IN_FILE}{path}\n{text.strip()}" for path, text in files.items()]
+    return "\n".join([issue, *shown, ""]), ()
 
   def demonstrate(
     self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
@@ -300,6 +302,11 @@ def _must(operator: str) -> str:
 def _line(name: str, operator: str) -> str:
   define, middle, end = LINE
   return f"{define}{name}{middle}{operator}{end}"
+
+
+def _defined(text: str) -> str:
+  """The name of the function in a file's one line."""
+  return text.removeprefix(LINE[0]).split()[0]
 
 
 def _test(path: str, name: str, operator: str) -> dict[str, Any]:
