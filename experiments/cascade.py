@@ -17,6 +17,7 @@ from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.teaching import BEST, find, gather, probe
 from nemocascade import report
+from nemocascade.advantage import TAUGHT
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
 from nemocascade.domains.registry import DOMAINS
@@ -114,7 +115,7 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, main_lin
   record.put(entry)
 
   extra = {}
-  if stage.kind == "rl" and stage.advantage == "mopd":
+  if stage.kind == "rl" and stage.advantage in TAUGHT:
     found = find(stage, record)
     extra["teachers"] = gather(a, found, stage.teachers_in_memory)
     record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}

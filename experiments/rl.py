@@ -6,13 +6,17 @@ GRPO as in Nemotron-Cascade 2. Unlike DeepSeekMath's:
   1. One update a batch, so the policy that sampled is the policy that learns.
   2. No KL to a reference (RLHF pays 0.03).
   3. The loss is averaged over the batch's tokens, not over each completion's.
-MOPD is the same stage with another advantage and a teacher a domain.
+MOPD is the same stage with another advantage and a teacher a domain. OBJECTIVES.md beside this
+file has the equation of each choice.
 """
 
+import dataclasses
 import functools
+import inspect
 import json
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,7 +26,7 @@ from ml_collections import ConfigDict
 from experiments import loading
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
-from experiments.stage import Outcome, start
+from experiments.stage import Outcome, Spent, start
 from experiments.teaching import find, gather, score_rows, teacher_logprobs
 from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
@@ -36,30 +40,43 @@ from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.policy_gradient import (
   pack_rows,
   policy_gradient_step,
+  proximal_logprobs,
   rollout_metrics,
   rows_needed,
   to_rows,
 )
 from nemocascade.teachers import Teachers
+from nemocascade.types import Params, ScoreFn
+
+Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, what they cost) -> end here.
+SLOTS = dict(
+  advantage=advantage.ADVANTAGES,
+  ratio=loss.RATIOS,
+  correction=loss.CORRECTIONS,
+  aggregation=loss.AGGREGATIONS,
+  kl=loss.KLS,
+  overlong=score.OVERLONG,
+)
 
 
 def check(c: ConfigDict) -> None:
   """Refuses a stage that cannot run, before anything is compiled."""
-  for what, name, choices in (
-    ("advantage", c.advantage, advantage.ADVANTAGES),
-    ("aggregation", c.aggregation, loss.AGGREGATIONS),
-    ("correction", c.correction, loss.CORRECTIONS),
-    ("reward", c.reward, ("verdict", "pairwise")),
-    ("overlong", c.overlong, score.OVERLONG),
-  ):
-    if name not in choices:
-      raise unknown(what, name, choices)
+  for what, choices in (*SLOTS.items(), ("reward", ("verdict", "pairwise"))):
+    if c[what] not in choices:
+      raise unknown(what, c[what], choices)
+  functions = {name: fn for choices in SLOTS.values() for name, fn in choices.items()}
+  for name, fields in c.options.items():
+    if name not in functions:
+      raise unknown("function in options", name, functions)
+    for field in fields:
+      if field not in (allowed := settings_of(functions[name])):
+        raise unknown(f"setting in options.{name}", field, allowed)
   for name in c.mixture:
     if name not in c.domains:
       raise unknown("domain in mixture", name, c.domains)
-    if c.advantage == "mopd" and name not in c.teachers:
+    if c.advantage in advantage.TAUGHT and name not in c.teachers:
       raise UserError(
-        f"advantage='mopd': domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
+        f"advantage={c.advantage!r}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
   r, p = c.rollout, c.packing
   if p.row_tokens < r.total_tokens:
@@ -70,8 +87,18 @@ def check(c: ConfigDict) -> None:
       f"packing.rows={p.rows}: must be a multiple of packing.pieces={p.pieces} and at least {needed},"
       f" to hold {r.prompts * r.completions} completions of {r.total_tokens} tokens in rows of {p.row_tokens}"
     )
-  if c.advantage == "grpo" and c.rollout.completions < 2:
-    raise UserError("rollout.completions=1 under advantage='grpo': a group of one teaches nothing; give at least 2")
+  if c.advantage in advantage.GROUPED and c.rollout.completions < 2:
+    raise UserError(
+      f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
+    )
+  if c.updates < 1:
+    raise UserError(f"updates={c.updates}: a batch is learned from at least once")
+
+
+def settings_of(function: Callable) -> list[str]:
+  """The names of a slot's keyword-only arguments."""
+  parameters = inspect.signature(function).parameters.values()
+  return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def draw(a: Assembly, mixture: dict[str, float], seed: int, frontier: dict[str, int], prompts: int):
@@ -102,23 +129,28 @@ def pairwise_rewards(a: Assembly, samples: Samples) -> np.ndarray:
 
 
 def run(
-  c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "", teachers: Teachers | None = None
-) -> Outcome:
-  """Trains to c.steps, with the teachers where the advantage needs them."""
+  c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "", teachers: Teachers | None = None,
+  watch: Watch = lambda *_: False,
+) -> Outcome:  # fmt: skip
+  """Trains to c.steps, or until `watch`, called after every step, says so."""
   check(c)
   began = time.time()
-  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  rows_fn, step_fn = programs(a, settings(c))
+  rows_fn = rows_program(settings(c, "advantage", "aggregation"))
+  tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)
+  step_fn, proximal_fn = step_program(a.score_fn, step_settings(c))
   state, record, store = start(a, stage_dir, tx, init_from)
-  first, key = int(state.step), jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
-  frontier, tokens = record.get("frontier", {}), record.get("tokens", 0)
+  first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
+  frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
+  taught = c.advantage in advantage.TAUGHT
   if c.kl_weight:
     reference = loading.load(init_from, jax.eval_shape(a.fresh_params, jax.random.key(0)))
   r = c.rollout
+  # A stage that was killed after its last step has nothing left to do.
+  ended, step = first > 0 and watch(first, state.params, spent), first - 1
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
-    for step in range(first, c.steps):
+    for step in range(first, first if ended else c.steps):
       clock = {"begin": time.time()}
       rounds = []
       for round_ in range(c.refill_rounds):
@@ -130,15 +162,18 @@ def run(
         )  # fmt: skip
         verdicts = score.judge(samples, a.domains)
         rounds.append((samples, verdicts))
+        spent = spent.plus_rollout(samples)
         if not c.dynamic_filtering or sum(map(len, score.informative([v for _, v in rounds]))) >= r.prompts:
           break
       samples, verdicts = score.refill(rounds, r.prompts) if c.dynamic_filtering else rounds[0]
       clock["rollout"] = time.time()
       rewards_QG = pairwise_rewards(a, samples) if c.reward == "pairwise" else None
-      rollout, counts = score.to_rollout(samples, verdicts, overlong=c.overlong, rewards_QG=rewards_QG)
+      rollout, counts = score.to_rollout(
+        samples, verdicts, overlong=chosen(c, "overlong"), rewards_QG=rewards_QG
+      )
       if c.dynamic_filtering:
         rollout = score.dynamic_filter(rollout, verdicts)
-      if c.advantage == "mopd":
+      if taught:
         rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples))
       if c.kl_weight:
         everyone = list(range(len(samples.rows)))
@@ -146,53 +181,84 @@ def run(
       clock["judge"] = time.time()
       rows, count, of_rollout = rows_fn(rollout)
       packed = pack_rows(rows, B=c.packing.rows, T=c.packing.row_tokens, accumulate=c.packing.pieces)
-      state, metrics = step_fn(state, packed, count)
-      metrics = {k: float(v) for k, v in jax.device_get(metrics | of_rollout).items()} | counts
+      if learns := bool(packed["mask"].any()):
+        if c.updates > 1:
+          packed["proximal"] = proximal_fn(state.params, packed)
+        for _ in range(c.updates):
+          state, of_step = step_fn(state, packed, count)
+      else:  # Every sample was left out: no update, not even by the optimizer's momentum.
+        state, of_step = state.replace(step=state.step + c.updates), {}
+      metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts
       clock["step"] = time.time()
       names = list(clock)
       metrics |= {f"time/{b}": clock[b] - clock[a_] for a_, b in zip(names, names[1:], strict=False)}
-      tokens += sum(int(s.loss_mask_QGT.sum()) for s, _ in rounds)
+      spent = spent.plus(
+        scored=int((samples.segment_ids_QGT > 0).sum()) * (taught + (c.kl_weight != 0)),
+        trained=int((packed["segment_ids"] > 0).sum()) * c.updates,
+      )
+      metrics |= {"rollout/rounds": len(rounds), "rollout/skipped": not learns}
       writer.write(step, metrics)
-      if step % c.samples_every == 0 or step + 1 == c.steps:
+      ended = watch(step + 1, state.params, spent) or step + 1 == c.steps
+      if step % c.samples_every == 0 or ended:
         writer.write_samples(step, sample_lines(samples, verdicts, rollout, c.samples))
-      bar.update(1, reward=metrics["reward/mean"], tokens=tokens)
-      if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-        store.save(step + 1, state, {"frontier": frontier, "tokens": tokens})
+      bar.update(1, reward=metrics["reward/mean"], tokens=spent.sampled)
+      if (step + 1) % c.save_every == 0 or ended:
+        store.save(step + 1, state, {"frontier": frontier, "spent": dataclasses.asdict(spent)})
+      if ended:
+        break
     bar.close()
   store.wait()
-  return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
+  return Outcome(state.params, str(store.path_of(step + 1)), step + 1, spent.sampled, time.time() - began)
+
+
+def settings(c: ConfigDict, *names: str) -> str:
+  """These fields and the options of the functions they name, as JSON."""
+  fields = {name: json.loads(c.to_json_best_effort())[name] for name in (*names, "options")}
+  fields["options"] = {n: o for n, o in fields["options"].items() if n in [fields[s] for s in names if s in SLOTS]}
+  return json.dumps(fields, sort_keys=True)
 
 
 SCHEDULED = ("peak_lr", "warmup_steps", "final_fraction")  # Kept in the optimizer's state.
 
 
-def settings(c: ConfigDict) -> str:
-  """What a stage's step depends on, as JSON: stages that agree share one compiled program."""
-  fields = json.loads(c.to_json_best_effort())
-  names = ["advantage", "aggregation", "correction", "icepop", "kl_weight", "optimizer", "packing"]
-  step = {name: fields[name] for name in names}
-  step["optimizer"] = {k: v for k, v in fields["optimizer"].items() if k not in SCHEDULED}
-  return json.dumps(step, sort_keys=True)
+def step_settings(c: ConfigDict) -> str:
+  """What a stage's step depends on: stages that agree share one compiled program."""
+  c = ConfigDict(c)
+  c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
+  return settings(c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "optimizer", "packing")
+
+
+def chosen(c: ConfigDict, slot: str) -> Callable:
+  """The function that a slot of the config names, with its options."""
+  name = c[slot]
+  options = c.options[name] if name in c.options else {}
+  return functools.partial(SLOTS[slot][name], **options)
 
 
 @functools.cache
-def programs(a: Assembly, fields: str):
-  """The jitted rollout -> rows, and the jitted step, of `settings`."""
+def rows_program(fields: str):
+  """The jitted rollout -> rows, of `settings`."""
   c = ConfigDict(json.loads(fields))
-  tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
-  correction = loss.CORRECTIONS[c.correction]
-  if c.correction == "icepop":
-    correction = functools.partial(correction, low=c.icepop[0], high=c.icepop[1])
+  advantage_fn, aggregation = chosen(c, "advantage"), chosen(c, "aggregation")
 
   def rows(rollout):
-    advantages_QGT = advantage.ADVANTAGES[c.advantage](rollout)
-    rows, count = to_rows(rollout, advantages_QGT, loss.AGGREGATIONS[c.aggregation])
+    rows, count = to_rows(rollout, advantage_fn(rollout), aggregation)
     return rows, count, rollout_metrics(rollout)
 
+  return jax.jit(rows)
+
+
+@functools.cache
+def step_program(score_fn: ScoreFn, fields: str):
+  """The jitted step, and the jitted log-probabilities before it, of `step_settings`."""
+  c = ConfigDict(json.loads(fields))
+  tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   step = policy_gradient_step(
-    a.score_fn, tx, correction=correction, kl_weight=c.kl_weight, accumulate=c.packing.pieces
-  )
-  return jax.jit(rows), jax.jit(step, donate_argnums=0)
+    score_fn, tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
+    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight, accumulate=c.packing.pieces,
+  )  # fmt: skip
+  proximal = functools.partial(proximal_logprobs, score_fn, accumulate=c.packing.pieces)
+  return jax.jit(step, donate_argnums=0), jax.jit(proximal)
 
 
 def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:

@@ -10,7 +10,35 @@ import optax
 from experiments import loading
 from experiments.assembly import Assembly
 from nemocascade.checkpoint import Store
+from nemocascade.rollout.episode import Samples
 from nemocascade.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+  """Tokens that a stage of RL has put through a model so far, by what was done with them."""
+
+  sampled: int = 0  # Decoded one at a time.
+  prefilled: int = 0  # Prompts, once each.
+  scored: int = 0  # Under a teacher or a reference.
+  trained: int = 0  # Forward and backward; documents that teach nothing are never in a row.
+
+  def plus(self, **more: int) -> "Spent":
+    return dataclasses.replace(self, **{name: getattr(self, name) + n for name, n in more.items()})
+
+  def plus_rollout(self, samples: Samples) -> "Spent":
+    given_QG = ((samples.segment_ids_QGT > 0) & ~samples.loss_mask_QGT).sum(-1)
+    return self.plus(sampled=int(samples.loss_mask_QGT.sum()), prefilled=int(given_QG[:, 0].sum()))
+
+  def flops(self, matmul_params: int) -> int:
+    """2 a parameter and token forward, 6 with the backward pass.
+
+    Args:
+      matmul_params: those that multiply a token: the active ones without the embedding's rows.
+
+    Attention's and the scan's own products are left out: they are few at these lengths.
+    """
+    return matmul_params * (2 * (self.sampled + self.prefilled + self.scored) + 6 * self.trained)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,24 +51,31 @@ def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
 
 
 def gather(a: Assembly, teachers: list[Teacher], keep: int) -> Teachers:
-  """The registry that loads and probes them."""
+  """The registry that loads and probes them; each has been, once, when this returns."""
   template = jax.eval_shape(a.fresh_params, jax.random.key(0))
   registry = Teachers(
     lambda checkpoint: loading.load(checkpoint, template), a.score,
     vocab_size=a.model_config.vocab_size, tokenizer=a.tokenizer.fingerprint, keep=keep,
+    tokens_BT=probe_tokens(a) if teachers else None,
   )  # fmt: skip
   for teacher in teachers:
     registry.register(teacher)
+  registry.check()
   return registry
 
 
 def probe(a: Assembly, params: Params) -> dict:
-  """What the parameters say of the first tokens of some held-out prompts, for a stage's entry."""
+  """What the parameters say of some held-out prompts, for a stage's entry."""
+  return dataclasses.asdict(take_probe(a.score, params, probe_tokens(a)))
+
+
+def probe_tokens(a: Assembly) -> list[list[int]]:
+  """The first tokens of some held-out prompts, equally many of each."""
   rows = [rows[0] for rows in a.heldout.values()][:PROBE_ROWS]
   texts = ["\n".join(str(m.get("content")) for m in domain_lib.prompt_messages(row)) for row in rows]
   tokens = [a.tokenizer.encode(text)[:PROBE_TOKENS] for text in texts]
   shortest = min(map(len, tokens))
-  return dataclasses.asdict(take_probe(a.score, params, [row[:shortest] for row in tokens]))
+  return [row[:shortest] for row in tokens]
 
 
 def score_rows(a: Assembly, params: Params, samples: Samples, q: list[int]) -> np.ndarray:

@@ -73,7 +73,12 @@ def check_probe(score_fn: ScoreFn, params: Params, probe: Probe, *, vocab_size: 
       f"teacher {name}: its probe's log-probabilities moved by {error:.2g} since it was registered"
       f" (at most {TOLERANCE}): the checkpoint or the model's code has changed; train the teacher anew"
     )
-  if now.entropy >= UNIFORM * math.log(vocab_size):
+  check_entropy(now, vocab_size=vocab_size, name=name)
+
+
+def check_entropy(now: Probe, *, vocab_size: int, name: str) -> None:
+  """Raises UserError where the probe is that of a model whose weights are lost."""
+  if not now.entropy < UNIFORM * math.log(vocab_size) or not np.isfinite(now.logprobs).all():
     raise UserError(
       f"teacher {name}: mean entropy {now.entropy:.2f} of at most ln {vocab_size} ="
       f" {math.log(vocab_size):.2f} nats: it guesses uniformly; give a trained checkpoint"
@@ -91,13 +96,23 @@ class Teachers:
     vocab_size: int,
     tokenizer: str = "",
     keep: int = 1,
+    tokens_BT=None,
   ):
-    """`load`: checkpoint -> params; `score_fn`: jitted; `tokenizer`: the student's fingerprint."""
+    """Knows no teacher yet.
+
+    Args:
+      load: checkpoint -> params.
+      score_fn: jitted.
+      tokenizer: the student's fingerprint.
+      keep: checkpoints that may be in memory together.
+      tokens_BT: what a teacher that came without a probe is probed on when it is first loaded.
+    """
     if keep < 1:
       raise UserError(f"teachers in memory, {keep}: must be at least 1")
     self._load, self._score_fn = load, score_fn
     self._vocab_size, self._tokenizer = vocab_size, tokenizer
     self._teachers: dict[str, Teacher] = {}
+    self._tokens_BT, self._probes = tokens_BT, {}  # Checkpoint -> probe.
     self._keep, self._held = keep, {}  # Checkpoint -> params, the longest held first.
     self.loads = 0
 
@@ -135,10 +150,21 @@ class Teachers:
         del self._held[next(iter(self._held))]
       params = self._load(teacher.checkpoint)
       self.loads += 1
-      if teacher.probe is not None:
-        check_probe(
-          self._score_fn, params, teacher.probe,
-          vocab_size=self._vocab_size, name=f"of {domain!r}, {teacher.checkpoint}",
-        )  # fmt: skip
+      self._check(teacher, params)
       self._held[teacher.checkpoint] = params
     return self._held[teacher.checkpoint]
+
+  def check(self) -> None:
+    """Loads and probes every checkpoint once, so that a bad one is found before a batch needs it."""
+    for places in self.by_checkpoint(domains := list(self._teachers)).values():
+      self.params(domains[places[0]])
+
+  def _check(self, teacher: Teacher, params: Params) -> None:
+    how = dict(vocab_size=self._vocab_size, name=f"of {teacher.domain!r}, {teacher.checkpoint}")
+    probe = teacher.probe or self._probes.get(teacher.checkpoint)
+    if probe is not None:
+      check_probe(self._score_fn, params, probe, **how)
+    elif self._tokens_BT is not None:
+      probe = take_probe(self._score_fn, params, self._tokens_BT)
+      check_entropy(probe, **how)
+      self._probes[teacher.checkpoint] = probe

@@ -5,7 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemocascade.advantage import ADVANTAGES, grpo, mopd
+from nemocascade.advantage import (
+  ADVANTAGES,
+  GROUPED,
+  TAUGHT,
+  dr_grpo,
+  grpo,
+  maxrl,
+  mopd,
+  mopd_clipped,
+  mopd_outcome,
+  reinforce_pp,
+  reinforce_pp_baseline,
+  rloo,
+)
 from nemocascade.types import Rollout
 
 T = 3
@@ -24,8 +37,15 @@ def rollout(rewards_QG, valid_QG=None):
   )
 
 
-def per_sample(rewards_QG, valid_QG=None):
-  return np.asarray(grpo(rollout(rewards_QG, valid_QG)))[..., 0]
+def per_sample(rewards_QG, valid_QG=None, advantage=grpo):
+  return np.asarray(advantage(rollout(rewards_QG, valid_QG)))[..., 0]
+
+
+OF_REWARDS = {name: fn for name, fn in ADVANTAGES.items() if name not in TAUGHT}
+of_rewards = pytest.mark.parametrize("advantage", OF_REWARDS.values(), ids=OF_REWARDS)
+of_groups = pytest.mark.parametrize(
+  "advantage", [fn for name, fn in OF_REWARDS.items() if name in GROUPED and "pp" not in name]
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +58,58 @@ def per_sample(rewards_QG, valid_QG=None):
 )
 def test_grpo_is_deviations_from_the_mean_in_standard_deviations(rewards_G, expected_G):
   np.testing.assert_allclose(per_sample([rewards_G])[0], expected_G, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "advantage, rewards_QG, expected_QG",
+  [
+    (dr_grpo, [[1, 0, 0, 0], [3, 1, -1, 1]], [[0.75, -0.25, -0.25, -0.25], [2, 0, -2, 0]]),
+    # The others' means are 0, 1/3, 1/3, 1/3.
+    (rloo, [[1, 0, 0, 0]], [[1, -1 / 3, -1 / 3, -1 / 3]]),
+    (rloo, [[4, 1]], [[3, -3]]),
+    # Of the batch: mean 2, deviations 1, -1, 3, -3, std sqrt(5).
+    (reinforce_pp, [[3, 1], [5, -1]], [[5**-0.5, -(5**-0.5)], [3 * 5**-0.5, -3 * 5**-0.5]]),
+    # Above their groups: 1, -1 and 3, -3; std sqrt(5).
+    (reinforce_pp_baseline, [[3, 1], [9, 3]], [[5**-0.5, -(5**-0.5)], [3 * 5**-0.5, -3 * 5**-0.5]]),
+    # Means 1/4, 3/4 and 0.
+    (maxrl, [[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], [[3, -1, -1, -1], [1 / 3] * 3 + [-1], [0] * 4]),
+  ],
+)
+def test_the_others_are_their_papers_numbers_by_hand(advantage, rewards_QG, expected_QG):
+  np.testing.assert_allclose(per_sample(rewards_QG, advantage=advantage), expected_QG, atol=1e-5)
+
+
+def test_reinforce_pp_teaches_groups_of_one():
+  np.testing.assert_allclose(per_sample([[1.0], [0.0]], advantage=reinforce_pp), [[1], [-1]], atol=1e-5)
+
+
+@of_rewards
+def test_prompts_permuted_permute_the_advantages(advantage):
+  rewards_QG = np.random.default_rng(1).integers(0, 3, (5, 4))
+  order = [3, 0, 4, 1, 2]
+  np.testing.assert_allclose(
+    per_sample(rewards_QG[order], advantage=advantage), per_sample(rewards_QG, advantage=advantage)[order], rtol=1e-5
+  )
+
+
+@of_groups
+def test_no_advantage_of_groups_sees_another_group(advantage):
+  both_QG = per_sample([[1, 0, 0, 0], [0, 5, 9, 2]], advantage=advantage)
+  np.testing.assert_array_equal(both_QG[:1], per_sample([[1, 0, 0, 0]], advantage=advantage))
+
+
+@of_rewards
+def test_what_is_not_valid_is_left_out_and_never_read(advantage):
+  valid_QG = [[True, True, False, True]]
+  got_QG = per_sample([[1.0, 0.0, np.nan, 0.0]], valid_QG, advantage)
+  np.testing.assert_allclose(got_QG[:, [0, 1, 3]], per_sample([[1.0, 0.0, 0.0]], advantage=advantage), rtol=1e-5)
+  assert got_QG[0, 2] == 0
+  assert not np.any(per_sample([[1.0, 0.0]], [[False, False]], advantage))
+
+
+@pytest.mark.parametrize("advantage", [OF_REWARDS[name] for name in OF_REWARDS if name in GROUPED])
+def test_a_group_of_one_teaches_nothing_where_groups_are_compared(advantage):
+  assert not np.any(per_sample([[3.0], [1.0]], advantage=advantage))
 
 
 def test_every_token_of_a_sample_has_its_advantage():
@@ -98,6 +170,28 @@ def test_mopd_never_reads_a_reward():
   logprobs_QGT = jax.random.normal(jax.random.key(0), (2, 3, T))
   r = rollout(np.full((2, 3), np.nan)).replace(teacher_logprobs_QGT=logprobs_QGT)
   np.testing.assert_array_equal(mopd(r), logprobs_QGT)
+
+
+def test_mopd_clipped_is_mopd_inside_the_bounds():
+  r = rollout(np.zeros((1, 1))).replace(teacher_logprobs_QGT=jnp.array([[[-6.7, 0.25, 3.0]]]))
+  np.testing.assert_allclose(mopd_clipped(r)[0, 0], [-1, 0.25, 1])
+  np.testing.assert_allclose(mopd_clipped(r, clip=5.0)[0, 0], [-5, 0.25, 3])
+
+
+def test_mopd_outcome_adds_alpha_times_the_verdicts_advantage_to_the_teachers():
+  logprobs_QGT = jax.random.normal(jax.random.key(0), (1, 2, T))
+  r = rollout([[1.0, 0.0]]).replace(teacher_logprobs_QGT=logprobs_QGT)
+  expected_QGT = logprobs_QGT + 0.5 * jnp.array([1.0, -1.0])[None, :, None]
+  np.testing.assert_allclose(mopd_outcome(r, alpha=0.5), expected_QGT, atol=1e-5)
+
+
+def test_a_teacher_that_is_the_student_teaches_exactly_nothing():
+  logprobs_QGT = jax.random.normal(jax.random.key(0), (2, 3, T))
+  r = rollout(np.zeros((2, 3))).replace(
+    behaviour_logprobs_QGT=logprobs_QGT, teacher_logprobs_QGT=logprobs_QGT
+  )
+  for name in TAUGHT:
+    assert not np.any(ADVANTAGES[name](r))
 
 
 def test_a_name_of_the_table_is_the_functions_own():

@@ -16,6 +16,7 @@ from nemocascade.step import loss
 from nemocascade.step.policy_gradient import (
   pack_rows,
   policy_gradient_step,
+  proximal_logprobs,
   rollout_metrics,
   rows_needed,
   to_rows,
@@ -75,6 +76,9 @@ def gradient(r, advantage=grpo, aggregation=loss.token_mean, **slots):
 
 
 def gradient_of_rows(rows, count, **slots):
+  if noise := slots.pop("moved", 0.0):  # As after an update: the proximal policy is another one.
+    moved_BT = noise * jnp.sin(7.0 * rows["tokens"] + rows["behaviour"])
+    rows = rows | {"proximal": rows["behaviour"] + moved_BT}
   before = state()
   after, metrics = jax.jit(policy_gradient_step(score, TX, **slots))(before, rows, count)
   return before.params["table_VV"] - after.params["table_VV"], metrics
@@ -166,7 +170,15 @@ def test_mopd_step_on_every_completion_weighed_by_its_probability_descends_the_r
 CASES = {
   "grpo": dict(advantage=grpo, kl_weight=0.03),
   "mopd": dict(advantage=mopd, aggregation=loss.sequence_mean, correction=loss.icepop),
-}
+  "moved": dict(
+    advantage=grpo, aggregation=loss.constant_length, correction=loss.tis, ratio=loss.dual_clip,
+    kl=loss.k2, kl_weight=0.1, entropy_weight=0.2, moved=0.3,
+  ),
+  "sequences": dict(
+    advantage=mopd, correction=functools.partial(loss.sequence_mask, low=0.7, high=1.5),
+    ratio=functools.partial(loss.gspo, low=0.2, high=0.2), moved=0.3,
+  ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -251,6 +263,67 @@ def test_the_better_half_becomes_likelier():
   grad_VV, _ = gradient(r)
   assert grad_VV[1, 2] < 0 < grad_VV[1, 3]
   assert not np.any(np.delete(grad_VV, 1, axis=0))
+
+
+@pytest.mark.parametrize("ratio", loss.RATIOS.values(), ids=loss.RATIOS)
+@pytest.mark.parametrize("advantage", [grpo, mopd])
+def test_on_policy_all_ratio_forms_are_reinforce(ratio, advantage):
+  r = rollout(noise=0.5)
+  assert_same(gradient(r, advantage, ratio=ratio)[0], gradient(r, advantage)[0])
+
+
+def test_ratio_and_correction_off_policy_are_a_loop_over_tokens():
+  """GSPO against the proximal policy and the sequence mask against the sampler, in fp64."""
+  r = rollout(noise=0.5)
+  rows, count = to_rows(r, mopd(r))
+  own_BT = np.asarray(own_logprobs(r), np.float64).reshape(-1, T)
+  rows["proximal"] = jnp.asarray(own_BT + 0.3 * np.sin(np.arange(own_BT.size)).reshape(own_BT.shape), jnp.float32)
+  value, low, high = 0.0, 0.02, 0.03
+  kept = clipped = 0
+  for b in range(Q * G):
+    learned_T = np.flatnonzero(rows["mask"][b])
+    if not len(learned_T):
+      continue
+    proximal_T, behaviour_T, advantages_T = (
+      np.asarray(rows[name][b], np.float64)[learned_T] for name in ("proximal", "behaviour", "advantages")
+    )
+    weights_T = np.exp(proximal_T - behaviour_T)
+    inside = 0.8 <= np.exp(np.mean(proximal_T - behaviour_T)) <= 1.25
+    ratio = np.exp(np.mean(own_BT[b, learned_T] - proximal_T))
+    kept += inside
+    for weight, a in zip(weights_T, advantages_T, strict=True):
+      free, held = ratio * weight * a * inside, np.clip(ratio, 1 - low, 1 + high) * weight * a * inside
+      clipped += held < free
+      value -= min(free, held)
+  _, metrics = gradient_of_rows(
+    rows, count, ratio=functools.partial(loss.gspo, low=low, high=high),
+    correction=functools.partial(loss.sequence_mask, low=0.8, high=1.25),
+  )  # fmt: skip
+  assert 0 < kept < Q * G and clipped  # The case is one where it matters.
+  np.testing.assert_allclose(metrics["loss/policy"], value / float(count), rtol=1e-5)
+  np.testing.assert_allclose(metrics["policy/clipped"], clipped / float(count), rtol=1e-5)
+
+
+def test_the_entropy_term_is_the_weight_times_the_mean_entropy():
+  r = rollout()
+  (plain_VV, plain), (got_VV, got) = gradient(r), gradient(r, entropy_weight=0.5)
+  np.testing.assert_allclose(got["loss/policy"], plain["loss/policy"] - 0.5 * plain["policy/entropy"], rtol=1e-5)
+  rows, _ = to_rows(r, grpo(r))
+
+  def mean_entropy(table_VV):
+    scores = score({"table_VV": table_VV}, rows["tokens"], rows["segment_ids"])
+    return jnp.sum(jnp.where(rows["mask"], scores.entropy_BT, 0.0)) / jnp.sum(rows["mask"])
+
+  assert_same(got_VV - plain_VV, -0.5 * jax.grad(mean_entropy)(state().params["table_VV"]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_proximal_logprobs_are_the_policys_own_of_every_learned_token(accumulate):
+  r = rollout()
+  rows, _ = to_rows(r, grpo(r))
+  got_BT = proximal_logprobs(score, state().params, rows, accumulate)
+  learned_BT = np.asarray(rows["mask"])
+  np.testing.assert_allclose(got_BT[learned_BT], own_logprobs(r).reshape(-1, T)[learned_BT], rtol=1e-6)
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES.values(), ids=ADVANTAGES)

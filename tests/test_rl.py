@@ -1,5 +1,6 @@
 """A stage of RL: refused with the numbers, and the same to the last bit when it is resumed."""
 
+import inspect
 import json
 import shutil
 
@@ -22,7 +23,13 @@ from nemocascade.types import TrainState
     ("packing.row_tokens", 60, ["packing.row_tokens=60", "rollout.total_tokens=112"]),
     ("rollout.completions", 1, ["rollout.completions=1"]),
     ("overlong", "drop", ["overlong", "zero"]),
-    ("correction", "icepopp", ["icepop"]),
+    ("correction", "icepopp", ["did you mean 'icepop'"]),
+    ("advantage", "dr_grop", ["did you mean 'dr_grpo'"]),
+    ("ratio", "tokenclip", ["did you mean 'token_clip'"]),
+    ("aggregation", "mean", ["token_mean"]),
+    ("kl", "k4", ["k1, k2, k3"]),
+    ("updates", 0, ["updates=0"]),
+    ("advantage", "mopd_outcome", ["'instruction'", "no teacher"]),
   ],
 )
 def test_a_stage_that_cannot_run_is_refused_with_its_numbers(field, value, words):
@@ -31,6 +38,33 @@ def test_a_stage_that_cannot_run_is_refused_with_its_numbers(field, value, words
   with pytest.raises(UserError) as error:
     rl.check(c)
   assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_setting_that_its_function_does_not_have_is_named():
+  c = if_rl.get_config("smoke")
+  c.options = {"icepop": {"hihg": 2.0}}
+  with pytest.raises(UserError, match="setting in options.icepop 'hihg': did you mean 'high'"):
+    rl.check(c)
+  c.options = {"icepopp": {"high": 2.0}}
+  with pytest.raises(UserError, match="did you mean 'icepop'"):
+    rl.check(c)
+
+
+def test_the_options_of_the_tiny_config_are_the_functions_own_defaults():
+  c = if_rl.get_config()
+  functions = {name: fn for choices in rl.SLOTS.values() for name, fn in choices.items()}
+  for name, fields in c.options.items():
+    defaults = {n: p.default for n, p in inspect.signature(functions[name]).parameters.items()}
+    assert fields.to_dict() == {n: defaults[n] for n in fields}
+
+
+def test_stages_that_learn_alike_share_a_program_whatever_their_advantage():
+  c, other = if_rl.get_config("smoke"), if_rl.get_config("smoke")
+  other.advantage, other.mixture, other.options.tis.high = "mopd", {"math": 1.0}, 9.0
+  assert rl.step_settings(c) == rl.step_settings(other)
+  other.correction = "tis"
+  assert rl.step_settings(c) != rl.step_settings(other)
+  assert '"high": 9.0' in rl.step_settings(other)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +99,47 @@ def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
   jax.tree.map(np.testing.assert_array_equal, outcome.params, expected)
   assert lines(cut) == lines(whole)
   assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_several_updates_a_batch_are_counted_as_one_step_and_all_learn(stage):
+  c, a, root, start = stage
+  twice = c.copy_and_resolve_references()
+  with twice.unlocked():
+    twice.updates, twice.steps, twice.ratio = 2, 1, "token_clip"
+  outcome = rl.run(twice, root / "twice", a, start)
+  assert outcome.steps == 1 and len(lines(root / "twice")) == 1
+  assert int(Store(root / "twice" / "checkpoints").latest()) == 1
+  assert rl.run(twice, root / "twice", a, start).steps == 1  # Finished: nothing is done again.
+
+
+def test_a_batch_of_which_everything_is_left_out_is_counted_and_changes_no_parameter(stage):
+  c, a, root, start = stage
+  none = c.copy_and_resolve_references()
+  with none.unlocked():
+    none.steps, none.dynamic_filtering = 2, True  # Fresh parameters solve nothing: all verdicts are 0.
+  outcome = rl.run(none, root / "none", a, start)
+  assert [line["rollout/skipped"] for line in lines(root / "none")] == [1, 1]
+  before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
+  jax.tree.map(np.testing.assert_array_equal, outcome.params, before)
+
+
+def test_a_stage_ends_where_its_watcher_says_and_knows_it_when_run_again(stage):
+  c, a, root, start = stage
+  seen = []
+
+  def watch(steps, params, spent):
+    seen.append((steps, spent))
+    return spent.sampled > 0 and steps >= 1
+
+  for _ in range(2):
+    outcome = rl.run(c, root / "watched", a, start, watch=watch)
+    assert outcome.steps == 1 and outcome.checkpoint.endswith("/1")
+  (steps, spent), again = seen
+  assert again == (1, spent) and spent.sampled == outcome.tokens
+  (line,) = lines(root / "watched")
+  assert spent.sampled == line["rollout/tokens"] * 8  # 4 prompts of 2 completions.
+  assert spent.trained == spent.sampled + 2 * spent.prefilled and spent.scored == 0
+  assert spent.flops(10) == 20 * (spent.sampled + spent.prefilled) + 60 * spent.trained
 
 
 def test_a_step_learns_from_what_the_trainer_itself_would_have_sampled(stage):

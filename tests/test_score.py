@@ -1,11 +1,13 @@
 """Laws of scoring: each verdict to its completion, and who is left out of learning."""
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains.domain import Completion, Domain, Verdict
-from nemocascade.errors import UserError
 from nemocascade.rollout import score
 from nemocascade.rollout.episode import Samples
 
@@ -71,7 +73,7 @@ def test_every_completion_gets_its_own_verdict_and_a_domain_is_asked_once():
 )
 def test_what_becomes_of_completions_that_met_the_limit(overlong, rewards, valid):
   s, verdicts = judged([[1, 1, 0, 0]], finished=[[True, False, True, False]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong=overlong)
+  rollout, counts = score.to_rollout(s, verdicts, overlong=score.OVERLONG[overlong])
   np.testing.assert_array_equal(rollout.rewards_QG, [rewards])
   np.testing.assert_array_equal(rollout.valid_QG, [valid])
   assert rollout.rewards_QG.dtype == np.float32
@@ -81,7 +83,7 @@ def test_what_becomes_of_completions_that_met_the_limit(overlong, rewards, valid
 @pytest.mark.parametrize("overlong", score.OVERLONG)
 def test_a_completion_without_a_verdict_is_never_trained_on(overlong):
   s, verdicts = judged([[1, 9, 0]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong=overlong)
+  rollout, counts = score.to_rollout(s, verdicts, overlong=score.OVERLONG[overlong])
   np.testing.assert_array_equal(rollout.valid_QG, [[True, False, True]])
   assert counts["rollout/masked"] == pytest.approx(1 / 3)
   assert counts["rollout/verdict"] == 0.5  # Over those that have one.
@@ -89,14 +91,14 @@ def test_a_completion_without_a_verdict_is_never_trained_on(overlong):
 
 def test_a_batch_without_any_verdict_still_counts():
   s, verdicts = judged([[9, 9]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong="keep")
+  rollout, counts = score.to_rollout(s, verdicts, overlong=score.keep)
   assert not rollout.valid_QG.any() and counts["rollout/verdict"] == 0.0
 
 
 def test_rewards_of_compared_groups_take_the_verdicts_place():
   s, verdicts = judged([[1, 0], [1, 1]], finished=[[True, True], [True, False]])
   rollout, counts = score.to_rollout(
-    s, verdicts, overlong="zero", rewards_QG=np.array([[0.25, 0.75], [0.5, 0.5]])
+    s, verdicts, overlong=score.zero, rewards_QG=np.array([[0.25, 0.75], [0.5, 0.5]])
   )
   np.testing.assert_array_equal(rollout.rewards_QG, [[0.25, 0.75], [0.5, 0.0]])
   assert counts["rollout/verdict"] == 0.75
@@ -104,16 +106,32 @@ def test_rewards_of_compared_groups_take_the_verdicts_place():
 
 def test_tokens_masks_and_logprobs_pass_through_and_their_length_is_counted():
   s, verdicts = judged([[1, 0]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong="keep")
+  rollout, counts = score.to_rollout(s, verdicts, overlong=score.keep)
   for name in ("tokens_QGT", "segment_ids_QGT", "loss_mask_QGT", "behaviour_logprobs_QGT"):
     np.testing.assert_array_equal(getattr(rollout, name), getattr(s, name))
   assert counts["rollout/tokens"] == T - 1
 
 
-def test_a_misspelt_choice_is_named():
-  s, verdicts = judged([[1, 0]])
-  with pytest.raises(UserError, match="did you mean 'filter'"):
-    score.to_rollout(s, verdicts, overlong="filtr")
+def test_the_soft_penalty_grows_with_every_token_of_the_last_few():
+  # Limit 10, the last 4 tokens: 6 and fewer are free, 8 lose a half, 10 lose 1; unfinished lose 1.
+  s, verdicts = judged([[1, 1, 1, 0, 1]], finished=[[True, True, True, True, False]])
+  lengths_G = np.array([5, 6, 8, 10, 3])
+  s = dataclasses.replace(
+    s,
+    tokens_QGT=np.zeros((1, 5, 10), np.int32),
+    segment_ids_QGT=(np.arange(10) < lengths_G[:, None])[None].astype(np.int32),
+  )
+  rollout, _ = score.to_rollout(s, verdicts, overlong=functools.partial(score.soft, tokens=4))
+  np.testing.assert_allclose(rollout.rewards_QG, [[1, 1, 0.5, -1, 0]])
+  assert rollout.rewards_QG.dtype == np.float32 and rollout.valid_QG.all()
+
+
+def test_dynamic_filtering_is_of_raw_verdicts_though_the_soft_penalty_parts_them():
+  s, verdicts = judged([[1, 1]], finished=[[True, False]])
+  s.segment_ids_QGT[0, 0, 1:] = 0
+  rollout, _ = score.to_rollout(s, verdicts, overlong=functools.partial(score.soft, tokens=2))
+  assert rollout.rewards_QG[0, 0] != rollout.rewards_QG[0, 1]
+  assert not score.dynamic_filter(rollout, verdicts).valid_QG.any()
 
 
 def test_dynamic_filtering_leaves_out_groups_whose_raw_verdicts_are_equal():
@@ -122,7 +140,7 @@ def test_dynamic_filtering_leaves_out_groups_whose_raw_verdicts_are_equal():
     [[1, 0], [1, 1], [1, 1], [1, 9], [0, 0]],
     finished=[[True, True], [True, True], [True, False], [True, True], [True, True]],
   )
-  rollout, counts = score.to_rollout(s, verdicts, overlong="zero")
+  rollout, counts = score.to_rollout(s, verdicts, overlong=score.zero)
   assert rollout.rewards_QG[2].tolist() == [1, 0]
   valid_QG = score.dynamic_filter(rollout, verdicts).valid_QG
   np.testing.assert_array_equal(valid_QG, [[True, True]] + [[False, False]] * 4)
@@ -132,7 +150,7 @@ def test_dynamic_filtering_leaves_out_groups_whose_raw_verdicts_are_equal():
 
 def test_dynamic_filtering_does_not_bring_back_what_was_left_out():
   s, verdicts = judged([[1, 0, 9]])
-  rollout, _ = score.to_rollout(s, verdicts, overlong="keep")
+  rollout, _ = score.to_rollout(s, verdicts, overlong=score.keep)
   filtered = score.dynamic_filter(rollout, verdicts)
   np.testing.assert_array_equal(filtered.valid_QG, [[True, True, False]])
 

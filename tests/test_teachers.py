@@ -138,6 +138,28 @@ def test_every_load_is_probed():
     made.params("code")
 
 
+def test_a_teacher_that_came_without_a_probe_is_probed_when_it_is_first_loaded():
+  table = {"1": params(1), "blank": params(scale=0.01), "lost": {"table": jnp.full((V, V), jnp.nan)}}
+  made = Teachers(table.get, score, vocab_size=V, tokens_BT=TOKENS_BT)
+  for domain, checkpoint in (("math", "1"), ("code", "blank"), ("stem", "lost")):
+    made.register(Teacher(domain, checkpoint, 0.5, "rl"))
+  made.params("math")
+  for domain in ("code", "stem"):
+    with pytest.raises(UserError, match=f"of '{domain}'.*guesses uniformly"):
+      made.params(domain)
+  table["1"] = params(2)  # The files changed while the run goes on.
+  with pytest.raises(UserError, match="of 'math', 1: its probe's log-probabilities moved"):
+    made.params("math")
+
+
+def test_checking_loads_every_checkpoint_once_and_finds_the_bad_one():
+  made = teachers()
+  made.check()
+  assert made.loads == 2
+  with pytest.raises(UserError, match="teacher of 'math', 1"):
+    teachers(load=lambda c: params(7)).check()
+
+
 def test_a_teacher_of_another_tokenizer_is_refused():
   made = teachers(tokenizer="a" * 64)
   with pytest.raises(UserError, match="its tokenizer bbbb"):

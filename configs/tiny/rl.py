@@ -24,12 +24,28 @@ def fields() -> ConfigDict:
     pieces=8,  # Taken one after another; those that stay empty cost nothing.
   )
   c.reward = "verdict"  # verdict | pairwise: all pairs of a group, by the judge.
-  c.advantage = "grpo"
-  c.aggregation = "token_mean"
-  c.correction = "none"  # Sampler against trainer: none | icepop.
-  c.icepop = (0.5, 2.0)
+  # Each names a function; experiments/OBJECTIVES.md has the equations.
+  c.advantage = "grpo"  # nemocascade/advantage.py: ADVANTAGES.
+  c.ratio = "none"  # Of several updates a batch: none | token_clip | dual_clip | gspo | cispo.
+  c.correction = "none"  # Sampler against trainer: none | tis | icepop | sequence_mask.
+  c.aggregation = "token_mean"  # token_mean | sequence_mean | constant_length.
+  c.kl = "k3"  # To where the stage started: k1 | k2 | k3.
   c.kl_weight = 0.0
-  c.overlong = "zero"  # zero | filter | keep.
+  c.entropy_weight = 0.0
+  c.overlong = "zero"  # zero | filter | keep | soft.
+  c.options = dict(  # What these functions are given; those that are not chosen cost nothing.
+    mopd_clipped=dict(clip=1.0),
+    mopd_outcome=dict(alpha=1.0),
+    token_clip=dict(low=0.2, high=0.28),
+    dual_clip=dict(low=0.2, high=0.28, cap=3.0),
+    gspo=dict(low=3e-4, high=4e-4),
+    cispo=dict(low=1.0, high=0.28),
+    tis=dict(low=0.0, high=2.0),
+    icepop=dict(low=0.5, high=2.0),
+    sequence_mask=dict(low=0.999, high=1.002),
+    soft=dict(tokens=16),
+  )
+  c.updates = 1  # A batch is learned from so often; 1 is on policy.
   c.dynamic_filtering = True  # Groups whose verdicts are all equal teach nothing: leave them out.
   c.refill_rounds = 1  # Batches that may be sampled to fill the step with informative groups.
   c.optimizer = dict(

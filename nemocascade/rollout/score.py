@@ -1,18 +1,45 @@
 """Verdicts to rewards: what is judged, what is left out, and how much of each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from nemocascade.domains.domain import Domain, Verdict
-from nemocascade.errors import unknown
 from nemocascade.rollout.episode import Samples
 from nemocascade.types import Rollout
 
 Verdicts = list[list[Verdict]]  # [Q][G]
 
-# What becomes of a completion that met the limit: paid 0, left out, or judged as any other.
-OVERLONG = ("zero", "filter", "keep")
+# Overlong: what becomes of completions that met the limit. (rewards_QG; finished_QG, bool; room_QG,
+# tokens that were left of the limit) -> (rewards_QG, kept_QG).
+
+
+def zero(rewards_QG, finished_QG, room_QG):
+  """Unfinished is paid 0 (paper.md 4.2)."""
+  del room_QG
+  return np.where(finished_QG, rewards_QG, np.float32(0)), np.ones_like(finished_QG)
+
+
+def drop(rewards_QG, finished_QG, room_QG):
+  """Unfinished is left out: overlong filtering (DAPO, arXiv 2503.14476, section 3.4)."""
+  del room_QG
+  return rewards_QG, finished_QG
+
+
+def keep(rewards_QG, finished_QG, room_QG):
+  """Judged as any other."""
+  del room_QG
+  return rewards_QG, np.ones_like(finished_QG)
+
+
+def soft(rewards_QG, finished_QG, room_QG, *, tokens: int = 16):
+  """Up to 1 less where the room was less than `tokens`, and 1 less for unfinished (DAPO, eq. 13)."""
+  penalty_QG = np.clip(room_QG / tokens - 1.0, -1.0, 0.0)
+  penalty_QG = np.where(finished_QG, penalty_QG, -1.0)
+  return (rewards_QG + penalty_QG).astype(np.float32), np.ones_like(finished_QG)
+
+
+OVERLONG = {"zero": zero, "filter": drop, "keep": keep, "soft": soft}
 
 
 def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
@@ -29,25 +56,21 @@ def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
 
 
 def to_rollout(
-  samples: Samples, verdicts: Verdicts, *, overlong: str, rewards_QG: np.ndarray | None = None
+  samples: Samples, verdicts: Verdicts, *, overlong: Callable = keep, rewards_QG: np.ndarray | None = None
 ) -> tuple[Rollout, dict[str, float]]:
   """The record a step learns from, and counts of what was left out.
 
   Args:
+    overlong: one of OVERLONG.
     rewards_QG: in the place of the verdicts', where rewards compare a group's completions.
-
-  Raises:
-    UserError: `overlong` is not one of OVERLONG.
   """
-  if overlong not in OVERLONG:
-    raise unknown("overlong", overlong, OVERLONG)
   finished_QG = np.array([[c.finished for c in group] for group in samples.completions])
   masked_QG = np.array([[v.masked for v in group] for group in verdicts])
   verdict_QG = np.array([[v.reward for v in group] for group in verdicts], np.float32)
   rewards_QG = verdict_QG if rewards_QG is None else np.asarray(rewards_QG, np.float32)
-  if overlong == "zero":
-    rewards_QG = np.where(finished_QG, rewards_QG, 0.0).astype(np.float32)
-  valid_QG = ~masked_QG & (finished_QG if overlong == "filter" else True)
+  room_QG = samples.tokens_QGT.shape[-1] - (samples.segment_ids_QGT > 0).sum(-1)
+  rewards_QG, kept_QG = overlong(rewards_QG, finished_QG, room_QG)
+  valid_QG = ~masked_QG & kept_QG
   counts = {
     "rollout/masked": float(masked_QG.mean()),
     "rollout/unfinished": float(1 - finished_QG.mean()),

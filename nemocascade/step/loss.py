@@ -1,8 +1,11 @@
 """Losses as (sum, count), and the slots of the policy-gradient loss.
 
 A slot is a function; a dict below names its choices for a config. Every loss returns a sum and a
-count, and the division happens once, over the global batch.
+count, and the division happens once, over the global batch. What a slot needs to know of whole
+completions it asks of `mean_of`, x_BT -> the mean over the learned tokens of each one's completion.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,36 +35,138 @@ def sequence_mean(mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   return weights_BT, jnp.sum(tokens_B1 > 0, dtype=jnp.float32)
 
 
-AGGREGATIONS = dict(token_mean=token_mean, sequence_mean=sequence_mean)
+def constant_length(mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sum over a sequence's tokens by the most there can be, T (Dr. GRPO, arXiv 2503.20783, 3.2).
+
+  Then the mean over sequences. Long answers are not discounted; empty ones do not count.
+  """
+  weights_BT = mask_BT.astype(jnp.float32) / mask_BT.shape[1]
+  return weights_BT, jnp.sum(jnp.any(mask_BT, axis=1), dtype=jnp.float32)
 
 
-# Correction: pi_train / pi_inf of a token -> its weight.
+AGGREGATIONS = dict(token_mean=token_mean, sequence_mean=sequence_mean, constant_length=constant_length)
 
 
-def no_correction(ratio_BT: jax.Array) -> jax.Array:
+# Correction: pi_train / pi_inf of a token -> its weight, at least 0.
+
+MeanOf = Callable[[jax.Array], jax.Array]
+
+
+def no_correction(ratio_BT: jax.Array, mean_of: MeanOf) -> jax.Array:
   """The sampler is taken at its word."""
+  del mean_of
   return jnp.ones_like(ratio_BT)
 
 
-def icepop(ratio_BT: jax.Array, *, low: float = 0.5, high: float = 2.0) -> jax.Array:
+def tis(ratio_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.0, high: float = 2.0) -> jax.Array:
+  """The ratio clamped to [low, high]: truncated importance sampling (Yao et al., 2025; paper.md 5.4)."""
+  del mean_of
+  return jnp.clip(ratio_BT, low, high)
+
+
+def icepop(ratio_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.5, high: float = 2.0) -> jax.Array:
   """The ratio where it lies in [low, high], else 0 (paper.md 5.1, eq. 3): a mask, not a clamp.
 
   Such tokens still count in the normaliser, as the equation is printed.
   """
+  del mean_of
   return jnp.where((ratio_BT >= low) & (ratio_BT <= high), ratio_BT, 0.0)
 
 
-CORRECTIONS = dict(none=no_correction, icepop=icepop)
-
-
-def policy_gradient_loss(
-  logprobs_BT: jax.Array, advantages_BT: jax.Array, weights_BT: jax.Array
+def sequence_mask(
+  ratio_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.999, high: float = 1.002
 ) -> jax.Array:
-  """Per token -w * a * log pi, with the gradient through log pi alone (REINFORCE; eq. 4)."""
-  return -jax.lax.stop_gradient(weights_BT * advantages_BT) * logprobs_BT
+  """The ratio, or 0 for a whole completion whose geometric mean of ratios is outside (paper.md 5.4)."""
+  mean_BT = jnp.exp(mean_of(jnp.log(ratio_BT)))
+  return jnp.where((mean_BT >= low) & (mean_BT <= high), ratio_BT, 0.0)
 
 
-def kl_k3(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
-  """Per token estimate of KL(policy || reference) that is never negative (Schulman, 2020)."""
+CORRECTIONS = dict(none=no_correction, tis=tis, icepop=icepop, sequence_mask=sequence_mask)
+
+
+# Ratio form: how a step that has moved from the proximal policy weighs what it learns ->
+# (gain_BT, clipped_BT): what to climb, and bool where the form holds the token back. `a` is the
+# advantage times the correction's weight, without gradient. At the proximal policy itself, which is
+# where the only update of a batch is made, all forms have the gradient of a * log pi.
+
+
+def reinforce(logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf):
+  """a * log pi, with no ratio (paper.md 5.1, eq. 4)."""
+  del proximal_BT, mean_of
+  return a_BT * logprobs_BT, jnp.zeros(a_BT.shape, bool)
+
+
+def token_clip(
+  logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 0.2, high: float = 0.28
+):
+  """min(r a, clip(r, 1 - low, 1 + high) a) (PPO, arXiv 1707.06347, eq. 7; two bounds: DAPO, 2503.14476)."""
+  del mean_of
+  return _clipped(jnp.exp(logprobs_BT - proximal_BT), a_BT, low, high)
+
+
+def dual_clip(
+  logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 0.2, high: float = 0.28, cap: float = 3.0
+):
+  """`token_clip`, and at least cap * a where a < 0 (Ye et al., 2020, arXiv 1912.09729, eq. 5)."""
+  gain_BT, clipped_BT = token_clip(logprobs_BT, proximal_BT, a_BT, mean_of, low=low, high=high)
+  capped_BT = (a_BT < 0) & (gain_BT < cap * a_BT)
+  return jnp.where(capped_BT, cap * a_BT, gain_BT), clipped_BT | capped_BT
+
+
+def gspo(
+  logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 3e-4, high: float = 4e-4
+):
+  """`token_clip` of the completion's ratio exp(mean log r) (Zheng et al., 2025, arXiv 2507.18071).
+
+  The form of its eq. 13 and 14, GSPO-token: the ratio is the completion's in value, and each token
+  has its own gradient, so that advantages may differ from token to token.
+  """
+  sequence_BT = jax.lax.stop_gradient(mean_of(logprobs_BT - proximal_BT))
+  ratio_BT = jnp.exp(sequence_BT + logprobs_BT - jax.lax.stop_gradient(logprobs_BT))
+  return _clipped(ratio_BT, a_BT, low, high)
+
+
+def cispo(
+  logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 1.0, high: float = 0.28
+):
+  """clip(r) a log pi with no gradient through r (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+
+  The clip bounds a token's weight and drops none. With low = 1 there is no lower bound.
+  """
+  del mean_of
+  ratio_BT = jax.lax.stop_gradient(jnp.exp(logprobs_BT - proximal_BT))
+  bounded_BT = jnp.clip(ratio_BT, 1 - low, 1 + high)
+  return bounded_BT * a_BT * logprobs_BT, ratio_BT != bounded_BT
+
+
+def _clipped(ratio_BT, a_BT, low: float, high: float):
+  bounded_BT = jnp.clip(ratio_BT, 1 - low, 1 + high)
+  free_BT, held_BT = ratio_BT * a_BT, bounded_BT * a_BT
+  return jnp.minimum(free_BT, held_BT), held_BT < free_BT
+
+
+RATIOS = dict(none=reinforce, token_clip=token_clip, dual_clip=dual_clip, gspo=gspo, cispo=cispo)
+
+
+# KL(policy || reference) of a token that the policy sampled, estimated (Schulman, 2020). As a term
+# of the loss the gradient of k2 is, on policy, that of the KL; of k3 that of the KL the other way
+# round; that of k1 is 0 in expectation, so it serves to be watched.
+
+
+def k1(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
+  """log pi - log ref: no bias, much variance, either sign."""
+  return logprobs_BT - reference_BT
+
+
+def k2(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
+  """Half of k1 squared: a little bias, never negative."""
+  return 0.5 * jnp.square(logprobs_BT - reference_BT)
+
+
+def k3(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
+  """No bias, and never negative."""
   gap_BT = reference_BT - logprobs_BT
   return jnp.exp(gap_BT) - gap_BT - 1.0
+
+
+KLS = dict(k1=k1, k2=k2, k3=k3)

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 
 from nemocascade.data import packing
-from nemocascade.segments import masked_mean
+from nemocascade.segments import document_mean, masked_mean
 from nemocascade.step import loss
 from nemocascade.step.sft import apply_gradients, load_metrics, sum_over_parts
-from nemocascade.types import Metrics, Rollout, ScoreFn, TrainState
+from nemocascade.types import Metrics, Params, Rollout, ScoreFn, TrainState
 
 Rows = dict[str, jax.Array]  # name -> [B, T]; each document of a row is one prompt and completion.
 
@@ -72,11 +72,18 @@ def policy_gradient_step(
   score_fn: ScoreFn,
   tx: optax.GradientTransformation,
   *,
+  ratio: Callable = loss.reinforce,
   correction: Callable = loss.no_correction,
+  kl: Callable = loss.k3,
   kl_weight: float = 0.0,
+  entropy_weight: float = 0.0,
   accumulate: int = 1,
 ):
   """Returns step(state, rows, count) -> (state, metrics), pure and ready to jit; see to_rows.
+
+  The proximal policy is rows["proximal"] where the batch is learned from more than once, and else
+  the policy itself. The correction is of that policy against the sampler, the ratio of the policy
+  against it. Clipping is judged by a token's advantage, so weights of the correction are at least 0.
 
   `accumulate` pieces of the rows one after another equal the whole; a piece that teaches nothing
   costs nothing. Tokens of samples that are not valid learn nothing and count nowhere.
@@ -86,21 +93,30 @@ def policy_gradient_step(
     def loss_fn(params):
       scores = score_fn(params, rows["tokens"], rows["segment_ids"], rows["mask"])
       logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
-      gap_BT = sampler_gap(logprobs_BT, rows)
-      ratios_BT = correction(jnp.exp(gap_BT))
-      loss_BT = loss.policy_gradient_loss(logprobs_BT, rows["advantages"], ratios_BT)
+      # Without gradient, and the sampler's own where nothing is learned.
+      own_BT = jax.lax.stop_gradient(logprobs_BT)
+      proximal_BT = jnp.where(mask_BT, rows["proximal"], own_BT) if "proximal" in rows else own_BT
+      gap_BT = sampler_gap(proximal_BT, rows)
+      mean_of = lambda x_BT: document_mean(x_BT, mask_BT, rows["segment_ids"])  # noqa: E731
+      ratios_BT = correction(jnp.exp(gap_BT), mean_of)
+      a_BT = jax.lax.stop_gradient(ratios_BT * rows["advantages"])
+      gain_BT, clipped_BT = ratio(logprobs_BT, proximal_BT, a_BT, mean_of)
+      loss_BT = -gain_BT
       sums = {
         "policy/entropy": jnp.where(mask_BT, scores.entropy_BT, 0.0),
         "policy/sampler_kl": -gap_BT,
         "policy/sampler_error": jnp.abs(gap_BT),
         "policy/ratio_masked": mask_BT & (ratios_BT == 0),
+        "policy/clipped": mask_BT & clipped_BT,
         "advantage/mean": rows["advantages"],
         "advantage/abs": jnp.abs(rows["advantages"]),
       }
       if kl_weight:
-        kl_BT = reference_kl(logprobs_BT, rows)
+        kl_BT = reference_kl(logprobs_BT, rows, kl)
         loss_BT += kl_weight * kl_BT
         sums["policy/reference_kl"] = kl_BT
+      if entropy_weight:
+        loss_BT -= entropy_weight * scores.entropy_BT
       total = jnp.sum(jnp.where(mask_BT, rows["weights"] * loss_BT, 0.0), dtype=jnp.float32)
       sums = {name: jnp.sum(value_BT, dtype=jnp.float32) for name, value_BT in sums.items()}
       tokens = jnp.sum(mask_BT, dtype=jnp.float32)
@@ -136,13 +152,22 @@ def rollout_metrics(r: Rollout) -> Metrics:
   }
 
 
-def sampler_gap(logprobs_BT: jax.Array, rows: Rows) -> jax.Array:
+def sampler_gap(proximal_BT: jax.Array, rows: Rows) -> jax.Array:
   """log(pi_train / pi_inf) of each learned token, without gradient; 0 elsewhere."""
-  gap_BT = jax.lax.stop_gradient(logprobs_BT) - rows["behaviour"]
-  return jnp.where(rows["mask"], gap_BT, 0.0)
+  return jnp.where(rows["mask"], proximal_BT - rows["behaviour"], 0.0)
 
 
-def reference_kl(logprobs_BT: jax.Array, rows: Rows) -> jax.Array:
+def reference_kl(logprobs_BT: jax.Array, rows: Rows, kl: Callable) -> jax.Array:
   """KL to the reference of each learned token, 0 elsewhere."""
   there_BT = jnp.where(rows["mask"], rows["reference"], jax.lax.stop_gradient(logprobs_BT))
-  return jnp.where(rows["mask"], loss.kl_k3(logprobs_BT, there_BT), 0.0)
+  return jnp.where(rows["mask"], kl(logprobs_BT, there_BT), 0.0)
+
+
+def proximal_logprobs(score_fn: ScoreFn, params: Params, rows: Rows, accumulate: int) -> jax.Array:
+  """logprobs_BT of the learned tokens under the policy before its first update of this batch."""
+
+  def part(piece: Rows):
+    return (), score_fn(params, piece["tokens"], piece["segment_ids"], piece["mask"]).logprobs_BT
+
+  _, logprobs = sum_over_parts(part, rows, accumulate)
+  return logprobs.swapaxes(0, 1).reshape(rows["tokens"].shape)

@@ -1,0 +1,216 @@
+"""What arms that ran on paired seeds came to: ablation.json, its tables and its picture."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from nemocascade import statistics
+from nemocascade.metrics import write_json
+
+# One evaluation: {"steps", "tokens", "flops", "score", "domains": {name: score}}.
+Line = dict[str, Any]
+AXES = {"steps": "step", "tokens": "sampled tokens", "flops": "FLOPs"}
+COLOURS = ("#1f5fa8", "#c0672b", "#2e8b57", "#8e4b9e", "#b8a12f", "#4a4a4a", "#c8507a", "#3aa6a6")
+
+
+def aligned(lines_of_seeds: Sequence[Sequence[Line]]) -> list[list[Line]]:
+  """Equally many evaluations of every seed: where one ends sooner, its last stands with the others' last."""
+  n = min(map(len, lines_of_seeds))
+  return [[*lines[: n - 1], lines[-1]] for lines in lines_of_seeds]
+
+
+def column(lines_of_seeds: Sequence[Sequence[Line]], name: str) -> np.ndarray:
+  """[seeds, evaluations] of aligned lines."""
+  return np.array([[line[name] for line in lines] for lines in lines_of_seeds], np.float64)
+
+
+def compare(
+  seeds: Sequence[int],
+  students: Sequence[float],
+  teachers: Sequence[float],
+  arms: dict[str, Sequence[Sequence[Line]]],
+  *,
+  pairs: Sequence[tuple[str, str]],
+  steps: Sequence[int],
+  reach: float,
+) -> dict:
+  """The content of ablation.json.
+
+  Args:
+    students, teachers: the score of each seed's.
+    arms: name -> of each seed, the evaluations in order.
+    pairs: (a, b): the difference a - b is looked at.
+    steps: where shares of the gap and differences are taken.
+    reach: the share of the gap at which an arm counts as having come to its teacher.
+  """
+  out: dict[str, Any] = {
+    "student_score": {"mean": float(np.mean(students))},
+    "teacher_score": {"mean": float(np.mean(teachers))},
+    "seeds": list(seeds),
+    "arms": {},
+    "summary": {},
+    "paired": [],
+  }
+  for name, lines in arms.items():
+    lines = aligned(lines)
+    average = lambda axis, lines=lines: np.mean(column(lines, axis), axis=0).tolist()
+    scores = column(lines, "score")
+    out["arms"][name] = {axis: average(axis) for axis in AXES} | {"scores": scores.tolist()}
+    levels = [s + reach * (t - s) for s, t in zip(students, teachers, strict=True)]
+    reached = [
+      statistics.first_at([line["steps"] for line in of_seed], [line["score"] for line in of_seed], level)
+      for of_seed, level in zip(lines, levels, strict=True)
+    ]
+    out["summary"][name] = {
+      "steps_to_teacher": statistics.median(reached),
+      "final": statistics.mean(scores[:, -1]),
+      "gap_closed": {
+        str(step): _known(statistics.gap_closed(scores_at(lines, step), students, teachers))
+        for step in steps
+        if step <= max(line["steps"] for line in lines[0])
+      },
+    }
+  for a, b in pairs:
+    for step in steps:
+      d = differences(arms, a, b, step)
+      if d is not None:
+        out["paired"].append({"a": a, "b": b, "step": step, "difference": statistics.mean(d)})
+  return out
+
+
+def scores_at(lines_of_seeds: Sequence[Sequence[Line]], step: float) -> np.ndarray:
+  """Each seed's score at a step."""
+  return np.array(
+    [statistics.at([x["steps"] for x in lines], [x["score"] for x in lines], step) for lines in lines_of_seeds]
+  )
+
+
+def differences(arms: dict, a: str, b: str, step: int) -> np.ndarray | None:
+  """Of each seed the score of a less that of b at the step; None where one of them ended before."""
+  if any(max(line["steps"] for line in arms[name][0]) < step for name in (a, b)):
+    return None
+  return scores_at(arms[a], step) - scores_at(arms[b], step)
+
+
+def _known(values_N: np.ndarray) -> dict:
+  """`statistics.mean` of the seeds that have a gap; None where none has."""
+  values_N = values_N[np.isfinite(values_N)]
+  return statistics.mean(values_N) if len(values_N) else {"mean": None, "ci95": [None, None]}
+
+
+def write(
+  out: Path, found: dict, arms: dict, *, students: Sequence[dict], teachers: Sequence[dict], rates: dict
+) -> None:
+  """ablation.json, curves.csv, summary.csv, paired.csv, domains.csv and curves.png.
+
+  Args:
+    found: of `compare`.
+    arms: as given to it.
+    students, teachers: of each seed, domain -> score.
+    rates: name -> peak learning rate.
+  """
+  write_json(out / "ablation.json", found)
+  domains = list(students[0])
+  _csv(
+    out / "curves.csv",
+    ["arm", "seed", *AXES, "score", *domains],
+    [
+      [name, seed, *(line[k] for k in (*AXES, "score")), *(line["domains"][d] for d in domains)]
+      for name, of_seeds in arms.items()
+      for seed, lines in zip(found["seeds"], of_seeds, strict=True)
+      for line in lines
+    ],
+  )
+  steps = sorted({s for arm in found["summary"].values() for s in arm["gap_closed"]}, key=int)
+  _csv(
+    out / "summary.csv",
+    ["arm", "peak_lr", "steps_to_teacher", "low", "high", "final", "low", "high"]
+    + [f"{what}_{step}" for step in steps for what in ("gap_closed", "low", "high")],
+    [
+      [name, rates[name], s["steps_to_teacher"]["median"], *s["steps_to_teacher"]["ci95"]]
+      + [s["final"]["mean"], *s["final"]["ci95"]]
+      + sum(([g["mean"], *g["ci95"]] if (g := s["gap_closed"].get(step)) else [None] * 3 for step in steps), [])
+      for name, s in found["summary"].items()
+    ],
+  )
+  _csv(
+    out / "paired.csv",
+    ["a", "b", "step", "difference", "low", "high", "p"],
+    [
+      [p["a"], p["b"], p["step"], p["difference"]["mean"], *p["difference"]["ci95"]]
+      + [statistics.paired_p(differences(arms, p["a"], p["b"], p["step"]))]
+      for p in found["paired"]
+    ],
+  )
+  of = lambda scores, d: float(np.mean([s[d] for s in scores]))
+  rows = []
+  for name, of_seeds in arms.items():
+    for d in domains:
+      last = [lines[-1]["domains"][d] for lines in of_seeds]
+      change = statistics.mean([x - s[d] for x, s in zip(last, students, strict=True)])
+      taught = all(d in t for t in teachers)
+      closed = _known(
+        statistics.gap_closed(last, [s[d] for s in students], [t[d] for t in teachers]) if taught else np.array([])
+      )
+      rows.append(
+        [name, d, of(students, d), of(teachers, d) if taught else None, float(np.mean(last))]
+        + [change["mean"], *change["ci95"], closed["mean"]]
+      )
+  header = ["arm", "domain", "student", "teacher", "final", "change", "low", "high", "gap_closed"]
+  _csv(out / "domains.csv", header, rows)
+  figure = curves(found)
+  figure.savefig(out / "curves.png", dpi=130)
+  plt.close(figure)
+
+
+def curves(found: dict):
+  """Score against steps, tokens and FLOPs, with the 95% band over seeds, and the teacher's level."""
+  figure, panels = plt.subplots(1, len(AXES), figsize=(14, 4.4), layout="constrained", sharey=True)
+  for axes, (name, label) in zip(panels, AXES.items(), strict=True):
+    for kind in ("student", "teacher"):
+      level = found[f"{kind}_score"]["mean"]
+      axes.axhline(level, color="#555", lw=1, ls="--" if kind == "teacher" else ":")
+      axes.annotate(kind, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#555")
+    for colour, (arm, values) in zip(COLOURS * len(found["arms"]), found["arms"].items(), strict=False):
+      scores = np.array(values["scores"])
+      bands = np.array([statistics.bootstrap(scores[:, i]) for i in range(scores.shape[1])])
+      axes.plot(values[name], scores.mean(axis=0), color=colour, lw=1.8, label=arm.replace("_", " "))
+      axes.fill_between(values[name], bands[:, 0], bands[:, 1], color=colour, alpha=0.15, lw=0)
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+  panels[0].set_ylabel("held-out score, temperature 1")
+  panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
+  figure.suptitle(f"mean over {len(found['seeds'])} paired seeds, 95% bootstrap bands", fontsize=9, color="#555")
+  return figure
+
+
+def table(found: dict) -> str:
+  """The summary and the paired differences, to be read in a terminal."""
+  number = lambda x, digits=3: "never" if x is None or not math.isfinite(x) else f"{x:.{digits}f}"
+  span = lambda value, key="mean", digits=3: (
+    f"{number(value[key], digits)} [{', '.join(number(x, digits) for x in value['ci95'])}]"
+  )
+  lines = [f"student {found['student_score']['mean']:.3f}, teacher {found['teacher_score']['mean']:.3f}"]
+  for name, s in found["summary"].items():
+    closed = "  ".join(f"gap@{step} {span(g)}" for step, g in s["gap_closed"].items() if g["mean"] is not None)
+    lines.append(
+      f"{name:20} final {span(s['final'])}  steps to teacher {span(s['steps_to_teacher'], 'median', 0)}  {closed}"
+    )
+  for p in found["paired"]:
+    lines.append(f"{p['a']} - {p['b']} at step {p['step']}: {span(p['difference'])}")
+  return "\n".join(lines)
+
+
+def _csv(path: Path, header: list[str], rows: list[list]) -> None:
+  partial = path.with_name(path.name + ".tmp")
+  with partial.open("w", newline="") as file:
+    csv.writer(file).writerows([header, *rows])
+  partial.rename(path)
