@@ -46,6 +46,10 @@ def check(c: ConfigDict) -> None:
     begin = stage.init_from
     if begin not in ("", "previous") and begin not in c.order[:i]:
       raise unknown(f"stages.{name}.init_from", begin, ["previous", *c.order[:i]])
+    if stage.kind == "sft":
+      for domain in stage.conversations:
+        if domain not in c.domains:
+          raise unknown(f"domain in stages.{name}.conversations", domain, c.domains)
     if stage.kind == "rl":
       rl.check(flat(c, name))
       for domain, teacher in stage.teachers.items():

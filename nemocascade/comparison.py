@@ -187,7 +187,7 @@ def curves(found: dict):
     axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
   panels[0].set_ylabel("held-out score, temperature 1")
-  panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
+  figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
   figure.suptitle(f"mean over {len(found['seeds'])} paired seeds, 95% bootstrap bands", fontsize=9, color="#555")
   return figure
 

@@ -1,0 +1,94 @@
+"""MOPD of several teachers against GRPO on the same mixture and against RLHF alone (paper.md 5.2).
+
+  python -m experiments.ablation --config=configs/tiny/multi_domain.py --workdir=runs/multi_domain
+
+Teachers as in the paper: the SFT checkpoint for mathematics, RLHF from it for preferences, and the
+student itself, which has been through IF-RL and multi-domain RL, for the rest. `domains.csv` says
+what each arm did to each domain, those that it did not train on included.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.tiny import (
+  base,
+  if_rl,
+  mopd,
+  multi_domain_rl,
+  reward_model,
+  rl,
+  rlhf,
+  rlhf_teacher,
+  sft,
+)
+
+# Multi-domain RL without mathematics, of which SFT stays the best teacher.
+RL_DOMAINS = dict(stem=0.35, tools=0.35, structured=0.3)
+MIXTURE = dict(math=0.25, preference=0.25, instruction=0.25, structured=0.125, tools=0.125)
+DOMAINS = ("instruction", "math", "stem", "structured", "tools", "preference")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  c = base.get_config(arg)
+  c.seeds = tuple(range(4))
+  c.domains = DOMAINS
+  c.evaluation.update(prompts=256, long_domains=(), greedy=())
+
+  c.order = ("reward_model", "sft", "if_rl", "multi_domain_rl", "rlhf_teacher")
+  c.side_line = ("reward_model", "rlhf_teacher")
+  stages = (reward_model, sft, if_rl, multi_domain_rl, rlhf_teacher)
+  c.stages = {name: module.stage(arg) for name, module in zip(c.order, stages, strict=True)}
+  of = c.stages.sft.conversations
+  c.stages.sft.conversations = ConfigDict({name: count for name, count in of.items() if name in DOMAINS})
+  c.stages.multi_domain_rl.mixture = ConfigDict(RL_DOMAINS)
+  if arg != "smoke":
+    c.stages.rlhf_teacher.steps = 16  # Here the teacher is to be better than the student by far.
+  c.student = "multi_domain_rl"
+  c.teachers_of = dict(math="sft", preference="rlhf_teacher") | dict.fromkeys(
+    ("instruction", "structured", "tools", "stem"), "multi_domain_rl"
+  )
+  c.demonstration_styles = {}
+
+  c.arms = dict(mopd=distilled(c.teachers_of, arg), grpo=mixed(arg), rlhf=alone(arg))
+  c.budget = dict(unit="steps", amount=50.0)
+  c.compared = dict(
+    domains=DOMAINS,
+    at=(10, 20, 40),
+    prompts=256,
+    full_at=(30, 50),
+    full_completions=4,
+    reach=0.95,
+    pairs=(("mopd", "grpo"), ("mopd", "rlhf")),
+  )
+  c.search = dict(arms=(), rates=(5e-4, 1e-3, 2e-3), steps=30, seeds=(100,))
+  if arg == "smoke":
+    c.seeds = (0,)
+    c.compared.update(at=(1,), full_at=(2,), prompts=16, full_completions=2)
+  return c
+
+
+def distilled(teachers_of: dict, arg: str) -> ConfigDict:
+  c = mopd.stage(arg)
+  c.mixture = ConfigDict(MIXTURE)
+  c.teachers = ConfigDict({name: teachers_of[name] for name in MIXTURE})
+  return ended(c, arg)
+
+
+def mixed(arg: str) -> ConfigDict:
+  """GRPO on the same mixture, by the verdicts; preferences by the judge's."""
+  c = rl.fields()
+  c.mixture = ConfigDict(MIXTURE)
+  c.rollout.total_tokens = 112
+  if arg == "smoke":
+    rl.shrink(c)
+  return ended(c, arg)
+
+
+def alone(arg: str) -> ConfigDict:
+  """RLHF from the same student, and what the other domains pay for it: stages one after another."""
+  return ended(rlhf.stage(arg), arg)
+
+
+def ended(c: ConfigDict, arg: str) -> ConfigDict:
+  c.steps, c.save_every = (2, 1) if arg == "smoke" else (50, 25)
+  c.optimizer.update(schedule="constant", final_fraction=1.0)
+  return c

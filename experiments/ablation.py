@@ -1,0 +1,269 @@
+"""Arms compared fairly: the same student, prompts, evaluation, seeds and budget for each.
+
+  python -m experiments.ablation --config=configs/tiny/grpo_vs_mopd.py --workdir=runs/ablation
+
+Every seed trains its own student and teachers (a cascade of its own), then every arm from that
+student. Learning rates that are to be searched for are, before, on seeds of their own. Run again to
+resume. All in one process, so that arms of equal shapes share their programs.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from experiments import cascade, rl
+from experiments.assembly import Assembly, claim
+from experiments.launch import launch
+from experiments.teaching import find, gather
+from nemocascade import advantage, comparison, evaluate, report
+from nemocascade.cascade import Record
+from nemocascade.config import ModelConfig
+from nemocascade.domains import domain as domain_lib
+from nemocascade.errors import UserError, unknown
+from nemocascade.metrics import read_lines, write_json
+from nemocascade.model.hybrid import active_params
+from nemocascade.rollout import score
+
+BUDGETS = ("steps", "tokens", "flops")
+OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "demonstration_styles")
+
+
+def check(c: ConfigDict) -> None:
+  """Refuses a comparison that cannot run to its end, before anything is computed or written."""
+  cascade.check(preparation(c, seed=0))
+  if c.student not in c.order:
+    raise unknown("student", c.student, c.order)
+  if not c.seeds or len(set(c.seeds)) < len(c.seeds):
+    raise UserError(f"seeds={tuple(c.seeds)}: give at least one, and each once")
+  if shared := set(c.seeds) & set(c.search.seeds):
+    raise UserError(f"search.seeds={tuple(c.search.seeds)}: {sorted(shared)} are compared on too; search on others")
+  if c.budget.unit not in BUDGETS:
+    raise unknown("budget.unit", c.budget.unit, BUDGETS)
+  for name in c.search.arms:
+    if name not in c.arms:
+      raise unknown("arm in search.arms", name, c.arms)
+  for pair in c.compared.pairs:
+    for name in pair:
+      if name not in c.arms:
+        raise unknown("arm in compared.pairs", name, c.arms)
+  for domain, name in c.teachers_of.items():
+    if name not in c.order:
+      raise unknown(f"teachers_of.{domain}", name, c.order)
+  for name in c.arms:
+    arm = arm_config(c, name, seed=0)
+    rl.check(arm)
+    for domain, teacher in arm.teachers.items():
+      if teacher not in c.order:
+        raise unknown(f"arms.{name}.teachers.{domain}", teacher, c.order)
+    for domain in c.arms[name].mixture:
+      if domain not in c.compared.domains:
+        raise UserError(f"compared.domains={tuple(c.compared.domains)}: arm {name!r} learns {domain!r}, unscored")
+  for domain, fields in c.demonstration_styles.items():
+    known = [f.name for f in dataclasses.fields(domain_lib.Style)]
+    if domain not in c.domains:
+      raise unknown("domain in demonstration_styles", domain, c.domains)
+    for name in fields:
+      if name not in known:
+        raise unknown(f"field of demonstration_styles.{domain}", name, known)
+
+
+def preparation(c: ConfigDict, seed: int) -> ConfigDict:
+  """The cascade that makes a seed's student and teachers."""
+  out = ConfigDict({name: value for name, value in c.items() if name not in OWN})
+  out.seed = seed
+  return out
+
+
+def arm_config(c: ConfigDict, name: str, seed: int, **changes) -> ConfigDict:
+  """One arm as a stage of its own: the shared fields, its own, and `changes` by dotted name."""
+  out = ConfigDict({k: v for k, v in c.items() if k not in (*OWN, "stages", "order", "side_line")})
+  out.update(c.arms[name].copy_and_resolve_references())  # Else a change would be one of the arm itself.
+  out.seed = seed
+  out.update_from_flattened_dict(changes)
+  return out
+
+
+def of_seed(a: Assembly, c: ConfigDict, workdir: Path) -> Assembly:
+  """The same programs, domains and held-out prompts under another seed and directory."""
+  other = copy.copy(a)
+  other.c, other.workdir = c, workdir
+  other.heldout = a.heldout
+  other.score_fn = a.score_fn  # The same object, by which compiled steps are found again.
+  return other
+
+
+def set_styles(c: ConfigDict, a: Assembly) -> None:
+  """How well the demonstrations are done, where the config says."""
+  for domain, fields in c.demonstration_styles.items():
+    a.domains[domain].style = dataclasses.replace(a.domains[domain].style, **fields)
+
+
+def prepare(c: ConfigDict, a: Assembly, workdir: Path, seed: int) -> tuple[Assembly, Record]:
+  """A seed's student and teachers, trained where they are not there yet."""
+  p = preparation(c, seed)
+  own, record = of_seed(a, p, workdir), Record.open(workdir)
+  for name in c.order:
+    entry = record.stage(name)
+    if entry is None or entry["status"] != "done":
+      cascade.run_stage(p, workdir, own, record, name, [n for n in c.order if n not in c.side_line])
+    if c.stages[name].kind == "reward_model":
+      own.use_judge_from(record.checkpoint(name))
+      set_styles(c, own)  # The judge made the domains anew.
+  return own, record
+
+
+def scores(c: ConfigDict, a: Assembly, params, *, full: bool) -> dict[str, float]:
+  """Domain -> held-out score; the same prompts and random numbers at every call of a seed."""
+  e, key = c.compared, jax.random.key(a.c.seed)
+  prompts, G = (c.evaluation.prompts, e.full_completions) if full else (e.prompts, 1)
+  rows = {name: a.heldout[name][:prompts] for name in e.domains}
+
+  def collect(rows, index):
+    return a.collect(
+      params, jax.random.fold_in(key, index), rows, prompt_tokens=c.evaluation.prompt_tokens,
+      total_tokens=c.evaluation.total_tokens, completions=G, temperature=1.0,
+    )  # fmt: skip
+
+  judge = functools.partial(score.judge, domains=a.domains)
+  found = evaluate.evaluate(rows, collect, judge, batch=c.evaluation.batch // G)
+  return {name: found[name].mean for name in e.domains}
+
+
+def line(c: ConfigDict, a: Assembly, params, spent: rl.Spent, steps: int, *, full: bool) -> comparison.Line:
+  found = scores(c, a, params, full=full)
+  return {
+    "steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(a.model_config)),
+    "score": float(np.mean(list(found.values()))), "domains": found,
+  }  # fmt: skip
+
+
+def matmul_params(config: ModelConfig) -> int:
+  """Parameters that multiply every token: looking a token up in the embedding costs nothing."""
+  rows = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+  return active_params(config) - rows
+
+
+def watcher(c: ConfigDict, a: Assembly, path: Path, last_step: int) -> Callable:
+  """Evaluates where the config says and at the end, once each, and ends an arm whose budget is spent."""
+  done = {entry["steps"] for entry in read_lines(path)}
+
+  def watch(steps: int, params, spent: rl.Spent) -> bool:
+    cost = {"steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(a.model_config))}
+    ended = cost[c.budget.unit] >= c.budget.amount or steps == last_step
+    full = ended or steps in c.compared.full_at
+    if steps not in done and (full or steps in c.compared.at):
+      done.add(steps)
+      append(path, line(c, a, params, spent, steps, full=full))
+    return ended
+
+  return watch
+
+
+def append(path: Path, value: dict) -> None:
+  """One line more, on disk when this returns; a line that a kill cut off stays alone on its line."""
+  cut = path.exists() and not path.read_bytes().endswith(b"\n")
+  with path.open("a") as file:
+    file.write(("\n" if cut else "") + json.dumps(value) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directory: Path, first: dict) -> list:
+  """Trains the arm if it has not been; its evaluations, `first` being the student's."""
+  path = directory / "evaluations.jsonl"
+  if not (directory / "done.json").exists():
+    directory.mkdir(parents=True, exist_ok=True)
+    teachers = gather(a, find(arm, record), arm.teachers_in_memory) if arm.advantage in advantage.TAUGHT else None
+    # All arms sample with the same random numbers: a stage's are named by its folder.
+    outcome = rl.run(
+      arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps)
+    )
+    write_json(directory / "done.json", {"steps": outcome.steps, "wall_s": outcome.wall_s})
+  return [first, *sorted(read_lines(path), key=lambda entry: entry["steps"])]
+
+
+def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple[dict, dict]:
+  """(the student's line at step 0, domain -> teacher's score), by the arms' own evaluation; kept on disk."""
+  path = workdir / "start.json"
+  if not path.exists():
+    load = lambda name: rl.loading.load(record.checkpoint(name), jax.eval_shape(a.fresh_params, jax.random.key(0)))
+    student = line(c, a, load(c.student), rl.Spent(), 0, full=True)
+    of = {name: scores(c, a, load(name), full=True) for name in dict.fromkeys(c.teachers_of.values())}
+    teachers = {domain: of[name][domain] for domain, name in c.teachers_of.items()}
+    write_json(path, {"student": student, "teachers": teachers})
+  value = json.loads(path.read_text())
+  return value["student"], value["teachers"]
+
+
+def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
+  """The best peak learning rate of each arm to be searched for: the same rates, seeds and steps for all."""
+  path = workdir / "search" / "search.json"
+  if not c.search.arms:
+    return {}
+  if not path.exists():
+    short = c.copy_and_resolve_references()
+    short.compared.update(at=(), full_at=())  # Only the end counts.
+    found = {name: {str(rate): [] for rate in c.search.rates} for name in c.search.arms}
+    for seed in c.search.seeds:
+      directory = workdir / "search" / f"seed_{seed}"
+      own, record = prepare(c, a, directory, seed)
+      first, _ = start_of(c, own, record, directory)
+      for name in c.search.arms:
+        for rate in c.search.rates:
+          arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rate, "steps": c.search.steps})
+          lines = run_arm(arm, short, own, record, directory / f"{name}_{rate:g}", first)
+          found[name][str(rate)].append(lines[-1]["score"])
+    best = {name: max(of, key=lambda rate, of=of: np.mean(of[rate])) for name, of in found.items()}
+    write_json(path, {"scores": found, "best": {name: float(rate) for name, rate in best.items()}})
+  return json.loads(path.read_text())["best"]
+
+
+def run(c: ConfigDict, workdir: Path) -> dict:
+  """Runs what is left of the comparison; returns what ablation.json holds."""
+  check(c)
+  claim(c, workdir)
+  jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  a = Assembly(preparation(c, seed=0), workdir)
+  set_styles(c, a)
+  best = search(c, a, workdir)
+  rates = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}
+
+  arms: dict[str, list] = {name: [] for name in c.arms}
+  students, teachers = [], []
+  for i, seed in enumerate(c.seeds):
+    directory = workdir / f"seed_{seed}"
+    own, record = prepare(c, a, directory, seed)
+    first, taught = start_of(c, own, record, directory)
+    students.append(first)
+    teachers.append(taught)
+    for name in c.arms:
+      arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rates[name]})
+      arms[name].append(run_arm(arm, c, own, record, directory / "arms" / name, first))
+    report.write(directory)
+    found = comparison.compare(
+      c.seeds[: i + 1],
+      [s["score"] for s in students],
+      # The level is over the domains that have a teacher; the others are where they were.
+      [float(np.mean([t.get(d, s["domains"][d]) for d in c.compared.domains]))
+       for t, s in zip(teachers, students, strict=True)],
+      arms, pairs=c.compared.pairs, steps=c.compared.full_at, reach=c.compared.reach,
+    )  # fmt: skip
+    comparison.write(
+      workdir, found, arms, students=[s["domains"] for s in students], teachers=teachers, rates=rates
+    )
+    tqdm.write(f"seed {seed} done ({i + 1} of {len(c.seeds)})\n{comparison.table(found)}")
+  return found
+
+
+if __name__ == "__main__":
+  launch(run)

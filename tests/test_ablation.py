@@ -1,0 +1,154 @@
+"""The order of a comparison: what each arm is given, what is resumed, what is refused. No training here."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from configs.tiny import grpo_vs_mopd, multi_domain, sweep_bounds, sweep_shape, sweep_warmup
+from experiments import ablation
+from experiments.stage import Outcome, Spent
+from nemocascade.config import ModelConfig
+from nemocascade.errors import UserError
+from nemocascade.model.hybrid import count_params
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """Stages and arms that do not train: the list of (arm's folder, rate, start, teachers) that were run."""
+  runs = []
+
+  def run_stage(c, workdir, a, record, name, main_line):
+    assert a.c.seed == c.seed and a.workdir == workdir
+    checkpoint = workdir / name / "checkpoints" / "1"
+    (checkpoint / "params").mkdir(parents=True, exist_ok=True)
+    record.put(
+      {"name": name, "kind": c.stages[name].kind, "status": "done", "checkpoint": str(checkpoint), "steps": 1,
+       "wall_s": 1.0, "train_s": 1.0, "tokens": 1, "compilations": 0, "domains": ["math"],
+       "scores_after": {"math": 0.3}, "scores_intervals_after": {"math": [0.2, 0.4]}, "n_eval": {"math": 32}}
+    )  # fmt: skip
+
+  def run_arm(arm, directory, a, init, teachers, watch):
+    runs.append((directory.parent.name, arm.optimizer.peak_lr, init, teachers))
+    assert directory.name == "rl" and a.c.seed == arm.seed
+    for steps in range(1, arm.steps + 1):
+      if watch(steps, (arm.advantage, arm.optimizer.peak_lr, steps), Spent(sampled=10 * steps)):
+        break
+    return Outcome(None, "", steps, 10 * steps, 1.0)
+
+  def scores(c, a, params, full):
+    """GRPO likes 1e-3, MOPD 2e-3; the student has 0.2 and a bit by seed, the teacher 0.3 more."""
+    what, rate, steps = params
+    rise = 0.1 * steps - abs(rate - (2e-3 if what == "mopd" else 1e-3))
+    return {"math": 0.2 + 0.01 * a.c.seed + (0.3 if what == "teacher" else rise if steps else 0)}
+
+  monkeypatch.setattr(ablation.cascade, "run_stage", run_stage)
+  monkeypatch.setattr(ablation.rl, "run", run_arm)
+  monkeypatch.setattr(ablation.rl.loading, "load", lambda path, template: (path.split("/")[-3], 1e-3, 0))
+  monkeypatch.setattr(ablation, "gather", lambda a, teachers, keep: [(t.domain, t.stage) for t in teachers])
+  monkeypatch.setattr(ablation, "scores", scores)
+  monkeypatch.setattr(ablation.Assembly, "heldout", {})
+  return runs
+
+
+def test_every_arm_of_a_seed_starts_from_its_student_at_the_rate_found_on_other_seeds(tmp_path, trained):
+  c = grpo_vs_mopd.get_config("smoke")
+  found = ablation.run(c, tmp_path)
+  assert set(found) == {"student_score", "teacher_score", "seeds", "arms", "summary", "paired"}
+  assert found["student_score"]["mean"] == pytest.approx(0.205)
+  assert found["teacher_score"]["mean"] == pytest.approx(0.505)
+  searched, compared = trained[:4], trained[4:]
+  assert [(name, rate) for name, rate, *_ in searched] == [
+    ("grpo_0.001", 1e-3), ("grpo_0.002", 2e-3), ("mopd_0.001", 1e-3), ("mopd_0.002", 2e-3),
+  ]  # fmt: skip
+  assert all("search/seed_100/sft" in start for _, _, start, _ in searched)
+  for i, seed in enumerate(c.seeds):
+    of_seed = compared[6 * i : 6 * (i + 1)]
+    assert {name for name, *_ in of_seed} == set(c.arms)
+    for name, rate, start, teachers in of_seed:
+      assert f"seed_{seed}/sft" in start and "search" not in start
+      assert rate == (2e-3 if name == "mopd" else 1e-3)  # The others are as the config says.
+      assert teachers == (None if "grpo" in name else [("math", "teacher")])
+  assert found["arms"]["grpo"]["steps"] == [0, 1, 2, 3] and found["arms"]["mopd"]["steps"] == [0, 1, 2]
+  assert found["arms"]["mopd"]["scores"][1] == pytest.approx([0.21, 0.31, 0.41])
+
+
+def test_a_second_run_finishes_what_is_not_done_and_comes_to_the_same(tmp_path, trained):
+  c = grpo_vs_mopd.get_config("smoke")
+  found = ablation.run(c, tmp_path)
+  arm = tmp_path / "seed_1" / "arms" / "mopd"
+  (arm / "done.json").unlink()
+  text = (arm / "evaluations.jsonl").read_text()
+  (arm / "evaluations.jsonl").write_text(text[:-9])  # The last line was cut off by a kill.
+  (tmp_path / "ablation.json").unlink()
+  trained.clear()
+  assert ablation.run(c, tmp_path) == found
+  assert [name for name, *_ in trained] == ["mopd"]
+  assert json.loads((tmp_path / "ablation.json").read_text()) == found
+  trained.clear()
+  assert ablation.run(c, tmp_path) == found and not trained
+
+
+@pytest.mark.parametrize("unit", ["tokens", "flops"])
+def test_an_arm_ends_when_its_budget_is_spent_and_is_scored_there_once(tmp_path, monkeypatch, unit):
+  c = grpo_vs_mopd.get_config("smoke")
+  c.budget.update(unit=unit, amount=1.0)
+  monkeypatch.setattr(ablation, "scores", lambda *args, full: {"math": 0.25 + 0.5 * full})
+  a = SimpleNamespace(model_config=ModelConfig.from_fields(c.model.to_dict()))
+  path, spent = tmp_path / "evaluations.jsonl", ablation.rl.Spent()
+  watch = ablation.watcher(c, a, path, last_step=5)
+  assert not watch(1, None, spent)
+  assert watch(3, None, spent.plus(sampled=1))
+  assert ablation.watcher(c, a, path, last_step=5)(3, None, spent.plus(sampled=1))  # After a kill.
+  lines = [json.loads(text) for text in path.read_text().splitlines()]
+  assert [(x["steps"], x["tokens"], x["score"]) for x in lines] == [(1, 0, 0.25), (3, 1, 0.75)]
+
+
+def test_flops_are_two_a_parameter_that_multiplies_a_token():
+  config = ModelConfig.from_fields(grpo_vs_mopd.get_config("smoke").model.to_dict())
+  tied = dataclasses.replace(config, tie_word_embeddings=True)
+  assert ablation.matmul_params(config) == ablation.matmul_params(tied)  # The embedding is only looked up.
+  assert ablation.matmul_params(config) < count_params(config) - 1024 * 64
+
+
+@pytest.mark.parametrize(
+  "field, value, words",
+  [
+    ("student", "stf", ["student", "sft"]),
+    ("budget.unit", "token", ["budget.unit", "did you mean 'tokens'"]),
+    ("search.arms", ("mopdd",), ["search.arms", "did you mean 'mopd'"]),
+    ("search.seeds", (1, 100), ["[1]"]),
+    ("seeds", (), ["seeds=()"]),
+    ("compared.pairs", (("mopd", "gropo"),), ["did you mean 'grpo'"]),
+    ("arms.mopd.teachers.math", "teachr", ["arms.mopd.teachers.math", "did you mean 'teacher'"]),
+    ("arms.grpo.advantage", "gpro", ["did you mean 'grpo'"]),
+    ("teachers_of.math", "tacher", ["did you mean 'teacher'"]),
+    ("demonstration_styles.math", {"slopy_rate": 0.1}, ["did you mean 'sloppy_rate'"]),
+  ],
+)
+def test_a_comparison_that_cannot_run_is_refused_before_anything_is_written(tmp_path, field, value, words):
+  c = grpo_vs_mopd.get_config("smoke")
+  *path, last = field.split(".")
+  section = c
+  for name in path:
+    section = section[name]
+  section[last] = value
+  with pytest.raises(UserError) as error:
+    ablation.run(c, tmp_path / "run")
+  assert all(word in str(error.value) for word in words), str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arg", ["", "smoke"])
+@pytest.mark.parametrize("config", [grpo_vs_mopd, multi_domain, sweep_bounds, sweep_shape, sweep_warmup])
+def test_every_config_can_run(config, arg):
+  ablation.check(config.get_config(arg))
+
+
+def test_the_easy_and_the_clean_task_differ_in_their_demonstrations_alone():
+  whole = grpo_vs_mopd.get_config().to_dict()
+  for arg, rate in (("easy", 0.25), ("clean", 0.0)):
+    c = grpo_vs_mopd.get_config(arg).to_dict()
+    assert c.pop("demonstration_styles") == {"math": {"sloppy_rate": rate}}
+    assert c == {k: v for k, v in whole.items() if k != "demonstration_styles"}
