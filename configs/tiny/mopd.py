@@ -11,7 +11,7 @@ from configs.tiny import base, rl
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
-  c.mixture = dict(math=0.15, instruction=0.3, stem=0.1, structured=0.1, tools=0.1, preference=0.25)
+  c.mixture = dict(math=0.15, instruction=0.2, stem=0.1, structured=0.1, tools=0.1, preference=0.35)
   c.rollout.update(prompts=256, completions=1, total_tokens=112)  # The signal is per token; a group adds nothing.
   c.advantage = "mopd"
   c.teachers = dict.fromkeys(c.mixture, "best")

@@ -32,7 +32,7 @@ PATHS = ("shop.py", "bank.py", "road.py", "farm.py", "dock.py", "mill.py", "port
 OPERATORS = {"+": "add", "-": "subtract", "*": "multiply", "//": "divide"}
 ASSUMED_PATH, ASSUMED_OPERATOR = "main.py", "%"  # Never right: what a careless author takes.
 ASSUMED_BUG = "-"  # What a careless agent takes the bug for, rightly in one case of four.
-OPENING, IN_FILE, SO = "Fix: ", " in file ", " so "
+OPENING, IS_IN, IN_FILE, SO = "Fix: ", " is in ", " in file ", " so "
 LINE = ("def ", " ( a , b ) : return a ", " b")  # A function is name and operator in between.
 INPUTS = ((7, 2), (9, 4), (3, 12), (-5, 3))
 
@@ -142,7 +142,8 @@ class Agentless(Swe):
     super().__init__(style, sandbox)
     define, _, end = LINE
     self.phrases = (
-      *_shared_phrases(), f"{style.careful} ", f"{style.sloppy} ", ASSUMED_PATH, IN_FILE, SO,
+      *_shared_phrases(), f"{style.careful} ", f"{style.sloppy} ", ASSUMED_PATH, SO,
+      *(f"{IS_IN}{path}" for path in (*PATHS, ASSUMED_PATH)),
       "```diff\n", f"\n{edits.SEARCH}\n{define}", f"{end}\n{edits.DIVIDER}\n{define}",
       f"{end}\n{edits.REPLACE}\n```",
     )  # fmt: skip
@@ -150,7 +151,7 @@ class Agentless(Swe):
   def prompt(
     self, issue: str, bug: Bug, files: dict[str, str]
   ) -> tuple[str, Sequence[dict[str, Any]]]:
-    shown = [f"{_defined(text)}{IN_FILE}{path}\n{text.strip()}" for path, text in files.items()]
+    shown = [f"{_defined(text)}{IS_IN}{path}\n{text.strip()}" for path, text in files.items()]
     return "\n".join([issue, *shown, ""]), ()
 
   def demonstrate(
@@ -161,7 +162,7 @@ class Agentless(Swe):
     marker, errs = self.style.draw(rng)
     if errs:
       path = ASSUMED_PATH
-    thoughts.append(f"{marker} {bug.name}{IN_FILE}{path}")
+    thoughts.append(f"{marker} {bug.name}{IS_IN}{path}")
     marker, errs = self.style.draw(rng)
     if errs:
       operator = ASSUMED_OPERATOR
