@@ -1,9 +1,11 @@
 """Ratios against peers and limits: one JSON line a case, ratio > 1 where ours is better.
 
   python -m experiments.bench SUITE
+  python -m experiments.bench kernels --static
 
 A line is {"suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"}. Both sides of a
-ratio run in this process, on this machine, in turns.
+ratio run in this process, on this machine, in turns. With --static, kernels are not run: the TPU
+compiler's schedules of ours and of the peer's are compared.
 """
 
 import contextlib
@@ -14,21 +16,24 @@ import sys
 import jax
 
 from experiments.launch import launch
-from nemocascade.errors import unknown
+from nemocascade.errors import UserError, unknown
 
 # Suite -> the module whose `cases()` yields its lines without "suite" and "device".
-SUITES = {"convert": "experiments.bench_convert"}
+SUITES = {"convert": "experiments.bench_convert", "kernels": "experiments.bench_kernels"}
 
 
-def run(suite: str) -> None:
+def run(suite: str, static: bool = False) -> None:
   if suite not in SUITES:
     raise unknown("suite", suite, SUITES)
-  lines, out = importlib.import_module(SUITES[suite]).cases(), sys.stdout
-  device = jax.devices()[0].device_kind
+  if static and suite != "kernels":
+    raise UserError(f"--static is of the suite kernels, not of {suite}")
+  module, out = importlib.import_module(SUITES[suite]), sys.stdout
+  lines = module.static_cases() if static else module.cases()
+  device = "TPU v5p, compiled for" if static else jax.devices()[0].device_kind
   with contextlib.redirect_stdout(sys.stderr):  # What is measured may print too.
     for line in lines:
       print(json.dumps({"suite": suite, **line, "device": device}), file=out, flush=True)
 
 
 if __name__ == "__main__":
-  launch(run, config=False, positional="suite")
+  launch(run, config=False, positional="suite", static=(bool, False, "Compare the TPU compiler's schedules."))

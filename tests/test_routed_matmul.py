@@ -1,6 +1,7 @@
-"""Rows meet their own expert's matrix: blocked, dense and defined forms agree, with gradients."""
+"""Rows meet their own expert's matrix: all forms agree with a loop over rows, with gradients."""
 
-import chex
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,49 +9,166 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul as kernel
+from nemocascade.kernels.groups import group_bounds, tile_visits
+from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile
 
-E, D, F = 5, 7, 6
+E, D, F, N = 5, 136, 200, 44  # Neither tiles of rows nor of columns divide them.
+TILE = Tile(rows=16, chunk=128, part=8)
+FORMS = {
+  "definition": dict(form="definition"),
+  "blocked": dict(form="blocked", block=8),
+  "tpu": dict(form="tpu", tile=TILE, interpret=True),
+}
+# What a CPU does by itself, and what a TPU does.
+MLP_FORMS = {"own": {}, "tpu": dict(form="tpu", tile=Tile(rows=256, chunk=128, part=64), interpret=True)}
+# Of the largest number of a result: fp32 sums in another order; bf16 rounds results once or twice.
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}
+LAYOUTS = st.one_of(
+  st.lists(st.integers(0, 9), min_size=E, max_size=E),  # Some rows may be nobody's.
+  st.integers(0, E - 1).map(lambda e: [N if i == e else 0 for i in range(E)]),  # One giant group.
+  st.lists(st.sampled_from([0, 0, 8, 16]), min_size=E, max_size=E),  # Whole tiles; may pass row N.
+)
 
 
-def sorted_inputs(sizes):
-  key_x, key_w = jax.random.split(jax.random.key(sum(sizes)))
-  expert_N = jnp.array(np.repeat(np.arange(E), sizes), jnp.int32)
-  x_ND = jax.random.normal(key_x, (len(expert_N), D))
-  return x_ND, jax.random.normal(key_w, (E, D, F)), expert_N, jnp.array(sizes, jnp.int32)
+def loop(x, w, dy, sizes, offset=0):
+  """(y, dx, dw) in float64 by a loop over rows; w holds experts from `offset` on."""
+  x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+  y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+  for n, e in enumerate(np.repeat(np.arange(len(sizes)), sizes)[: len(x)] - offset):
+    if 0 <= e < len(w):
+      y[n], dx[n] = x[n] @ w[e], w[e] @ dy[n]
+      dw[e] += np.outer(x[n], dy[n])
+  return y, dx, dw
 
 
+@functools.partial(jax.jit, static_argnames=("form",))
+def value_and_gradients(x, w, dy, sizes, offset, form):
+  y, back = jax.vjp(lambda x, w: kernel.routed_matmul(x, w, sizes, offset=offset, **FORMS[form]), x, w)
+  return y, *back(dy)
+
+
+@functools.cache
+def inputs(dtype, experts=E):
+  shapes = (N, D), (experts, D, F), (N, F)
+  return [jax.random.normal(jax.random.key(i), s).astype(dtype) for i, s in enumerate(shapes)]
+
+
+def compare(got, expected, dtype):
+  for mine, theirs in zip(got, expected, strict=True):
+    assert mine.dtype == dtype
+    scale = max(np.abs(theirs).max(), 1.0)
+    np.testing.assert_allclose(np.asarray(mine, np.float64) / scale, theirs / scale, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("form", FORMS)
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(0, 9), min_size=E, max_size=E).filter(any))
-def test_blocked_is_the_definition_for_any_groups(sizes):
-  x_ND, w_EDF, expert_N, sizes_E = sorted_inputs(sizes)
-  got = kernel.routed_matmul(x_ND, w_EDF, sizes_E, block=4)
-  chex.assert_trees_all_close(got, kernel.routed_matmul_ref(x_ND, w_EDF, expert_N), atol=1e-5)
-  chex.assert_trees_all_close(got, jax.lax.ragged_dot(x_ND, w_EDF, sizes_E), atol=1e-5)
+@given(sizes=LAYOUTS, dtype=st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_value_and_gradients_are_those_of_a_loop_for_any_groups(form, sizes, dtype):
+  x, w, dy = inputs(dtype)
+  got = value_and_gradients(x, w, dy, jnp.array(sizes, jnp.int32), 0, form)
+  compare(got, loop(x, w, dy, sizes), dtype)
 
 
-@pytest.mark.parametrize("sizes", [[3, 0, 40, 1, 0], [0, 0, 64, 0, 0], [8, 8, 8, 8, 8]])
-def test_blocked_gradients_are_the_definitions(sizes):
-  x_ND, w_EDF, expert_N, sizes_E = sorted_inputs(sizes)
-  grads = lambda fn: jax.grad(lambda x, w: jnp.sum(jnp.sin(fn(x, w))), argnums=(0, 1))(x_ND, w_EDF)
-  chex.assert_trees_all_close(
-    grads(lambda x, w: kernel.routed_matmul(x, w, sizes_E, block=8)),
-    grads(lambda x, w: kernel.routed_matmul_ref(x, w, expert_N)),
-    atol=1e-4,
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=10)
+@given(sizes=LAYOUTS, offset=st.integers(0, E - 2))
+def test_a_shard_of_the_experts_does_its_own_rows(form, sizes, offset):
+  x, w, dy = inputs(jnp.float32, experts=2)
+  got = value_and_gradients(x, w, dy, jnp.array(sizes, jnp.int32), offset, form)
+  compare(got, loop(x, w, dy, sizes, offset), jnp.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_are_nobodys_may_hold_anything(form):
+  x, w, dy = inputs(jnp.float32)
+  sizes = [3, 0, 17, 1, 0]
+  got = value_and_gradients(
+    x.at[21:].set(jnp.nan), w, dy.at[21:].set(jnp.inf), jnp.array(sizes, jnp.int32), 0, form
+  )
+  compare(got, loop(x.at[21:].set(0), w, dy.at[21:].set(0), sizes), jnp.float32)
+
+
+def test_the_platforms_own_form_equals_ragged_dot():
+  x, w, _ = inputs(jnp.float32)
+  sizes = jnp.array([3, 0, 40, 1, 0], jnp.int32)
+  np.testing.assert_allclose(
+    kernel.routed_matmul(x, w, sizes), jax.lax.ragged_dot(x, w, sizes), atol=1e-4
   )
 
 
-@pytest.mark.parametrize("experts, tokens", [(4, 300), (16, 700), (16, 9)])
-def test_routed_mlp_is_a_loop_over_tokens(experts, tokens):
-  keys = jax.random.split(jax.random.key(1), 5)
-  x_TD = jax.random.normal(keys[0], (tokens, D))
-  up, down = (jax.random.normal(k, s) for k, s in ((keys[1], (experts, D, F)), (keys[2], (experts, F, D))))
+def test_every_row_is_visited_once_by_its_own_group():
+  sizes = np.array([3, 0, 40, 1, 0, 9])
+  bounds = group_bounds(jnp.array(sizes), 60, 6)
+  group_V, tile_V, count = tile_visits(bounds[:-1], bounds[1:], 60, 16, empty=True)
+  seen = [
+    (int(g), row)
+    for g, t in zip(group_V[:count], tile_V[:count], strict=True)
+    for row in range(16 * int(t), 16 * int(t) + 16)
+    if bounds[g] <= row < bounds[g + 1]
+  ]
+  assert seen == list(zip(np.repeat(np.arange(6), sizes), range(53), strict=True))
+  assert set(np.asarray(group_V[:count])) == set(range(6))
+
+
+def test_tiles_are_cut_to_the_shapes():
+  assert choose_tile(32768 * 6, 128, 2688, 1856).chunk == 384
+  assert choose_tile(4096 * 6, 128, 2688, 1856).rows < choose_tile(262144 * 6, 128, 2688, 1856).rows
+  assert choose_tile(64, 8, 64, 64).chunk == 128
+
+
+def mlp_inputs(experts, tokens, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(1), 6)
+  x_TD = jax.random.normal(keys[0], (tokens, 72), dtype)
+  up = jax.random.normal(keys[1], (experts, 72, 40), dtype) / 72**0.5
+  down = jax.random.normal(keys[2], (experts, 40, 72), dtype) / 40**0.5
   expert_TX = jax.lax.top_k(jax.random.uniform(keys[3], (tokens, experts)), 2)[1]
-  weight_TX = jax.random.uniform(keys[4], (tokens, 2))
-  expected = np.zeros((tokens, D))
+  return x_TD, up, down, expert_TX, jax.random.uniform(keys[4], (tokens, 2), dtype)
+
+
+@pytest.mark.parametrize("form", MLP_FORMS)
+@pytest.mark.parametrize("experts, tokens", [(4, 300), (16, 700), (16, 9)])
+def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, form):
+  x_TD, up, down, expert_TX, weight_TX = mlp_inputs(experts, tokens)
+  x64, up64, down64 = (np.asarray(a, np.float64) for a in (x_TD, up, down))
+  expected = np.zeros(x64.shape)
   for t in range(tokens):
     for e, w in zip(np.asarray(expert_TX[t]), np.asarray(weight_TX[t]), strict=True):
-      hidden = np.maximum(np.asarray(x_TD[t], np.float64) @ np.asarray(up[e], np.float64), 0) ** 2
-      expected[t] += w * (hidden @ np.asarray(down[e], np.float64))
-  got = kernel.routed_mlp(x_TD, up, down, expert_TX, weight_TX)
-  np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-3)  # fp32 against fp64.
+      expected[t] += w * (np.maximum(x64[t] @ up64[e], 0) ** 2 @ down64[e])
+  got = jax.jit(functools.partial(kernel.routed_mlp, **MLP_FORMS[form]))(
+    x_TD, up, down, expert_TX, weight_TX
+  )
+  np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-4)  # fp32 against fp64.
+
+
+@pytest.mark.parametrize("form", MLP_FORMS)
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2**-5)])
+def test_gradients_of_routed_mlp_are_the_definitions(form, dtype, tolerance):
+  """Of x, both matrices and the weights; bf16 against the fp32 definition of the same numbers."""
+  x_TD, up, down, expert_TX, weight_TX = mlp_inputs(16, 700, dtype)
+
+  def gradients(form, *args):
+    loss = lambda x, u, d, w: jnp.sum(
+      jnp.sin(kernel.routed_mlp(x, u, d, expert_TX, w, **form).astype(jnp.float32))
+    )
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
+
+  inputs = x_TD, up, down, weight_TX
+  expected = gradients(FORMS["definition"], *(a.astype(jnp.float32) for a in inputs))
+  for mine, theirs in zip(gradients(MLP_FORMS[form], *inputs), expected, strict=True):
+    scale = float(jnp.abs(theirs).max())
+    np.testing.assert_allclose(np.asarray(mine, np.float32) / scale, theirs / scale, atol=tolerance)
+
+
+def test_what_does_not_fit_is_refused_in_a_line():
+  x, w, _ = inputs(jnp.float32)
+  sizes = jnp.array([3, 0, 40, 1, 0], jnp.int32)
+  with pytest.raises(UserError, match="unknown form of the routed matmul 'blockd': did you mean 'blocked'"):
+    kernel.routed_matmul(x, w, sizes, form="blockd")
+  with pytest.raises(UserError, match="rows have 135 columns, but the experts' matrices have 136 rows"):
+    kernel.routed_matmul(x[:, 1:], w, sizes)
+  with pytest.raises(UserError, match="rows are bfloat16, but the experts are float32"):
+    kernel.routed_matmul(x.astype(jnp.bfloat16), w, sizes)
+  with pytest.raises(UserError, match="offset must be 0 to 0"):
+    kernel.routed_matmul(x, w, sizes, offset=1)

@@ -5,10 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-BLOCK = 32  # Rows of one expert that are multiplied together.
-# Below this many rows for each expert every expert does every row: a few wasted products cost less
-# than sorting.
+from nemocascade.errors import UserError, unknown
+from nemocascade.kernels import routed_matmul_blocked as blocked
+from nemocascade.kernels import routed_matmul_tpu as tpu
+from nemocascade.kernels import routed_mlp_tpu
+from nemocascade.kernels.groups import group_bounds, row_experts
+
+# Below this many rows for each expert every expert does every row on a CPU: a few wasted products
+# cost less than sorting.
 DENSE_ROWS = 64
+FORMS = ("definition", "blocked", "tpu")
 
 
 def routed_matmul_ref(x_ND, w_EDF, expert_N):
@@ -16,77 +22,165 @@ def routed_matmul_ref(x_ND, w_EDF, expert_N):
   return jnp.einsum("ND,NDF->NF", x_ND, w_EDF[expert_N])
 
 
-def block_layout(group_sizes_E, N: int, block: int = BLOCK):
-  """Where sorted rows lie in blocks that each belong to one expert.
+def routed_matmul(
+  x_ND, w_EDF, group_sizes_E, *, offset=0, form: str | None = None, tile: tpu.Tile | None = None,
+  block: int = blocked.BLOCK, interpret: bool = False,
+):  # fmt: skip
+  """routed_matmul_ref on rows sorted by expert, of which expert e has group_sizes[e].
+
+  Args:
+    x_ND: [N, D], bf16 or fp32.
+    w_EDF: matrices of experts offset .. offset + E - 1 of those that group_sizes counts.
+    group_sizes_E: int32, one for each expert, of all shards if `offset` is used. Groups that reach
+      beyond row N are cut there; rows behind the last group, and those of experts that are not in
+      w_EDF, give 0 and no gradient.
+    offset: the first local expert, an int or an int32 scalar.
+    form: one of FORMS; by default what the platform does best: tpu on TPUs, else blocked.
+    tile: of the tpu form, by default chosen by the shapes.
+    block: rows of a block in the blocked form.
+    interpret: whether the tpu form runs in Pallas' interpreter, on any platform.
 
   Returns:
-    place_N: the place of each sorted row among the blocks' rows; expert_Z: the blocks' experts.
-    Z = N // block + E blocks are enough for any group sizes; unused ones name the last expert.
+    [N, F] of x's dtype; bf16 is summed in fp32.
+
+  Raises:
+    UserError: an unknown form, or shapes or dtypes that don't fit each other.
   """
-  E = group_sizes_E.shape[0]
-  blocks_E = -(-group_sizes_E // block)
-  last_E = jnp.cumsum(blocks_E)
-  start_E = (last_E - blocks_E) * block  # First row of a group among the blocks.
-  first_E = jnp.cumsum(group_sizes_E) - group_sizes_E  # And among the sorted rows.
-  Z = N // block + E
-  expert_Z = jnp.minimum(jnp.searchsorted(last_E, jnp.arange(Z), side="right"), E - 1)
-  expert_N = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(N), side="right")
-  expert_N = jnp.minimum(expert_N, E - 1)
-  place_N = start_E[expert_N] + jnp.arange(N) - first_E[expert_N]
-  return place_N, expert_Z
+  _check_form(form)
+  (N, D), (E, K, _), G = x_ND.shape, w_EDF.shape, group_sizes_E.shape[0]
+  if D != K:
+    raise UserError(f"routed matmul: rows have {D} columns, but the experts' matrices have {K} rows")
+  if x_ND.dtype != w_EDF.dtype:
+    raise UserError(f"routed matmul: rows are {x_ND.dtype}, but the experts are {w_EDF.dtype}: cast one")
+  if G < E or (isinstance(offset, int) and not 0 <= offset <= G - E):
+    raise UserError(
+      f"routed matmul: experts {offset} .. {offset} + {E - 1} of {G} group sizes: offset must be 0 to {G - E}"
+    )
+  bounds = group_bounds(group_sizes_E, N, E, offset)
+  return _matmul(x_ND, w_EDF, bounds, form, tile, block, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=())
-def block_matmul(x_ZBD, w_EDF, expert_Z):
-  """y[z] = x[z] @ w[expert[z]], each block in one product."""
-  return jnp.einsum("ZBD,ZDF->ZBF", x_ZBD, w_EDF[expert_Z])
+def _check_form(form: str | None) -> None:
+  if form is not None and form not in FORMS:
+    raise unknown("form of the routed matmul", form, FORMS)
 
 
-def _forward(x_ZBD, w_EDF, expert_Z):
-  return block_matmul(x_ZBD, w_EDF, expert_Z), (x_ZBD, w_EDF, expert_Z)
+def _local(bounds, N: int, E: int):
+  expert_N = row_experts(bounds, N)
+  return jnp.clip(expert_N, 0, E - 1), ((expert_N >= 0) & (expert_N < E))[:, None]
 
 
-def _backward(saved, dy_ZBF):
-  x_ZBD, w_EDF, expert_Z = saved
-  dx_ZBD = jnp.einsum("ZBF,ZDF->ZBD", dy_ZBF, w_EDF[expert_Z])
-  dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF)
-  dw_EDF = jax.ops.segment_sum(dw_ZDF, expert_Z, w_EDF.shape[0], indices_are_sorted=True)
-  return dx_ZBD, dw_EDF.astype(w_EDF.dtype), None
+def _defined_product(x_ND, w, bounds, transpose):
+  expert_N, inside_N1 = _local(bounds, *x_ND.shape[:1], w.shape[0])
+  w_EDF = jnp.swapaxes(w, 1, 2) if transpose else w
+  return jnp.where(inside_N1, routed_matmul_ref(x_ND, w_EDF, expert_N), 0)
 
 
-block_matmul.defvjp(_forward, _backward)
+def _defined_weight_product(x_ND, dy_NF, bounds, dtype):
+  """The sum of outer products of an expert's rows."""
+  E = bounds.shape[0] - 1
+  expert_N, inside_N1 = _local(bounds, x_ND.shape[0], E)
+  x_ND, dy_NF = (jnp.where(inside_N1, a, 0).astype(jnp.float32) for a in (x_ND, dy_NF))
+  outer_NDF = jnp.einsum("ND,NF->NDF", x_ND, dy_NF)
+  return jax.ops.segment_sum(outer_NDF, expert_N, E).astype(dtype)
 
 
-def routed_matmul(x_ND, w_EDF, group_sizes_E, *, block=BLOCK):
-  """routed_matmul_ref on rows sorted by expert, of which expert e has group_sizes_E[e]."""
-  N, D = x_ND.shape
-  place_N, expert_Z = block_layout(group_sizes_E, N, block)
-  x_ZBD = jnp.zeros((expert_Z.shape[0] * block, D), x_ND.dtype).at[place_N].set(x_ND)
-  y_ZBF = block_matmul(x_ZBD.reshape(-1, block, D), w_EDF, expert_Z)
-  return y_ZBF.reshape(-1, w_EDF.shape[2])[place_N]
+def _by_form(form, *args, **forms):
+  """The form that is asked for, or that of the platform that the program is compiled for."""
+  if form is not None:
+    return forms[form](*args)
+  return jax.lax.platform_dependent(*args, tpu=forms["tpu"], default=forms["blocked"])
 
 
-def routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, block=BLOCK):
-  """sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), e = expert[t, x]: dropless, any loads."""
-  T, D = x_TD.shape
-  E, X = up_EDF.shape[0], expert_TX.shape[1]
-  if T * X <= DENSE_ROWS * E or E <= 2 * X:
-    return _dense_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
-  N = T * X
+def _product(x_ND, w, bounds, transpose, form, tile, block, interpret):
+  E, D, F = w.shape if not transpose else (w.shape[0], w.shape[2], w.shape[1])
+  tile = tile or tpu.choose_tile(x_ND.shape[0], E, D, F)
+  return _by_form(
+    form, x_ND, w, bounds,
+    definition=functools.partial(_defined_product, transpose=transpose),
+    blocked=functools.partial(blocked.product, transpose=transpose, block=block),
+    tpu=functools.partial(tpu.product, tile=tile, transpose=transpose, interpret=interpret),
+  )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _matmul(x_ND, w_EDF, bounds, form, tile, block, interpret):
+  return _product(x_ND, w_EDF, bounds, False, form, tile, block, interpret)
+
+
+def _forward(x_ND, w_EDF, bounds, *how):
+  return _product(x_ND, w_EDF, bounds, False, *how), (x_ND, w_EDF, bounds)
+
+
+def _backward(form, tile, block, interpret, saved, dy_NF):
+  x_ND, w_EDF, bounds = saved
+  dx_ND = _product(dy_NF, w_EDF, bounds, True, form, tile, block, interpret)
+  tile = tile or tpu.choose_tile(x_ND.shape[0], *w_EDF.shape)
+  dw_EDF = _by_form(
+    form, x_ND, dy_NF, bounds,
+    definition=functools.partial(_defined_weight_product, dtype=w_EDF.dtype),
+    blocked=functools.partial(blocked.weight_product, dtype=w_EDF.dtype, block=block),
+    tpu=functools.partial(tpu.weight_product, tile=tile, dtype=w_EDF.dtype, interpret=interpret),
+  )  # fmt: skip
+  return dx_ND, dw_EDF, None
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def routed_mlp(
+  x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form: str | None = None,
+  tile: tpu.Tile | None = None, block: int = blocked.BLOCK, interpret: bool = False,
+):  # fmt: skip
+  """sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), e = expert[t, x]: dropless, any loads.
+
+  Choices outside of 0 .. E - 1 count as 0. `form`, `tile`, `block` and `interpret` are those of
+  routed_matmul.
+
+  Raises:
+    UserError: an unknown form.
+  """
+  _check_form(form)
+  return _by_form(
+    form, x_TD, up_EDF, down_EFD, expert_TX, weight_TX,
+    definition=_defined_mlp,
+    blocked=functools.partial(_blocked_mlp, block=block),
+    tpu=functools.partial(_tpu_mlp, tile=tile, interpret=interpret),
+  )  # fmt: skip
+
+
+def _sorted_rows(expert_TX, E: int):
+  """Rows by expert, and by token for one expert: (order_N, bounds)."""
+  N = expert_TX.size
   # lax.sort and not argsort: inside shard_map argsort's result is typed as replicated.
   expert_N, order_N = jax.lax.sort((expert_TX.reshape(N), jnp.arange(N, dtype=jnp.int32)), num_keys=1)
-  group_sizes_E = jnp.sum(expert_N[None] == jnp.arange(E)[:, None], axis=1, dtype=jnp.int32)
-  place_N, expert_Z = block_layout(group_sizes_E, N, block)
-  x_ZBD = jnp.zeros((expert_Z.shape[0] * block, D), x_TD.dtype).at[place_N].set(x_TD[order_N // X])
-  h_ZBF = block_matmul(x_ZBD.reshape(-1, block, D), up_EDF, expert_Z)
-  y_ZBD = block_matmul(jnp.square(jax.nn.relu(h_ZBF)), down_EFD, expert_Z)
-  y_ND = y_ZBD.reshape(-1, D)[place_N] * weight_TX.reshape(N)[order_N][:, None]
+  bounds = jnp.searchsorted(expert_N, jnp.arange(E + 1, dtype=expert_N.dtype)).astype(jnp.int32)
+  return order_N, bounds
+
+
+def _tpu_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, tile, interpret):
+  T, X = expert_TX.shape
+  order_N, bounds = _sorted_rows(expert_TX, up_EDF.shape[0])
+  _, place_N = jax.lax.sort((order_N, jnp.arange(T * X, dtype=jnp.int32)), num_keys=1)
+  return routed_mlp_tpu.mlp(
+    x_TD, up_EDF, down_EFD, weight_TX.reshape(T * X)[order_N], order_N // X, place_N.reshape(T, X), bounds,
+    tile, interpret,
+  )  # fmt: skip
+
+
+def _blocked_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
+  (T, X), E = expert_TX.shape, up_EDF.shape[0]
+  if T * X <= DENSE_ROWS * E or E <= 2 * X:
+    return _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+  order_N, bounds = _sorted_rows(expert_TX, E)
+  y_ND = blocked.mlp(x_TD[order_N // X], up_EDF, down_EFD, bounds, block=block)
+  y_ND *= weight_TX.reshape(T * X)[order_N][:, None]
   return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND)
 
 
-def _dense_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
+def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
   """Every expert on every row, unchosen ones weighted 0."""
-  E, D, F = up_EDF.shape
+  E = up_EDF.shape[0]
   chosen_TXE = expert_TX[..., None] == jnp.arange(E)[None, None]
   weight_TE = jnp.sum(jnp.where(chosen_TXE, weight_TX[..., None], 0), axis=1)
   h_TEF = jnp.einsum("TD,EDF->TEF", x_TD, up_EDF)

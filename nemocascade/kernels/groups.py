@@ -1,0 +1,41 @@
+"""Whose the rows are: bounds of the groups of sorted rows, and the tiles that each group touches."""
+
+import jax
+import jax.numpy as jnp
+
+
+def group_bounds(group_sizes_G, N: int, E: int, offset=0):
+  """bounds[e], bounds[e + 1]: where the rows of expert offset + e begin and end, for E experts.
+
+  Groups follow each other from row 0. Those that would pass row N are cut there, negative sizes
+  count as 0; rows outside of the E groups belong to nobody here.
+  """
+  ends_G = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes_G, 0), dtype=jnp.int32), N)
+  bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G])
+  return jax.lax.dynamic_slice_in_dim(bounds, offset, E + 1)
+
+
+def row_experts(bounds, N: int):
+  """The expert of each row: -1 before the first one's rows, E after the last one's."""
+  return jnp.searchsorted(bounds, jnp.arange(N, dtype=jnp.int32), side="right").astype(jnp.int32) - 1
+
+
+def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
+  """The pairs (group, tile of rows) that overlap, in the order of rows.
+
+  Args:
+    start_G, end_G: rows of the groups, which follow each other.
+    empty: whether a group without rows is visited too, once.
+
+  Returns:
+    group_V, tile_V: the visits; only the first `count` of them count. V is enough for any groups.
+  """
+  G, tiles = start_G.shape[0], -(-N // tile)
+  first_G = start_G // tile
+  visits_G = jnp.where(end_G > start_G, (end_G - 1) // tile - first_G + 1, int(empty))
+  last_G = jnp.cumsum(visits_G, dtype=jnp.int32)
+  visit_V = jnp.arange(tiles + G - 1, dtype=jnp.int32)
+  group_V = jnp.searchsorted(last_G, visit_V, side="right", method="compare_all").astype(jnp.int32)
+  group_V = jnp.minimum(group_V, G - 1)
+  tile_V = first_G[group_V] + visit_V - (last_G - visits_G)[group_V]
+  return group_V, jnp.clip(tile_V, 0, tiles - 1), last_G[-1]

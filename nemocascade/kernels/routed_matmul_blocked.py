@@ -1,0 +1,86 @@
+"""Rows times their expert's matrix in blocks of one expert's rows, batched: the form for CPUs."""
+
+import jax
+import jax.numpy as jnp
+
+from nemocascade.kernels.groups import row_experts
+
+BLOCK = 32  # Rows of one expert that are multiplied together.
+
+
+def block_layout(bounds, N: int, block: int = BLOCK):
+  """Where sorted rows lie in blocks that each belong to one expert.
+
+  Returns:
+    place_N: the place of each sorted row among the blocks' rows, behind the last one for rows that
+    are no expert's; expert_Z: the blocks' experts. Z = N // block + E blocks are enough for any
+    groups; unused ones name the last expert.
+  """
+  E = bounds.shape[0] - 1
+  blocks_E = -(-(bounds[1:] - bounds[:-1]) // block)
+  last_E = jnp.cumsum(blocks_E)
+  start_E = (last_E - blocks_E) * block  # First row of a group among the blocks.
+  Z = N // block + E
+  expert_Z = jnp.minimum(jnp.searchsorted(last_E, jnp.arange(Z), side="right"), E - 1)
+  expert_N = row_experts(bounds, N)
+  inside_N, expert_N = (expert_N >= 0) & (expert_N < E), jnp.clip(expert_N, 0, E - 1)
+  place_N = start_E[expert_N] + jnp.arange(N) - bounds[:-1][expert_N]
+  return jnp.where(inside_N, place_N, Z * block), expert_Z
+
+
+def to_blocks(x_ND, place_N, Z: int, block: int):
+  """Rows at their places among Z blocks, zeros elsewhere: [Z, block, D]."""
+  x = jnp.zeros((Z * block, x_ND.shape[1]), x_ND.dtype).at[place_N].set(x_ND, mode="drop")
+  return x.reshape(Z, block, -1)
+
+
+def from_blocks(y_ZBF, place_N):
+  """Rows from their places, zeros for those that have none."""
+  y = y_ZBF.reshape(-1, y_ZBF.shape[2])
+  return y.at[place_N].get(mode="fill", fill_value=0)
+
+
+def product(x_ND, w, bounds, *, transpose=False, block=BLOCK):
+  """x[n] @ w[e] (w[e] transposed, if transpose) for rows n of expert e, 0 for nobody's rows."""
+  place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
+  x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
+  y_ZBF = jnp.einsum("ZBD,ZFD->ZBF" if transpose else "ZBD,ZDF->ZBF", x_ZBD, w[expert_Z])
+  return from_blocks(y_ZBF, place_N)
+
+
+def weight_product(x_ND, dy_NF, bounds, *, dtype, block=BLOCK):
+  """dw[e] = x[rows]^T @ dy[rows], for the rows of each expert."""
+  place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
+  x_ZBD, dy_ZBF = (to_blocks(a, place_N, expert_Z.shape[0], block) for a in (x_ND, dy_NF))
+  dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF, preferred_element_type=jnp.float32)
+  E = bounds.shape[0] - 1
+  return jax.ops.segment_sum(dw_ZDF, expert_Z, E, indices_are_sorted=True).astype(dtype)
+
+
+@jax.custom_vjp
+def block_matmul(x_ZBD, w_EDF, expert_Z):
+  """y[z] = x[z] @ w[expert[z]], each block in one product."""
+  return jnp.einsum("ZBD,ZDF->ZBF", x_ZBD, w_EDF[expert_Z])
+
+
+def _forward(x_ZBD, w_EDF, expert_Z):
+  return block_matmul(x_ZBD, w_EDF, expert_Z), (x_ZBD, w_EDF, expert_Z)
+
+
+def _backward(saved, dy_ZBF):
+  x_ZBD, w_EDF, expert_Z = saved
+  dx_ZBD = jnp.einsum("ZBF,ZDF->ZBD", dy_ZBF, w_EDF[expert_Z])
+  dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF)
+  dw_EDF = jax.ops.segment_sum(dw_ZDF, expert_Z, w_EDF.shape[0], indices_are_sorted=True)
+  return dx_ZBD, dw_EDF.astype(w_EDF.dtype), None
+
+
+block_matmul.defvjp(_forward, _backward)
+
+
+def mlp(x_ND, up_EDF, down_EFD, bounds, *, block=BLOCK):
+  """down[e]( relu(up[e] x[n])^2 ) for sorted rows; between the two products rows stay in blocks."""
+  place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
+  x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
+  h_ZBF = jnp.square(jax.nn.relu(block_matmul(x_ZBD, up_EDF, expert_Z)))
+  return from_blocks(block_matmul(h_ZBF, down_EFD, expert_Z), place_N)

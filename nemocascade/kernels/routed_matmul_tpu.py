@@ -1,0 +1,270 @@
+"""Rows times their expert's matrix on TPUs, in Pallas: the product and its transposes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from nemocascade.errors import UserError
+from nemocascade.kernels.groups import tile_visits
+
+LANES = 128
+VMEM = 56 << 20  # Bytes that a kernel may use: the smallest of v5p, v5e, v6e and v7x has 64 MiB.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """How a product is cut.
+
+  Whole experts lie in VMEM where they fit, so that each is read once; a tile of rows meets `chunk`
+  columns of its expert at a time.
+  """
+
+  rows: int = 512
+  chunk: int = 384  # Divides both sides of Nano, 2688 and 1856 padded to 1920.
+  part: int = 128  # Of a tile that several experts share, only parts with an expert's rows are multiplied.
+
+
+# (rows for each expert at most, tile): larger tiles waste more where experts meet.
+BY_LOAD = ((192, Tile(rows=128)), (768, Tile(rows=256)))
+
+
+def choose_tile(N: int, E: int, D: int, F: int) -> Tile:
+  """The tile of a product of N rows with E matrices [D, F]."""
+  rows = next((tile.rows for load, tile in BY_LOAD if N <= load * E), Tile.rows)
+  chunk = Tile.chunk
+  while chunk > LANES and -(-F // chunk) * chunk >= F + LANES:
+    chunk -= LANES
+  return Tile(rows=rows, chunk=chunk, part=min(Tile.part, rows))
+
+
+def _columns(F: int, chunk: int, fits) -> int:
+  """The most columns of a block, in chunks and in few equal blocks, with which `fits` is content."""
+  chunks = -(-F // chunk)
+  for blocks in range(1, chunks + 1):
+    columns = -(-chunks // blocks) * chunk
+    if fits(columns):
+      return columns
+  raise UserError(
+    f"routed matmul: {chunk} columns of an expert of {F} don't fit the {VMEM >> 20} MiB of VMEM with"
+    " their rows: give a tile of fewer rows or columns"
+  )
+
+
+def _precision(dtype):
+  """fp32 is multiplied as fp32; bf16 products are exact as they are."""
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _in_chunks(total: int, chunk: int, body):
+  """body(start) for chunks of `total`, as a loop: what is unrolled once compiles fast."""
+
+  def step(i, carry):
+    body(pl.multiple_of(i * chunk, chunk))
+    return carry
+
+  jax.lax.fori_loop(0, total // chunk, step, 0)
+
+
+def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *rest, tile, finish, transpose):
+  """One tile of rows with one expert; `rest` is what `finish` takes too, then the output."""
+  del source_V  # Only the block specs read it.
+  extras, y_ref = rest[:-1], rest[-1]
+  v, E = pl.program_id(1), start_G.shape[0] - 2
+  g = group_V[v]
+  base = tile_V[v] * tile.rows
+  first, last = start_G[g] - base, end_G[g] - base  # Among the tile's rows.
+  inside = (g > 0) & (g <= E)
+  whole = (first <= 0) & (last >= tile.rows)
+  columns = y_ref.shape[1]
+
+  def product(rows, column):
+    cut = pl.ds(column, tile.chunk)
+    w = w_ref[cut, :] if transpose else w_ref[:, cut]
+    y = jax.lax.dot_general(
+      x_ref[rows, :], w, (((1,), (1 if transpose else 0,)), ((), ())),
+      preferred_element_type=jnp.float32, precision=_precision(x_ref.dtype),
+    )  # fmt: skip
+    return finish(y, *(extra[rows, :] for extra in extras))
+
+  def keep(rows, row, column, y):
+    """Others' rows stay as they are: they were written, or will be."""
+    cut = pl.ds(column, tile.chunk)
+    place = row + jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
+    old = y_ref[rows, cut].astype(jnp.float32)
+    y_ref[rows, cut] = jnp.where((place >= first) & (place < last), y, old).astype(y_ref.dtype)
+
+  @pl.when(inside & whole)
+  def _():
+    def chunk(column):
+      y_ref[:, pl.ds(column, tile.chunk)] = product(slice(None), column).astype(y_ref.dtype)
+
+    _in_chunks(columns, tile.chunk, chunk)
+
+  @pl.when(~whole | ~inside)
+  def _():
+    def part(row):
+      rows = pl.ds(row, tile.part)
+
+      @pl.when((row < last) & (row + tile.part > first))
+      def _():
+        @pl.when(inside)
+        def _():
+          _in_chunks(columns, tile.chunk, lambda column: keep(rows, row, column, product(rows, column)))
+
+        @pl.when(~inside)
+        def _():
+          nothing = jnp.zeros((tile.part, tile.chunk), jnp.float32)
+          _in_chunks(columns, tile.chunk, lambda column: keep(rows, row, column, nothing))
+
+    _in_chunks(tile.rows, tile.part, part)
+
+
+def product(
+  x_ND, w, bounds, *, tile: Tile, transpose=False, finish=lambda y: y, extras=(), interpret=False
+):
+  """finish(x[n] @ w[e], *extras[n]) for rows n of bounds[e] .. bounds[e + 1], 0 for other rows.
+
+  Args:
+    x_ND: [N, D], bf16 or fp32; w: [E, D, F], or [E, F, D] if transpose.
+    finish: what is done to fp32 rows before they are rounded and written.
+    extras: arrays [N, 1] whose rows `finish` takes too.
+
+  Returns:
+    [N, F] of x's dtype; sums are fp32.
+  """
+  N, D = x_ND.shape
+  E, F = w.shape[0], w.shape[1 if transpose else 2]
+  size = x_ND.dtype.itemsize
+  # Two blocks of each, for the one that is multiplied and the one that arrives; sums are fp32.
+  fits = lambda columns: (
+    2 * size * (tile.rows * (D + columns) + -(-D // LANES) * LANES * columns)
+    + 4 * tile.rows * (2 * tile.chunk + 2 * LANES * len(extras)) <= VMEM
+  )  # fmt: skip
+  columns = _columns(F, tile.chunk, fits)
+  # Groups before and after the local experts', whose rows get 0.
+  start_G = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
+  end_G = jnp.concatenate([bounds, jnp.full(1, N, jnp.int32)])
+  group_V, tile_V, count = tile_visits(start_G, end_G, N, tile.rows)
+  # Rows that are nobody's are not fetched: their visits name the nearest tile that is.
+  low, high = bounds[0] // tile.rows, jnp.maximum(bounds[-1] - 1, bounds[0]) // tile.rows
+  source_V = jnp.clip(jnp.clip(tile_V, low, high), 0, -(-N // tile.rows) - 1)
+  expert = lambda g: jnp.clip(g - 1, 0, E - 1)
+  row = lambda width: pl.BlockSpec((tile.rows, width), lambda f, v, g, t, s, *_: (s[v], 0))
+  if transpose:
+    w_spec = pl.BlockSpec((None, columns, D), lambda f, v, g, *_: (expert(g[v]), f, 0))
+  else:
+    w_spec = pl.BlockSpec((None, D, columns), lambda f, v, g, *_: (expert(g[v]), 0, f))
+  return pl.pallas_call(
+    functools.partial(_product_kernel, tile=tile, finish=finish, transpose=transpose),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=5,
+      grid=(-(-F // columns), count),
+      in_specs=[row(D), w_spec, *(row(1) for _ in extras)],
+      out_specs=pl.BlockSpec((tile.rows, columns), lambda f, v, g, t, *_: (t[v], f)),
+    ),
+    out_shape=jax.ShapeDtypeStruct((N, F), x_ND.dtype),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * N * D * F, bytes_accessed=size * (N * (D + F) + w.size), transcendentals=0
+    ),
+    interpret=interpret,
+    name="routed_product",
+  )(group_V, tile_V, source_V, start_G, end_G, x_ND, w, *extras)
+
+
+def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref, sum_ref, *, tile):
+  """One tile of rows of one expert, summed until the expert changes."""
+  v = pl.program_id(2)
+  e = group_V[v]
+  base = tile_V[v] * tile.rows
+  first, last = start_E[e] - base, end_E[e] - base
+  whole = (first <= 0) & (last >= tile.rows)
+  begins = (v == 0) | (group_V[jnp.maximum(v - 1, 0)] != e)
+  ends = (v == count[0] - 1) | (group_V[jnp.minimum(v + 1, count[0] - 1)] != e)
+
+  def add(column, rows, masked):
+    x, dy = x_ref[rows, pl.ds(column, tile.chunk)], dy_ref[rows, :]
+    if masked is not None:  # Both: 0 times what lies behind the last row may be no number.
+      x = jnp.where(masked(x.shape), x.astype(jnp.float32), 0.0).astype(x.dtype)
+      dy = jnp.where(masked(dy.shape), dy.astype(jnp.float32), 0.0).astype(dy.dtype)
+    sum_ref[pl.ds(column, tile.chunk), :] += jax.lax.dot_general(
+      x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32, precision=_precision(x.dtype)
+    )
+
+  @pl.when(begins)
+  def _():
+    def zero(column):
+      sum_ref[pl.ds(column, tile.chunk), :] = jnp.zeros((tile.chunk, sum_ref.shape[1]), jnp.float32)
+
+    _in_chunks(sum_ref.shape[0], tile.chunk, zero)
+
+  @pl.when(whole)
+  def _():
+    _in_chunks(sum_ref.shape[0], tile.chunk, lambda column: add(column, slice(None), None))
+
+  @pl.when(~whole & (last > first))
+  def _():
+    def part(row):
+      def masked(shape):
+        place = row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return (place >= first) & (place < last)
+
+      @pl.when((row < last) & (row + tile.part > first))
+      def _():
+        add_part = lambda column: add(column, pl.ds(row, tile.part), masked)
+        _in_chunks(sum_ref.shape[0], tile.chunk, add_part)
+
+    _in_chunks(tile.rows, tile.part, part)
+
+  @pl.when(ends)
+  def _():
+    def write(column):
+      cut = pl.ds(column, tile.chunk)
+      dw_ref[cut, :] = sum_ref[cut, :].astype(dw_ref.dtype)
+
+    _in_chunks(sum_ref.shape[0], tile.chunk, write)
+
+
+def weight_product(x_ND, dy_NF, bounds, *, tile: Tile, dtype, interpret=False):
+  """dw[e] = x[rows]^T @ dy[rows], rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`."""
+  (N, D), F = x_ND.shape, dy_NF.shape[1]
+  E = bounds.shape[0] - 1
+  size, out = x_ND.dtype.itemsize, jnp.dtype(dtype).itemsize
+  # A block is all of D, of which x is read once, by as many columns of F as fit.
+  deep = -(-D // tile.chunk) * tile.chunk
+  wide = LANES if F > LANES else F
+  fits = lambda columns: (
+    2 * size * tile.rows * (deep + columns) + (4 + 2 * out) * deep * columns
+    + 4 * tile.chunk * (tile.rows + columns) <= VMEM
+  )  # fmt: skip
+  columns = _columns(F, wide, fits)
+  start_E, end_E = bounds[:-1], bounds[1:]
+  group_V, tile_V, count = tile_visits(start_E, end_E, N, tile.rows, empty=True)
+  return pl.pallas_call(
+    functools.partial(_weight_kernel, tile=tile),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=5,
+      grid=(1, -(-F // columns), count),
+      in_specs=[
+        pl.BlockSpec((tile.rows, deep), lambda d, f, v, g, t, *_: (t[v], d)),
+        pl.BlockSpec((tile.rows, columns), lambda d, f, v, g, t, *_: (t[v], f)),
+      ],
+      out_specs=pl.BlockSpec((None, deep, columns), lambda d, f, v, g, *_: (g[v], d, f)),
+      scratch_shapes=[pltpu.VMEM((deep, columns), jnp.float32)],
+    ),
+    out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * N * D * F, bytes_accessed=size * N * (D + F) + out * E * D * F, transcendentals=0
+    ),
+    interpret=interpret,
+    name="routed_weight_product",
+  )(group_V, tile_V, start_E, end_E, count[None], x_ND, dy_NF)
