@@ -1,15 +1,23 @@
 """The device mesh, and the one table from a parameter's logical axes to the mesh's."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemocascade.errors import UserError, unknown
 
-# Logical axis of a parameter -> mesh axis that cuts it; None keeps it whole on every device.
-RULES: dict[str, str | None] = {
-  "embed": "data",  # Every matrix has a side of hidden_size: fully sharded data parallelism.
+BATCH = ("data", "expert")  # Mesh axes that cut rows and tokens: all of them.
+
+# Logical axis of a parameter -> mesh axes that cut it; none keeps it whole on every device.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  # Every matrix has a side of hidden_size: fully sharded data parallelism, over what is left of the
+  # mesh by the array's other axes.
+  "embed": BATCH,
   "experts": "expert",
   "vocab": None,
   "heads": None,
@@ -22,13 +30,16 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(data: int = -1, expert: int = 1) -> Mesh:
+def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | None = None) -> Mesh:
   """All devices as a [data, expert] grid; -1, in one of the two, takes what the other leaves.
+
+  Args:
+    of: devices in the place of those here, such as a TPU topology's that is only compiled for.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  devices = jax.device_count()
+  devices = jax.device_count() if of is None else len(of)
   sizes = {"data": data, "expert": expert}
   for name, size in sizes.items():
     if size != -1 and size < 1:
@@ -48,16 +59,18 @@ def make_mesh(data: int = -1, expert: int = 1) -> Mesh:
       f"mesh.data={sizes['data']} x mesh.expert={sizes['expert']} is {sizes['data'] * sizes['expert']},"
       f" but there are {devices} devices: set one of them to -1"
     )
-  return jax.make_mesh(
-    (sizes["data"], sizes["expert"]), ("data", "expert"), axis_types=(AxisType.Auto, AxisType.Auto)
+  # A torus is cut inside its axes where it must be: 8 x 8 devices out of 4 x 4 x 4.
+  grid = mesh_utils.create_device_mesh(
+    (sizes["data"], sizes["expert"]), devices=of, allow_split_physical_axes=True
   )
+  return Mesh(grid, BATCH, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None) -> Any:
   """The tree of tuples of logical axes as a tree of NamedSharding.
 
-  With `arrays` (a like tree of arrays, or of their shapes and dtypes) a dimension that the mesh axis
-  does not divide stays whole. Of two dimensions that ask for one mesh axis the first gets it.
+  With `arrays` (a like tree of arrays, or of their shapes and dtypes) a dimension is not cut by a mesh
+  axis that does not divide it. Of two dimensions that ask for one mesh axis the first gets it.
 
   Raises:
     UserError: a logical axis is not in RULES.
@@ -73,11 +86,65 @@ def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None) -> Any:
 def _sharding(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None) -> NamedSharding:
   if shape is not None and len(axes) > len(shape):
     raise ValueError(f"logical axes {tuple(axes)} are more than the dimensions of shape {shape}")
-  taken: list[str | None] = []
+  taken: set[str] = set()
+  spec: list = []
   for i, name in enumerate(axes):
     if name is not None and name not in RULES:
       raise unknown("logical axis", name, RULES)
-    axis = RULES[name] if name is not None else None
-    uneven = shape is not None and axis is not None and shape[i] % mesh.shape[axis]
-    taken.append(None if uneven or axis in taken else axis)
-  return NamedSharding(mesh, PartitionSpec(*taken))
+    cut: list[str] = []
+    wanted = (RULES[name] or ()) if name is not None else ()
+    for axis in (wanted,) if isinstance(wanted, str) else wanted:
+      parts = math.prod(mesh.shape[a] for a in (*cut, axis))
+      if axis not in taken and mesh.shape[axis] > 1 and (shape is None or shape[i] % parts == 0):
+        cut.append(axis)
+    taken |= set(cut)
+    spec.append(tuple(cut) if len(cut) > 1 else cut[0] if cut else None)
+  return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def rows(mesh: Mesh, count: int) -> NamedSharding:
+  """Of an array whose first dimension is `count` rows: over all devices, or as many as divide them."""
+  cut = tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
+  # The most devices first.
+  alone = sorted(((axis,) for axis in cut), key=lambda axes: -mesh.shape[axes[0]])
+  for axes in (cut, *alone):
+    if count % math.prod(mesh.shape[axis] for axis in axes) == 0:
+      return NamedSharding(mesh, PartitionSpec(axes))
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Inside a program: the rows of x over the devices, so that parameters come to rows and not rows to parameters."""
+  return jax.lax.with_sharding_constraint(x, rows(mesh, x.shape[0])) if mesh else x
+
+
+def whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Inside a program: all of x on every device, gathered once for all of its uses."""
+  return jax.lax.with_sharding_constraint(x, everywhere(mesh)) if mesh else x
+
+
+def placed(shapes: Any, places: Any) -> Any:
+  """A tree of shapes and dtypes with a sharding each."""
+  struct = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+  return jax.tree.map(struct, shapes, places)
+
+
+def put(a: np.ndarray, place: NamedSharding) -> jax.Array:
+  """An array that every process has whole, onto a mesh of all processes' devices."""
+  a = np.asarray(a)
+  return jax.make_array_from_callback(a.shape, place, lambda index: a[index])
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def along(mesh: Mesh, shape: tuple[int, ...], B: int) -> NamedSharding:
+  """Of an array that holds B rows along its first or second dimension, or none."""
+  by_rows = rows(mesh, B).spec
+  if shape[:1] == (B,):
+    return NamedSharding(mesh, by_rows)
+  if shape[1:2] == (B,):
+    return NamedSharding(mesh, PartitionSpec(None, *by_rows))
+  return everywhere(mesh)

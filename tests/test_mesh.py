@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
-from nemocascade.mesh import RULES, make_mesh, shardings
+from nemocascade.mesh import BATCH, RULES, make_mesh, rows, shardings
 from nemocascade.model.hybrid import init_params, logical_axes
 
 CONFIG = ModelConfig(
@@ -57,7 +57,7 @@ def test_a_dimension_that_does_not_divide_stays_whole():
   arrays = {"even": jnp.zeros((4, 8)), "odd": jax.ShapeDtypeStruct((3, 8), jnp.float32)}
   placed = shardings(axes, make_mesh(4, 2), arrays)
   assert placed["even"].spec == PartitionSpec("expert", "data")
-  assert placed["odd"].spec == PartitionSpec(None, "data")
+  assert placed["odd"].spec == PartitionSpec(None, BATCH)  # The experts' axis is free.
 
 
 def test_one_mesh_axis_cuts_one_dimension():
@@ -70,7 +70,27 @@ def test_a_misspelt_logical_axis_is_answered_with_the_nearest():
 
 
 def test_rules_lead_to_axes_of_the_mesh():
-  assert {axis for axis in RULES.values() if axis} == set(make_mesh().axis_names)
+  named = {axis for axes in RULES.values() if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
+  assert named == set(make_mesh().axis_names)
+
+
+def test_width_lies_over_what_the_experts_leave():
+  axes = {"up": ("experts", "embed", "hidden"), "in": ("embed", "hidden"), "odd": ("embed",)}
+  arrays = {"up": jnp.zeros((4, 8, 3)), "in": jnp.zeros((8, 3)), "odd": jnp.zeros((6,))}
+  spec = jax.tree.map(lambda s: s.spec, shardings(axes, make_mesh(2, 4), arrays))
+  assert spec == {
+    "up": PartitionSpec("expert", "data", None),
+    "in": PartitionSpec(("data", "expert"), None),
+    "odd": PartitionSpec("data"),
+  }
+
+
+@pytest.mark.parametrize("count, spec", [(16, ("data", "expert")), (2, "data"), (4, "expert"), (3, None)])
+def test_rows_lie_over_as_many_devices_as_divide_them(count, spec):
+  axes = (spec,) if isinstance(spec, str) else spec
+  expected = PartitionSpec(axes) if axes else PartitionSpec()
+  got = rows(make_mesh(2, 4), count)
+  assert got.is_equivalent_to(jax.sharding.NamedSharding(got.mesh, expected), 1)
 
 
 def test_every_parameter_of_the_model_has_a_place_and_keeps_its_value():

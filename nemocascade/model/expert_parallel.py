@@ -1,0 +1,173 @@
+"""The routed MLP over a mesh: rows travel to the devices that hold their experts, and back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from nemocascade.errors import UserError, unknown
+from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
+from nemocascade.mesh import BATCH
+
+FORMS = ("auto", "exchange", "gather")
+# Tokens of an expert group (the devices that share one set of experts) up to which each device
+# takes in all of them: reading the experts then costs more than the few wasted products.
+GATHER_TOKENS = 128
+# Rows of the receiving buffer. It is made for the worst case, in which every token goes to one device;
+# more tokens are taken in pieces, so that no row is ever dropped whatever the router says.
+BUFFER_ROWS = 1 << 18
+
+
+def sharded_routed_mlp(
+  mesh: Mesh, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form="auto", buffer_rows=BUFFER_ROWS
+):
+  """kernels.routed_matmul.routed_mlp with tokens over all devices and experts over `expert`.
+
+  Any T (padded to the devices). A device's own part of the experts may lie over `data` too (fully
+  sharded); it is gathered here.
+
+  Raises:
+    UserError: E does not divide by the mesh's `expert`, or no such form.
+  """
+  if form not in FORMS:
+    raise unknown("form of the sharded routed MLP", form, FORMS)
+  (T, D), E, X = x_TD.shape, up_EDF.shape[0], expert_TX.shape[1]
+  data, group = mesh.shape["data"], mesh.shape["expert"]
+  check_experts(E, mesh)
+  here = -(-T // mesh.size)  # Tokens of a device.
+  if form == "auto":
+    form = "gather" if here * group <= GATHER_TOKENS else "exchange"
+  pieces = 1
+  if form == "exchange":
+    pieces = -(-here * group * min(X, E // group) // buffer_rows)
+  pad = -T % (mesh.size * pieces)
+  grow = lambda a: jnp.pad(a, ((0, pad), (0, 0)))  # Weight 0, so to no effect.
+  cut = "data" if D % data == 0 else None
+  tokens = PartitionSpec(BATCH, None)
+
+  def local(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
+    if cut:
+      up_EDF = jax.lax.all_gather(up_EDF, "data", axis=1, tiled=True)
+      down_EFD = jax.lax.all_gather(down_EFD, "data", axis=2, tiled=True)
+    else:  # Their gradient is then summed over `data`.
+      up_EDF, down_EFD = (jax.lax.pcast(w, "data", to="varying") for w in (up_EDF, down_EFD))
+    if form == "gather":
+      return _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+    native = mesh.devices.flat[0].platform != "cpu"
+    part = functools.partial(_exchange, up_EDF, down_EFD, native=native, group=group)
+    if pieces == 1:
+      return part((x_TD, expert_TX, weight_TX))
+    split = lambda a: a.reshape(pieces, -1, a.shape[1])
+    xs = tuple(map(split, (x_TD, expert_TX, weight_TX)))
+    return jax.lax.map(jax.checkpoint(part), xs).reshape(x_TD.shape)
+
+  y_TD = jax.shard_map(
+    local, mesh=mesh,
+    in_specs=(tokens, PartitionSpec("expert", cut, None), PartitionSpec("expert", None, cut), tokens, tokens),
+    out_specs=tokens,
+  )(grow(x_TD), up_EDF, down_EFD, grow(expert_TX), grow(weight_TX))  # fmt: skip
+  return y_TD[:T]
+
+
+def check_experts(E: int, mesh: Mesh) -> None:
+  """Raises UserError where the experts do not divide over the mesh."""
+  group = mesh.shape["expert"]
+  if E % group:
+    raise UserError(
+      f"mesh.expert={group} does not divide model.n_routed_experts={E}: give a divisor of {E}"
+    )
+
+
+def _varying(a):
+  """The same on every device, but typed as different."""
+  return jax.lax.pcast(a, BATCH, to="varying")
+
+
+def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
+  """Every device of the group takes in all its tokens and does its own experts' share of them."""
+  x_TD, expert_TX, weight_TX = (
+    jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_TD, expert_TX, weight_TX)
+  )
+  E = up_EDF.shape[0]
+  expert_TX -= jax.lax.axis_index("expert") * E
+  mine_TX = (expert_TX >= 0) & (expert_TX < E)
+  weight_TX = jnp.where(mine_TX, weight_TX, 0)
+  y_TD = routed_mlp(x_TD, up_EDF, down_EFD, jnp.clip(expert_TX, 0, E - 1), weight_TX)
+  return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
+
+
+def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int):
+  """Rows sorted by expert are sent to its device, worked on there, and sent back."""
+  x_TD, expert_TX, weight_TX = xs
+  (T, D), X, E = x_TD.shape, expert_TX.shape[1], up_EDF.shape[0]
+  N, R = T * X, group * T * min(X, E)
+  me = jax.lax.axis_index("expert")
+  # lax.sort and not argsort, whose result is typed as the same on all devices.
+  expert_N, order_N = jax.lax.sort(
+    (expert_TX.reshape(N), _varying(jnp.arange(N, dtype=jnp.int32))), num_keys=1
+  )
+  sizes_E = jnp.sum(expert_N[None] == jnp.arange(group * E)[:, None], axis=1, dtype=jnp.int32)
+  # size_SRE[s, r, e]: rows that device s sends to expert e of device r.
+  size_SRE = jax.lax.all_gather(sizes_E.reshape(group, E), "expert")
+  there, back = plans(jnp.sum(size_SRE, axis=2), me)
+  send = functools.partial(ragged_all_to_all, native=native)
+
+  x_RD = send(x_TD[order_N // X], _varying(jnp.zeros((R, D), x_TD.dtype)), there)
+  # They arrive by sender, and of a sender by expert: sort them by expert.
+  mine_SE = size_SRE[:, me]
+  end = jnp.cumsum(mine_SE.reshape(-1))
+  run_R = jnp.searchsorted(end, jnp.arange(R), side="right")  # group * E where nothing arrived.
+  expert_R = jnp.where(run_R < group * E, run_R % E, E).astype(jnp.int32)
+  iota_R = _varying(jnp.arange(R, dtype=jnp.int32))
+  expert_R, sorted_R = jax.lax.sort((expert_R, iota_R), num_keys=1)
+  _, unsorted_R = jax.lax.sort((sorted_R, iota_R), num_keys=1)
+  product = functools.partial(
+    _grouped if native else routed_matmul, group_sizes_E=jnp.sum(mine_SE, axis=0)
+  )
+  h_RF = jnp.square(jax.nn.relu(product(x_RD[sorted_R], up_EDF)))
+  y_RD = jnp.where((expert_R < E)[:, None], product(h_RF, down_EFD), 0)
+  y_ND = send(y_RD[unsorted_R], _varying(jnp.zeros((N, D), x_TD.dtype)), back)
+  y_ND *= weight_TX.reshape(N)[order_N][:, None]
+  return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND)
+
+
+def _grouped(x_ND, w_EDF, group_sizes_E):
+  """XLA's own grouped product, which on TPU and GPU touches only the rows that are there."""
+  return jax.lax.ragged_dot(x_ND, w_EDF, group_sizes_E)
+
+
+def plans(size_SR, me):
+  """What device `me` sends and receives, there and back, as arguments of ragged_all_to_all.
+
+  Args:
+    size_SR: rows that device s sends to device r; each sender's rows lie by receiver.
+  Returns:
+    Two tuples (input_offsets, send_sizes, output_offsets, recv_sizes), each [devices].
+  """
+  from_SR = jnp.cumsum(size_SR, axis=1) - size_SR  # Where a sender keeps the rows for a receiver.
+  to_SR = jnp.cumsum(size_SR, axis=0) - size_SR  # Where a receiver puts the rows of a sender.
+  there = from_SR[me], size_SR[me], to_SR[me], size_SR[:, me]
+  back = to_SR[:, me], size_SR[:, me], from_SR[:, me], size_SR[me]
+  return there, back
+
+
+def ragged_all_to_all(x_ND, out_RD, plan, *, native: bool):
+  """jax.lax.ragged_all_to_all over `expert`; not native: the same from gathers, for CPU.
+
+  out_RD keeps its rows where nothing arrives.
+  """
+  if native:
+    return jax.lax.ragged_all_to_all(x_ND, out_RD, *plan, axis_name="expert")
+  input_offsets, send_sizes, output_offsets, _ = plan
+  x_SND = jax.lax.all_gather(x_ND, "expert")
+  me, place_R = jax.lax.axis_index("expert"), jnp.arange(out_RD.shape[0])
+  begin_S, size_S, first_S = (
+    jax.lax.all_gather(a, "expert")[:, me] for a in (input_offsets, send_sizes, output_offsets)
+  )
+  offset_SR = place_R[None] - first_S[:, None]
+  there_SR = (offset_SR >= 0) & (offset_SR < size_S[:, None])
+  sender_R = jnp.argmax(there_SR, axis=0)
+  row_R = begin_S[sender_R] + jnp.take_along_axis(offset_SR, sender_R[None], axis=0)[0]
+  row_R = jnp.clip(row_R, 0, x_ND.shape[0] - 1)
+  return jnp.where(jnp.any(there_SR, axis=0)[:, None], x_SND[sender_R, row_R], out_RD)
