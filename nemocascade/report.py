@@ -105,7 +105,7 @@ def learning_curves(workdir: Path, stages: list[dict]):
     if stage["kind"] == "rl":
       axes.set_ylim(0, 1)
       twin = axes.twinx()
-      twin.plot(steps, [line["policy/entropy"] for line in lines], color="#c0672b", lw=1, alpha=0.8)
+      twin.plot(steps, [line.get("policy/entropy", np.nan) for line in lines], color="#c0672b", lw=1, alpha=0.8)
       twin.set_ylim(bottom=0)
       twin.set_ylabel("entropy, nats", color="#c0672b", fontsize=8)
       twin.tick_params(labelsize=7)

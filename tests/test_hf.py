@@ -159,8 +159,8 @@ def test_on_a_mesh_each_number_is_read_once_where_it_belongs(tmp_path, monkeypat
   whole = {name: math.prod(t.shape) for name, t in source.folder.tensors.items()}
   name = "backbone.layers.1.mixer.experts.0.up_proj.weight"  # [16, 16]: its second axis over "data".
   assert sorted(read[name])[:4] == [whole[name] // 4] * 4
-  name = "backbone.layers.5.mixer.q_proj.weight"
-  assert sorted(read[name])[:4] == [whole[name] // 4] * 4
+  name = "backbone.layers.5.mixer.q_proj.weight"  # Its hidden side over both axes.
+  assert sorted(read[name])[:8] == [whole[name] // 8] * 8
 
 
 def test_the_tree_names_every_number_of_the_model_once():

@@ -11,7 +11,7 @@ from configs.tiny import base, rl
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
-  c.mixture = dict(math=0.15, instruction=0.2, stem=0.1, structured=0.1, tools=0.1, preference=0.35)
+  c.mixture = dict(math=0.1, instruction=0.3, stem=0.1, structured=0.1, tools=0.1, preference=0.3)
   c.rollout.update(prompts=256, completions=1, total_tokens=112)  # The signal is per token; a group adds nothing.
   c.advantage = "mopd"
   c.teachers = dict.fromkeys(c.mixture, "best")
@@ -19,7 +19,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.correction = "icepop"
   c.dynamic_filtering = False
   c.overlong = "keep"
-  c.steps = 30
+  c.steps = 36
   c.optimizer.update(peak_lr=2e-3, warmup_steps=5, schedule="linear", final_fraction=0.0)
   if arg == "smoke":
     rl.shrink(c)

@@ -123,6 +123,11 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     _in_chunks(tile.rows, tile.part, part)
 
 
+def _like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+  """A result that inside a shard_map differs over the devices as x does."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
 def product(
   x_ND, w, bounds, *, tile: Tile, transpose=False, finish=lambda y: y, extras=(), interpret=False
 ):
@@ -166,7 +171,7 @@ def product(
       in_specs=[row(D), w_spec, *(row(1) for _ in extras)],
       out_specs=pl.BlockSpec((tile.rows, columns), lambda f, v, g, t, *_: (t[v], f)),
     ),
-    out_shape=jax.ShapeDtypeStruct((N, F), x_ND.dtype),
+    out_shape=_like(x_ND, (N, F), x_ND.dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
     ),
@@ -258,7 +263,7 @@ def weight_product(x_ND, dy_NF, bounds, *, tile: Tile, dtype, interpret=False):
       out_specs=pl.BlockSpec((None, deep, columns), lambda d, f, v, g, *_: (g[v], d, f)),
       scratch_shapes=[pltpu.VMEM((deep, columns), jnp.float32)],
     ),
-    out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
+    out_shape=_like(x_ND, (E, D, F), dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
     ),
