@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,7 +22,6 @@ from nemocascade.arrays import Layout
 from nemocascade.checkpoint import write_checksums
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
-from nemocascade.metrics import write_json
 from nemocascade.model.hf import CONFIG, HEAD, Source
 from nemocascade.model.hf_config import config_fields
 from nemocascade.model.hf_layout import Named, Place, Tree, layout
@@ -43,21 +43,20 @@ def from_hf(source: Source, target: Path) -> None:
     UserError: naming every tensor that holds NaN or infinity; nothing is left at the target.
   """
   layouts = _layouts(source)
-  with _whole_or_nothing(target) as partial:
+  # Numbers are looked at beside the copying, which is the system's.
+  with _whole_or_nothing(target) as partial, ThreadPoolExecutor(1) as beside:
     arrays.create(partial / "params", layouts)
-    broken: list[str] = []
+    checks: dict[str, list[Future[bool]]] = {}
     for named in source.layout.values():
       if named.name == HEAD and source.config.tie_word_embeddings:
         continue  # The embedding again.
       own = source.names[named.name]
-      whole = [
-        _write_part(source, own, part, len(named.parts), place, layouts[place.leaf], partial / "params")
-        for part, place in enumerate(named.parts)
-      ]
-      if not all(whole):
-        broken.append(f"{source.folder.tensors[own].file.name}: {own}")
-    if broken:
-      raise UserError(f"hf:{source.path}: NaN or infinity in {'; '.join(broken)}")
+      for part, place in enumerate(named.parts):
+        parts = _write_part(source, own, part, place, layouts[place.leaf], partial / "params", beside)
+        checks.setdefault(own, []).extend(parts)
+    if broken := _broken(checks):
+      said = (f"{source.folder.tensors[own].file.name}: {own}" for own in broken)
+      raise UserError(f"hf:{source.path}: NaN or infinity in {'; '.join(said)}")
     _write_model_files(source, layouts, partial / "model")
     write_checksums(partial)
 
@@ -106,19 +105,26 @@ def _chunks(place: Place, layout: Layout) -> Iterator[tuple[tuple[int, ...], int
     yield (*place.index, *inner), i * chunk, min(chunk, total - i * chunk)
 
 
-def _write_part(source: Source, own: str, part: int, parts: int, place: Place, layout: Layout, params: Path) -> bool:
-  """One matrix of theirs to its chunks; returns whether all its numbers are finite."""
-  dtype, good = DTYPES[source.folder.tensors[own].dtype], True
+def _broken(checks: dict[str, list[Future[bool]]]) -> list[str]:
+  """The tensors of which a part is not finite."""
+  return [name for name, parts in checks.items() if not all([part.result() for part in parts])]
+
+
+def _write_part(
+  source: Source, own: str, part: int, place: Place, layout: Layout, params: Path, beside: ThreadPoolExecutor
+) -> list[Future[bool]]:
+  """One matrix of theirs to its chunks; whether the numbers of each are finite is known later."""
+  dtype, checks = DTYPES[source.folder.tensors[own].dtype], []
   first = part * int(np.prod(place.split))  # Of this part's numbers in the tensor.
   for where, start, count in _chunks(place, layout):
     stretch = source.folder.stretch(own, (first + start) * dtype.itemsize, count * dtype.itemsize)
-    good &= stretch.finite()
+    checks.append(beside.submit(stretch.finite))
     with arrays.chunk_file(params, place.leaf, where).open("wb", buffering=0) as file:
       for piece in _as_ours(stretch, place, layout):
         write_all(file, piece)
       if count < int(np.prod(layout.chunks)):
         file.truncate(layout.chunk_bytes)  # The last chunk is filled up with zeros.
-  return good
+  return checks
 
 
 def _as_ours(stretch: Stretch, place: Place, layout: Layout) -> Iterator[np.ndarray | Stretch]:
@@ -138,14 +144,14 @@ def _write_model_files(source: Source, layouts: dict[str, Layout], model: Path) 
   for file in sorted(source.path.iterdir()):
     if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHTS):
       shutil.copyfile(file, model / (THEIR_CONFIG if file.name == CONFIG else file.name))
-  write_json(model / CONFIG, dataclasses.asdict(source.config))
+  _write_json(model / CONFIG, dataclasses.asdict(source.config))
   stored = {name: source.folder.tensors[own].dtype for name, own in source.names.items()}
   widened = {
     name: dtype
     for name, dtype in stored.items()
     if DTYPES[dtype] != layouts[source.layout[name].parts[0].leaf].dtype
   }
-  write_json(model / RECORD, {"tree": dataclasses.asdict(source.tree), "dtypes": widened})
+  _write_json(model / RECORD, {"tree": dataclasses.asdict(source.tree), "dtypes": widened})
 
 
 def to_hf(checkpoint: Path, model: Path, config: ModelConfig, target: Path) -> None:
@@ -167,23 +173,23 @@ def to_hf(checkpoint: Path, model: Path, config: ModelConfig, target: Path) -> N
     named.name, DTYPE_NAMES[np.dtype(opened(named.parts[0].leaf).dtype.numpy_dtype)]
   )
   specs = {named.name: (dtype_of(named), named.shape) for named in tensors.values()}
-  broken: list[str] = []
+  checks: dict[str, list[Future[bool]]] = {name: [] for name in specs}
+  beside = ThreadPoolExecutor(1)
 
   def pieces(name: str) -> Iterator[np.ndarray | Stretch]:
-    dtype, good = DTYPES[specs[name][0]], True
+    dtype = DTYPES[specs[name][0]]
     for piece in _pieces(params, tensors[name], opened):
-      good &= piece.finite() if isinstance(piece, Stretch) else finite(piece)
+      look = piece.finite if isinstance(piece, Stretch) else functools.partial(finite, piece)
+      checks[name].append(beside.submit(look))
       if piece.dtype == dtype:
         yield piece
       else:
         yield from (b.astype(dtype) for b in (piece.blocks() if isinstance(piece, Stretch) else [piece]))
-    if not good:
-      broken.append(name)
 
-  with _whole_or_nothing(target) as partial:
+  with _whole_or_nothing(target) as partial, beside:
     partial.mkdir()
     write_shards(partial, specs, pieces)
-    if broken:
+    if broken := _broken(checks):
       raise UserError(f"checkpoint {checkpoint}: NaN or infinity in {'; '.join(broken)}")
     _write_their_files(model, config, partial)
 
@@ -214,12 +220,17 @@ def _write_their_files(model: Path, config: ModelConfig, target: Path) -> None:
   if fields == original:  # Nothing to say anew: the file itself.
     (target / CONFIG).write_text(text)
   else:
-    write_json(target / CONFIG, fields)
+    _write_json(target / CONFIG, fields)
   for file in sorted(model.iterdir()):
     if file.is_file() and file.name not in OURS:
       shutil.copyfile(file, target / file.name)
   if not (target / "generation_config.json").exists():
-    write_json(target / "generation_config.json", GENERATION)
+    _write_json(target / "generation_config.json", GENERATION)
+
+
+def _write_json(path: Path, value) -> None:
+  """In a folder that is renamed when it is whole: forcing one file to disk would wait for all."""
+  path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 class _whole_or_nothing:
