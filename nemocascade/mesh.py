@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -111,40 +110,3 @@ def rows(mesh: Mesh, count: int) -> NamedSharding:
     if count % math.prod(mesh.shape[axis] for axis in axes) == 0:
       return NamedSharding(mesh, PartitionSpec(axes))
   return NamedSharding(mesh, PartitionSpec())
-
-
-def constrain_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Inside a program: the rows of x over the devices, so that parameters come to rows and not rows to parameters."""
-  return jax.lax.with_sharding_constraint(x, rows(mesh, x.shape[0])) if mesh else x
-
-
-def whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Inside a program: all of x on every device, gathered once for all of its uses."""
-  return jax.lax.with_sharding_constraint(x, everywhere(mesh)) if mesh else x
-
-
-def placed(shapes: Any, places: Any) -> Any:
-  """A tree of shapes and dtypes with a sharding each."""
-  struct = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
-  return jax.tree.map(struct, shapes, places)
-
-
-def put(a: np.ndarray, place: NamedSharding) -> jax.Array:
-  """An array that every process has whole, onto a mesh of all processes' devices."""
-  a = np.asarray(a)
-  return jax.make_array_from_callback(a.shape, place, lambda index: a[index])
-
-
-def everywhere(mesh: Mesh) -> NamedSharding:
-  """The same on every device."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
-def along(mesh: Mesh, shape: tuple[int, ...], B: int) -> NamedSharding:
-  """Of an array that holds B rows along its first or second dimension, or none."""
-  by_rows = rows(mesh, B).spec
-  if shape[:1] == (B,):
-    return NamedSharding(mesh, by_rows)
-  if shape[1:2] == (B,):
-    return NamedSharding(mesh, PartitionSpec(None, *by_rows))
-  return everywhere(mesh)
