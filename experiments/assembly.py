@@ -22,10 +22,11 @@ from nemocascade.domains.judge import BradleyTerryJudge
 from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError
 from nemocascade.metrics import write_json
-from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
+from nemocascade.model.hybrid import Hybrid, add_to_router_bias, init_params, repeat_state
 from nemocascade.model.reward import RewardModel, abstract_reward_params
 from nemocascade.rollout import episode, score
 from nemocascade.rollout.engine import Engine
+from nemocascade.step.balance import RouterBalance
 from nemocascade.types import Params
 
 
@@ -54,6 +55,19 @@ class Assembly:
 
   def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
     return self.model.apply({"params": params}, tokens_BT, segment_ids_BT, wanted_BT, method="score")
+
+  def balanced_score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
+    """score_fn with the routers' balance loss."""
+    model = Hybrid(dataclasses.replace(self.model_config, router_loss=True))
+    return model.apply({"params": params}, tokens_BT, segment_ids_BT, wanted_BT, method="score")
+
+  def score_fn_under(self, balance: RouterBalance):
+    """The score function of a training step: nothing of the balance loss is computed where it is not paid."""
+    return self.balanced_score_fn if balance.has_loss else self.score_fn
+
+  def add_to_bias(self, params, change_LE):
+    """params with the change added to the routers' biases."""
+    return add_to_router_bias(self.model_config, params, change_LE)
 
   def fresh_params(self, key: jax.Array):
     return init_params(self.model_config, key)

@@ -50,6 +50,7 @@ def check(c: ConfigDict) -> None:
       for domain in stage.conversations:
         if domain not in c.domains:
           raise unknown(f"domain in stages.{name}.conversations", domain, c.domains)
+      sft.check(flat(c, name))
     if stage.kind == "rl":
       rl.check(flat(c, name))
       for domain, teacher in stage.teachers.items():

@@ -36,6 +36,7 @@ from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.rollout import score
 from nemocascade.rollout.episode import Samples
 from nemocascade.step import loss
+from nemocascade.step.balance import AddToBias, RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.policy_gradient import (
   pack_rows,
@@ -91,6 +92,7 @@ def check(c: ConfigDict) -> None:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
     )
+  RouterBalance(**c.router_balance)
   if c.updates < 1:
     raise UserError(f"updates={c.updates}: a batch is learned from at least once")
 
@@ -137,7 +139,8 @@ def run(
   began = time.time()
   rows_fn = rows_program(settings(c, "advantage", "aggregation"))
   tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)
-  step_fn, proximal_fn = step_program(a.score_fn, step_settings(c))
+  score_fn = a.score_fn_under(RouterBalance(**c.router_balance))
+  step_fn, proximal_fn = step_program(score_fn, a.add_to_bias, step_settings(c))
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
@@ -225,7 +228,9 @@ def step_settings(c: ConfigDict) -> str:
   """What a stage's step depends on: stages that agree share one compiled program."""
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
-  return settings(c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "optimizer", "packing")
+  return settings(
+    c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "optimizer", "packing", "router_balance"
+  )
 
 
 def chosen(c: ConfigDict, slot: str) -> Callable:
@@ -249,13 +254,14 @@ def rows_program(fields: str):
 
 
 @functools.cache
-def step_program(score_fn: ScoreFn, fields: str):
+def step_program(score_fn: ScoreFn, add_to_bias: AddToBias, fields: str):
   """The jitted step, and the jitted log-probabilities before it, of `step_settings`."""
   c = ConfigDict(json.loads(fields))
   tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   step = policy_gradient_step(
     score_fn, tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
     kl_weight=c.kl_weight, entropy_weight=c.entropy_weight, accumulate=c.packing.pieces,
+    balance=RouterBalance(**c.router_balance), add_to_bias=add_to_bias,
   )  # fmt: skip
   proximal = functools.partial(proximal_logprobs, score_fn, accumulate=c.packing.pieces)
   return jax.jit(step, donate_argnums=0), jax.jit(proximal)

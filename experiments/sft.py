@@ -17,8 +17,14 @@ from experiments.stage import Outcome, start
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
 from nemocascade.metrics import MetricsWriter, progress
+from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.sft import sft_step
+
+
+def check(c: ConfigDict) -> None:
+  """Refuses a stage that cannot run, before anything is compiled."""
+  RouterBalance(**c.router_balance)
 
 
 def demonstrations(a: Assembly, c: ConfigDict):
@@ -41,9 +47,12 @@ def demonstrations(a: Assembly, c: ConfigDict):
 
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
   """Trains to c.steps, from the stage's own last checkpoint if there is one."""
+  check(c)
   began = time.time()
+  balance = RouterBalance(**c.router_balance)
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  step_fn = jax.jit(sft_step(a.score_fn, tx), donate_argnums=0)
+  step = sft_step(a.score_fn_under(balance), tx, balance=balance, add_to_bias=a.add_to_bias)
+  step_fn = jax.jit(step, donate_argnums=0)
   documents = loader.tokenize_all(demonstrations(a, c), a.tokenizer)
   batches = loader.Loader(documents, T=c.row_tokens, B=c.rows, seed=a.c.seed)
 
@@ -75,6 +84,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
 
 
 def main(c: ConfigDict, workdir: Path) -> None:
+  check(c)
   claim(c, workdir)
   run(c, workdir / "sft", Assembly(c, workdir), c.init_from)
 

@@ -44,6 +44,7 @@ class ModelConfig:
   norm_topk_prob: bool = True
   routed_scaling_factor: float = 1.0
   moe_latent_size: int | None = None  # Width in which experts work; None is hidden_size.
+  router_loss: bool = False  # Whether a score holds the load-balancing loss; of training alone.
   intermediate_size: int = 128  # Of a dense MLP block.
 
   # Throughout.

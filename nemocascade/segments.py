@@ -20,12 +20,16 @@ def positions(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def document_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-  """[B, T]: on every token the mean of x where mask over its document; 0 where nothing is masked in."""
+  """On every token the mean of x where mask over its document; 0 where nothing is masked in.
+
+  x, and so the result, is [B, T] or has more axes behind.
+  """
 
   def of_row(x_T, mask_T, segment_ids_T):
     sums = lambda a_T: jax.ops.segment_sum(a_T, segment_ids_T, num_segments=len(x_T) + 1)  # noqa: E731
-    total, count = sums(jnp.where(mask_T, x_T, 0.0)), sums(mask_T.astype(jnp.float32))
-    return (total / jnp.maximum(count, 1.0))[segment_ids_T]
+    wide = lambda a_T: a_T.reshape(a_T.shape + (1,) * (x_T.ndim - 1))  # noqa: E731
+    total, count = sums(jnp.where(wide(mask_T), x_T, 0.0)), sums(mask_T.astype(jnp.float32))
+    return (total / wide(jnp.maximum(count, 1.0)))[segment_ids_T]
 
   return jax.vmap(of_row)(x_BT, mask_BT, segment_ids_BT)
 

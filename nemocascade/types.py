@@ -31,12 +31,21 @@ class Batch:
 
 
 @struct.dataclass
+class Routing:
+  """What the routers of L blocks did with a batch: sums, so that those of its parts add up."""
+
+  load_LE: jax.Array  # fp32; real tokens sent to each expert.
+  dropped_L: jax.Array  # fp32; choices, padding's too, that no expert worked on: 0 if all is well.
+  loss: jax.Array | None = None  # fp32; the auxiliary loss of each block and real token; if asked for.
+
+
+@struct.dataclass
 class Scores:
   """What a model says of given tokens."""
 
   logprobs_BT: jax.Array  # fp32; 0 on padding and on the first token of a document.
   entropy_BT: jax.Array  # fp32, nats; of the distribution that token t was drawn from.
-  expert_load_LE: jax.Array  # fp32; real tokens sent to each expert of each MoE block.
+  routing: Routing | None = None  # None where nothing is routed.
 
 
 # (params, tokens_BT, segment_ids_BT, wanted_BT or None) -> Scores; tokens not wanted get 0.

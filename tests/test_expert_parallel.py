@@ -42,9 +42,10 @@ def value_and_grads(mlp):
   """Compiled once for all routers."""
 
   def loss(x_TD, up_EDF, down_EFD, weight_TX, expert_TX):
-    return jnp.sum(jnp.sin(mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX) / 8))
+    y_TD, rows = mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+    return jnp.sum(jnp.sin(y_TD / 8)), rows
 
-  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
 
 
 @functools.cache
@@ -58,7 +59,9 @@ def assert_is_one_device(apart, T=40):
   arrays, routers = inputs(T)
   spread = value_and_grads(apart)
   for name, expert_TX in routers.items():
-    assert_same(jax.device_get(spread(*arrays, expert_TX)), on_one_device(T)[name])
+    got = jax.device_get(spread(*arrays, expert_TX))
+    assert_same(got, on_one_device(T)[name])
+    assert int(got[0][1]) == T * X  # Every choice was worked on, as the receivers count.
 
 
 def assert_same(got, expected):
@@ -82,6 +85,19 @@ def test_no_row_is_dropped_where_the_buffer_is_small():
 def test_tokens_need_not_divide_by_the_devices(form, T):
   mesh = make_mesh(2, 4)
   assert_is_one_device(lambda *a: sharded_routed_mlp(mesh, *a, form=form), T)
+
+
+@pytest.mark.parametrize("form", ["exchange", "gather"])
+def test_choices_that_reach_no_expert_are_seen(form):
+  """Of each token one choice is of an expert that there isn't: the rest goes on as if it weighed 0."""
+  mesh = make_mesh(2, 4)
+  (*arrays, weight_TX), routers = inputs()
+  lost_TX = routers["balanced"].at[:, 1].set(jnp.where(jnp.arange(40) % 2, E, -1))
+  spread = jax.jit(lambda *a: sharded_routed_mlp(mesh, *a, form=form))
+  y_TD, rows = spread(*arrays, lost_TX, weight_TX)
+  assert int(rows) == 40 * (X - 1)
+  alone_TD, _ = routed_mlp(*arrays, routers["balanced"], weight_TX.at[:, 1].set(0))
+  np.testing.assert_allclose(y_TD, alone_TD, rtol=1e-5, atol=1e-4)
 
 
 def test_rows_go_where_the_plan_says_and_come_back():

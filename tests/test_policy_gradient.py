@@ -34,7 +34,7 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
   shift = lambda a_BT: jnp.where((segment_ids_BT > 0) & ~starts_BT, jnp.pad(a_BT, ((0, 0), (1, 0))), 0.0)  # noqa: E731
-  return Scores(shift(chosen_BT), shift(entropy_BT), jnp.zeros((0, 1)))
+  return Scores(shift(chosen_BT), shift(entropy_BT))
 
 
 def state():

@@ -136,10 +136,15 @@ def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, form):
   for t in range(tokens):
     for e, w in zip(np.asarray(expert_TX[t]), np.asarray(weight_TX[t]), strict=True):
       expected[t] += w * (np.maximum(x64[t] @ up64[e], 0) ** 2 @ down64[e])
-  got = jax.jit(functools.partial(kernel.routed_mlp, **MLP_FORMS[form]))(
-    x_TD, up, down, expert_TX, weight_TX
-  )
+  mlp = jax.jit(functools.partial(kernel.routed_mlp, **MLP_FORMS[form]))
+  got, rows = mlp(x_TD, up, down, expert_TX, weight_TX)
   np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-4)  # fp32 against fp64.
+  assert int(rows) == expert_TX.size
+  lost_TX = expert_TX.at[:3, 0].set(jnp.array([experts, -1, experts + 9]))
+  got, rows = mlp(x_TD, up, down, lost_TX, weight_TX)
+  assert int(rows) == expert_TX.size - 3
+  alone, _ = mlp(x_TD, up, down, expert_TX, weight_TX.at[:3, 0].set(0))
+  np.testing.assert_allclose(got, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", MLP_FORMS)
@@ -150,7 +155,7 @@ def test_gradients_of_routed_mlp_are_the_definitions(form, dtype, tolerance):
 
   def gradients(form, *args):
     loss = lambda x, u, d, w: jnp.sum(
-      jnp.sin(kernel.routed_mlp(x, u, d, expert_TX, w, **form).astype(jnp.float32))
+      jnp.sin(kernel.routed_mlp(x, u, d, expert_TX, w, **form)[0].astype(jnp.float32))
     )
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
 

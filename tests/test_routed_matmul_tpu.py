@@ -18,7 +18,7 @@ T, X, E, D, F = 512, 2, 8, 256, 200  # F is no multiple of 128, like Nano's.
 
 
 def mlp_gradients(x_TD, up, down, expert_TX, weight_TX):
-  loss = lambda x, u, d, w: jnp.sum(routed_mlp(x, u, d, expert_TX, w).astype(jnp.float32))
+  loss = lambda x, u, d, w: jnp.sum(routed_mlp(x, u, d, expert_TX, w)[0].astype(jnp.float32))
   return jax.grad(loss, argnums=(0, 1, 2, 3))(x_TD, up, down, weight_TX)
 
 

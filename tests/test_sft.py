@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nemocascade.errors import UserError
 from nemocascade.segments import segment_starts
 from nemocascade.step.sft import sft_step
-from nemocascade.types import Batch, Scores, TrainState
+from nemocascade.types import Batch, Routing, Scores, TrainState
 
 V, B, T = 7, 8, 6
 TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
@@ -25,7 +25,8 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
   place = lambda a_BT: jnp.where(follows_BT, jnp.pad(a_BT, ((0, 0), (1, 0))), 0.0)  # noqa: E731
   real_BT = segment_ids_BT > 0
   load_E = jnp.stack([jnp.sum(real_BT & (tokens_BT % 2 == e)) for e in (0, 1)])
-  return Scores(place(chosen_BT), place(entropy_BT), load_E[None].astype(jnp.float32))
+  routing = Routing(load_E[None].astype(jnp.float32), jnp.zeros(1))
+  return Scores(place(chosen_BT), place(entropy_BT), routing)
 
 
 step = jax.jit(sft_step(score, TX))

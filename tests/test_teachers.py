@@ -26,7 +26,7 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
   before_BT, first_BT = tokens_BT[:, :-1], ((0, 0), (1, 0))
   logprobs_BT = jnp.pad(logp_VV[before_BT, tokens_BT[:, 1:]], first_BT)
   entropy_BT = jnp.pad(-jnp.sum(jnp.exp(logp_VV) * logp_VV, axis=-1)[before_BT], first_BT)
-  return Scores(logprobs_BT, entropy_BT, jnp.zeros((0, 1)))
+  return Scores(logprobs_BT, entropy_BT)
 
 
 def params(seed=0, scale=3.0):

@@ -60,6 +60,11 @@ def fields() -> ConfigDict:
     clip_norm=1.0,
     frozen=(r"/gate$",),  # The router; its bias moves by no gradient anyway.
   )
+  c.router_balance = dict(
+    kind="frozen",  # frozen | sign | auxiliary | both; nemocascade/step/balance.py.
+    rate=1e-3,  # Of the bias, a step: the recipes of Nano-3 and Nemotron-3 (paper.md 1.4, 3.1, 5.4).
+    weight=1e-4,  # Of the balance loss: Nano-3's SFT (paper.md 3.1); 0 in its RL, where it parts sampler and trainer (4.1).
+  )
   c.steps = 20
   c.save_every = 10
   c.samples_every = 5

@@ -35,6 +35,11 @@ def stage(arg: str = "") -> ConfigDict:
     clip_norm=1.0,
     frozen=(),
   )
+  c.router_balance = dict(
+    kind="frozen",  # frozen | sign | auxiliary | both; nemocascade/step/balance.py.
+    rate=1e-3,  # Of the bias, a step: the recipes of Nano-3 and Nemotron-3 (paper.md 1.4, 3.1, 5.4).
+    weight=1e-4,  # Of the balance loss: Nano-3's SFT (paper.md 3.1); Nano-3 does both there.
+  )
   c.save_every = 200
   if arg == "smoke":
     c.conversations = dict.fromkeys(c.conversations, 60)

@@ -137,6 +137,10 @@ def routed_mlp(
   Choices outside of 0 .. E - 1 count as 0. `form`, `tile`, `block` and `interpret` are those of
   routed_matmul.
 
+  Returns:
+    [T, D] of x's dtype, and the number of choices that an expert worked on, int32: counted where
+    rows are handed out, so that one that gets lost on its way is seen.
+
   Raises:
     UserError: an unknown form.
   """
@@ -162,10 +166,11 @@ def _tpu_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, tile, interpret):
   T, X = expert_TX.shape
   order_N, bounds = _sorted_rows(expert_TX, up_EDF.shape[0])
   _, place_N = jax.lax.sort((order_N, jnp.arange(T * X, dtype=jnp.int32)), num_keys=1)
-  return routed_mlp_tpu.mlp(
+  y_TD = routed_mlp_tpu.mlp(
     x_TD, up_EDF, down_EFD, weight_TX.reshape(T * X)[order_N], order_N // X, place_N.reshape(T, X), bounds,
     tile, interpret,
   )  # fmt: skip
+  return y_TD, bounds[-1] - bounds[0]
 
 
 def _blocked_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
@@ -173,9 +178,9 @@ def _blocked_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
   if T * X <= DENSE_ROWS * E or E <= 2 * X:
     return _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
   order_N, bounds = _sorted_rows(expert_TX, E)
-  y_ND = blocked.mlp(x_TD[order_N // X], up_EDF, down_EFD, bounds, block=block)
+  y_ND, rows = blocked.mlp(x_TD[order_N // X], up_EDF, down_EFD, bounds, block=block)
   y_ND *= weight_TX.reshape(T * X)[order_N][:, None]
-  return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND)
+  return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND), rows
 
 
 def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
@@ -185,4 +190,4 @@ def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
   weight_TE = jnp.sum(jnp.where(chosen_TXE, weight_TX[..., None], 0), axis=1)
   h_TEF = jnp.einsum("TD,EDF->TEF", x_TD, up_EDF)
   h_TEF = jnp.square(jax.nn.relu(h_TEF)) * weight_TE[..., None].astype(h_TEF.dtype)
-  return jnp.einsum("TEF,EFD->TD", h_TEF, down_EFD)
+  return jnp.einsum("TEF,EFD->TD", h_TEF, down_EFD), jnp.sum(chosen_TXE, dtype=jnp.int32)

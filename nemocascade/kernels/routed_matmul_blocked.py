@@ -79,8 +79,12 @@ block_matmul.defvjp(_forward, _backward)
 
 
 def mlp(x_ND, up_EDF, down_EFD, bounds, *, block=BLOCK):
-  """down[e]( relu(up[e] x[n])^2 ) for sorted rows; between the two products rows stay in blocks."""
+  """down[e]( relu(up[e] x[n])^2 ) for sorted rows, and how many of them are in a block.
+
+  Between the two products rows stay in blocks.
+  """
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
   h_ZBF = jnp.square(jax.nn.relu(block_matmul(x_ZBD, up_EDF, expert_Z)))
-  return from_blocks(block_matmul(h_ZBF, down_EFD, expert_Z), place_N)
+  rows = jnp.sum(place_N < expert_Z.shape[0] * block, dtype=jnp.int32)
+  return from_blocks(block_matmul(h_ZBF, down_EFD, expert_Z), place_N), rows

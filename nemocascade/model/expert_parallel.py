@@ -27,6 +27,10 @@ def sharded_routed_mlp(
   Any T (padded to the devices). A device's own part of the experts may lie over `data` too (fully
   sharded); it is gathered here.
 
+  Returns:
+    [T, D], and the number of choices that an expert worked on, int32, as they are counted on the
+    devices that received them.
+
   Raises:
     UserError: E does not divide by the mesh's `expert`, or no such form.
   """
@@ -53,21 +57,24 @@ def sharded_routed_mlp(
     else:  # Their gradient is then summed over `data`.
       up_EDF, down_EFD = (jax.lax.pcast(w, "data", to="varying") for w in (up_EDF, down_EFD))
     if form == "gather":
-      return _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+      y_TD, rows = _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+      return y_TD, rows[None]
     native = mesh.devices.flat[0].platform != "cpu"
     part = functools.partial(_exchange, up_EDF, down_EFD, native=native, group=group)
     if pieces == 1:
-      return part((x_TD, expert_TX, weight_TX))
+      y_TD, rows = part((x_TD, expert_TX, weight_TX))
+      return y_TD, rows[None]
     split = lambda a: a.reshape(pieces, -1, a.shape[1])
     xs = tuple(map(split, (x_TD, expert_TX, weight_TX)))
-    return jax.lax.map(jax.checkpoint(part), xs).reshape(x_TD.shape)
+    y_PTD, rows_P = jax.lax.map(jax.checkpoint(part), xs)
+    return y_PTD.reshape(x_TD.shape), jnp.sum(rows_P)[None]
 
-  y_TD = jax.shard_map(
+  y_TD, rows = jax.shard_map(
     local, mesh=mesh,
     in_specs=(tokens, PartitionSpec("expert", cut, None), PartitionSpec("expert", None, cut), tokens, tokens),
-    out_specs=tokens,
+    out_specs=(tokens, PartitionSpec(BATCH)),
   )(grow(x_TD), up_EDF, down_EFD, grow(expert_TX), grow(weight_TX))  # fmt: skip
-  return y_TD[:T]
+  return y_TD[:T], jnp.sum(rows) - pad * X  # Padding is sent to expert 0.
 
 
 def check_experts(E: int, mesh: Mesh) -> None:
@@ -90,11 +97,9 @@ def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
     jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_TD, expert_TX, weight_TX)
   )
   E = up_EDF.shape[0]
-  expert_TX -= jax.lax.axis_index("expert") * E
-  mine_TX = (expert_TX >= 0) & (expert_TX < E)
-  weight_TX = jnp.where(mine_TX, weight_TX, 0)
-  y_TD = routed_mlp(x_TD, up_EDF, down_EFD, jnp.clip(expert_TX, 0, E - 1), weight_TX)
-  return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
+  expert_TX -= jax.lax.axis_index("expert") * E  # Outside of 0 .. E - 1 it is no expert of this device.
+  y_TD, rows = routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+  return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True), rows
 
 
 def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int):
@@ -129,7 +134,8 @@ def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int):
   y_RD = jnp.where((expert_R < E)[:, None], product(h_RF, down_EFD), 0)
   y_ND = send(y_RD[unsorted_R], _varying(jnp.zeros((N, D), x_TD.dtype)), back)
   y_ND *= weight_TX.reshape(N)[order_N][:, None]
-  return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND)
+  rows = jnp.sum(expert_R < E, dtype=jnp.int32)
+  return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND), rows
 
 
 def _grouped(x_ND, w_EDF, group_sizes_E):

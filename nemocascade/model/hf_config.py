@@ -37,7 +37,7 @@ ONLY = dict(
   use_bias=False, mlp_bias=False, mlp_hidden_act="relu2", mamba_hidden_act="silu", sliding_window=None
 )
 # Fields of ours that a config.json has no word for.
-OURS = ("remat", "dtype", "param_dtype", "hybrid_override_pattern")
+OURS = ("remat", "dtype", "param_dtype", "hybrid_override_pattern", "router_loss")
 
 
 def model_config(fields: dict[str, Any], origin: str) -> ModelConfig:

@@ -14,7 +14,7 @@ from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
 from nemocascade.segments import segment_starts
-from nemocascade.types import Params, Scores
+from nemocascade.types import Params, Routing, Scores
 
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
 
@@ -55,7 +55,7 @@ def plan(pattern: str) -> list[tuple[str, int]]:
 
 
 class Block(nn.Module):
-  """x + mixer(norm(x)); an MoE's load comes out beside it."""
+  """x + mixer(norm(x)); what an MoE's router did comes out beside it."""
 
   config: ModelConfig
   letter: str
@@ -66,8 +66,8 @@ class Block(nn.Module):
 
   def __call__(self, x_BTD, segment_ids_BT):
     y = self.mixer(self.norm(x_BTD), segment_ids_BT)
-    y, load = y if self.letter == "E" else (y, None)
-    return x_BTD + y, load
+    y, routing = y if self.letter == "E" else (y, None)
+    return x_BTD + y, routing
 
   def prefill(self, x_BTD, segment_ids_BT):
     y, state = self.mixer.prefill(self.norm(x_BTD), segment_ids_BT)
@@ -89,11 +89,11 @@ class Unit(nn.Module):
     self.blocks = [block(self.config, letter) for letter in self.letters]
 
   def __call__(self, x_BTD, segment_ids_BT):
-    loads = []
+    routings = []
     for block in self.blocks:
-      x_BTD, load = block(x_BTD, segment_ids_BT)
-      loads += [] if load is None else [load]
-    return x_BTD, tuple(loads)
+      x_BTD, routing = block(x_BTD, segment_ids_BT)
+      routings += [] if routing is None else [routing]
+    return x_BTD, tuple(routings)
 
   def prefill(self, x_BTD, segment_ids_BT):
     states = []
@@ -146,13 +146,12 @@ class Hybrid(nn.Module):
     return head.astype(self.config.dtype)
 
   def hidden(self, tokens_BT, segment_ids_BT):
-    """(h_BTD after the last norm, expert_load_LE)."""
-    x_BTD, loads = self._embed(tokens_BT), []
+    """(h_BTD after the last norm, Routing of the MoE blocks in their order, or None)."""
+    x_BTD, routings = self._embed(tokens_BT), []
     for unit in self.units:
-      x_BTD, load = unit(x_BTD, segment_ids_BT)
-      loads += [l.reshape(-1, self.config.n_routed_experts) for l in load]
-    empty = jnp.zeros((0, self.config.n_routed_experts), jnp.float32)
-    return self.norm_f(x_BTD), jnp.concatenate([empty, *loads])
+      x_BTD, routing = unit(x_BTD, segment_ids_BT)
+      routings += [_in_depth_order(routing)] if routing else []
+    return self.norm_f(x_BTD), _all_blocks(routings)
 
   def logits(self, tokens_BT, segment_ids_BT):
     """fp32 [B, T, V]: entry t is of the token after t."""
@@ -166,13 +165,13 @@ class Hybrid(nn.Module):
 
     `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
     """
-    h_BTD, load_LE = self.hidden(tokens_BT, segment_ids_BT)
+    h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
     scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
     if wanted_BT is not None:
       scored_BT &= wanted_BT
     of_next = token_logprob(h_BTD[:, :-1], self._head(), tokens_BT[:, 1:], scored_BT[:, 1:])
     logprob_BT, entropy_BT = (jnp.pad(a, ((0, 0), (1, 0))) for a in of_next)
-    return Scores(logprob_BT, entropy_BT, load_LE)
+    return Scores(logprob_BT, entropy_BT, routing)
 
   def prefill(self, tokens_BT, length_B, capacity: int):
     """Takes in each row's first length_B tokens: (logits_BV of the token after, DecodeState)."""
@@ -198,6 +197,46 @@ class Hybrid(nn.Module):
     logits_BV = (self.norm_f(x_BD) @ self._head()).astype(jnp.float32)
     length_B = state.length_B + active_B.astype(jnp.int32)
     return state.replace(length_B=length_B, units=tuple(states)), logits_BV
+
+
+def _in_depth_order(blocks: tuple[Routing, ...]) -> Routing:
+  """One unit's blocks, each [repeats, ...] where the unit is scanned, as its repeats follow each other."""
+  E = blocks[0].load_LE.shape[-1]
+  return Routing(
+    load_LE=jnp.stack([b.load_LE.reshape(-1, E) for b in blocks], axis=1).reshape(-1, E),
+    dropped_L=jnp.stack([b.dropped_L.reshape(-1) for b in blocks], axis=1).reshape(-1),
+    loss=None if blocks[0].loss is None else sum(jnp.sum(b.loss) for b in blocks),
+  )
+
+
+def _all_blocks(units: list[Routing]) -> Routing | None:
+  if not units:
+    return None
+  return Routing(
+    load_LE=jnp.concatenate([u.load_LE for u in units]),
+    dropped_L=jnp.concatenate([u.dropped_L for u in units]),
+    loss=None if units[0].loss is None else sum(u.loss for u in units),
+  )
+
+
+def add_to_router_bias(config: ModelConfig, params: Params, change_LE: jax.Array) -> Params:
+  """params with a row of the change added to each MoE block's bias; rows in the order of Routing's."""
+  params, E, start = dict(params), config.n_routed_experts, 0
+  for i, (unit, n) in enumerate(plan(config.hybrid_override_pattern)):
+    blocks = [f"blocks_{b}" for b, letter in enumerate(unit) if letter == "E"]
+    change = change_LE[start : start + n * len(blocks)].reshape(n, len(blocks), E)
+    start += n * len(blocks)
+    for b, block in enumerate(blocks):
+      path = (f"units_{i}", block, "mixer", "e_score_correction_bias")
+      params = _add(params, path, change[:, b] if n > 1 else change[0, b])
+  return params
+
+
+def _add(tree: Params, path: tuple[str, ...], change: jax.Array) -> Params:
+  """The tree with the change added to the leaf at the path; the rest is shared."""
+  if not path:
+    return tree + change.astype(tree.dtype)
+  return {**tree, path[0]: _add(tree[path[0]], path[1:], change)}
 
 
 def _make_room(state: DecodeState, tokens: int) -> DecodeState:

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.routed_matmul import routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
+from nemocascade.segments import document_mean
+from nemocascade.types import Routing
 
 
 def route(x_TD, gate_DE, bias_E, c: ModelConfig):
-  """Each token's experts and their weights (expert_TX, weight_TX fp32); paper.md 1.4.
+  """Each token's experts, their weights and all scores (expert_TX, weight_TX, score_TE); paper.md 1.4.
 
   The bias takes part in the choice alone; weights come from the unbiased scores.
   """
@@ -28,11 +30,25 @@ def route(x_TD, gate_DE, bias_E, c: ModelConfig):
   weight_TX = jnp.take_along_axis(score_TE, expert_TX, axis=-1)
   if c.norm_topk_prob:
     weight_TX /= jnp.sum(weight_TX, axis=-1, keepdims=True) + 1e-20
-  return expert_TX, weight_TX * c.routed_scaling_factor
+  return expert_TX, weight_TX * c.routed_scaling_factor, score_TE
+
+
+def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int):
+  """The sum over real tokens of sum_e f[e] p[e]: as many as the tokens where loads are equal.
+
+  p is a token's scores in units of their sum; f[e], without gradient, how often its own document
+  chose the expert, in units of the fair share. The mean over a document's tokens is DeepSeek-V3's
+  sequence-wise loss (arXiv 2412.19437, eq. 17 to 20), but of the experts that were chosen, bias
+  included. Documents weigh by their tokens, so packing and cutting batches change nothing.
+  """
+  real_BT = segment_ids_BT > 0
+  share_BTE = document_mean(chosen_BTE.astype(jnp.float32), real_BT, segment_ids_BT) * score_BTE.shape[-1] / X
+  p_BTE = score_BTE / jnp.maximum(jnp.sum(score_BTE, axis=-1, keepdims=True), 1e-20)
+  return jnp.sum(jnp.where(real_BT[..., None], share_BTE * p_BTE, 0.0))
 
 
 class MoE(nn.Module):
-  """Also returns its load: real tokens sent to each expert."""
+  """Also returns what its router did, a Routing of one block."""
 
   config: ModelConfig
 
@@ -55,16 +71,21 @@ class MoE(nn.Module):
     c = self.config
     B, T, D = x_BTD.shape
     x_TD, w = x_BTD.reshape(B * T, D), lambda p: p.astype(x_BTD.dtype)
-    expert_TX, weight_TX = route(x_TD, self.gate, self.e_score_correction_bias, c)
+    expert_TX, weight_TX, score_TE = route(x_TD, self.gate, self.e_score_correction_bias, c)
     inside_TL = x_TD @ w(self.fc1_latent_proj) if c.moe_latent_size else x_TD
-    y_TL = routed_mlp(
+    y_TL, rows = routed_mlp(
       inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
     )
     y_TD = y_TL @ w(self.fc2_latent_proj) if c.moe_latent_size else y_TL
     y_TD += relu2(x_TD @ w(self.shared_up_proj)) @ w(self.shared_down_proj)
-    real_T11 = (segment_ids_BT > 0).reshape(B * T, 1, 1)
-    hits_TXE = (expert_TX[..., None] == jnp.arange(c.n_routed_experts)[None, None]) & real_T11
-    return y_TD.reshape(B, T, D), jnp.sum(hits_TXE, axis=(0, 1), dtype=jnp.float32)
+    chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(c.n_routed_experts)[None, None], axis=1)
+    load_E = jnp.sum(chosen_TE & (segment_ids_BT > 0).reshape(B * T, 1), axis=0, dtype=jnp.float32)
+    loss = None
+    if c.router_loss:
+      score_BTE, chosen_BTE = (a.reshape(B, T, -1) for a in (score_TE, chosen_TE))
+      loss = balance_loss(score_BTE, chosen_BTE, segment_ids_BT, c.num_experts_per_tok)
+    dropped = (expert_TX.size - rows).astype(jnp.float32)
+    return y_TD.reshape(B, T, D), Routing(load_E[None], dropped[None], loss)
 
   def prefill(self, x_BTD, segment_ids_BT):
     return self(x_BTD, segment_ids_BT)[0], ()

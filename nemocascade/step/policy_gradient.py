@@ -10,7 +10,8 @@ import optax
 from nemocascade.data import packing
 from nemocascade.segments import document_mean, masked_mean
 from nemocascade.step import loss
-from nemocascade.step.sft import apply_gradients, load_metrics, sum_over_parts
+from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
+from nemocascade.step.sft import apply_gradients, real_tokens, sum_over_parts
 from nemocascade.types import Metrics, Params, Rollout, ScoreFn, TrainState
 
 Rows = dict[str, jax.Array]  # name -> [B, T]; each document of a row is one prompt and completion.
@@ -78,6 +79,8 @@ def policy_gradient_step(
   kl_weight: float = 0.0,
   entropy_weight: float = 0.0,
   accumulate: int = 1,
+  balance: RouterBalance = RouterBalance(),  # noqa: B008 (frozen)
+  add_to_bias: AddToBias | None = None,
 ):
   """Returns step(state, rows, count) -> (state, metrics), pure and ready to jit; see to_rows.
 
@@ -86,10 +89,12 @@ def policy_gradient_step(
   against it. Clipping is judged by a token's advantage, so weights of the correction are at least 0.
 
   `accumulate` pieces of the rows one after another equal the whole; a piece that teaches nothing
-  costs nothing. Tokens of samples that are not valid learn nothing and count nowhere.
+  costs nothing. Tokens of samples that are not valid learn nothing and count nowhere, rows of which
+  nothing is learned are padding to the routers' balance too. `add_to_bias` is needed where `balance`
+  moves the routers' bias.
   """
 
-  def part(params, rows: Rows):
+  def part(params, rows: Rows, scale: jax.Array):
     def loss_fn(params):
       scores = score_fn(params, rows["tokens"], rows["segment_ids"], rows["mask"])
       logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
@@ -120,26 +125,32 @@ def policy_gradient_step(
       total = jnp.sum(jnp.where(mask_BT, rows["weights"] * loss_BT, 0.0), dtype=jnp.float32)
       sums = {name: jnp.sum(value_BT, dtype=jnp.float32) for name, value_BT in sums.items()}
       tokens = jnp.sum(mask_BT, dtype=jnp.float32)
-      return total, (tokens, sums, scores.expert_load_LE, jnp.max(gap_BT))
+      balanced = total + balance.loss(scores.routing, scale)
+      return balanced, (total, tokens, sums, scores.routing, jnp.max(gap_BT))
 
-    (total, (*sums, gap_max)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return (total, sums, grads), gap_max
+    (_, (*sums, gap_max)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return (sums, grads), gap_max
 
   def step(state: TrainState, rows: Rows, count: jax.Array) -> tuple[TrainState, Metrics]:
-    (total, (tokens, sums, load_LE), grads), gap_max = sum_over_parts(
-      lambda rows: part(state.params, rows), rows, accumulate,
+    taught_B1 = jnp.any(rows["mask"], axis=1, keepdims=True)
+    rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
+    real = real_tokens(rows["segment_ids"])
+    scale = count / jnp.maximum(real, 1.0)
+    ((total, tokens, sums, routing), grads), gap_max = sum_over_parts(
+      lambda rows: part(state.params, rows, scale), rows, accumulate,
       worth=lambda rows: jnp.any(rows["mask"]),
     )  # fmt: skip
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     state, metrics = apply_gradients(state, tx, grads)
+    state = state.replace(params=balance.move(state.params, routing, add_to_bias))
     metrics |= {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
     metrics |= {
       "loss/policy": total / count,
       "policy/ratio_max": jnp.exp(jnp.max(gap_max)),
       "tokens/learned": tokens,
     }
-    return state, metrics | load_metrics(load_LE)
+    return state, metrics | routing_metrics(routing, real)
 
   return step
 

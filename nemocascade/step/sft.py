@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nemocascade.errors import UserError
+from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.loss import sft_loss
 from nemocascade.types import Batch, Metrics, ScoreFn, TrainState
 
@@ -52,37 +53,45 @@ def apply_gradients(state: TrainState, tx: optax.GradientTransformation, grads):
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def load_metrics(load_LE: jax.Array) -> Metrics:
-  """The largest share of a block's tokens that one expert gets, in units of the fair share."""
-  if load_LE.shape[0] == 0:
-    return {}
-  share_LE = load_LE / jnp.maximum(jnp.sum(load_LE, axis=1, keepdims=True), 1.0)
-  return {"expert/load_max": jnp.max(share_LE) * load_LE.shape[1]}
+def real_tokens(segment_ids_BT: jax.Array) -> jax.Array:
+  """How many tokens are not padding, fp32."""
+  return jnp.sum(segment_ids_BT > 0, dtype=jnp.float32)
 
 
-def sft_step(score_fn: ScoreFn, tx: optax.GradientTransformation, *, accumulate: int = 1):
+def sft_step(
+  score_fn: ScoreFn,
+  tx: optax.GradientTransformation,
+  *,
+  accumulate: int = 1,
+  balance: RouterBalance = RouterBalance(),  # noqa: B008 (frozen)
+  add_to_bias: AddToBias | None = None,
+):
   """Returns step(state, Batch) -> (state, metrics), pure and ready to jit.
 
   `accumulate` pieces of the batch's rows one after another equal the whole batch at once.
+  `add_to_bias` is needed where `balance` moves the routers' bias.
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    count, real = jnp.sum(batch.loss_mask_BT, dtype=jnp.float32), real_tokens(batch.segment_ids_BT)
+
     def part(piece: Batch):
       def loss_fn(params):
         scores = score_fn(
           params, piece.tokens_BT, piece.segment_ids_BT, piece.loss_mask_BT
         )
-        total, count = sft_loss(scores.logprobs_BT, piece.loss_mask_BT)
-        return total, (count, scores.expert_load_LE)
+        total, _ = sft_loss(scores.logprobs_BT, piece.loss_mask_BT)
+        return total + balance.loss(scores.routing, count / jnp.maximum(real, 1.0)), (total, scores.routing)
 
-      (total, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-      return (total, aux, grads), ()
+      (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+      return (aux, grads), ()
 
-    (total, (count, load_LE), grads), _ = sum_over_parts(part, batch, accumulate)
-    count = jnp.maximum(count, 1.0)
-    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    ((total, routing), grads), _ = sum_over_parts(part, batch, accumulate)
+    learned = jnp.maximum(count, 1.0)
+    grads = jax.tree.map(lambda g: g / learned.astype(g.dtype), grads)
     state, metrics = apply_gradients(state, tx, grads)
-    metrics |= {"loss/sft": total / count, "tokens/learned": count} | load_metrics(load_LE)
-    return state, metrics
+    state = state.replace(params=balance.move(state.params, routing, add_to_bias))
+    metrics |= {"loss/sft": total / learned, "tokens/learned": learned}
+    return state, metrics | routing_metrics(routing, real)
 
   return step
