@@ -39,3 +39,23 @@ def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
   group_V = jnp.minimum(group_V, G - 1)
   tile_V = first_G[group_V] + visit_V - (last_G - visits_G)[group_V]
   return group_V, jnp.clip(tile_V, 0, tiles - 1), last_G[-1]
+
+
+def group_tiles(start_G, end_G, N: int, tile: int):
+  """Each group's rows in tiles of its own, from its first row on, in the order of rows.
+
+  Fewer than the visits of `tile_visits`, whose tiles all groups share, where any row may begin a tile.
+
+  Returns:
+    group_V, start_V, end_V: a tile has the rows start .. start + tile of its group that lie before
+    the end; V = N // tile + G are enough for any groups, and unused ones have start = end.
+  """
+  G = start_G.shape[0]
+  tiles_G = -(-(end_G - start_G) // tile)
+  last_G = jnp.cumsum(tiles_G, dtype=jnp.int32)
+  visit_V = jnp.arange(N // tile + G, dtype=jnp.int32)
+  group_V = jnp.searchsorted(last_G, visit_V, side="right", method="compare_all").astype(jnp.int32)
+  group_V = jnp.minimum(group_V, G - 1)
+  start_V = start_G[group_V] + (visit_V - (last_G - tiles_G)[group_V]) * tile
+  end_V = end_G[group_V]
+  return group_V, jnp.minimum(start_V, end_V), end_V

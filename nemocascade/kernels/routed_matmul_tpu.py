@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nemocascade.errors import UserError
 from nemocascade.kernels.groups import tile_visits
+from nemocascade.kernels.pallas_product import like, precision
 
 LANES = 128
 VMEM = 56 << 20  # Bytes that a kernel may use: the smallest of v5p, v5e, v6e and v7x has 64 MiB.
@@ -54,11 +55,6 @@ def _columns(F: int, chunk: int, fits) -> int:
   )
 
 
-def _precision(dtype):
-  """fp32 is multiplied as fp32; bf16 products are exact as they are."""
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
 def _in_chunks(total: int, chunk: int, body):
   """body(start) for chunks of `total`, as a loop: what is unrolled once compiles fast."""
 
@@ -86,7 +82,7 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     w = w_ref[cut, :] if transpose else w_ref[:, cut]
     y = jax.lax.dot_general(
       x_ref[rows, :], w, (((1,), (1 if transpose else 0,)), ((), ())),
-      preferred_element_type=jnp.float32, precision=_precision(x_ref.dtype),
+      preferred_element_type=jnp.float32, precision=precision(x_ref.dtype),
     )  # fmt: skip
     return finish(y, *(extra[rows, :] for extra in extras))
 
@@ -123,18 +119,14 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     _in_chunks(tile.rows, tile.part, part)
 
 
-def _like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-  """A result that inside a shard_map differs over the devices as x does."""
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
 def product(
-  x_ND, w, bounds, *, tile: Tile, transpose=False, finish=lambda y: y, extras=(), interpret=False
+  x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=lambda y: y, extras=(), interpret=False
 ):
   """finish(x[n] @ w[e], *extras[n]) for rows n of bounds[e] .. bounds[e + 1], 0 for other rows.
 
   Args:
     x_ND: [N, D], bf16 or fp32; w: [E, D, F], or [E, F, D] if transpose.
+    tile: by default chosen by the shapes.
     finish: what is done to fp32 rows before they are rounded and written.
     extras: arrays [N, 1] whose rows `finish` takes too.
 
@@ -143,6 +135,7 @@ def product(
   """
   N, D = x_ND.shape
   E, F = w.shape[0], w.shape[1 if transpose else 2]
+  tile = tile or choose_tile(N, E, D, F)
   size = x_ND.dtype.itemsize
   # Two blocks of each, for the one that is multiplied and the one that arrives; sums are fp32.
   fits = lambda columns: (
@@ -171,7 +164,7 @@ def product(
       in_specs=[row(D), w_spec, *(row(1) for _ in extras)],
       out_specs=pl.BlockSpec((tile.rows, columns), lambda f, v, g, t, *_: (t[v], f)),
     ),
-    out_shape=_like(x_ND, (N, F), x_ND.dtype),
+    out_shape=like(x_ND, (N, F), x_ND.dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
     ),
@@ -199,7 +192,7 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
       x = jnp.where(masked(x.shape), x.astype(jnp.float32), 0.0).astype(x.dtype)
       dy = jnp.where(masked(dy.shape), dy.astype(jnp.float32), 0.0).astype(dy.dtype)
     sum_ref[pl.ds(column, tile.chunk), :] += jax.lax.dot_general(
-      x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32, precision=_precision(x.dtype)
+      x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32, precision=precision(x.dtype)
     )
 
   @pl.when(begins)
@@ -236,10 +229,11 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
     _in_chunks(sum_ref.shape[0], tile.chunk, write)
 
 
-def weight_product(x_ND, dy_NF, bounds, *, tile: Tile, dtype, interpret=False):
+def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, interpret=False):
   """dw[e] = x[rows]^T @ dy[rows], rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`."""
   (N, D), F = x_ND.shape, dy_NF.shape[1]
   E = bounds.shape[0] - 1
+  tile = tile or choose_tile(N, E, D, F)
   size, out = x_ND.dtype.itemsize, jnp.dtype(dtype).itemsize
   # A block is all of D, of which x is read once, by as many columns of F as fit.
   deep = -(-D // tile.chunk) * tile.chunk
@@ -263,7 +257,7 @@ def weight_product(x_ND, dy_NF, bounds, *, tile: Tile, dtype, interpret=False):
       out_specs=pl.BlockSpec((None, deep, columns), lambda d, f, v, g, *_: (g[v], d, f)),
       scratch_shapes=[pltpu.VMEM((deep, columns), jnp.float32)],
     ),
-    out_shape=_like(x_ND, (E, D, F), dtype),
+    out_shape=like(x_ND, (E, D, F), dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
     ),
