@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul as kernel
-from nemocascade.kernels.groups import group_bounds, tile_visits
+from nemocascade.kernels import routed_matmul_gpu as gpu
+from nemocascade.kernels.groups import group_bounds, group_tiles, tile_visits
 from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile
 
 E, D, F, N = 5, 136, 200, 44  # Neither tiles of rows nor of columns divide them.
@@ -20,9 +21,14 @@ FORMS = {
   "definition": dict(form="definition"),
   "blocked": dict(form="blocked", block=8),
   "tpu": dict(form="tpu", tile=TILE, interpret=True),
+  "gpu": dict(form="gpu", tile=gpu.Tile(rows=16, columns=64, depth=32), interpret=True),
 }
-# What a CPU does by itself, and what a TPU does.
-MLP_FORMS = {"own": {}, "tpu": dict(form="tpu", tile=Tile(rows=256, chunk=128, part=64), interpret=True)}
+# What a CPU does by itself, what a TPU does, and what a GPU does.
+MLP_FORMS = {
+  "own": {},
+  "tpu": dict(form="tpu", tile=Tile(rows=256, chunk=128, part=64), interpret=True),
+  "gpu": dict(form="gpu", tile=gpu.Tile(rows=128, columns=64, depth=64), interpret=True),
+}
 # Of the largest number of a result: fp32 sums in another order; bf16 rounds results once or twice.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}
 LAYOUTS = st.one_of(
@@ -112,10 +118,37 @@ def test_every_row_is_visited_once_by_its_own_group():
   assert set(np.asarray(group_V[:count])) == set(range(6))
 
 
+def test_every_row_is_in_one_tile_of_its_own_group():
+  sizes = np.array([3, 0, 40, 1, 0, 16])
+  bounds = group_bounds(jnp.array(sizes), 60, 6)
+  group_V, start_V, end_V = group_tiles(bounds[:-1], bounds[1:], 60, 16)
+  seen = [
+    (int(g), row)
+    for g, start, end in zip(group_V, start_V, end_V, strict=True)
+    for row in range(int(start), min(int(start) + 16, int(end)))
+  ]
+  assert seen == list(zip(np.repeat(np.arange(6), sizes), range(60), strict=True))
+
+
 def test_tiles_are_cut_to_the_shapes():
   assert choose_tile(32768 * 6, 128, 2688, 1856).chunk == 384
   assert choose_tile(4096 * 6, 128, 2688, 1856).rows < choose_tile(262144 * 6, 128, 2688, 1856).rows
   assert choose_tile(64, 8, 64, 64).chunk == 128
+  assert gpu.choose_tile(32768 * 6, 128, 2688, 1856) == gpu.Tile()
+  small = gpu.choose_tile(64, 8, 40, 24, jnp.float32)  # Powers of two, of at least 16.
+  assert (small.rows, small.columns, small.depth, small.warps) == (16, 32, 32, 4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_programs_for_gpus_are_lowered_to_the_gpus_kernels(dtype):
+  """On any machine, at Nano's shapes; `finish` and `extras` are in the MLP."""
+  T, X, D, F = 4096, 6, 2688, 1856
+  of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  loss = lambda x, u, d, e, w: jnp.sum(kernel.routed_mlp(x, u, d, e, w)[0].astype(jnp.float32))
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 4)))
+  traced = gradients.trace(of(T, D), of(128, D, F), of(128, F, D), of(T, X, dtype=jnp.int32), of(T, X))
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("xla.gpu.triton") == 6  # Two products, two with transposed experts, two of weights.
 
 
 def mlp_inputs(experts, tokens, dtype=jnp.float32):

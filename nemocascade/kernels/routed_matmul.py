@@ -7,14 +7,16 @@ import jax.numpy as jnp
 
 from nemocascade.errors import UserError, unknown
 from nemocascade.kernels import routed_matmul_blocked as blocked
+from nemocascade.kernels import routed_matmul_gpu as gpu
 from nemocascade.kernels import routed_matmul_tpu as tpu
-from nemocascade.kernels import routed_mlp_tpu
+from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_bounds, row_experts
 
 # Below this many rows for each expert every expert does every row on a CPU: a few wasted products
 # cost less than sorting.
 DENSE_ROWS = 64
-FORMS = ("definition", "blocked", "tpu")
+FORMS = ("definition", "blocked", "tpu", "gpu")
+Tile = tpu.Tile | gpu.Tile
 
 
 def routed_matmul_ref(x_ND, w_EDF, expert_N):
@@ -23,7 +25,7 @@ def routed_matmul_ref(x_ND, w_EDF, expert_N):
 
 
 def routed_matmul(
-  x_ND, w_EDF, group_sizes_E, *, offset=0, form: str | None = None, tile: tpu.Tile | None = None,
+  x_ND, w_EDF, group_sizes_E, *, offset=0, form: str | None = None, tile: Tile | None = None,
   block: int = blocked.BLOCK, interpret: bool = False,
 ):  # fmt: skip
   """routed_matmul_ref on rows sorted by expert, of which expert e has group_sizes[e].
@@ -35,10 +37,11 @@ def routed_matmul(
       beyond row N are cut there; rows behind the last group, and those of experts that are not in
       w_EDF, give 0 and no gradient.
     offset: the first local expert, an int or an int32 scalar.
-    form: one of FORMS; by default what the platform does best: tpu on TPUs, else blocked.
-    tile: of the tpu form, by default chosen by the shapes.
+    form: one of FORMS; by default what the platform does best: tpu on TPUs, gpu on NVIDIA's GPUs,
+      else blocked.
+    tile: of the tpu or the gpu form, by default chosen by the shapes.
     block: rows of a block in the blocked form.
-    interpret: whether the tpu form runs in Pallas' interpreter, on any platform.
+    interpret: whether the tpu and the gpu form run in Pallas' interpreter, on any platform.
 
   Returns:
     [N, F] of x's dtype; bf16 is summed in fp32.
@@ -89,17 +92,16 @@ def _by_form(form, *args, **forms):
   """The form that is asked for, or that of the platform that the program is compiled for."""
   if form is not None:
     return forms[form](*args)
-  return jax.lax.platform_dependent(*args, tpu=forms["tpu"], default=forms["blocked"])
+  return jax.lax.platform_dependent(*args, tpu=forms["tpu"], cuda=forms["gpu"], default=forms["blocked"])
 
 
 def _product(x_ND, w, bounds, transpose, form, tile, block, interpret):
-  E, D, F = w.shape if not transpose else (w.shape[0], w.shape[2], w.shape[1])
-  tile = tile or tpu.choose_tile(x_ND.shape[0], E, D, F)
   return _by_form(
     form, x_ND, w, bounds,
     definition=functools.partial(_defined_product, transpose=transpose),
     blocked=functools.partial(blocked.product, transpose=transpose, block=block),
     tpu=functools.partial(tpu.product, tile=tile, transpose=transpose, interpret=interpret),
+    gpu=functools.partial(gpu.product, tile=tile, transpose=transpose, interpret=interpret),
   )  # fmt: skip
 
 
@@ -115,12 +117,12 @@ def _forward(x_ND, w_EDF, bounds, *how):
 def _backward(form, tile, block, interpret, saved, dy_NF):
   x_ND, w_EDF, bounds = saved
   dx_ND = _product(dy_NF, w_EDF, bounds, True, form, tile, block, interpret)
-  tile = tile or tpu.choose_tile(x_ND.shape[0], *w_EDF.shape)
   dw_EDF = _by_form(
     form, x_ND, dy_NF, bounds,
     definition=functools.partial(_defined_weight_product, dtype=w_EDF.dtype),
     blocked=functools.partial(blocked.weight_product, dtype=w_EDF.dtype, block=block),
     tpu=functools.partial(tpu.weight_product, tile=tile, dtype=w_EDF.dtype, interpret=interpret),
+    gpu=functools.partial(gpu.weight_product, tile=tile, dtype=w_EDF.dtype, interpret=interpret),
   )  # fmt: skip
   return dx_ND, dw_EDF, None
 
@@ -130,7 +132,7 @@ _matmul.defvjp(_forward, _backward)
 
 def routed_mlp(
   x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form: str | None = None,
-  tile: tpu.Tile | None = None, block: int = blocked.BLOCK, interpret: bool = False,
+  tile: Tile | None = None, block: int = blocked.BLOCK, interpret: bool = False,
 ):  # fmt: skip
   """sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), e = expert[t, x]: dropless, any loads.
 
@@ -149,7 +151,8 @@ def routed_mlp(
     form, x_TD, up_EDF, down_EFD, expert_TX, weight_TX,
     definition=_defined_mlp,
     blocked=functools.partial(_blocked_mlp, block=block),
-    tpu=functools.partial(_tpu_mlp, tile=tile, interpret=interpret),
+    tpu=functools.partial(_sorted_mlp, kernels=tpu, tile=tile, interpret=interpret),
+    gpu=functools.partial(_sorted_mlp, kernels=gpu, tile=tile, interpret=interpret),
   )  # fmt: skip
 
 
@@ -162,13 +165,13 @@ def _sorted_rows(expert_TX, E: int):
   return order_N, bounds
 
 
-def _tpu_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, tile, interpret):
+def _sorted_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, kernels, tile, interpret):
   T, X = expert_TX.shape
   order_N, bounds = _sorted_rows(expert_TX, up_EDF.shape[0])
   _, place_N = jax.lax.sort((order_N, jnp.arange(T * X, dtype=jnp.int32)), num_keys=1)
-  y_TD = routed_mlp_tpu.mlp(
+  y_TD = routed_mlp_sorted.mlp(
     x_TD, up_EDF, down_EFD, weight_TX.reshape(T * X)[order_N], order_N // X, place_N.reshape(T, X), bounds,
-    tile, interpret,
+    kernels, tile, interpret,
   )  # fmt: skip
   return y_TD, bounds[-1] - bounds[0]
 

@@ -79,7 +79,7 @@ def _product_kernel(expert_V, start_V, end_V, x_ref, w_ref, *rest, tile, finish,
 
     steps = jnp.where(mine, pl.cdiv(D, tile.depth), 0)
     y = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-    of_rows = [plgpu.load(extra.at[rows[0], 0], mask=rows[1], other=0.0)[:, None] for extra in extras]
+    of_rows = [plgpu.load(extra.at[rows[0]], mask=rows[1], other=0.0)[:, None] for extra in extras]
     y = jnp.where(mine, finish(y, *of_rows), 0.0)
     _store(y_ref, rows, columns, y)
 
@@ -117,7 +117,7 @@ def product(
     ),
     interpret=interpret,
     name="routed_product",
-  )(expert_V, start_V, end_V, x_ND, w, *extras)
+  )(expert_V, start_V, end_V, x_ND, w, *(extra.reshape(N) for extra in extras))
 
 
 def _weight_kernel(bounds_ref, x_ref, dy_ref, dw_ref, *, tile):
