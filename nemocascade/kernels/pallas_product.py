@@ -1,4 +1,4 @@
-"""What the Pallas forms of a product have in common: the type of a result, and the precision of its sums."""
+"""What the Pallas forms of a product have in common: a result's type, its sums' precision, how it ends."""
 
 import jax
 import jax.numpy as jnp
@@ -12,3 +12,8 @@ def like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 def precision(dtype) -> jax.lax.Precision | None:
   """fp32 is multiplied as fp32; bf16 products are exact as they are."""
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def as_it_is(y):
+  """The end of a product to which nothing else is done."""
+  return y

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from nemocascade.kernels.groups import group_tiles
-from nemocascade.kernels.pallas_product import like, precision
+from nemocascade.kernels.pallas_product import as_it_is, like, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,10 @@ def _product_kernel(expert_V, start_V, end_V, x_ref, w_ref, *rest, tile, finish,
     _store(y_ref, rows, columns, y)
 
 
+# Jitted, so that where a program for another platform traces it too, each shape is traced once.
+@functools.partial(jax.jit, static_argnames=("tile", "transpose", "finish", "interpret"))
 def product(
-  x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=lambda y: y, extras=(), interpret=False
+  x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False
 ):
   """finish(x[n] @ w[e], *extras[n]) for rows n of bounds[e] .. bounds[e + 1], 0 for other rows.
 
@@ -139,6 +141,7 @@ def _weight_kernel(bounds_ref, x_ref, dy_ref, dw_ref, *, tile):
   _store(dw_ref, of_x, of_dy, dw, lead=(e,))
 
 
+@functools.partial(jax.jit, static_argnames=("tile", "dtype", "interpret"))
 def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, interpret=False):
   """dw[e] = x[rows]^T @ dy[rows], rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`."""
   (N, D), F = x_ND.shape, dy_NF.shape[1]

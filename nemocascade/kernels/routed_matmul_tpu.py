@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nemocascade.errors import UserError
 from nemocascade.kernels.groups import tile_visits
-from nemocascade.kernels.pallas_product import like, precision
+from nemocascade.kernels.pallas_product import as_it_is, like, precision
 
 LANES = 128
 VMEM = 56 << 20  # Bytes that a kernel may use: the smallest of v5p, v5e, v6e and v7x has 64 MiB.
@@ -119,8 +119,10 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     _in_chunks(tile.rows, tile.part, part)
 
 
+# Jitted, so that where a program for another platform traces it too, each shape is traced once.
+@functools.partial(jax.jit, static_argnames=("tile", "transpose", "finish", "interpret"))
 def product(
-  x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=lambda y: y, extras=(), interpret=False
+  x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False
 ):
   """finish(x[n] @ w[e], *extras[n]) for rows n of bounds[e] .. bounds[e + 1], 0 for other rows.
 
@@ -229,6 +231,7 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
     _in_chunks(sum_ref.shape[0], tile.chunk, write)
 
 
+@functools.partial(jax.jit, static_argnames=("tile", "dtype", "interpret"))
 def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, interpret=False):
   """dw[e] = x[rows]^T @ dy[rows], rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`."""
   (N, D), F = x_ND.shape, dy_NF.shape[1]
