@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.tiny import if_rl
 from configs.tiny import sft as sft_config
@@ -18,65 +19,80 @@ from nemocascade.step.balance import RouterBalance, routing_metrics
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.policy_gradient import policy_gradient_step
 from nemocascade.step.sft import sft_step
-from nemocascade.types import Batch, Routing, TrainState
+from nemocascade.types import Batch, Routing, Scores, TrainState
 
-B, T, E, X = 4, 12, 4, 2
+B, T, V, L, E, X = 4, 12, 8, 2, 4, 2
 # Two MoE blocks in a unit that is scanned, and one behind it.
 CONFIG = ModelConfig(
-  vocab_size=16, hidden_size=16, hybrid_override_pattern="EE-EE-E", n_routed_experts=E,
+  vocab_size=V, hidden_size=16, hybrid_override_pattern="EE-EE-E", n_routed_experts=E,
   num_experts_per_tok=X, moe_intermediate_size=8, moe_shared_expert_intermediate_size=8,
   intermediate_size=8, initializer_range=0.5, router_loss=True,
 )  # fmt: skip
-MODEL = Hybrid(CONFIG)
 TX = make_optimizer(peak_lr=0.1, warmup_steps=0, total_steps=10, weight_decay=0.1)
+SLOW = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, eps=1e6, clip_norm=1e9)
 
 
-def score(params, *args, model=MODEL):
-  return model.apply({"params": params}, *args, method="score")
+def params():
+  keys = jax.random.split(jax.random.key(0))
+  return {
+    "table_VV": jax.random.normal(keys[0], (V, V)),
+    "gate_LVE": jax.random.normal(keys[1], (L, V, E)),
+    "e_score_correction_bias": jnp.zeros((L, E)),
+  }
+
+
+def add_to_bias(params, change_LE):
+  return params | {"e_score_correction_bias": params["e_score_correction_bias"] + change_LE}
+
+
+@jax.jit
+def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
+  """A bigram model whose logits pass two routers that change nothing."""
+  x_BTV = params["table_VV"][tokens_BT]
+  loads, losses = [], []
+  for gate_VE, bias_E in zip(params["gate_LVE"], params["e_score_correction_bias"], strict=True):
+    expert_TX, _, score_TE = moe.route(x_BTV.reshape(-1, V), gate_VE, bias_E, CONFIG)
+    chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(E)[None, None], axis=1)
+    loads.append(jnp.sum(chosen_TE & (segment_ids_BT > 0).reshape(-1, 1), axis=0, dtype=jnp.float32))
+    by_row = (a.reshape(*tokens_BT.shape, E) for a in (score_TE, chosen_TE))
+    losses.append(moe.balance_loss(*by_row, segment_ids_BT, X))
+  logprobs_BT = jnp.take_along_axis(jax.nn.log_softmax(x_BTV[:, :-1]), tokens_BT[:, 1:, None], axis=-1)[..., 0]
+  logprobs_BT = jnp.pad(logprobs_BT, ((0, 0), (1, 0)))
+  return Scores(logprobs_BT, jnp.zeros_like(logprobs_BT), Routing(jnp.stack(loads), jnp.zeros(L), sum(losses)))
 
 
 @functools.cache
-def params():
-  return init_params(CONFIG, jax.random.key(0))
-
-
-def state():
-  return TrainState(step=jnp.int32(0), params=params(), opt_state=TX.init(params()))
-
-
-def biases_LE(params):
-  """In the order of the blocks: the scanned unit's two, twice, then the last."""
-  of = lambda unit, block: np.asarray(params[unit][block]["mixer"]["e_score_correction_bias"])
-  scanned = np.stack([of("units_0", "blocks_0"), of("units_0", "blocks_1")], axis=1).reshape(-1, E)
-  return np.concatenate([scanned, of("units_1", "blocks_0")[None]])
-
-
 def batch():
   """Documents of unequal lengths with padding behind them, learned from in part."""
   keys = jax.random.split(jax.random.key(1))
   segment_ids_BT = jnp.array([[1] * 7 + [2] * 5, [1] * 3 + [0] * 9, [1] * 12, [1] * 4 + [2] * 4 + [0] * 4])
   mask_BT = jax.random.bernoulli(keys[1], 0.4, (B, T)) & (segment_ids_BT > 0)
-  return Batch(jax.random.randint(keys[0], (B, T), 0, 16), segment_ids_BT, mask_BT.at[:, 0].set(False))
+  return Batch(jax.random.randint(keys[0], (B, T), 0, V), segment_ids_BT, mask_BT.at[:, 0].set(False))
 
 
-def rows():
-  """The same as completions; of the last row nothing is learned."""
-  data = batch()
-  mask_BT = data.loss_mask_BT.at[3].set(False)
-  zeros = jnp.zeros((B, T))
-  return {
+def seen_by(stage):
+  """Segments as the balance sees them: in RL a row of which nothing is learned is padding."""
+  segment_ids_BT = np.asarray(batch().segment_ids_BT)
+  return segment_ids_BT if stage == "sft" else segment_ids_BT * learned_of(stage).any(axis=1, keepdims=True)
+
+
+def learned_of(stage):
+  mask_BT = np.asarray(batch().loss_mask_BT)
+  return mask_BT if stage == "sft" else mask_BT & (np.arange(B) < 3)[:, None]
+
+
+def step(stage, balance, accumulate=1, tx=TX, keep=lambda a: a):
+  """(state, metrics) after one step of either stage on `keep` of the rows."""
+  state = TrainState(step=jnp.int32(0), params=params(), opt_state=tx.init(params()))
+  data, how = batch(), dict(balance=balance, accumulate=accumulate, add_to_bias=add_to_bias)
+  if stage == "sft":
+    return jax.jit(sft_step(score, tx, **how))(state, jax.tree.map(keep, data))
+  mask_BT, zeros = jnp.asarray(learned_of(stage)), jnp.zeros((B, T))
+  rows = {
     "tokens": data.tokens_BT, "segment_ids": data.segment_ids_BT, "mask": mask_BT, "behaviour": zeros,
     "weights": mask_BT.astype(jnp.float32), "advantages": jnp.where(mask_BT, 0.5, 0.0),
   }  # fmt: skip
-
-
-def step_of(stage, balance, accumulate):
-  """(state, metrics) after one step of either stage."""
-  how = dict(balance=balance, accumulate=accumulate, add_to_bias=functools.partial(add_to_router_bias, CONFIG))
-  if stage == "sft":
-    return jax.jit(sft_step(score, TX, **how))(state(), batch())
-  step = jax.jit(policy_gradient_step(score, TX, **how))
-  return step(state(), rows(), jnp.sum(rows()["weights"]))
+  return jax.jit(policy_gradient_step(score, tx, **how))(state, jax.tree.map(keep, rows), jnp.sum(rows["weights"]))
 
 
 def assert_same(got, expected):
@@ -106,92 +122,93 @@ def test_equal_loads_cost_one_a_token():
   np.testing.assert_allclose(loss, B * T, rtol=1e-5)
 
 
-def test_loads_and_biases_are_in_the_order_of_the_blocks():
-  """Each block's bias is pushed to a pair of experts of its own, and its load goes there."""
-  pairs = [(0, 1), (2, 3), (1, 2), (0, 3), (1, 3)]
-  push_LE = np.zeros((5, E), np.float32)
-  for block, pair in enumerate(pairs):
-    push_LE[block, list(pair)] = 9.0
-  pushed = add_to_router_bias(CONFIG, params(), push_LE)
-  np.testing.assert_array_equal(biases_LE(pushed), push_LE)
-  data = batch()
-  routing = jax.jit(score)(pushed, data.tokens_BT, data.segment_ids_BT, None).routing
-  np.testing.assert_array_equal(routing.load_LE, (push_LE > 0) * 35.0)  # 35 tokens are no padding.
-  assert routing.dropped_L.tolist() == [0.0] * 5
-
-
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_the_sign_update_moves_each_bias_against_its_load_by_the_rate_and_nothing_else_does(stage):
-  frozen, _ = step_of(stage, RouterBalance(), 1)
-  moved, _ = step_of(stage, RouterBalance(kind="sign", rate=0.25), 1)
-  data = batch()
-  segment_ids_BT = data.segment_ids_BT if stage == "sft" else data.segment_ids_BT.at[3].set(0)
-  load_LE = np.asarray(score(params(), data.tokens_BT, segment_ids_BT, None).routing.load_LE)
-  real = int(jnp.sum(segment_ids_BT > 0))
-  np.testing.assert_array_equal(biases_LE(frozen.params), 0.0)  # Under weight decay too.
-  np.testing.assert_array_equal(biases_LE(moved.params), 0.25 * np.sign(real * X / E - load_LE))
-  back = add_to_router_bias(CONFIG, moved.params, -biases_LE(moved.params))
-  jax.tree.map(np.testing.assert_array_equal, back, frozen.params)
+  frozen, _ = step(stage, RouterBalance())
+  moved, _ = step(stage, RouterBalance(kind="sign", rate=0.25))
+  load_LE = np.asarray(score(params(), batch().tokens_BT, seen_by(stage)).routing.load_LE)
+  mean = np.sum(seen_by(stage) > 0) * X / E
+  assert len(set(load_LE.ravel())) > 2  # The case is one where it matters.
+  bias = "e_score_correction_bias"
+  np.testing.assert_array_equal(frozen.params[bias], 0.0)  # Under weight decay too.
+  np.testing.assert_array_equal(moved.params[bias], 0.25 * np.sign(mean - load_LE))
+  assert_same(moved.params | {bias: 0.0}, frozen.params | {bias: 0.0})
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_the_auxiliary_loss_adds_its_mean_over_real_tokens_times_the_weight(stage):
   """The gradient, seen through the first step of an Adam so slow that it is proportional to it."""
-  slow = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, eps=1e6, clip_norm=1e9)
+  change = lambda balance: jax.tree.map(lambda a, b: 1e6 * (b - a), step(stage, balance, tx=SLOW)[0].params, params())
 
-  def change(balance):
-    before = TrainState(step=jnp.int32(0), params=params(), opt_state=slow.init(params()))
-    if stage == "sft":
-      after, _ = jax.jit(sft_step(score, slow, balance=balance))(before, batch())
-    else:
-      step = jax.jit(policy_gradient_step(score, slow, balance=balance))
-      after, _ = step(before, rows(), jnp.sum(rows()["weights"]))
-    return jax.tree.map(lambda a, b: 1e6 * (b - a), after.params, before.params)
-
-  data = batch()
-  segment_ids_BT = data.segment_ids_BT if stage == "sft" else data.segment_ids_BT.at[3].set(0)
-
-  def mean(params):
-    routing = score(params, data.tokens_BT, segment_ids_BT, None).routing
-    return routing.loss / jnp.sum(segment_ids_BT > 0)
-
-  expected = jax.jit(jax.grad(mean))(params())
-  gate = lambda tree: tree["units_0"]["blocks_0"]["mixer"]["gate"]
-  assert np.abs(gate(expected)).max() > 1e-3
-  weighed = jax.tree.map(jnp.subtract, change(RouterBalance(kind="auxiliary", weight=8.0)), change(RouterBalance()))
-  for mine, theirs in zip(jax.tree.leaves(weighed), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(mine, 8.0 * theirs, atol=0.25)  # 1e6 times what fp32 leaves of a parameter.
+  tokens_BT, segment_ids_BT = batch().tokens_BT, seen_by(stage)
+  mean = lambda params: score(params, tokens_BT, segment_ids_BT).routing.loss / np.sum(segment_ids_BT > 0)
+  weighed = jax.tree.map(jnp.subtract, change(RouterBalance(kind="auxiliary", weight=50.0)), change(RouterBalance()))
+  theirs = jax.grad(mean)(params())
+  assert np.abs(theirs["gate_LVE"]).max() > 0.01
+  for name in theirs:  # Of a parameter of 1 fp32 leaves 1e-7, so of a gradient 0.1.
+    np.testing.assert_allclose(weighed[name], 50 * theirs[name], atol=0.3)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
-def test_pieces_of_a_batch_balance_as_the_whole(stage):
+def test_pieces_of_a_batch_and_shards_of_it_are_balanced_as_the_whole(stage):
   both = RouterBalance(kind="both", rate=0.25, weight=2.0)
-  assert_same(step_of(stage, both, 2), step_of(stage, both, 1))
+  whole = step(stage, both)
+  assert_same(step(stage, both, accumulate=2), whole)
+  mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+  place = NamedSharding(mesh, PartitionSpec("data"))
+  assert_same(step(stage, both, keep=lambda a: jax.device_put(a, place)), whole)
 
 
 def test_packed_documents_are_balanced_as_rows_of_their_own():
   data = batch()
-  packed = score(params(), data.tokens_BT, data.segment_ids_BT, None).routing
   tokens, segments = np.zeros((2 * B, T), int), np.zeros((2 * B, T), int)
   for b in range(B):
     for document in (1, 2):
       own = np.asarray(data.segment_ids_BT[b]) == document
       tokens[2 * b + document - 1, : own.sum()] = data.tokens_BT[b][own]
       segments[2 * b + document - 1, : own.sum()] = 1
-  assert_same(score(params(), jnp.asarray(tokens), jnp.asarray(segments), None).routing, packed)
+  packed = score(params(), data.tokens_BT, data.segment_ids_BT).routing
+  assert_same(score(params(), jnp.asarray(tokens), jnp.asarray(segments)).routing, packed)
+
+
+def test_a_models_loads_and_biases_are_in_the_order_of_its_blocks():
+  """Each block's bias is pushed to a pair of experts of its own, and its load goes there."""
+  pairs = [(0, 1), (2, 3), (1, 2), (0, 3), (1, 3)]
+  push_LE = np.zeros((5, E), np.float32)
+  for block, pair in enumerate(pairs):
+    push_LE[block, list(pair)] = 9.0
+  data = batch()
+
+  @jax.jit
+  def routing(params):
+    pushed = add_to_router_bias(CONFIG, params, push_LE)
+    scores = Hybrid(CONFIG).apply({"params": pushed}, data.tokens_BT, data.segment_ids_BT, method="score")
+    return pushed, scores.routing
+
+  pushed, got = routing(init_params(CONFIG, jax.random.key(0)))
+  of = lambda unit, block: pushed[unit][block]["mixer"]["e_score_correction_bias"]
+  np.testing.assert_array_equal(of("units_0", "blocks_0"), push_LE[[0, 2]])
+  np.testing.assert_array_equal(of("units_0", "blocks_1"), push_LE[[1, 3]])
+  np.testing.assert_array_equal(of("units_1", "blocks_0"), push_LE[4])
+  np.testing.assert_array_equal(got.load_LE, (push_LE > 0) * 35.0)  # 35 tokens are no padding.
+  assert got.dropped_L.tolist() == [0.0] * 5
+  assert 0 < float(got.loss) < 5 * 35 * E / X  # All go to two of four: up to twice as dear.
 
 
 def test_a_loss_that_is_not_paid_is_not_traced_and_one_that_is_asks_no_router_twice(monkeypatch):
   data = batch()
-  without = Hybrid(ModelConfig(**{**vars(CONFIG), "router_loss": False}))
-  products = lambda model: str(
-    jax.make_jaxpr(functools.partial(score, model=model))(params(), data.tokens_BT, data.segment_ids_BT)
-  ).count("dot_general")
-  assert products(MODEL) == products(without) > 0
+  shapes = jax.eval_shape(functools.partial(init_params, CONFIG), jax.random.key(0))
+
+  def traced(router_loss):
+    model = Hybrid(ModelConfig(**{**vars(CONFIG), "router_loss": router_loss}))
+    fn = lambda p: model.apply({"params": p}, data.tokens_BT, data.segment_ids_BT, method="score")
+    return str(jax.make_jaxpr(fn)(shapes)).count("dot_general")
+
+  assert traced(True) == traced(False) > 0
   monkeypatch.setattr(moe, "balance_loss", None)
-  assert score(params(), data.tokens_BT, data.segment_ids_BT, model=without).routing.loss is None
+  traced(False)
   with pytest.raises(TypeError):
-    score(params(), data.tokens_BT, data.segment_ids_BT)
+    traced(True)
 
 
 def test_metrics_are_those_of_the_loads():
@@ -201,6 +218,8 @@ def test_metrics_are_those_of_the_loads():
     "expert/load_max": 2.0, "expert/imbalance": 0.5, "expert/unused": 0.25, "expert/dropped": 3.0,
     "load_max/block_0": 2.0, "load_max/block_1": 1.0, "imbalance/block_0": 1.0, "imbalance/block_1": 0.0,
   }  # fmt: skip
+  paid = routing.replace(loss=jnp.float32(12))
+  assert float(routing_metrics(paid, jnp.float32(4))["loss/balance"]) == 1.5
   assert routing_metrics(None, jnp.float32(4)) == {}
 
 
