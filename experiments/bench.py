@@ -20,6 +20,7 @@ from nemocascade.errors import UserError, unknown
 
 # Suite -> the module whose `cases()` yields its lines without "suite" and "device".
 SUITES = {"convert": "experiments.bench_convert", "kernels": "experiments.bench_kernels"}
+STATIC = "experiments.bench_schedules"  # Of the kernels, not run.
 
 
 def run(suite: str, static: bool = False) -> None:
@@ -27,11 +28,10 @@ def run(suite: str, static: bool = False) -> None:
     raise unknown("suite", suite, SUITES)
   if static and suite != "kernels":
     raise UserError(f"--static is of the suite kernels, not of {suite}")
-  module, out = importlib.import_module(SUITES[suite]), sys.stdout
-  lines = module.static_cases() if static else module.cases()
+  module, out = importlib.import_module(STATIC if static else SUITES[suite]), sys.stdout
   device = "TPU v5p, compiled for" if static else jax.devices()[0].device_kind
   with contextlib.redirect_stdout(sys.stderr):  # What is measured may print too.
-    for line in lines:
+    for line in module.cases():
       print(json.dumps({"suite": suite, **line, "device": device}), file=out, flush=True)
 
 

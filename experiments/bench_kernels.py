@@ -1,183 +1,153 @@
-"""The routed matmul against peers: times on this machine, or the TPU compiler's own schedule."""
+"""The routed matmul and the routed MLP against peers, timed on this machine."""
 
 import functools
-import itertools
-import os
-import re
-import subprocess
+import importlib.util
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.experimental.pallas.ops.tpu import megablox
-from jax.sharding import SingleDeviceSharding
 
-from nemocascade.errors import UserError
-from nemocascade.kernels import routed_matmul_tpu as tpu
-from nemocascade.kernels.groups import group_bounds
-from nemocascade.kernels.routed_matmul import routed_matmul
+from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
 
 REPEATS = 3  # In turns; the best of each is compared.
 D, F, E, X = 2688, 1856, 128, 6  # Nano's.
-ROWS = 8192  # Of the static products; a kernel's schedule does not depend on it.
-EXPERTS = 16  # Nor on this.
+TOKENS = (4096, 32768, 262144)
+# How alike the experts' loads are: exponent of Zipf's law, by which tokens choose.
+LOADS = {"balanced": 0.0, "skewed": 1.0}
+DENSE = 8192  # Side of the square product that tells a card's dense rate.
 
 
-def cases(D: int = 256, F: int = 192, rows: int = 4096) -> Iterator[dict]:
-  """The platform's own form against jax.lax.ragged_dot on uneven random loads, in fp32 on a CPU."""
-  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def cases() -> Iterator[dict]:
+  """On a GPU at Nano's shapes in bf16, with gradients; elsewhere small products in fp32."""
+  return gpu_cases() if jax.default_backend() == "gpu" else cpu_cases()
+
+
+def cpu_cases(D: int = 256, F: int = 192, rows: int = 4096) -> Iterator[dict]:
+  """The platform's own form against jax.lax.ragged_dot on uneven random loads."""
   for experts in (16, 128):
     keys = jax.random.split(jax.random.key(experts), 3)
-    x_ND = jax.random.normal(keys[0], (rows, D), dtype)
-    w_EDF = jax.random.normal(keys[1], (experts, D, F), dtype)
+    x_ND = jax.random.normal(keys[0], (rows, D))
+    w_EDF = jax.random.normal(keys[1], (experts, D, F))
     sizes_E = jnp.bincount(jax.random.randint(keys[2], (rows,), 0, experts), length=experts)
-    sizes_E = sizes_E.astype(jnp.int32)
-    own, peer = (
-      jax.jit(fn).lower(x_ND, w_EDF, sizes_E).compile() for fn in (routed_matmul, jax.lax.ragged_dot)
-    )
-    best = {"ours": float("inf"), "peer": float("inf")}
-    for _ in range(REPEATS):
-      for who, act in (("peer", peer), ("ours", own)):
-        best[who] = min(best[who], _seconds(lambda: act(x_ND, w_EDF, sizes_E)))
-    ours, theirs = (2 * rows * D * F / best[who] / 1e9 for who in ("ours", "peer"))
-    yield dict(
-      case=f"forward_{experts}_experts", ours=ours, peer=theirs, peer_name="jax.lax.ragged_dot",
-      unit="GFLOP/s", ratio=ours / theirs,
-    )  # fmt: skip
+    args = x_ND, w_EDF, sizes_E.astype(jnp.int32)
+    rates = _rates({"ours": routed_matmul, "peer": jax.lax.ragged_dot}, args, 2 * rows * D * F / 1e9)
+    yield _line(f"forward_{experts}_experts", rates["ours"], rates["peer"], "jax.lax.ragged_dot", "GFLOP/s")
 
 
-def _seconds(act: Callable[[], jax.Array]) -> float:
+def gpu_cases(
+  D: int = D, F: int = F, E: int = E, X: int = X, tokens: tuple[int, ...] = TOKENS, dense: int = DENSE
+) -> Iterator[dict]:
+  """Forward, dx and dw of a product and the whole routed MLP, against each peer that runs here."""
+  bf16 = jnp.bfloat16
+  square = jax.random.normal(jax.random.key(0), (dense, dense), bf16)
+  rate = _rates({"dense": jnp.matmul}, (square, square), 2 * dense**3 / 1e12)["dense"]
+  for T in tokens:
+    for load, exponent in LOADS.items():
+      N = T * X
+      keys = jax.random.split(jax.random.key(T), 5)
+      up_EDF, down_EFD = (
+        jax.random.normal(k, s, bf16) / s[1] ** 0.5 for k, s in zip(keys, [(E, D, F), (E, F, D)], strict=False)
+      )
+      x_TD = jax.random.normal(keys[2], (T, D), bf16)
+      expert_TX, weight_TX = choices(keys[3], T, E, X, exponent)
+      sizes_E = jnp.bincount(expert_TX.reshape(N), length=E).astype(jnp.int32)
+      x_ND, dy_NF = jnp.tile(x_TD, (X, 1)), jax.random.normal(keys[4], (N, F), bf16)
+      products = {"ours": routed_matmul} | peers()
+      mlps = {"ours": lambda *a: routed_mlp(*a)[0]} | {n: functools.partial(chain, p) for n, p in peers().items()}
+      flops = 2 * N * D * F / 1e12
+      for what, forms, part, args, work in (
+        ("forward", products, _value, (x_ND, up_EDF, sizes_E), flops),
+        ("dx", products, _dx, (x_ND, up_EDF, sizes_E, dy_NF), flops),
+        ("dw", products, _dw, (x_ND, up_EDF, sizes_E, dy_NF), flops),
+        ("mlp_forward", mlps, _value, (x_TD, up_EDF, down_EFD, expert_TX, weight_TX), 2 * flops),
+        ("mlp_forward_backward", mlps, _mlp_gradients, (x_TD, up_EDF, down_EFD, expert_TX, weight_TX), 6 * flops),
+      ):  # fmt: skip
+        rates = _rates({name: part(form) for name, form in forms.items()}, args, work)
+        if "ours" not in rates:
+          continue
+        ours = rates.pop("ours")
+        if what == "forward":
+          rates["a dense matmul"] = rate
+        for name, theirs in rates.items():
+          yield _line(f"{what}_{T}_tokens_{load}", ours, theirs, name, "TFLOP/s")
+
+
+def choices(key, T: int, E: int, X: int, exponent: float):
+  """X different experts of each token, the e-th with weight (e + 1) ** -exponent, and fp32 weights."""
+  keys = jax.random.split(key)
+  popularity_1E = -exponent * jnp.log1p(jnp.arange(E, dtype=jnp.float32))[None]
+  expert_TX = jax.lax.top_k(popularity_1E + jax.random.gumbel(keys[0], (T, E)), X)[1]
+  return expert_TX, jax.random.uniform(keys[1], (T, X), jnp.bfloat16)
+
+
+def peers() -> dict[str, Callable]:
+  """Products x_ND, w_EDF, group_sizes_E -> y_NF: XLA's, and tokamax's where it is installed."""
+  found: dict[str, Callable] = {"jax.lax.ragged_dot": jax.lax.ragged_dot}
+  if importlib.util.find_spec("tokamax"):
+    import tokamax
+
+    for name in ("xla", "triton", "mosaic_gpu"):
+      found[f"tokamax {name}"] = functools.partial(tokamax.ragged_dot, implementation=name)
+  return found
+
+
+def chain(product: Callable, x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
+  """The routed MLP as it is usually put together: sort, gather, product, activation, product, scatter."""
+  (T, X), E = expert_TX.shape, up_EDF.shape[0]
+  order_N = jnp.argsort(expert_TX.reshape(T * X), stable=True)
+  sizes_E = jnp.bincount(expert_TX.reshape(T * X), length=E).astype(jnp.int32)
+  h_NF = jnp.square(jax.nn.relu(product(x_TD[order_N // X], up_EDF, sizes_E)))
+  y_ND = product(h_NF, down_EFD, sizes_E) * weight_TX.reshape(T * X)[order_N][:, None]
+  return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND)
+
+
+def _value(product: Callable) -> Callable:
+  return product
+
+
+def _dx(product: Callable) -> Callable:
+  return lambda x, w, sizes, dy: jax.vjp(lambda x: product(x, w, sizes), x)[1](dy)[0]
+
+
+def _dw(product: Callable) -> Callable:
+  return lambda x, w, sizes, dy: jax.vjp(lambda w: product(x, w, sizes), w)[1](dy)[0]
+
+
+def _mlp_gradients(mlp: Callable) -> Callable:
+  """Of x, both matrices and the weights, by a gradient of the result that is random enough."""
+
+  def gradients(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
+    y, back = jax.vjp(lambda x, u, d, w: mlp(x, u, d, expert_TX, w), x_TD, up_EDF, down_EFD, weight_TX)
+    return back(y)
+
+  return gradients
+
+
+def _rates(forms: dict[str, Callable], args: tuple, work: float) -> dict[str, float]:
+  """Work a second of each form, by its best run; one that does not run here is left out, with a line."""
+  compiled, best = {}, {}
+  for name, form in forms.items():
+    try:
+      compiled[name] = jax.jit(form).lower(*args).compile()
+      jax.block_until_ready(compiled[name](*args))  # Warm, and in memory.
+    except Exception as error:  # A peer's own; whatever it is, the others are compared.
+      if name == "ours":
+        raise
+      print(f"{name} does not run: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+      compiled.pop(name, None)
+  for _ in range(REPEATS):
+    for name, act in compiled.items():
+      best[name] = min(best.get(name, float("inf")), _seconds(lambda act=act: act(*args)))
+  return {name: work / seconds for name, seconds in best.items()}
+
+
+def _seconds(act: Callable[[], object]) -> float:
   began = time.perf_counter()
   jax.block_until_ready(act())
   return time.perf_counter() - began
 
 
-def static_cases() -> Iterator[dict]:
-  """What v5p's compiler made of the products of Nano's experts, and bytes of the whole routed MLP.
-
-  Of a kernel the branch-free stretch counts in which the matrix units do most: the loop that whole
-  tiles spend their time in. Bundles are those of 1e9 useful operations, padding being none.
-  """
-  peer = _schedule("megablox")
-  for name in [name for name in PROGRAMS if name != "megablox"]:
-    ours = _schedule(name)
-    line = dict(peer_name="megablox gmm (512, 896, 640), forward of up")
-    yield line | dict(
-      case=f"{name}_slots", ours=ours[0], peer=peer[0], unit="share of matmul slots", ratio=ours[0] / peer[0]
-    )
-    yield line | dict(
-      case=f"{name}_bundles", ours=ours[1], peer=peer[1], unit="bundles/GFLOP", ratio=peer[1] / ours[1]
-    )
-  for tokens in (4096, 32768, 262144):
-    ours, peer = mlp_bytes(tokens), megablox_mlp_bytes(tokens)
-    yield dict(
-      case=f"mlp_forward_{tokens}_tokens", ours=ours / 1e9, peer=peer / 1e9, unit="GB of HBM",
-      peer_name="gather, megablox, activation, megablox, scatter-add", ratio=peer / ours,
-    )  # fmt: skip
-
-
-def mlp_bytes(T: int) -> int:
-  """HBM bytes of our routed MLP's forward: every array times the passes over it; bf16."""
-  N = T * X
-  gather, up, down = 2 * N * D, N * (D + F) + E * D * F, N * (F + D) + E * D * F
-  weights = N * 512 // 2  # A column of fp32 takes 128 lanes.
-  combine = 2 * N * D + N * D + T * D  # A token's rows side by side, then their sum.
-  return 2 * (gather + up + down + weights + combine)
-
-
-def megablox_mlp_bytes(T: int) -> int:
-  """The same of the usual chain: rows are read once for each tile of columns, experts for each tile."""
-  N, rows, wide = T * X, 512, 1920
-  visits = -(-N // rows) + E - 1  # Groups don't end where tiles do.
-  gather, activation = 2 * N * D, 2 * N * wide
-  up = N * D * (wide // 640) + visits * D * wide + N * wide
-  down = N * wide * (D // 896) + visits * D * wide + N * D
-  scatter = N * D + 2 * N * D + T * D  # Each row is read, and its token's sum read and written.
-  return 2 * (gather + up + activation + down + scatter)
-
-
-def _relu2(h):
-  return jnp.square(jnp.maximum(h, 0.0))
-
-
-def _ours(x_ND, w_EDF, sizes_E, **how):
-  N, (experts, D, F) = x_ND.shape[0], w_EDF.shape
-  bounds = group_bounds(sizes_E, N, experts)
-  return tpu.product(x_ND, w_EDF, bounds, tile=tpu.choose_tile(N, experts, D, F), **how)
-
-
-def _megablox(x_ND, w_EDF, sizes_E):
-  w_EDF = jnp.pad(w_EDF, [(0, 0), (0, 0), (0, -F % 128)])  # It takes whole tiles.
-  return megablox.gmm(x_ND, w_EDF, sizes_E, jnp.bfloat16, (512, 896, 640))
-
-
-# name -> (the product, columns of a row, columns of an expert, whether the experts lie transposed).
-PROGRAMS = {
-  "up": (_ours, D, F, False),
-  "up_relu2": (functools.partial(_ours, finish=_relu2), D, F, False),
-  "down": (_ours, F, D, False),
-  "down_dx": (functools.partial(_ours, transpose=True), D, F, True),
-  "megablox": (_megablox, D, F, False),
-}
-
-
-def _stretch_flops(name: str) -> float:
-  """Useful operations of the stretch that `_read` finds: one chunk of a tile."""
-  _, inner, outer, _ = PROGRAMS[name]
-  if name == "megablox":
-    return 2 * 512 * 896 * 640 * F / 1920
-  tile = tpu.choose_tile(ROWS, EXPERTS, inner, outer)
-  return 2 * tile.rows * inner * tile.chunk * outer / (-(-outer // tile.chunk) * tile.chunk)
-
-
-def _schedule(name: str) -> tuple[float, float]:
-  """Share of slots and bundles of a program, compiled in a process of its own: its flags are global."""
-  with tempfile.TemporaryDirectory() as place:
-    environment = os.environ | {
-      "TPU_SKIP_MDS_QUERY": "1",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-      "JAX_PLATFORMS": "cpu",
-      "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={place} --xla_jf_dump_llo_text=true",
-    }
-    command = [sys.executable, "-m", "experiments.bench_kernels", name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-      reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-      raise UserError(f"kernels --static: {name} did not compile ({reason}): pip install 'nemocascade[tpu]'")
-    slots, bundles = read_schedule(Path(place))
-    return slots, bundles / _stretch_flops(name) * 1e9
-
-
-def read_schedule(place: Path) -> tuple[float, int]:
-  """(share of slots, bundles) of the busiest branch-free stretch of the kernel dumped in a folder."""
-  kernel = re.compile(r"(\d+)-(routed_product|gmm)[^-]*-\d+-final_bundles.txt")
-  (file, stamp), *_ = [(p, m[1]) for p in place.iterdir() if (m := kernel.fullmatch(p.name))]
-  (use,) = place.glob(f"{stamp}-*final_hlo-static-per-bundle-utilization.txt")
-  _, _, (capacity, *_), _, *rows = (line.split() for line in use.read_text().splitlines() if line.strip())
-  busy = [int(row[0]) for row in rows]
-  bundle = re.compile(r"\s*(?:0x)?([0-9a-f]+)\s+(?:([A-Z]{2})\s*)?:(.*)")
-  found = [m for line in file.read_text().splitlines() if (m := bundle.fullmatch(line))]
-  # A label begins a stretch, a branch ends one.
-  edges = sorted({0, len(busy), *(int(m[1], 16) for m in found if m[2] or "sbr.rel" in m[3])})
-  stretch = max((busy[i:j] for i, j in itertools.pairwise(edges)), key=sum)
-  return sum(stretch) / len(stretch) / int(capacity), len(stretch)
-
-
-def _compile(name: str) -> None:
-  """Compiles a program for v5p; the compiler's flags say where its dump goes."""
-  fn, inner, outer, transpose = PROGRAMS[name]
-  chip = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
-  of = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
-  w = (EXPERTS, outer, inner) if transpose else (EXPERTS, inner, outer)
-  jax.jit(fn).lower(
-    of(ROWS, inner, dtype=jnp.bfloat16), of(*w, dtype=jnp.bfloat16), of(EXPERTS, dtype=jnp.int32)
-  ).compile()
-
-
-if __name__ == "__main__":
-  _compile(sys.argv[1])
+def _line(case: str, ours: float, theirs: float, peer_name: str, unit: str) -> dict:
+  return dict(case=case, ours=ours, peer=theirs, peer_name=peer_name, unit=unit, ratio=ours / theirs)

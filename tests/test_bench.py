@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments import bench, bench_convert, bench_kernels
+from experiments import bench, bench_convert, bench_kernels, bench_schedules
 from nemocascade.errors import UserError
+from nemocascade.kernels.routed_matmul import routed_mlp
 
 SMALL = dict(
   vocab_size=64, hidden_size=32, num_attention_heads=4, head_dim=8, mamba_num_heads=4, mamba_head_dim=8,
@@ -29,13 +33,38 @@ def test_converting_is_measured_both_ways_against_copying(tmp_path, monkeypatch,
 
 
 def test_the_routed_matmul_is_measured_against_ragged_dot(monkeypatch, capsys):
-  monkeypatch.setattr(bench_kernels.cases, "__defaults__", (8, 8, 64))
+  monkeypatch.setattr(bench_kernels.cpu_cases, "__defaults__", (8, 8, 64))
   bench.run("kernels")
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [line["case"] for line in lines] == ["forward_16_experts", "forward_128_experts"]
   for line in lines:
     assert list(line) == ["suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"]
     assert line["ratio"] == pytest.approx(line["ours"] / line["peer"])
+
+
+def test_on_a_gpu_each_part_of_the_routed_mlp_is_measured_against_each_peer(monkeypatch):
+  """Here by the forms of a CPU: the lines are the same."""
+  monkeypatch.setattr(bench_kernels, "peers", lambda: {"a peer": jax.lax.ragged_dot, "broken": None})
+  monkeypatch.setattr(bench_kernels, "LOADS", {"skewed": 1.0})
+  lines = list(bench_kernels.gpu_cases(D=16, F=8, E=4, X=2, tokens=(64,), dense=16))
+  parts = ["forward", "forward", "dx", "dw", "mlp_forward", "mlp_forward_backward"]
+  assert [line["case"] for line in lines] == [f"{part}_64_tokens_skewed" for part in parts]
+  assert {line["peer_name"] for line in lines} == {"a peer", "a dense matmul"}
+  assert all(line["ratio"] == pytest.approx(line["ours"] / line["peer"]) for line in lines)
+
+
+def test_the_usual_chain_is_the_routed_mlp():
+  keys = jax.random.split(jax.random.key(0), 4)
+  x_TD, up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(64, 16), (4, 16, 8), (4, 8, 16)], strict=False))
+  expert_TX, weight_TX = bench_kernels.choices(keys[3], 64, 4, 2, 1.0)
+  args = x_TD, up, down, expert_TX, weight_TX.astype(jnp.float32)
+  got = bench_kernels.chain(jax.lax.ragged_dot, *args)
+  np.testing.assert_allclose(got, routed_mlp(*args)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_loads_are_balanced_or_skewed():
+  of = lambda exponent: np.bincount(bench_kernels.choices(jax.random.key(0), 4096, 16, 2, exponent)[0].ravel())
+  assert of(0.0).max() < 1.2 * 512 and of(1.0).max() > 3 * 512
 
 
 def test_a_schedule_is_that_of_its_busiest_stretch_between_branches(tmp_path):
@@ -45,7 +74,7 @@ def test_a_schedule_is_that_of_its_busiest_stretch_between_branches(tmp_path):
   (tmp_path / "17-routed_product.1-72-final_bundles.txt").write_text("\n".join(lines))
   use = "== CAPACITY:\nMXU, XLU\n 4 3\n== UTILIZATION:\n" + "".join(f"{n} 0\n" for n in (1, 1, 4, 2, 0, 3))
   (tmp_path / "17-routed_product.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(use)
-  assert bench_kernels.read_schedule(tmp_path) == (0.75, 2)
+  assert bench_schedules.read_schedule(tmp_path) == (0.75, 2)
 
 
 def test_only_kernels_are_compared_without_running_them():
