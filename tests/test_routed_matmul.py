@@ -135,20 +135,32 @@ def test_tiles_are_cut_to_the_shapes():
   assert choose_tile(4096 * 6, 128, 2688, 1856).rows < choose_tile(262144 * 6, 128, 2688, 1856).rows
   assert choose_tile(64, 8, 64, 64).chunk == 128
   assert gpu.choose_tile(32768 * 6, 128, 2688, 1856) == gpu.Tile()
+  assert gpu.choose_tile(4096 * 6, 128, 2688, 1856) == gpu.Tile(rows=128)
   small = gpu.choose_tile(64, 8, 40, 24, jnp.float32)  # Powers of two, of at least 16.
   assert (small.rows, small.columns, small.depth, small.warps) == (16, 32, 32, 4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_programs_for_gpus_are_lowered_to_the_gpus_kernels(dtype):
+def test_programs_for_gpus_are_lowered_to_kernels_that_are_well_formed(dtype, monkeypatch):
   """On any machine, at Nano's shapes; `finish` and `extras` are in the MLP."""
+  from jax._src.pallas.triton import lowering  # JAX itself hands a kernel on unverified.
+
+  lower, sound = lowering.lower_jaxpr_to_triton_module, []
+
+  def verified(*args, **kwargs):
+    result = lower(*args, **kwargs)
+    sound.append(result.module.operation.verify())
+    return result
+
+  monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", verified)
   T, X, D, F = 4096, 6, 2688, 1856
   of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
   loss = lambda x, u, d, e, w: jnp.sum(kernel.routed_mlp(x, u, d, e, w)[0].astype(jnp.float32))
-  gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 4)))
+  gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 4)))
   traced = gradients.trace(of(T, D), of(128, D, F), of(128, F, D), of(T, X, dtype=jnp.int32), of(T, X))
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("xla.gpu.triton") == 6  # Two products, two with transposed experts, two of weights.
+  assert all(sound) and sound
 
 
 def mlp_inputs(experts, tokens, dtype=jnp.float32):

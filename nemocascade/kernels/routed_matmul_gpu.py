@@ -14,47 +14,60 @@ from nemocascade.kernels.pallas_product import as_it_is, like, precision
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """How a product is cut; all are powers of two, of at least 16 each, which Triton asks for.
+  """How a product is cut; sides are powers of two, of at least 16 each, which Triton asks for.
 
-  For Hopper, by its arithmetic, not by a measurement: a tile of sums has 64 fp32 numbers for each thread of
-  eight warps, and `stages` steps of both operands take 4 * 64 * 256 * 2 = 128 KiB of 227 KiB of shared memory.
+  For Hopper, by arithmetic and by what Triton 3.9 makes of it (wgmma, fed by cp.async), not by a
+  measurement: the sums are 128 fp32 numbers for each thread of eight warps, and `stages` steps of both
+  operands take 3 * 64 * 384 * 2 = 144 KiB of 227 KiB of shared memory. A step reads 48 KiB for 4.2 MFLOP;
+  half as many rows would read a third more from the L2 cache, but spill no registers.
   """
 
-  rows: int = 128
+  rows: int = 256
   columns: int = 128  # Of Nano's widths 2688 is 21 of them, 1856 is 14.5, of which 3% of the work are lost.
   depth: int = 64  # Of what is summed, a step; divides both of Nano's widths.
   warps: int = 8
-  stages: int = 4  # Steps that are on their way from memory.
+  stages: int = 3  # Steps that are on their way from memory.
 
 
 def choose_tile(N: int, E: int, D: int, F: int, dtype=jnp.bfloat16) -> Tile:
-  """The tile of a product of N rows with E matrices [D, F]: fewer rows where an expert has few."""
+  """The tile of a product of N rows with E matrices [D, F]: fewer rows where an expert has few.
+
+  The last tile of an expert is half empty on average, so it has four of the largest at least.
+  """
   power = lambda n, most: min(max(pl.next_power_of_2(n), 16), most)
-  depth = Tile.depth * 2 // max(jnp.dtype(dtype).itemsize, 2)  # As many bytes.
-  rows = power(-(-N // E), Tile.rows)
-  return Tile(
-    rows=rows, columns=power(F, Tile.columns), depth=power(D, depth), warps=8 if rows > 64 else 4
-  )
+  # fp32 is multiplied by no matrix unit: a large tile of it takes Triton a minute and fills the registers.
+  large = 1 if dtype == jnp.bfloat16 else 4
+  rows = Tile.rows if N >= 4 * Tile.rows * E else power(-(-N // E), Tile.rows // 2)
+  rows = min(rows, Tile.rows // large)
+  columns, depth = power(F, 2 * Tile.columns // max(large, 2)), power(D, Tile.depth // min(large, 2))
+  return Tile(rows=rows, columns=columns, depth=depth, warps=8 if rows > 64 else 4)
 
 
 def _cut(start, size: int, end):
-  """A slice of fixed size, and bool: which of it lies before the end."""
-  start = jnp.asarray(start, jnp.int32)
+  """A slice of fixed size, and which of it lies before the end: None for all, where that is known."""
+  if isinstance(end, int) and end % size == 0:
+    return pl.ds(start, size), None
   return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < end
 
 
-def _load(ref, rows, columns, lead=()):
-  """A tile of two cuts; 0 outside of them."""
+def _tile(ref, rows, columns, lead):
+  """The part of a ref that two cuts meet in, and its mask."""
   (row_cut, row_mask), (column_cut, column_mask) = rows, columns
-  return plgpu.load(
-    ref.at[(*lead, row_cut, column_cut)], mask=row_mask[:, None] & column_mask[None, :], other=0.0
-  )
+  masks = [None if row_mask is None else row_mask[:, None], None if column_mask is None else column_mask[None, :]]
+  shape = row_cut.size, column_cut.size
+  masks = [jnp.broadcast_to(mask, shape) for mask in masks if mask is not None]
+  return ref.at[(*lead, row_cut, column_cut)], functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _load(ref, rows, columns, lead=()):
+  """A tile, 0 outside of its cuts."""
+  part, mask = _tile(ref, rows, columns, lead)
+  return plgpu.load(part, mask=mask, other=None if mask is None else 0.0)
 
 
 def _store(ref, rows, columns, value, lead=()):
-  (row_cut, row_mask), (column_cut, column_mask) = rows, columns
-  mask = row_mask[:, None] & column_mask[None, :]
-  plgpu.store(ref.at[(*lead, row_cut, column_cut)], value.astype(ref.dtype), mask=mask)
+  part, mask = _tile(ref, rows, columns, lead)
+  plgpu.store(part, value.astype(ref.dtype), mask=mask)
 
 
 def _product_kernel(expert_V, start_V, end_V, x_ref, w_ref, *rest, tile, finish, transpose):
@@ -77,7 +90,7 @@ def _product_kernel(expert_V, start_V, end_V, x_ref, w_ref, *rest, tile, finish,
       w = _load(w_ref, *((columns, deep) if transpose else (deep, columns)), lead=(jnp.maximum(e, 0),))
       return y + plgpu.dot(x, w, trans_b=transpose, precision=precision(x.dtype))
 
-    steps = jnp.where(mine, pl.cdiv(D, tile.depth), 0)
+    steps = mine.astype(jnp.int32) * pl.cdiv(D, tile.depth)  # jnp.where of two constants is lowered to a bool.
     y = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     of_rows = [plgpu.load(extra.at[rows[0]], mask=rows[1], other=0.0)[:, None] for extra in extras]
     y = jnp.where(mine, finish(y, *of_rows), 0.0)
