@@ -55,7 +55,7 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
     chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(E)[None, None], axis=1)
     loads.append(jnp.sum(chosen_TE & (segment_ids_BT > 0).reshape(-1, 1), axis=0, dtype=jnp.float32))
     by_row = (a.reshape(*tokens_BT.shape, E) for a in (score_TE, chosen_TE))
-    losses.append(moe.balance_loss(*by_row, segment_ids_BT, X))
+    losses.append(jnp.sum(moe.balance_loss(*by_row, segment_ids_BT, X)))
   logprobs_BT = jnp.take_along_axis(jax.nn.log_softmax(x_BTV[:, :-1]), tokens_BT[:, 1:, None], axis=-1)[..., 0]
   logprobs_BT = jnp.pad(logprobs_BT, ((0, 0), (1, 0)))
   return Scores(logprobs_BT, jnp.zeros_like(logprobs_BT), Routing(jnp.stack(loads), jnp.zeros(L), sum(losses)))
@@ -105,21 +105,21 @@ def test_the_balance_loss_is_a_loop_over_documents():
   score_BTE = jax.random.uniform(keys[0], (B, T, E))
   chosen_BTE = jax.random.uniform(keys[1], (B, T, E)) < 0.5
   segment_ids_BT = np.asarray(batch().segment_ids_BT)
-  expected = 0.0
+  expected_B = np.zeros(B)
   for b in range(B):
     for document in set(segment_ids_BT[b]) - {0}:
       own = segment_ids_BT[b] == document
       s, chosen = np.asarray(score_BTE[b][own], np.float64), np.asarray(chosen_BTE[b][own])
       p = (s / s.sum(axis=1, keepdims=True)).mean(axis=0)
-      expected += own.sum() * np.sum(E / X * chosen.mean(axis=0) * p)
-  got = moe.balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X)
-  np.testing.assert_allclose(got, expected, rtol=1e-5)
+      expected_B[b] += own.sum() * np.sum(E / X * chosen.mean(axis=0) * p)
+  got_B = moe.balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X)
+  np.testing.assert_allclose(got_B, expected_B, rtol=1e-5)
 
 
 def test_equal_loads_cost_one_a_token():
   chosen_BTE = jnp.tile(jnp.array([[1, 1, 0, 0], [0, 0, 1, 1]], bool), (B, T // 2, 1))
-  loss = moe.balance_loss(jax.random.uniform(jax.random.key(0), (B, T, E)), chosen_BTE, jnp.ones((B, T), int), X)
-  np.testing.assert_allclose(loss, B * T, rtol=1e-5)
+  loss_B = moe.balance_loss(jax.random.uniform(jax.random.key(0), (B, T, E)), chosen_BTE, jnp.ones((B, T), int), X)
+  np.testing.assert_allclose(loss_B, T, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])

@@ -34,7 +34,7 @@ def route(x_TD, gate_DE, bias_E, c: ModelConfig):
 
 
 def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int):
-  """The sum over real tokens of sum_e f[e] p[e]: as many as the tokens where loads are equal.
+  """Of each row the sum over real tokens of sum_e f[e] p[e], loss_B: a token's is 1 where loads are equal.
 
   p is a token's scores in units of their sum; f[e], without gradient, how often its own document
   chose the expert, in units of the fair share. The mean over a document's tokens is DeepSeek-V3's
@@ -44,7 +44,7 @@ def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int):
   real_BT = segment_ids_BT > 0
   share_BTE = document_mean(chosen_BTE.astype(jnp.float32), real_BT, segment_ids_BT) * score_BTE.shape[-1] / X
   p_BTE = score_BTE / jnp.maximum(jnp.sum(score_BTE, axis=-1, keepdims=True), 1e-20)
-  return jnp.sum(jnp.where(real_BT[..., None], share_BTE * p_BTE, 0.0))
+  return jnp.sum(jnp.where(real_BT[..., None], share_BTE * p_BTE, 0.0), axis=(1, 2))
 
 
 class MoE(nn.Module):
@@ -83,7 +83,7 @@ class MoE(nn.Module):
     loss = None
     if c.router_loss:
       score_BTE, chosen_BTE = (a.reshape(B, T, -1) for a in (score_TE, chosen_TE))
-      loss = balance_loss(score_BTE, chosen_BTE, segment_ids_BT, c.num_experts_per_tok)
+      loss = jnp.sum(balance_loss(score_BTE, chosen_BTE, segment_ids_BT, c.num_experts_per_tok))
     dropped = (expert_TX.size - rows).astype(jnp.float32)
     return y_TD.reshape(B, T, D), Routing(load_E[None], dropped[None], loss)
 
