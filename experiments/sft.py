@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
-from experiments.stage import Outcome, start
+from experiments.stage import Outcome, abstract_state, jit_step, start
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
 from nemocascade.metrics import MetricsWriter, progress
@@ -39,11 +39,17 @@ def demonstrations(a: Assembly, c: ConfigDict):
   return sources.read_demonstrations(directory)
 
 
+def program(c: ConfigDict, a: Assembly):
+  """(optimizer, abstract state, jitted step) of the stage."""
+  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
+  state = abstract_state(tx, a.template, a.mesh)
+  return tx, state, jit_step(sft_step(a.score_fn, tx), state, a.mesh)
+
+
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
   """Trains to c.steps, from the stage's own last checkpoint if there is one."""
   began = time.time()
-  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  step_fn = jax.jit(sft_step(a.score_fn, tx), donate_argnums=0)
+  tx, _, step_fn = program(c, a)
   documents = loader.tokenize_all(demonstrations(a, c), a.tokenizer)
   batches = loader.Loader(documents, T=c.row_tokens, B=c.rows, seed=a.c.seed)
 
@@ -58,7 +64,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
     pending = None
     for step in range(first, c.steps):
       batch = next(batches)
-      state, metrics = step_fn(state, batch)  # Sent, not awaited.
+      state, metrics = step_fn(state, a.put(batch))  # Sent, not awaited.
       tokens += int((batch.segment_ids_BT > 0).sum())
       if pending is not None:
         writer.write(step - 1, jax.device_get(pending))

@@ -20,24 +20,27 @@ BUFFER_ROWS = 1 << 18
 
 
 def sharded_routed_mlp(
-  mesh: Mesh, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form="auto", buffer_rows=BUFFER_ROWS
+  mesh: Mesh | None, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form="auto", buffer_rows=BUFFER_ROWS
 ):
   """kernels.routed_matmul.routed_mlp with tokens over all devices and experts over `expert`.
 
-  Any T (padded to the devices). A device's own part of the experts may lie over `data` too (fully
-  sharded); it is gathered here.
+  Without a mesh, or on one of a single device, it is that function. Any T (padded to the devices).
+  A device's own part of the experts may lie over `data` too (fully sharded); it is gathered here.
 
   Raises:
     UserError: E does not divide by the mesh's `expert`, or no such form.
   """
   if form not in FORMS:
     raise unknown("form of the sharded routed MLP", form, FORMS)
+  product = _product_form(mesh)
+  if mesh is None or mesh.size == 1:
+    return routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, form=product)
   (T, D), E, X = x_TD.shape, up_EDF.shape[0], expert_TX.shape[1]
   data, group = mesh.shape["data"], mesh.shape["expert"]
   check_experts(E, mesh)
   here = -(-T // mesh.size)  # Tokens of a device.
   if form == "auto":
-    form = "gather" if here * group <= GATHER_TOKENS else "exchange"
+    form = "gather" if group == 1 or here * group <= GATHER_TOKENS else "exchange"
   pieces = 1
   if form == "exchange":
     pieces = -(-here * group * min(X, E // group) // buffer_rows)
@@ -53,9 +56,9 @@ def sharded_routed_mlp(
     else:  # Their gradient is then summed over `data`.
       up_EDF, down_EFD = (jax.lax.pcast(w, "data", to="varying") for w in (up_EDF, down_EFD))
     if form == "gather":
-      return _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+      return _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, product)
     native = mesh.devices.flat[0].platform != "cpu"
-    part = functools.partial(_exchange, up_EDF, down_EFD, native=native, group=group)
+    part = functools.partial(_exchange, up_EDF, down_EFD, native=native, group=group, product=product)
     if pieces == 1:
       return part((x_TD, expert_TX, weight_TX))
     split = lambda a: a.reshape(pieces, -1, a.shape[1])
@@ -79,12 +82,19 @@ def check_experts(E: int, mesh: Mesh) -> None:
     )
 
 
+def _product_form(mesh: Mesh | None) -> str | None:
+  """The form of the routed matmul for the mesh's devices, which may not be those of this machine."""
+  if mesh is None:
+    return None
+  return "tpu" if mesh.devices.flat[0].platform == "tpu" else "blocked"
+
+
 def _varying(a):
   """The same on every device, but typed as different."""
   return jax.lax.pcast(a, BATCH, to="varying")
 
 
-def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
+def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, product):
   """Every device of the group takes in all its tokens and does its own experts' share of them."""
   x_TD, expert_TX, weight_TX = (
     jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_TD, expert_TX, weight_TX)
@@ -93,11 +103,11 @@ def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
   expert_TX -= jax.lax.axis_index("expert") * E
   mine_TX = (expert_TX >= 0) & (expert_TX < E)
   weight_TX = jnp.where(mine_TX, weight_TX, 0)
-  y_TD = routed_mlp(x_TD, up_EDF, down_EFD, jnp.clip(expert_TX, 0, E - 1), weight_TX)
+  y_TD = routed_mlp(x_TD, up_EDF, down_EFD, jnp.clip(expert_TX, 0, E - 1), weight_TX, form=product)
   return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
 
 
-def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int):
+def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int, product: str):
   """Rows sorted by expert are sent to its device, worked on there, and sent back."""
   x_TD, expert_TX, weight_TX = xs
   (T, D), X, E = x_TD.shape, expert_TX.shape[1], up_EDF.shape[0]
@@ -122,19 +132,12 @@ def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int):
   iota_R = _varying(jnp.arange(R, dtype=jnp.int32))
   expert_R, sorted_R = jax.lax.sort((expert_R, iota_R), num_keys=1)
   _, unsorted_R = jax.lax.sort((sorted_R, iota_R), num_keys=1)
-  product = functools.partial(
-    _grouped if native else routed_matmul, group_sizes_E=jnp.sum(mine_SE, axis=0)
-  )
-  h_RF = jnp.square(jax.nn.relu(product(x_RD[sorted_R], up_EDF)))
-  y_RD = jnp.where((expert_R < E)[:, None], product(h_RF, down_EFD), 0)
+  by_expert = functools.partial(routed_matmul, group_sizes_E=jnp.sum(mine_SE, axis=0), form=product)
+  h_RF = jnp.square(jax.nn.relu(by_expert(x_RD[sorted_R], up_EDF)))
+  y_RD = by_expert(h_RF, down_EFD)
   y_ND = send(y_RD[unsorted_R], _varying(jnp.zeros((N, D), x_TD.dtype)), back)
   y_ND *= weight_TX.reshape(N)[order_N][:, None]
   return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND)
-
-
-def _grouped(x_ND, w_EDF, group_sizes_E):
-  """XLA's own grouped product, which on TPU and GPU touches only the rows that are there."""
-  return jax.lax.ragged_dot(x_ND, w_EDF, group_sizes_E)
 
 
 def plans(size_SR, me):

@@ -3,9 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
-from nemocascade.kernels.routed_matmul import routed_mlp
+from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
 
 
@@ -35,6 +36,7 @@ class MoE(nn.Module):
   """Also returns its load: real tokens sent to each expert."""
 
   config: ModelConfig
+  mesh: Mesh | None = None
 
   def setup(self):
     c = self.config
@@ -57,8 +59,8 @@ class MoE(nn.Module):
     x_TD, w = x_BTD.reshape(B * T, D), lambda p: p.astype(x_BTD.dtype)
     expert_TX, weight_TX = route(x_TD, self.gate, self.e_score_correction_bias, c)
     inside_TL = x_TD @ w(self.fc1_latent_proj) if c.moe_latent_size else x_TD
-    y_TL = routed_mlp(
-      inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
+    y_TL = sharded_routed_mlp(
+      self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
     )
     y_TD = y_TL @ w(self.fc2_latent_proj) if c.moe_latent_size else y_TL
     y_TD += relu2(x_TD @ w(self.shared_up_proj)) @ w(self.shared_down_proj)
