@@ -98,7 +98,9 @@ class Assembly:
   # Text.
 
   def _tokenizer(self) -> Tokenizer:
-    """The work directory's tokenizer, trained on the domains' own text at the first run."""
+    """The config's; else the work directory's, trained on the domains' own text at the first run."""
+    if self.c.tokenizer.path:
+      return load_tokenizer(self.c.tokenizer.path)
     path = self.workdir / "tokenizer" / "tokenizer.model"
     if not path.exists():
       texts, phrases = [], list(chat.PHRASES)

@@ -32,6 +32,7 @@ from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
 from nemocascade.errors import UserError, unknown
+from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.rollout import score
 from nemocascade.rollout.episode import Samples
@@ -259,6 +260,7 @@ def step_program(a: Assembly, fields: str):
 
 def _step_program(a: Assembly, fields: str):
   c = ConfigDict(json.loads(fields))
+  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, a.mesh)
   tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   step = policy_gradient_step(
     a.score_fn, tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),

@@ -16,6 +16,7 @@ from experiments.launch import launch
 from experiments.stage import Outcome, abstract_state, jit_step, start
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
+from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.sft import sft_step
@@ -41,6 +42,7 @@ def demonstrations(a: Assembly, c: ConfigDict):
 
 def program(c: ConfigDict, a: Assembly):
   """(optimizer, abstract state, jitted step) of the stage."""
+  check_rows("rows of a step", c.rows, a.mesh)
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
   state = abstract_state(tx, a.template, a.mesh)
   return tx, state, jit_step(sft_step(a.score_fn, tx), state, a.mesh)

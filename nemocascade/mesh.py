@@ -147,18 +147,39 @@ def alike(tree: Any, params: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def first_rows(tree: Any, mesh: Mesh) -> Any:
+  """The shardings of arrays whose first dimension is rows; scalars are whole."""
+  return jax.tree.map(lambda a: rows(mesh, a.shape[0]) if a.ndim else whole(mesh), tree)
+
+
+def by_rows(tree: Any, B: int, mesh: Mesh) -> Any:
+  """The shardings of arrays that hold B rows along their first or their second dimension, or are whole."""
+  spec = rows(mesh, B).spec
+
+  def place(a):
+    at = next((i for i in (0, 1) if i < a.ndim and a.shape[i] == B), None)
+    return whole(mesh) if at is None else NamedSharding(mesh, PartitionSpec(*[None] * at, *spec))
+
+  return jax.tree.map(place, tree)
+
+
 def put_rows(tree: Any, mesh: Mesh) -> Any:
   """Arrays that every process has whole, onto the mesh by their first dimension.
 
   Each process copies only the rows of its own devices.
   """
+  tree = jax.tree.map(np.asarray, tree)
+  put = lambda a, place: jax.make_array_from_callback(a.shape, place, lambda index: a[index])
+  return jax.tree.map(put, tree, first_rows(tree, mesh))
 
-  def put(a):
-    a = np.asarray(a)
-    place = rows(mesh, a.shape[0]) if a.ndim else whole(mesh)
-    return jax.make_array_from_callback(a.shape, place, lambda index: a[index])
 
-  return jax.tree.map(put, tree)
+def check_rows(what: str, count: int, mesh: Mesh) -> None:
+  """Raises UserError where rows are not equally many on every device: some would do others' work again."""
+  if count % mesh.size:
+    raise UserError(
+      f"{what} is {count} rows over the {mesh.size} devices of the mesh: give a multiple of {mesh.size},"
+      " or fewer devices"
+    )
 
 
 # Inside a program. They do nothing without a mesh, or where it is one device.
@@ -166,23 +187,12 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
 
 def constrain_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """x with its rows over the devices: parameters then come to rows, and not rows to parameters."""
-  if mesh is None or mesh.size == 1:
-    return x
-  return jax.lax.with_sharding_constraint(x, rows(mesh, x.shape[0]))
+  return x if mesh is None else constrain_batch(x, x.shape[0], mesh)
 
 
-def constrain_batch(tree: Any, B: int, mesh: Mesh | None) -> Any:
-  """Arrays that hold B rows along their first or second dimension, with these over the devices."""
-  if mesh is None or mesh.size == 1:
-    return tree
-  spec = rows(mesh, B).spec
-
-  def constrain(x):
-    where = [i for i in (0, 1) if i < x.ndim and x.shape[i] == B]
-    place = PartitionSpec(*[None] * where[0], *spec) if where else PartitionSpec()
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
-
-  return jax.tree.map(constrain, tree)
+def constrain_batch(tree: Any, B: int, mesh: Mesh) -> Any:
+  """Arrays with their B rows over the devices, as in by_rows."""
+  return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, by_rows(tree, B, mesh))
 
 
 def on_own_rows(fn: Callable, mesh: Mesh | None, *, shared: Sequence[int] = ()) -> Callable:
@@ -197,9 +207,9 @@ def on_own_rows(fn: Callable, mesh: Mesh | None, *, shared: Sequence[int] = ()) 
 
   def apart(*args):
     B = next(a.shape[0] for i, a in enumerate(args) if i not in shared)
-    by_rows = rows(mesh, B).spec
-    specs = tuple(PartitionSpec() if i in shared else by_rows for i in range(len(args)))
+    cut = rows(mesh, B).spec
+    specs = tuple(PartitionSpec() if i in shared else cut for i in range(len(args)))
     # Unchecked, so that fn's own constants need not say that they differ over the devices.
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=by_rows, check_vma=False)(*args)
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(*args)
 
   return apart

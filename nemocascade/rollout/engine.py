@@ -38,6 +38,8 @@ class Engine:
     step_fn: (params, state, tokens_B, active_B) -> (state, logits_BV).
     repeat_fn: (state, G) -> state of each row G times, side by side.
     place_fn: says of a tree of arrays that hold B rows where in a mesh these lie: (tree, B) -> tree.
+
+  Attributes: start_fn and decode_fn, the two jitted programs.
   """
 
   def __init__(
@@ -54,10 +56,10 @@ class Engine:
     if not 0 < prompt_tokens < total_tokens:
       raise UserError(f"{prompt_tokens=} must be positive and less than {total_tokens=}")
     self.P, self.T, self.stop_ids = prompt_tokens, total_tokens, tuple(stop_ids)
-    self._start = jax.jit(
+    self.start_fn = jax.jit(
       functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=3
     )
-    self._decode = jax.jit(
+    self.decode_fn = jax.jit(
       functools.partial(_decode, step_fn, place_fn, self.stop_ids), donate_argnums=1
     )
 
@@ -81,12 +83,12 @@ class Engine:
         )
       tokens_QP[q, : len(prompt)] = prompt
     length_Q = np.array([len(prompt) for prompt in prompts], np.int32)
-    return self._start(params, tokens_QP, length_Q, G)
+    return self.start_fn(params, tokens_QP, length_Q, G)
 
   def decode(self, params: Params, d: Decoding, key: jax.Array, temperature: float, top_p: float):
     """Every row goes on until it stops or meets its limit. `d` is used up."""
     f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
-    return self._decode(params, d, key, f32(temperature), f32(top_p))
+    return self.decode_fn(params, d, key, f32(temperature), f32(top_p))
 
   def extend(self, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
     """Gives tokens to rows (tool results) and opens them again; all rows not named stay done.
