@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments import loading
+from experiments.processes import first_alone
 from nemocascade import evaluate
 from nemocascade import mesh as mesh_lib
 from nemocascade.checkpoint import load_params
@@ -92,8 +93,12 @@ class Assembly:
 
   def save_model_files(self, stage_dir: Path) -> None:
     """What a checkpoint needs beside its arrays, so that it can be used from anywhere."""
-    write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
-    self.tokenizer.save(stage_dir / "model")
+
+    def write():
+      write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
+      self.tokenizer.save(stage_dir / "model")
+
+    first_alone(write)
 
   # Text.
 
@@ -102,19 +107,21 @@ class Assembly:
     if self.c.tokenizer.path:
       return load_tokenizer(self.c.tokenizer.path)
     path = self.workdir / "tokenizer" / "tokenizer.model"
-    if not path.exists():
-      texts, phrases = [], list(chat.PHRASES)
-      for domain in self.domains.values():
-        phrases += [phrase for phrase in domain.phrases if phrase not in phrases]
-        count = self.c.tokenizer.conversations
-        for example in domain_lib.demonstrations(domain, self.c.seed, 0, count):
-          pieces = chat.render(
-            example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"]
-          )
-          texts += [piece.text for piece in pieces if not piece.special]
-      path.parent.mkdir(parents=True, exist_ok=True)
-      train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases)).save(path)
+    first_alone(lambda: path.exists() or self._train_tokenizer(path))
     return load_tokenizer(path)
+
+  def _train_tokenizer(self, path: Path) -> None:
+    texts, phrases = [], list(chat.PHRASES)
+    for domain in self.domains.values():
+      phrases += [phrase for phrase in domain.phrases if phrase not in phrases]
+      count = self.c.tokenizer.conversations
+      for example in domain_lib.demonstrations(domain, self.c.seed, 0, count):
+        pieces = chat.render(
+          example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"]
+        )
+        texts += [piece.text for piece in pieces if not piece.special]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases)).save(path)
 
   # Judge of the preference domain.
 
@@ -252,19 +259,17 @@ def claim(c: ConfigDict, workdir: Path) -> None:
   """
   path = Path(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
-  if path.exists():
-    try:
-      before = json.loads(path.read_text())["config"]
-    except (json.JSONDecodeError, KeyError) as error:
-      raise UserError(f"{path} is damaged ({error}): choose another --workdir, or remove it") from error
-    if difference := _difference(before, fields):
-      name, there, here = difference
-      raise UserError(
-        f"--workdir {workdir} belongs to another config: {name} is {there!r} there and {here!r} here;"
-        " choose another --workdir"
-      )
-    return
-  write_json(path, {"config": fields, "versions": versions()})
+  first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
+  try:
+    before = json.loads(path.read_text())["config"]
+  except (json.JSONDecodeError, KeyError) as error:
+    raise UserError(f"{path} is damaged ({error}): choose another --workdir, or remove it") from error
+  if difference := _difference(before, fields):
+    name, there, here = difference
+    raise UserError(
+      f"--workdir {workdir} belongs to another config: {name} is {there!r} there and {here!r} here;"
+      " choose another --workdir"
+    )
 
 
 def _difference(there, here, name: str = "config"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import processes
 from nemocascade import host_memory
 from nemocascade.errors import UserError
 
@@ -28,17 +29,19 @@ def launch(
     config_flags.DEFINE_config_file("config", None, "The config file, with an argument after a colon.")
     if workdir:
       flags.DEFINE_string("workdir", None, "Where the run is written, and resumed from.")
+      flags.DEFINE_string("distributed", "", "Of several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
   flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
   define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
   for name, (kind, default, text) in extra.items():
     define[kind](name, default, text)
 
   needed = (["config", "workdir"] if workdir else ["config"]) if config else []
+  shown = needed + (["distributed"] if "workdir" in needed else []) + list(extra) + ["debug"]
   host_memory.keep()
   debug = "--debug" in sys.argv
   if any(word in ("--help", "-h", "-help", "--helpshort") for word in sys.argv[1:]):
     print(doc, end="\n\nFlags:\n")
-    for name in needed + list(extra) + ["debug"]:
+    for name in shown:
       print(f"  --{name:16} {flags.FLAGS[name].help}")
     sys.exit(0)
   try:
@@ -53,6 +56,8 @@ def launch(
     first = [flags.FLAGS.config] if config else []
     if "workdir" in needed:
       first.append(Path(flags.FLAGS.workdir).resolve())
+      if flags.FLAGS.distributed:
+        processes.join(flags.FLAGS.distributed)
     run(*first, **arguments)
   except UserError as error:
     _report(error, 2, debug)

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from experiments import loading
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
+from experiments.processes import refuse_several
 from experiments.stage import Outcome, Spent, abstract_state, jit_step, start
 from experiments.teaching import find, gather, score_rows, teacher_logprobs
 from nemocascade import advantage
@@ -135,6 +136,7 @@ def run(
 ) -> Outcome:  # fmt: skip
   """Trains to c.steps, or until `watch`, called after every step, says so."""
   check(c)
+  refuse_several("RL")
   began = time.time()
   rows_fn = rows_program(settings(c, "advantage", "aggregation"))
   tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)

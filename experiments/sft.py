@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
+from experiments.processes import first_alone
 from experiments.stage import Outcome, abstract_state, jit_step, start
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
@@ -25,18 +26,19 @@ from nemocascade.step.sft import sft_step
 def demonstrations(a: Assembly, c: ConfigDict):
   """The conversations of all domains as a data source; prepared at first use."""
   directory = a.workdir / "data" / "demonstrations"
-  if not directory.exists():
-    sources.write_demonstrations(
-      (
-        example
-        for name, count in c.conversations.items()
-        for example in domain_lib.demonstrations(
-          a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking
-        )
-      ),
-      directory,
-      name="demonstrations",
+
+  def write():
+    examples = (
+      example
+      for name, count in c.conversations.items()
+      for example in domain_lib.demonstrations(
+        a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking
+      )
     )
+    if not directory.exists():
+      sources.write_demonstrations(examples, directory, name="demonstrations")
+
+  first_alone(write)
   return sources.read_demonstrations(directory)
 
 

@@ -44,8 +44,7 @@ def sharded_routed_mlp(
   pieces = 1
   if form == "exchange":
     pieces = -(-here * group * min(X, E // group) // buffer_rows)
-  pad = -T % (mesh.size * pieces)
-  grow = lambda a: jnp.pad(a, ((0, pad), (0, 0)))  # Weight 0, so to no effect.
+  grow = lambda a, parts: jnp.pad(a, ((0, -a.shape[0] % parts), (0, 0)))  # Weight 0, so to no effect.
   cut = "data" if D % data == 0 else None
   tokens = PartitionSpec(BATCH, None)
 
@@ -61,15 +60,15 @@ def sharded_routed_mlp(
     part = functools.partial(_exchange, up_EDF, down_EFD, native=native, group=group, product=product)
     if pieces == 1:
       return part((x_TD, expert_TX, weight_TX))
-    split = lambda a: a.reshape(pieces, -1, a.shape[1])
+    split = lambda a: grow(a, pieces).reshape(pieces, -1, a.shape[1])
     xs = tuple(map(split, (x_TD, expert_TX, weight_TX)))
-    return jax.lax.map(jax.checkpoint(part), xs).reshape(x_TD.shape)
+    return jax.lax.map(jax.checkpoint(part), xs).reshape(-1, D)[:here]
 
   y_TD = jax.shard_map(
     local, mesh=mesh,
     in_specs=(tokens, PartitionSpec("expert", cut, None), PartitionSpec("expert", None, cut), tokens, tokens),
     out_specs=tokens,
-  )(grow(x_TD), up_EDF, down_EFD, grow(expert_TX), grow(weight_TX))  # fmt: skip
+  )(grow(x_TD, mesh.size), up_EDF, down_EFD, grow(expert_TX, mesh.size), grow(weight_TX, mesh.size))  # fmt: skip
   return y_TD[:T]
 
 
