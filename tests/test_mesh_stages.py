@@ -100,6 +100,14 @@ def assert_same(got, expected):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+  """Programs run once or twice here: nearly all of the time is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
   return tmp_path_factory.mktemp("mesh")
@@ -174,6 +182,7 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 sys.path.insert(0, sys.argv[3])

@@ -1,11 +1,14 @@
 """Mixture of experts: a sigmoid router in fp32, squared-ReLU experts, one shared expert."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
+from nemocascade.mesh import on_own_rows
 from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
 
@@ -57,7 +60,9 @@ class MoE(nn.Module):
     c = self.config
     B, T, D = x_BTD.shape
     x_TD, w = x_BTD.reshape(B * T, D), lambda p: p.astype(x_BTD.dtype)
-    expert_TX, weight_TX = route(x_TD, self.gate, self.e_score_correction_bias, c)
+    # XLA would collect all tokens' scores on every device to take the largest.
+    choose = on_own_rows(functools.partial(route, c=c), self.mesh, shared=[1, 2])
+    expert_TX, weight_TX = choose(x_TD, self.gate, self.e_score_correction_bias)
     inside_TL = x_TD @ w(self.fc1_latent_proj) if c.moe_latent_size else x_TD
     y_TL = sharded_routed_mlp(
       self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
