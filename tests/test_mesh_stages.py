@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from configs.tiny import rl as rl_config
 from experiments import rl, sft
 from experiments.assembly import Assembly
+from experiments.processes import join
 from experiments.stage import start
 from experiments.teaching import score_rows
 from nemocascade.errors import UserError
@@ -219,3 +220,11 @@ def test_two_processes_of_four_devices_are_one_device(tmp_path):
   finally:
     for process in processes:
       process.kill()
+
+
+@pytest.mark.parametrize(
+  "where, said", [("localhost:1234", "HOST:PORT,PROCESSES,INDEX"), ("localhost:1234,2,2", "from 0 to 1")]
+)
+def test_how_processes_meet_is_refused_where_it_cannot_be(where, said):
+  with pytest.raises(UserError, match=said):
+    join(where)
