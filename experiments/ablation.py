@@ -23,14 +23,13 @@ from tqdm import tqdm
 from experiments import cascade, rl
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
+from experiments.stage import matmul_params
 from experiments.teaching import find, gather
 from nemocascade import advantage, comparison, evaluate, report
 from nemocascade.cascade import Record
-from nemocascade.config import ModelConfig
 from nemocascade.domains import domain as domain_lib
 from nemocascade.errors import UserError, unknown
 from nemocascade.metrics import read_lines, write_json
-from nemocascade.model.hybrid import active_params
 from nemocascade.rollout import score
 
 BUDGETS = ("steps", "tokens", "flops")
@@ -97,7 +96,6 @@ def of_seed(a: Assembly, c: ConfigDict, workdir: Path) -> Assembly:
   other = copy.copy(a)
   other.c, other.workdir = c, workdir
   other.heldout = a.heldout
-  other.score_fn = a.score_fn  # The same object, by which compiled steps are found again.
   return other
 
 
@@ -146,12 +144,6 @@ def line(c: ConfigDict, a: Assembly, params, spent: rl.Spent, steps: int, *, ful
   }  # fmt: skip
 
 
-def matmul_params(config: ModelConfig) -> int:
-  """Parameters that multiply every token: looking a token up in the embedding costs nothing."""
-  rows = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-  return active_params(config) - rows
-
-
 def watcher(c: ConfigDict, a: Assembly, path: Path, last_step: int) -> Callable:
   """Evaluates where the config says and at the end, once each, and ends an arm whose budget is spent."""
   done = {entry["steps"] for entry in read_lines(path)}
@@ -195,7 +187,7 @@ def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple
   """(the student's line at step 0, domain -> teacher's score), by the arms' own evaluation; kept on disk."""
   path = workdir / "start.json"
   if not path.exists():
-    load = lambda name: rl.loading.load(record.checkpoint(name), jax.eval_shape(a.fresh_params, jax.random.key(0)))
+    load = lambda name: rl.loading.load(record.checkpoint(name), a.template)
     student = line(c, a, load(c.student), rl.Spent(), 0, full=True)
     of = {name: scores(c, a, load(name), full=True) for name in dict.fromkeys(c.teachers_of.values())}
     teachers = {domain: of[name][domain] for domain, name in c.teachers_of.items()}

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments import loading
+from experiments.processes import first_alone
 from nemocascade import evaluate
+from nemocascade import mesh as mesh_lib
 from nemocascade.checkpoint import load_params
 from nemocascade.config import ModelConfig
 from nemocascade.data import chat
@@ -22,8 +25,15 @@ from nemocascade.domains.judge import BradleyTerryJudge
 from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError
 from nemocascade.metrics import write_json
-from nemocascade.model.hybrid import Hybrid, add_to_router_bias, init_params, repeat_state
-from nemocascade.model.reward import RewardModel, abstract_reward_params
+from nemocascade.model.expert_parallel import check_experts
+from nemocascade.model.hybrid import (
+  Hybrid,
+  add_to_router_bias,
+  init_params,
+  logical_axes,
+  repeat_state,
+)
+from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
 from nemocascade.rollout import episode, score
 from nemocascade.rollout.engine import Engine
 from nemocascade.step.balance import RouterBalance
@@ -33,12 +43,19 @@ from nemocascade.types import Params
 class Assembly:
   """Built once from a config; holds no training state.
 
-  Attributes: c, workdir, tokenizer, model_config, model, domains, score_fn (pure), score (jitted).
+  Attributes: c, workdir, mesh, tokenizer, model_config, model, domains, score_fn (pure), score (jitted),
+  programs (jitted ones of the stages, by what they depend on).
   """
 
-  def __init__(self, c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None):
+  def __init__(
+    self, c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None
+  ):
+    """`mesh`: in the place of the config's own over the devices that are here."""
     self.c, self.workdir = c, Path(workdir)
     self.model_config = ModelConfig.from_fields(c.model.to_dict())
+    self.mesh = mesh or mesh_lib.make_mesh(**c.mesh)
+    if "E" in self.model_config.hybrid_override_pattern:
+      check_experts(self.model_config.n_routed_experts, self.mesh)
     # Only domains run code: a model alone is of use where a sandbox is not to be had.
     self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers) if c.domains else None
     self.domains = registry.build(c.domains, sandbox=self.sandbox)
@@ -49,17 +66,24 @@ class Assembly:
         f"model.vocab_size={self.model_config.vocab_size} is smaller than the tokenizer's"
         f" {self.tokenizer.vocab_size}: raise it, or lower tokenizer.vocab_size"
       )
-    self.model = Hybrid(self.model_config)
-    self.score = jax.jit(self.score_fn)
+    self.model = Hybrid(self.model_config, self.mesh)
+    self.score = jax.jit(self.score_fn, out_shardings=mesh_lib.whole(self.mesh))
+    self.programs: dict = {}
     self._engines: dict[tuple[int, int], Engine] = {}
 
   def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
-    return self.model.apply({"params": params}, tokens_BT, segment_ids_BT, wanted_BT, method="score")
+    return self._score(self.model, params, tokens_BT, segment_ids_BT, wanted_BT)
 
   def balanced_score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
     """score_fn with the routers' balance loss."""
-    model = Hybrid(dataclasses.replace(self.model_config, router_loss=True))
-    return model.apply({"params": params}, tokens_BT, segment_ids_BT, wanted_BT, method="score")
+    model = Hybrid(dataclasses.replace(self.model_config, router_loss=True), self.mesh)
+    return self._score(model, params, tokens_BT, segment_ids_BT, wanted_BT)
+
+  def _score(self, model: Hybrid, params, *rows):
+    if self.mesh.size > 1:  # Gradients then lie as the parameters do, also where they are summed.
+      places = jax.tree.map(lambda p: p.sharding, self.template)
+      params = jax.lax.with_sharding_constraint(params, places)
+    return model.apply({"params": params}, *rows, method="score")
 
   def score_fn_under(self, balance: RouterBalance):
     """The score function of a training step: nothing of the balance loss is computed where it is not paid."""
@@ -72,52 +96,79 @@ class Assembly:
   def fresh_params(self, key: jax.Array):
     return init_params(self.model_config, key)
 
+  @functools.cached_property
+  def template(self) -> Params:
+    """Shapes, dtypes and places of the parameters."""
+    return self._placed(init_params, logical_axes)
+
+  @functools.cached_property
+  def reward_template(self) -> Params:
+    """The same of a reward model's."""
+    return self._placed(init_reward_params, reward_axes)
+
+  def _placed(self, init, axes) -> Params:
+    shapes = jax.eval_shape(functools.partial(init, self.model_config), jax.random.key(0))
+    return mesh_lib.placed(shapes, mesh_lib.shardings(axes(self.model_config), self.mesh, shapes))
+
+  def put(self, tree):
+    """Rows that every process has whole, onto the mesh."""
+    return mesh_lib.put_rows(tree, self.mesh)
+
   def save_model_files(self, stage_dir: Path) -> None:
     """What a checkpoint needs beside its arrays, so that it can be used from anywhere."""
-    write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
-    self.tokenizer.save(stage_dir / "model")
+
+    def write():
+      write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
+      self.tokenizer.save(stage_dir / "model")
+
+    first_alone(write)
 
   # Text.
 
   def _tokenizer(self) -> Tokenizer:
-    """The work directory's tokenizer, trained on the domains' own text at the first run."""
+    """The config's; else the work directory's, trained on the domains' own text at the first run."""
+    if self.c.tokenizer.path:
+      return load_tokenizer(self.c.tokenizer.path)
     path = self.workdir / "tokenizer" / "tokenizer.model"
-    if not path.exists():
-      texts, phrases = [], list(chat.PHRASES)
-      for domain in self.domains.values():
-        phrases += [phrase for phrase in domain.phrases if phrase not in phrases]
-        count = self.c.tokenizer.conversations
-        for example in domain_lib.demonstrations(domain, self.c.seed, 0, count):
-          pieces = chat.render(
-            example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"]
-          )
-          texts += [piece.text for piece in pieces if not piece.special]
-      path.parent.mkdir(parents=True, exist_ok=True)
-      train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases)).save(path)
+    first_alone(lambda: path.exists() or self._train_tokenizer(path))
     return load_tokenizer(path)
+
+  def _train_tokenizer(self, path: Path) -> None:
+    texts, phrases = [], list(chat.PHRASES)
+    for domain in self.domains.values():
+      phrases += [phrase for phrase in domain.phrases if phrase not in phrases]
+      count = self.c.tokenizer.conversations
+      for example in domain_lib.demonstrations(domain, self.c.seed, 0, count):
+        pieces = chat.render(
+          example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"]
+        )
+        texts += [piece.text for piece in pieces if not piece.special]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases)).save(path)
 
   # Judge of the preference domain.
 
   def use_judge_from(self, checkpoint: str) -> None:
     """The same, from a reward model's checkpoint."""
-    self.use_judge(load_params(checkpoint, abstract_reward_params(self.model_config)))
+    self.use_judge(load_params(checkpoint, self.reward_template))
 
   def use_judge(self, params) -> None:
     """Rebuilds the domains with the Bradley-Terry judge of these parameters."""
-    model = RewardModel(self.model_config)
+    model = RewardModel(self.model_config, self.mesh)
     reward = jax.jit(
-      lambda tokens_BT, segment_ids_BT: model.apply({"params": params}, tokens_BT, segment_ids_BT)
+      lambda params, *rows: model.apply({"params": params}, *rows),
+      out_shardings=mesh_lib.whole(self.mesh),
     )
     rows, T = self.c.evaluation.batch, self.c.evaluation.prompt_tokens
 
     def rewards(prompts: list, answers: list[str]) -> np.ndarray:
       out = np.zeros(len(answers), np.float32)
       for start in range(0, len(answers), rows):
-        tokens_BT, segment_ids_BT = self.answer_rows(
+        read = self.answer_rows(
           prompts[start : start + rows], answers[start : start + rows], rows, T
         )
         n = len(answers[start : start + rows])
-        out[start : start + n] = np.asarray(reward(tokens_BT, segment_ids_BT))[:n]
+        out[start : start + n] = np.asarray(reward(params, *self.put(read)))[:n]
       return out
 
     self.judge = BradleyTerryJudge(rewards)
@@ -154,7 +205,10 @@ class Assembly:
     def step(params, state, tokens_B, active_B):
       return self.model.apply({"params": params}, state, tokens_B, active_B, method="step")
 
-    return Engine(prefill, step, repeat_state, prompt_tokens=prompt_tokens, total_tokens=total_tokens)
+    return Engine(
+      prefill, step, repeat_state, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
+      place_fn=functools.partial(mesh_lib.constrain_batch, mesh=self.mesh),
+    )  # fmt: skip
 
   def collect(self, params, key, rows, *, prompt_tokens, total_tokens, completions=1, temperature=1.0, top_p=1.0):
     """Samples of completions of the rows; see rollout.episode.collect."""
@@ -206,7 +260,7 @@ class Assembly:
 
 def model_alone() -> ConfigDict:
   """The config of a command that only runs a model; `from_checkpoint` adds the model's own."""
-  return ConfigDict({"domains": ()})
+  return ConfigDict({"domains": (), "mesh": {"data": 1, "expert": 1}})
 
 
 def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Assembly, Params]:
@@ -217,7 +271,7 @@ def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Asse
   c = ConfigDict(c)
   c.model = ConfigDict(dataclasses.asdict(found.config))
   a = Assembly(c, workdir, found.tokenizer)
-  return a, found.load(jax.eval_shape(a.fresh_params, jax.random.key(0)))
+  return a, found.load(a.template)
 
 
 def claim(c: ConfigDict, workdir: Path) -> None:
@@ -228,19 +282,17 @@ def claim(c: ConfigDict, workdir: Path) -> None:
   """
   path = Path(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
-  if path.exists():
-    try:
-      before = json.loads(path.read_text())["config"]
-    except (json.JSONDecodeError, KeyError) as error:
-      raise UserError(f"{path} is damaged ({error}): choose another --workdir, or remove it") from error
-    if difference := _difference(before, fields):
-      name, there, here = difference
-      raise UserError(
-        f"--workdir {workdir} belongs to another config: {name} is {there!r} there and {here!r} here;"
-        " choose another --workdir"
-      )
-    return
-  write_json(path, {"config": fields, "versions": versions()})
+  first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
+  try:
+    before = json.loads(path.read_text())["config"]
+  except (json.JSONDecodeError, KeyError) as error:
+    raise UserError(f"{path} is damaged ({error}): choose another --workdir, or remove it") from error
+  if difference := _difference(before, fields):
+    name, there, here = difference
+    raise UserError(
+      f"--workdir {workdir} belongs to another config: {name} is {there!r} there and {here!r} here;"
+      " choose another --workdir"
+    )
 
 
 def _difference(there, here, name: str = "config"):

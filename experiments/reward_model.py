@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
-from experiments.stage import Outcome, start
+from experiments.stage import Outcome, abstract_state, jit_step, start
 from nemocascade.domains.preference import preference_pairs
+from nemocascade.mesh import whole
 from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.model.reward import RewardModel, init_reward_params
 from nemocascade.step.optimizer import make_optimizer
@@ -23,7 +24,7 @@ from nemocascade.step.reward_model import reward_model_step
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
   """Trains to c.steps; the last line of metrics.jsonl holds the accuracy on held-out pairs."""
   began = time.time()
-  model = RewardModel(a.model_config)
+  model = RewardModel(a.model_config, a.mesh)
 
   def reward_fn(params, tokens_BT, segment_ids_BT):
     return model.apply({"params": params}, tokens_BT, segment_ids_BT)
@@ -31,12 +32,13 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   def rows(pairs):
     prompts, chosen, rejected = zip(*pairs, strict=True)
     sides = (a.answer_rows(prompts, side, len(pairs), c.row_tokens) for side in (chosen, rejected))
-    return tuple(sides)
+    return tuple(a.put(side) for side in sides)
 
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  step_fn = jax.jit(reward_model_step(reward_fn, tx), donate_argnums=0)
+  state = abstract_state(tx, a.reward_template, a.mesh)
+  step_fn = jit_step(reward_model_step(reward_fn, tx), state, a.mesh)
   state, record, store = start(
-    a, stage_dir, tx, init_from, lambda key: init_reward_params(a.model_config, key)
+    a, stage_dir, tx, init_from, lambda key: init_reward_params(a.model_config, key), a.reward_template
   )
   first = int(state.step)
   pairs = preference_pairs(a.c.seed, c.pairs * c.steps, "train")
@@ -48,7 +50,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
       metrics = jax.device_get(metrics)
       if step + 1 == c.steps:
         metrics["heldout/accuracy"] = accuracy(
-          jax.jit(reward_fn), state.params, rows, preference_pairs(a.c.seed, c.heldout_pairs, "heldout"), c.pairs
+          jax.jit(reward_fn, out_shardings=whole(a.mesh)), state.params, rows, preference_pairs(a.c.seed, c.heldout_pairs, "heldout"), c.pairs
         )
       writer.write(step, metrics)
       bar.update(1, loss=float(metrics["loss/reward_model"]))

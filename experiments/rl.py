@@ -26,17 +26,19 @@ from ml_collections import ConfigDict
 from experiments import loading
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
-from experiments.stage import Outcome, Spent, start
+from experiments.processes import refuse_several
+from experiments.stage import Outcome, Spent, abstract_state, jit_step, start
 from experiments.teaching import find, gather, score_rows, teacher_logprobs
 from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
 from nemocascade.errors import UserError, unknown
+from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.rollout import score
 from nemocascade.rollout.episode import Samples
 from nemocascade.step import loss
-from nemocascade.step.balance import AddToBias, RouterBalance
+from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.policy_gradient import (
   pack_rows,
@@ -47,7 +49,7 @@ from nemocascade.step.policy_gradient import (
   to_rows,
 )
 from nemocascade.teachers import Teachers
-from nemocascade.types import Params, ScoreFn
+from nemocascade.types import Params
 
 Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, what they cost) -> end here.
 SLOTS = dict(
@@ -136,17 +138,17 @@ def run(
 ) -> Outcome:  # fmt: skip
   """Trains to c.steps, or until `watch`, called after every step, says so."""
   check(c)
+  refuse_several("RL")
   began = time.time()
   rows_fn = rows_program(settings(c, "advantage", "aggregation"))
   tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)
-  score_fn = a.score_fn_under(RouterBalance(**c.router_balance))
-  step_fn, proximal_fn = step_program(score_fn, a.add_to_bias, step_settings(c))
+  _, step_fn, proximal_fn = step_program(a, step_settings(c))
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
   taught = c.advantage in advantage.TAUGHT
   if c.kl_weight:
-    reference = loading.load(init_from, jax.eval_shape(a.fresh_params, jax.random.key(0)))
+    reference = loading.load(init_from, a.template)
   r = c.rollout
   # A stage that was killed after its last step has nothing left to do.
   ended, step = first > 0 and watch(first, state.params, spent), first - 1
@@ -184,7 +186,9 @@ def run(
       clock["judge"] = time.time()
       rows, count, of_rollout = rows_fn(rollout)
       packed = pack_rows(rows, B=c.packing.rows, T=c.packing.row_tokens, accumulate=c.packing.pieces)
+      trained = int((packed["segment_ids"] > 0).sum()) * c.updates
       if learns := bool(packed["mask"].any()):
+        packed, count = a.put((packed, count))
         if c.updates > 1:
           packed["proximal"] = proximal_fn(state.params, packed)
         for _ in range(c.updates):
@@ -197,7 +201,7 @@ def run(
       metrics |= {f"time/{b}": clock[b] - clock[a_] for a_, b in zip(names, names[1:], strict=False)}
       spent = spent.plus(
         scored=int((samples.segment_ids_QGT > 0).sum()) * (taught + (c.kl_weight != 0)),
-        trained=int((packed["segment_ids"] > 0).sum()) * c.updates,
+        trained=trained,
       )
       metrics |= {"rollout/rounds": len(rounds), "rollout/skipped": not learns}
       writer.write(step, metrics)
@@ -253,18 +257,26 @@ def rows_program(fields: str):
   return jax.jit(rows)
 
 
-@functools.cache
-def step_program(score_fn: ScoreFn, add_to_bias: AddToBias, fields: str):
-  """The jitted step, and the jitted log-probabilities before it, of `step_settings`."""
+def step_program(a: Assembly, fields: str):
+  """The abstract state, the jitted step, and the jitted log-probabilities before it, of `step_settings`."""
+  if ("rl step", fields) not in a.programs:
+    a.programs["rl step", fields] = _step_program(a, fields)
+  return a.programs["rl step", fields]
+
+
+def _step_program(a: Assembly, fields: str):
   c = ConfigDict(json.loads(fields))
+  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, a.mesh)
   tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
+  balance = RouterBalance(**c.router_balance)
   step = policy_gradient_step(
-    score_fn, tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
+    a.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
     kl_weight=c.kl_weight, entropy_weight=c.entropy_weight, accumulate=c.packing.pieces,
-    balance=RouterBalance(**c.router_balance), add_to_bias=add_to_bias,
+    balance=balance, add_to_bias=a.add_to_bias,
   )  # fmt: skip
-  proximal = functools.partial(proximal_logprobs, score_fn, accumulate=c.packing.pieces)
-  return jax.jit(step, donate_argnums=0), jax.jit(proximal)
+  state = abstract_state(tx, a.template, a.mesh)
+  proximal = functools.partial(proximal_logprobs, a.score_fn, accumulate=c.packing.pieces)
+  return state, jit_step(step, state, a.mesh), jax.jit(proximal)
 
 
 def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:

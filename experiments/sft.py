@@ -13,9 +13,11 @@ from ml_collections import ConfigDict
 
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
-from experiments.stage import Outcome, start
+from experiments.processes import first_alone
+from experiments.stage import Outcome, abstract_state, jit_step, start
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
+from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
@@ -30,29 +32,37 @@ def check(c: ConfigDict) -> None:
 def demonstrations(a: Assembly, c: ConfigDict):
   """The conversations of all domains as a data source; prepared at first use."""
   directory = a.workdir / "data" / "demonstrations"
-  if not directory.exists():
-    sources.write_demonstrations(
-      (
-        example
-        for name, count in c.conversations.items()
-        for example in domain_lib.demonstrations(
-          a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking
-        )
-      ),
-      directory,
-      name="demonstrations",
+
+  def write():
+    examples = (
+      example
+      for name, count in c.conversations.items()
+      for example in domain_lib.demonstrations(
+        a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking
+      )
     )
+    if not directory.exists():
+      sources.write_demonstrations(examples, directory, name="demonstrations")
+
+  first_alone(write)
   return sources.read_demonstrations(directory)
+
+
+def program(c: ConfigDict, a: Assembly):
+  """(optimizer, abstract state, jitted step) of the stage."""
+  check_rows("rows of a step", c.rows, a.mesh)
+  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
+  state = abstract_state(tx, a.template, a.mesh)
+  balance = RouterBalance(**c.router_balance)
+  step = sft_step(a.score_fn_under(balance), tx, balance=balance, add_to_bias=a.add_to_bias)
+  return tx, state, jit_step(step, state, a.mesh)
 
 
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
   """Trains to c.steps, from the stage's own last checkpoint if there is one."""
   check(c)
   began = time.time()
-  balance = RouterBalance(**c.router_balance)
-  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  step = sft_step(a.score_fn_under(balance), tx, balance=balance, add_to_bias=a.add_to_bias)
-  step_fn = jax.jit(step, donate_argnums=0)
+  tx, _, step_fn = program(c, a)
   documents = loader.tokenize_all(demonstrations(a, c), a.tokenizer)
   batches = loader.Loader(documents, T=c.row_tokens, B=c.rows, seed=a.c.seed)
 
@@ -67,7 +77,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
     pending = None
     for step in range(first, c.steps):
       batch = next(batches)
-      state, metrics = step_fn(state, batch)  # Sent, not awaited.
+      state, metrics = step_fn(state, a.put(batch))  # Sent, not awaited.
       tokens += int((batch.segment_ids_BT > 0).sum())
       if pending is not None:
         writer.write(step - 1, jax.device_get(pending))

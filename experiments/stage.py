@@ -1,15 +1,21 @@
 """What every training stage does alike: where it starts, and what it leaves behind."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from experiments import loading
 from experiments.assembly import Assembly
 from nemocascade.checkpoint import Store
+from nemocascade.config import ModelConfig
+from nemocascade.mesh import alike, placed, whole
+from nemocascade.model.hybrid import active_params
 from nemocascade.rollout.episode import Samples
 from nemocascade.types import Params, TrainState
 
@@ -34,11 +40,17 @@ class Spent:
     """2 a parameter and token forward, 6 with the backward pass.
 
     Args:
-      matmul_params: those that multiply a token: the active ones without the embedding's rows.
+      matmul_params: of the model; the function of this name.
 
     Attention's and the scan's own products are left out: they are few at these lengths.
     """
     return matmul_params * (2 * (self.sampled + self.prefilled + self.scored) + 6 * self.trained)
+
+
+def matmul_params(config: ModelConfig) -> int:
+  """Parameters that multiply every token: looking a token up in the embedding costs nothing."""
+  rows = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+  return active_params(config) - rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +64,46 @@ class Outcome:
   wall_s: float  # Of this process; a resumed stage adds what it had.
 
 
+def new_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
+  """Parameters under a new optimizer."""
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def abstract_state(tx: optax.GradientTransformation, template: Params, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and places of a stage's state: the optimizer's moments lie as their parameters."""
+  shapes = jax.eval_shape(functools.partial(new_state, tx), template)
+  return placed(shapes, alike(shapes, template, mesh))
+
+
+def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
+  """The jitted step, whose next state lies where the state lay (of abstract_state); metrics are everywhere."""
+  places = jax.tree.map(lambda a: a.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(places, whole(mesh)))
+
+
 def start(
-  a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None
-) -> tuple[TrainState, dict, Store]:
+  a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None
+) -> tuple[TrainState, dict, Store]:  # fmt: skip
   """The state to train from, its record and the store: the first of these that exists.
 
   1. This stage's own last checkpoint, data position included.
   2. The parameters at `init_from` (a checkpoint of ours, or hf:DIR), under a new optimizer.
   3. Fresh parameters.
+
+  Args:
+    init_params, template: in the place of the assembly's own, for another model.
   """
-  init_params = init_params or a.fresh_params
-
-  @jax.jit
-  def under_new_optimizer(params):
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
-
-  def fresh(key):
-    return under_new_optimizer(init_params(key))
-
-  key = jax.random.key(a.c.seed)
-  template = jax.eval_shape(fresh, key)
+  init_params, template = init_params or a.fresh_params, template or a.template
+  state = abstract_state(tx, template, a.mesh)
+  # Each device makes its own part: no device has to hold all.
+  make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
   store = Store(stage_dir / "checkpoints")
   if store.latest() is not None:
-    state, record = store.restore(template)
-  else:
-    a.save_model_files(stage_dir)
-    record = {}
-    if init_from:
-      state = under_new_optimizer(loading.load(init_from, template.params))
-    else:
-      state = fresh(key)
-  # Committed to its device wherever it came from: else the second step would compile again.
-  return jax.device_put(state, jax.local_devices()[0]), record, store
+    return *store.restore(state), store
+  a.save_model_files(stage_dir)
+  under_new_optimizer = functools.partial(new_state, tx)
+  if init_from:
+    make = functools.partial(make, donate_argnums=0)  # The parameters are there once.
+    return make(under_new_optimizer)(loading.load(init_from, template)), {}, store
+  key = jax.random.key(a.c.seed)
+  return make(lambda key: under_new_optimizer(init_params(key)))(key), {}, store

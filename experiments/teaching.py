@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,7 +15,8 @@ from nemocascade.teachers import Teacher, Teachers, best_checkpoints, of_stage, 
 from nemocascade.types import Params
 
 BEST = "best"  # In a config: the cascade's best checkpoint for the domain so far (paper.md 5.2).
-# Rows that a teacher or reference scores at a time: one compiled shape for any share of a batch.
+# Rows that a teacher or reference scores at a time, or one a device: one compiled shape for any share
+# of a batch.
 SCORED_ROWS = 64
 PROBE_ROWS, PROBE_TOKENS = 4, 16
 
@@ -52,9 +52,8 @@ def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
 
 def gather(a: Assembly, teachers: list[Teacher], keep: int) -> Teachers:
   """The registry that loads and probes them; each has been, once, when this returns."""
-  template = jax.eval_shape(a.fresh_params, jax.random.key(0))
   registry = Teachers(
-    lambda checkpoint: loading.load(checkpoint, template), a.score,
+    lambda checkpoint: loading.load(checkpoint, a.template), a.score,
     vocab_size=a.model_config.vocab_size, tokenizer=a.tokenizer.fingerprint, keep=keep,
     tokens_BT=probe_tokens(a) if teachers else None,
   )  # fmt: skip
@@ -78,15 +77,19 @@ def probe_tokens(a: Assembly) -> list[list[int]]:
   return [row[:shortest] for row in tokens]
 
 
+def scored_rows(a: Assembly) -> int:
+  return max(SCORED_ROWS, a.mesh.size)
+
+
 def score_rows(a: Assembly, params: Params, samples: Samples, q: list[int]) -> np.ndarray:
   """logprobs [len(q), G, T] of the sampled tokens of these prompts; 0 elsewhere."""
   parts = (samples.tokens_QGT, samples.segment_ids_QGT, samples.loss_mask_QGT)
   rows = [a_QGT[q].reshape(-1, a_QGT.shape[-1]) for a_QGT in parts]
-  out_BT = np.zeros(rows[0].shape, np.float32)
-  for i in range(0, len(out_BT), SCORED_ROWS):
-    n = len(out_BT[i : i + SCORED_ROWS])
-    piece = (np.pad(x[i : i + SCORED_ROWS], ((0, SCORED_ROWS - n), (0, 0))) for x in rows)
-    out_BT[i : i + n] = np.asarray(a.score(params, *piece).logprobs_BT)[:n]
+  out_BT, B = np.zeros(rows[0].shape, np.float32), scored_rows(a)
+  for i in range(0, len(out_BT), B):
+    n = len(out_BT[i : i + B])
+    piece = [np.pad(x[i : i + B], ((0, B - n), (0, 0))) for x in rows]
+    out_BT[i : i + n] = np.asarray(a.score(params, *a.put(piece)).logprobs_BT)[:n]
   return out_BT.reshape(len(q), -1, out_BT.shape[-1])
 
 

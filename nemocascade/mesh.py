@@ -1,10 +1,11 @@
 """The device mesh, and the one table from a parameter's logical axes to the mesh's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -32,12 +33,16 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | None = None) -> Mesh:
   """All devices as a [data, expert] grid; -1, in one of the two, takes what the other leaves.
 
+  1 x 1 is one device of this process, however many there are.
+
   Args:
     of: devices in the place of those here, such as a TPU topology's that is only compiled for.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
+  if of is None and data == expert == 1:
+    of = jax.local_devices()[:1]
   devices = jax.device_count() if of is None else len(of)
   sizes = {"data": data, "expert": expert}
   for name, size in sizes.items():
@@ -110,3 +115,101 @@ def rows(mesh: Mesh, count: int) -> NamedSharding:
     if count % math.prod(mesh.shape[axis] for axis in axes) == 0:
       return NamedSharding(mesh, PartitionSpec(axes))
   return NamedSharding(mesh, PartitionSpec())
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+  """Of an array that every device has all of."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def placed(shapes: Any, places: Any) -> Any:
+  """A tree of shapes and dtypes with a sharding each."""
+  struct = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+  return jax.tree.map(struct, shapes, places)
+
+
+def alike(tree: Any, params: Any, mesh: Mesh) -> Any:
+  """The shardings of a tree that holds trees like `params`, such as an optimizer's moments.
+
+  What lies at the path of a parameter, below whatever else, lies as it does; all else is whole.
+
+  Args:
+    params: shapes with a sharding each.
+  """
+  at = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+  def place(path, leaf):
+    # The longest end of the path first: a parameter's name may end in another's.
+    found = (at[path[i:]] for i in range(len(path)) if path[i:] in at)
+    param = next(found, None)
+    return param.sharding if param is not None and param.shape == leaf.shape else whole(mesh)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def first_rows(tree: Any, mesh: Mesh) -> Any:
+  """The shardings of arrays whose first dimension is rows; scalars are whole."""
+  return jax.tree.map(lambda a: rows(mesh, a.shape[0]) if a.ndim else whole(mesh), tree)
+
+
+def by_rows(tree: Any, B: int, mesh: Mesh) -> Any:
+  """The shardings of arrays that hold B rows along their first or their second dimension, or are whole."""
+  spec = rows(mesh, B).spec
+
+  def place(a):
+    at = next((i for i in (0, 1) if i < a.ndim and a.shape[i] == B), None)
+    return whole(mesh) if at is None else NamedSharding(mesh, PartitionSpec(*[None] * at, *spec))
+
+  return jax.tree.map(place, tree)
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+  """Arrays that every process has whole, onto the mesh by their first dimension.
+
+  Each process copies only the rows of its own devices.
+  """
+  tree = jax.tree.map(np.asarray, tree)
+  put = lambda a, place: jax.make_array_from_callback(a.shape, place, lambda index: a[index])
+  return jax.tree.map(put, tree, first_rows(tree, mesh))
+
+
+def check_rows(what: str, count: int, mesh: Mesh) -> None:
+  """Raises UserError where rows are not equally many on every device: some would do others' work again."""
+  if count % mesh.size:
+    raise UserError(
+      f"{what} is {count} rows over the {mesh.size} devices of the mesh: give a multiple of {mesh.size},"
+      " or fewer devices"
+    )
+
+
+# Inside a program. They do nothing without a mesh, or where it is one device.
+
+
+def constrain_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """x with its rows over the devices: parameters then come to rows, and not rows to parameters."""
+  return x if mesh is None else constrain_batch(x, x.shape[0], mesh)
+
+
+def constrain_batch(tree: Any, B: int, mesh: Mesh) -> Any:
+  """Arrays with their B rows over the devices, as in by_rows."""
+  return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, by_rows(tree, B, mesh))
+
+
+def on_own_rows(fn: Callable, mesh: Mesh | None, *, shared: Sequence[int] = ()) -> Callable:
+  """fn of arrays by rows, done by each device on its own rows alone.
+
+  Args:
+    fn: takes and returns arrays whose first dimension is rows that know nothing of each other.
+    shared: numbers of the arguments that are no rows; each device has all of them.
+  """
+  if mesh is None or mesh.size == 1:
+    return fn
+
+  def apart(*args):
+    B = next(a.shape[0] for i, a in enumerate(args) if i not in shared)
+    cut = rows(mesh, B).spec
+    specs = tuple(PartitionSpec() if i in shared else cut for i in range(len(args)))
+    # Unchecked, so that fn's own constants need not say that they differ over the devices.
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(*args)
+
+  return apart

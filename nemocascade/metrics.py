@@ -31,12 +31,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 class MetricsWriter:
-  """One line a step, and the same to TensorBoard.
+  """One line a step, and the same to TensorBoard; of several processes only the first one's.
 
   On resume, lines from `start_step` on are dropped: they are made again.
   """
 
   def __init__(self, directory: str | Path, *, start_step: int = 0):
+    self._files, self._events = {}, None
+    if jax.process_index() > 0:
+      return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = {name: directory / f"{name}.jsonl" for name in ("metrics", "samples")}
@@ -50,6 +53,8 @@ class MetricsWriter:
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """"part/quantity" -> number; one that is not finite is null in the file."""
+    if self._events is None:
+      return
     numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
     finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
     self._line("metrics", {"step": step} | finite)
@@ -58,7 +63,7 @@ class MetricsWriter:
 
   def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
     """Prompts, completions and verdicts of one step, a line each."""
-    for sample in samples:
+    for sample in samples if self._files else ():
       self._line("samples", {"step": step} | sample)
 
   def _line(self, name: str, value: dict[str, Any]) -> None:
@@ -71,7 +76,8 @@ class MetricsWriter:
   def __exit__(self, *_) -> None:
     for file in self._files.values():
       file.close()
-    self._events.close()
+    if self._events is not None:
+      self._events.close()
 
 
 def _dumps(value: Any) -> str:

@@ -38,7 +38,10 @@ def get_config(arg: str = "") -> ConfigDict:
     initializer_range=0.05,  # Wider than the 30B's 0.02: hidden_size is 42 times smaller.
   )
 
+  c.mesh = dict(data=1, expert=1)  # Devices that share rows, and experts; data=-1 takes all there are.
+
   c.tokenizer = dict(
+    path="",  # A tokenizer.json or tokenizer.model, or a folder with one; "" trains one.
     vocab_size=1024,  # 18 special, 256 bytes, the template's and domains' phrases, then words.
     conversations=200,  # a domain, whose text trains it.
   )

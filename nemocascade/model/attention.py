@@ -1,6 +1,7 @@
 """Grouped-query attention without positions; its decode state is the cache of keys and values."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from nemocascade.config import ModelConfig
@@ -44,8 +45,8 @@ class Attention(nn.Module):
     # A row that is not active writes too, but where its next token will: its length stays.
     del active_B
     q, k, v = self._qkv(x_BD)
-    rows = jnp.arange(x_BD.shape[0])
-    k_BKSH = state["k_BKSH"].at[rows, :, length_B].set(k, mode="drop")
-    v_BKSH = state["v_BKSH"].at[rows, :, length_B].set(v, mode="drop")
+    # By vmap and not by row numbers: rows over several devices are then known to stay where they are.
+    put = jax.vmap(lambda cache_KSH, new_KH, length: cache_KSH.at[:, length].set(new_KH, mode="drop"))
+    k_BKSH, v_BKSH = put(state["k_BKSH"], k, length_B), put(state["v_BKSH"], v, length_B)
     y = kernel.decode_attention(q, k_BKSH, v_BKSH, length_B + 1)
     return {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, self._out(y)

@@ -20,12 +20,12 @@ BUFFER_ROWS = 1 << 18
 
 
 def sharded_routed_mlp(
-  mesh: Mesh, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form="auto", buffer_rows=BUFFER_ROWS
+  mesh: Mesh | None, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form="auto", buffer_rows=BUFFER_ROWS
 ):
   """kernels.routed_matmul.routed_mlp with tokens over all devices and experts over `expert`.
 
-  Any T (padded to the devices). A device's own part of the experts may lie over `data` too (fully
-  sharded); it is gathered here.
+  Without a mesh, or on one of a single device, it is that function. Any T (padded to the devices).
+  A device's own part of the experts may lie over `data` too (fully sharded); it is gathered here.
 
   Returns:
     [T, D], and the number of choices that an expert worked on, int32, as they are counted on the
@@ -36,17 +36,19 @@ def sharded_routed_mlp(
   """
   if form not in FORMS:
     raise unknown("form of the sharded routed MLP", form, FORMS)
+  product = _product_form(mesh)
+  if mesh is None or mesh.size == 1:
+    return routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, form=product)
   (T, D), E, X = x_TD.shape, up_EDF.shape[0], expert_TX.shape[1]
   data, group = mesh.shape["data"], mesh.shape["expert"]
   check_experts(E, mesh)
   here = -(-T // mesh.size)  # Tokens of a device.
   if form == "auto":
-    form = "gather" if here * group <= GATHER_TOKENS else "exchange"
+    form = "gather" if group == 1 or here * group <= GATHER_TOKENS else "exchange"
   pieces = 1
   if form == "exchange":
     pieces = -(-here * group * min(X, E // group) // buffer_rows)
-  pad = -T % (mesh.size * pieces)
-  grow = lambda a: jnp.pad(a, ((0, pad), (0, 0)))  # Weight 0, so to no effect.
+  grow = lambda a, parts: jnp.pad(a, ((0, -a.shape[0] % parts), (0, 0)))  # Weight 0, so to no effect.
   cut = "data" if D % data == 0 else None
   tokens = PartitionSpec(BATCH, None)
 
@@ -57,24 +59,25 @@ def sharded_routed_mlp(
     else:  # Their gradient is then summed over `data`.
       up_EDF, down_EFD = (jax.lax.pcast(w, "data", to="varying") for w in (up_EDF, down_EFD))
     if form == "gather":
-      y_TD, rows = _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+      y_TD, rows = _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, product)
       return y_TD, rows[None]
     native = mesh.devices.flat[0].platform != "cpu"
-    part = functools.partial(_exchange, up_EDF, down_EFD, native=native, group=group)
+    part = functools.partial(_exchange, up_EDF, down_EFD, native=native, group=group, product=product)
     if pieces == 1:
       y_TD, rows = part((x_TD, expert_TX, weight_TX))
       return y_TD, rows[None]
-    split = lambda a: a.reshape(pieces, -1, a.shape[1])
+    split = lambda a: grow(a, pieces).reshape(pieces, -1, a.shape[1])
     xs = tuple(map(split, (x_TD, expert_TX, weight_TX)))
     y_PTD, rows_P = jax.lax.map(jax.checkpoint(part), xs)
-    return y_PTD.reshape(x_TD.shape), jnp.sum(rows_P)[None]
+    return y_PTD.reshape(-1, D)[:here], jnp.sum(rows_P)[None]
 
   y_TD, rows = jax.shard_map(
     local, mesh=mesh,
     in_specs=(tokens, PartitionSpec("expert", cut, None), PartitionSpec("expert", None, cut), tokens, tokens),
     out_specs=(tokens, PartitionSpec(BATCH)),
-  )(grow(x_TD), up_EDF, down_EFD, grow(expert_TX), grow(weight_TX))  # fmt: skip
-  return y_TD[:T], jnp.sum(rows) - pad * X  # Padding is sent to expert 0.
+  )(grow(x_TD, mesh.size), up_EDF, down_EFD, grow(expert_TX, mesh.size), grow(weight_TX, mesh.size))  # fmt: skip
+  padding = -(-here // pieces) * pieces * mesh.size - T  # Is sent to expert 0.
+  return y_TD[:T], jnp.sum(rows) - padding * X
 
 
 def check_experts(E: int, mesh: Mesh) -> None:
@@ -86,23 +89,31 @@ def check_experts(E: int, mesh: Mesh) -> None:
     )
 
 
+def _product_form(mesh: Mesh | None) -> str | None:
+  """The form of the routed matmul for the mesh's devices, which may not be those of this machine."""
+  if mesh is None:
+    return None
+  platform = mesh.devices.flat[0].platform
+  return platform if platform in ("tpu", "gpu") else "blocked"
+
+
 def _varying(a):
   """The same on every device, but typed as different."""
   return jax.lax.pcast(a, BATCH, to="varying")
 
 
-def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
+def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, product):
   """Every device of the group takes in all its tokens and does its own experts' share of them."""
   x_TD, expert_TX, weight_TX = (
     jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_TD, expert_TX, weight_TX)
   )
   E = up_EDF.shape[0]
   expert_TX -= jax.lax.axis_index("expert") * E  # Outside of 0 .. E - 1 it is no expert of this device.
-  y_TD, rows = routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
+  y_TD, rows = routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, form=product)
   return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True), rows
 
 
-def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int):
+def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int, product: str):
   """Rows sorted by expert are sent to its device, worked on there, and sent back."""
   x_TD, expert_TX, weight_TX = xs
   (T, D), X, E = x_TD.shape, expert_TX.shape[1], up_EDF.shape[0]
@@ -127,20 +138,13 @@ def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int):
   iota_R = _varying(jnp.arange(R, dtype=jnp.int32))
   expert_R, sorted_R = jax.lax.sort((expert_R, iota_R), num_keys=1)
   _, unsorted_R = jax.lax.sort((sorted_R, iota_R), num_keys=1)
-  product = functools.partial(
-    _grouped if native else routed_matmul, group_sizes_E=jnp.sum(mine_SE, axis=0)
-  )
-  h_RF = jnp.square(jax.nn.relu(product(x_RD[sorted_R], up_EDF)))
-  y_RD = jnp.where((expert_R < E)[:, None], product(h_RF, down_EFD), 0)
+  by_expert = functools.partial(routed_matmul, group_sizes_E=jnp.sum(mine_SE, axis=0), form=product)
+  h_RF = jnp.square(jax.nn.relu(by_expert(x_RD[sorted_R], up_EDF)))
+  y_RD = by_expert(h_RF, down_EFD)
   y_ND = send(y_RD[unsorted_R], _varying(jnp.zeros((N, D), x_TD.dtype)), back)
   y_ND *= weight_TX.reshape(N)[order_N][:, None]
   rows = jnp.sum(expert_R < E, dtype=jnp.int32)
   return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND), rows
-
-
-def _grouped(x_ND, w_EDF, group_sizes_E):
-  """XLA's own grouped product, which on TPU and GPU touches only the rows that are there."""
-  return jax.lax.ragged_dot(x_ND, w_EDF, group_sizes_E)
 
 
 def plans(size_SR, me):

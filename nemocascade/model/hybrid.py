@@ -6,9 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.token_logprob import token_logprob
+from nemocascade.mesh import constrain_rows, on_own_rows
 from nemocascade.model.attention import Attention
 from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
@@ -59,23 +61,26 @@ class Block(nn.Module):
 
   config: ModelConfig
   letter: str
+  mesh: Mesh | None = None
 
   def setup(self):
     self.norm = RMSNorm(self.config)
-    self.mixer = MIXERS[self.letter](self.config)
+    # Of all mixers only experts lie apart.
+    where = (self.mesh,) if self.letter == "E" else ()
+    self.mixer = MIXERS[self.letter](self.config, *where)
 
   def __call__(self, x_BTD, segment_ids_BT):
     y = self.mixer(self.norm(x_BTD), segment_ids_BT)
     y, routing = y if self.letter == "E" else (y, None)
-    return x_BTD + y, routing
+    return constrain_rows(x_BTD + y, self.mesh), routing
 
   def prefill(self, x_BTD, segment_ids_BT):
     y, state = self.mixer.prefill(self.norm(x_BTD), segment_ids_BT)
-    return x_BTD + y, state
+    return constrain_rows(x_BTD + y, self.mesh), state
 
   def step(self, state, x_BD, length_B, active_B):
     state, y = self.mixer.step(state, self.norm(x_BD), length_B, active_B)
-    return state, x_BD + y
+    return state, constrain_rows(x_BD + y, self.mesh)
 
 
 class Unit(nn.Module):
@@ -83,10 +88,11 @@ class Unit(nn.Module):
 
   config: ModelConfig
   letters: str
+  mesh: Mesh | None = None
 
   def setup(self):
     block = nn.remat(Block, methods=["__call__"]) if self.config.remat else Block
-    self.blocks = [block(self.config, letter) for letter in self.letters]
+    self.blocks = [block(self.config, letter, self.mesh) for letter in self.letters]
 
   def __call__(self, x_BTD, segment_ids_BT):
     routings = []
@@ -124,22 +130,27 @@ def _scanned(n: int):
 
 
 class Hybrid(nn.Module):
-  """The language model. Every method is pure under `apply({"params": params}, ..., method=name)`."""
+  """The language model. Every method is pure under `apply({"params": params}, ..., method=name)`.
+
+  With a mesh, rows lie over its devices and experts over its axis `expert`; numbers are the same.
+  """
 
   config: ModelConfig
+  mesh: Mesh | None = None
 
   def setup(self):
     c = self.config
     V, D = c.vocab_size, c.hidden_size
     self.embedding = self.param("embedding", normal(c, "vocab", "embed"), (V, D), c.param_dtype)
     self.plan = plan(c.hybrid_override_pattern)
-    self.units = [Unit(c, unit) if n == 1 else _scanned(n)(c, unit) for unit, n in self.plan]
+    unit = lambda letters, n: (Unit if n == 1 else _scanned(n))(c, letters, self.mesh)
+    self.units = [unit(letters, n) for letters, n in self.plan]
     self.norm_f = RMSNorm(c)
     if not c.tie_word_embeddings:
       self.lm_head = self.param("lm_head", normal(c, "embed", "vocab"), (D, V), c.param_dtype)
 
   def _embed(self, tokens):
-    return self.embedding.astype(self.config.dtype)[tokens]
+    return constrain_rows(self.embedding.astype(self.config.dtype)[tokens], self.mesh)
 
   def _head(self):
     head = self.embedding.T if self.config.tie_word_embeddings else self.lm_head
@@ -169,9 +180,16 @@ class Hybrid(nn.Module):
     scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
     if wanted_BT is not None:
       scored_BT &= wanted_BT
-    of_next = token_logprob(h_BTD[:, :-1], self._head(), tokens_BT[:, 1:], scored_BT[:, 1:])
+    # Each device has the whole head for its own rows: its gradient is then summed once.
+    logprob = on_own_rows(token_logprob, self.mesh, shared=[1])
+    of_next = logprob(h_BTD[:, :-1], self._head(), tokens_BT[:, 1:], scored_BT[:, 1:])
     logprob_BT, entropy_BT = (jnp.pad(a, ((0, 0), (1, 0))) for a in of_next)
     return Scores(logprob_BT, entropy_BT, routing)
+
+  def _next(self, x_BD):
+    """fp32 logits_BV of the token after."""
+    logits_BV = (self.norm_f(x_BD) @ self._head()).astype(jnp.float32)
+    return constrain_rows(logits_BV, self.mesh)
 
   def prefill(self, tokens_BT, length_B, capacity: int):
     """Takes in each row's first length_B tokens: (logits_BV of the token after, DecodeState)."""
@@ -182,7 +200,7 @@ class Hybrid(nn.Module):
       x_BTD, state = unit.prefill(x_BTD, segment_ids_BT)
       states.append(state)
     last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    logits_BV = (self.norm_f(last_BD) @ self._head()).astype(jnp.float32)
+    logits_BV = self._next(last_BD)
     state = DecodeState(
       length_B.astype(jnp.int32), tuple(states), tuple(n > 1 for _, n in self.plan)
     )
@@ -194,7 +212,7 @@ class Hybrid(nn.Module):
     for unit, unit_state in zip(self.units, state.units, strict=True):
       x_BD, unit_state = unit.step(x_BD, unit_state, state.length_B, active_B)
       states.append(unit_state)
-    logits_BV = (self.norm_f(x_BD) @ self._head()).astype(jnp.float32)
+    logits_BV = self._next(x_BD)
     length_B = state.length_B + active_B.astype(jnp.int32)
     return state.replace(length_B=length_B, units=tuple(states)), logits_BV
 
@@ -273,7 +291,12 @@ def _init(config: ModelConfig, key):
 
 def logical_axes(config: ModelConfig):
   """The tree of init_params with a tuple of logical axis names for each array."""
-  specs = nn.get_partition_spec(jax.eval_shape(functools.partial(_init, config), jax.random.key(0)))
+  return axes_of(functools.partial(_init, config))
+
+
+def axes_of(init):
+  """The logical axes of what `init(key)` returns, parameters with partitioning metadata."""
+  specs = nn.get_partition_spec(jax.eval_shape(init, jax.random.key(0)))
   return jax.tree.map(tuple, specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec))
 
 

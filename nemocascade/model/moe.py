@@ -1,11 +1,15 @@
 """Mixture of experts: a sigmoid router in fp32, squared-ReLU experts, one shared expert."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
-from nemocascade.kernels.routed_matmul import routed_mlp
+from nemocascade.mesh import on_own_rows
+from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
 from nemocascade.segments import document_mean
 from nemocascade.types import Routing
@@ -51,6 +55,7 @@ class MoE(nn.Module):
   """Also returns what its router did, a Routing of one block."""
 
   config: ModelConfig
+  mesh: Mesh | None = None
 
   def setup(self):
     c = self.config
@@ -71,10 +76,12 @@ class MoE(nn.Module):
     c = self.config
     B, T, D = x_BTD.shape
     x_TD, w = x_BTD.reshape(B * T, D), lambda p: p.astype(x_BTD.dtype)
-    expert_TX, weight_TX, score_TE = route(x_TD, self.gate, self.e_score_correction_bias, c)
+    # XLA would collect all tokens' scores on every device to take the largest.
+    choose = on_own_rows(functools.partial(route, c=c), self.mesh, shared=[1, 2])
+    expert_TX, weight_TX, score_TE = choose(x_TD, self.gate, self.e_score_correction_bias)
     inside_TL = x_TD @ w(self.fc1_latent_proj) if c.moe_latent_size else x_TD
-    y_TL, rows = routed_mlp(
-      inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
+    y_TL, rows = sharded_routed_mlp(
+      self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
     )
     y_TD = y_TL @ w(self.fc2_latent_proj) if c.moe_latent_size else y_TL
     y_TD += relu2(x_TD @ w(self.shared_up_proj)) @ w(self.shared_down_proj)
@@ -83,7 +90,8 @@ class MoE(nn.Module):
     loss = None
     if c.router_loss:
       score_BTE, chosen_BTE = (a.reshape(B, T, -1) for a in (score_TE, chosen_TE))
-      loss = jnp.sum(balance_loss(score_BTE, chosen_BTE, segment_ids_BT, c.num_experts_per_tok))
+      of_rows = on_own_rows(functools.partial(balance_loss, X=c.num_experts_per_tok), self.mesh)
+      loss = jnp.sum(of_rows(score_BTE, chosen_BTE, segment_ids_BT))
     dropped = (expert_TX.size - rows).astype(jnp.float32)
     return y_TD.reshape(B, T, D), Routing(load_E[None], dropped[None], loss)
 

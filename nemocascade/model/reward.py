@@ -5,9 +5,10 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
-from nemocascade.model.hybrid import Hybrid
+from nemocascade.model.hybrid import Hybrid, axes_of
 from nemocascade.model.layers import constant
 from nemocascade.types import Params
 
@@ -16,9 +17,10 @@ class RewardModel(nn.Module):
   """Rows of one document each -> reward_B, fp32 (a Bradley-Terry head; paper.md 4.3)."""
 
   config: ModelConfig
+  mesh: Mesh | None = None
 
   def setup(self):
-    self.backbone = Hybrid(self.config)
+    self.backbone = Hybrid(self.config, self.mesh)
     zeros = constant(nn.initializers.zeros, "embed")
     self.reward_head = self.param("reward_head", zeros, (self.config.hidden_size,), jnp.float32)
 
@@ -32,10 +34,14 @@ class RewardModel(nn.Module):
 @functools.partial(jax.jit, static_argnums=0)
 def init_reward_params(config: ModelConfig, key: jax.Array) -> Params:
   """Fresh parameters, without partitioning metadata."""
+  return nn.meta.unbox(_init(config, key))
+
+
+def _init(config: ModelConfig, key):
   tokens_BT = jnp.zeros((1, 8), jnp.int32)
-  return nn.meta.unbox(RewardModel(config).init(key, tokens_BT, tokens_BT + 1)["params"])
+  return RewardModel(config).init(key, tokens_BT, tokens_BT + 1)["params"]
 
 
-def abstract_reward_params(config: ModelConfig) -> Params:
-  """Shapes and dtypes of init_reward_params."""
-  return jax.eval_shape(functools.partial(init_reward_params, config), jax.random.key(0))
+def reward_axes(config: ModelConfig):
+  """The tree of init_reward_params with a tuple of logical axis names for each array."""
+  return axes_of(functools.partial(_init, config))

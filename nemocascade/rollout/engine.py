@@ -37,6 +37,9 @@ class Engine:
     prefill_fn: (params, tokens_BP, length_B, capacity) -> (logits_BV, state).
     step_fn: (params, state, tokens_B, active_B) -> (state, logits_BV).
     repeat_fn: (state, G) -> state of each row G times, side by side.
+    place_fn: says of a tree of arrays that hold B rows where in a mesh these lie: (tree, B) -> tree.
+
+  Attributes: start_fn and decode_fn, the two jitted programs.
   """
 
   def __init__(
@@ -48,14 +51,17 @@ class Engine:
     prompt_tokens: int,
     total_tokens: int,
     stop_ids: Sequence[int] = (11, 2),
+    place_fn: Callable = lambda tree, B: tree,
   ):
     if not 0 < prompt_tokens < total_tokens:
       raise UserError(f"{prompt_tokens=} must be positive and less than {total_tokens=}")
     self.P, self.T, self.stop_ids = prompt_tokens, total_tokens, tuple(stop_ids)
-    self._start = jax.jit(
-      functools.partial(_start, prefill_fn, repeat_fn, self.T), static_argnums=3
+    self.start_fn = jax.jit(
+      functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=3
     )
-    self._decode = jax.jit(functools.partial(_decode, step_fn, self.stop_ids), donate_argnums=1)
+    self.decode_fn = jax.jit(
+      functools.partial(_decode, step_fn, place_fn, self.stop_ids), donate_argnums=1
+    )
 
   def start(
     self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None
@@ -77,12 +83,12 @@ class Engine:
         )
       tokens_QP[q, : len(prompt)] = prompt
     length_Q = np.array([len(prompt) for prompt in prompts], np.int32)
-    return self._start(params, tokens_QP, length_Q, G)
+    return self.start_fn(params, tokens_QP, length_Q, G)
 
   def decode(self, params: Params, d: Decoding, key: jax.Array, temperature: float, top_p: float):
     """Every row goes on until it stops or meets its limit. `d` is used up."""
     f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
-    return self._decode(params, d, key, f32(temperature), f32(top_p))
+    return self.decode_fn(params, d, key, f32(temperature), f32(top_p))
 
   def extend(self, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
     """Gives tokens to rows (tool results) and opens them again; all rows not named stay done.
@@ -100,12 +106,12 @@ class Engine:
     return d.replace(tokens_BT=as_(tokens_BT), known_B=as_(known_B), done_B=as_(done_B))
 
 
-def _start(prefill_fn, repeat_fn, T: int, params, tokens_QP, length_Q, G: int) -> Decoding:
+def _start(prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q, G: int) -> Decoding:
   logits_QV, state = prefill_fn(params, tokens_QP, length_Q, T)
   B = tokens_QP.shape[0] * G
   repeat = lambda a: jnp.repeat(a, G, axis=0)  # noqa: E731
   tokens_BT = jnp.pad(repeat(tokens_QP), ((0, 0), (0, T - tokens_QP.shape[1])))
-  return Decoding(
+  d = Decoding(
     state=repeat_fn(state, G),
     logits_BV=repeat(logits_QV),
     tokens_BT=tokens_BT,
@@ -118,11 +124,12 @@ def _start(prefill_fn, repeat_fn, T: int, params, tokens_QP, length_Q, G: int) -
     done_B=jnp.zeros((B,), bool),
     row_id_B=jnp.arange(B, dtype=jnp.int32),
   )
+  return place_fn(d, B)
 
 
-def _decode(step_fn, stop_ids, params, d: Decoding, key, temperature, top_p) -> Decoding:
+def _decode(step_fn, place_fn, stop_ids, params, d: Decoding, key, temperature, top_p) -> Decoding:
   B = d.known_B.shape[0]
-  rows = jnp.arange(B)
+  put_row = jax.vmap(lambda a_T, place, value: a_T.at[place].set(value, mode="drop"))
 
   def tick(d: Decoding) -> Decoding:
     """Every open row takes in one more token: the next given one, or else one it samples now."""
@@ -132,7 +139,7 @@ def _decode(step_fn, stop_ids, params, d: Decoding, key, temperature, top_p) -> 
     drawn_B, logprobs_B = sample(key_B, d.logits_BV, temperature=temperature, top_p=top_p)
 
     def put(a_BT, value_B):  # Where a token was sampled; out of range is dropped.
-      return a_BT.at[rows, jnp.where(new_B, place_B, a_BT.shape[1])].set(value_B, mode="drop")
+      return put_row(a_BT, jnp.where(new_B, place_B, a_BT.shape[1]), value_B)
 
     tokens_BT = put(d.tokens_BT, drawn_B)
     known_B = d.known_B + new_B.astype(jnp.int32)
@@ -143,15 +150,16 @@ def _decode(step_fn, stop_ids, params, d: Decoding, key, temperature, top_p) -> 
     active_B = ~d.done_B
     # A sampled stop token is taken in too: a tool's result may follow it.
     state, logits_BV = step_fn(params, d.state, here_B, active_B)
-    return d.replace(
+    d = d.replace(
       state=state,
       logits_BV=jnp.where(active_B[:, None], logits_BV, d.logits_BV),
       tokens_BT=tokens_BT,
-      sampled_BT=put(d.sampled_BT, True),
+      sampled_BT=put(d.sampled_BT, new_B),
       behaviour_logprobs_BT=put(d.behaviour_logprobs_BT, logprobs_B),
       known_B=known_B,
       taken_B=d.taken_B + active_B.astype(jnp.int32),
       done_B=d.done_B | stop_B | (new_B & (known_B >= d.limit_B)),
     )
+    return place_fn(d, B)
 
   return jax.lax.while_loop(lambda d: jnp.any(~d.done_B), tick, d)

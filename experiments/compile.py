@@ -1,0 +1,185 @@
+"""Compiles every program of a stage for a TPU slice, on a machine without TPUs.
+
+  python -m experiments.compile --config=configs/nano_30b/sft.py --topology=v5p:4x4x4
+
+Prints a JSON line a program: {"program", "topology", "chips", "tokens", "peak_gib", "argument_gib",
+"temp_gib", "flops", "compile_s"}. Memory is of one device (a chip; a core of a tpu7x), as the compiler
+counts it; flops are of all, 2 a parameter and token forward and 6 with the backward pass. Nothing is
+allocated. What does not fit is said at the end, with what to change.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from experiments import rl, sft
+from experiments.assembly import Assembly
+from experiments.launch import launch
+from experiments.stage import Spent, matmul_params
+from experiments.teaching import scored_rows
+from nemocascade import advantage
+from nemocascade.errors import UserError, unknown
+from nemocascade.mesh import by_rows, first_rows, make_mesh, placed
+from nemocascade.types import Batch, Rollout
+
+GIB = 1 << 30
+# Kind -> (GiB of a device, devices of a chip).
+CHIPS = {"v5e": (16, 1), "v5p": (95, 1), "v6e": (32, 1), "tpu7x": (96, 2)}
+
+# (name, trace, what it does with how many tokens, what to change where it does not fit).
+Program = tuple[str, Callable, Spent, str]
+MORE = "more chips, or mesh.expert and mesh.data that cut the parameters finer"
+
+
+def run(c: ConfigDict, topology: str) -> list[dict]:
+  """The lines that it prints.
+
+  Raises:
+    UserError: the topology or its compiler is not there, dimensions do not divide over the mesh, or
+      a program does not fit.
+  """
+  if c.get("kind") not in PROGRAMS:
+    raise unknown("kind of stage to compile", c.get("kind"), PROGRAMS)
+  if c.kind == "rl":
+    rl.check(c)
+  kind, devices = slice_of(topology)
+  gib, cores = CHIPS[kind]
+  c = ConfigDict(c)
+  c.domains = ()  # Neither a tokenizer nor a sandbox: a program does not depend on them.
+  a = Assembly(c, Path("."), mesh=make_mesh(**c.mesh, of=devices))
+  lines, too_large = [], []
+  for name, trace, spent, advice in PROGRAMS[c.kind](c, a):
+    cost = spent.sampled + spent.prefilled + spent.scored + spent.trained
+    line = {"program": name, "topology": topology, "chips": len(devices) // cores, "tokens": cost}
+    began = time.time()
+    line |= measure(trace) | {"flops": spent.flops(matmul_params(a.model_config))}
+    line["compile_s"] = round(time.time() - began, 1)
+    print(json.dumps(line), flush=True)
+    lines.append(line)
+    if line["peak_gib"] > gib or line["temp_gib"] is None:
+      too_large.append(f"{name} needs {line['peak_gib']:.1f} GiB: give {advice}, or {MORE}")
+  if too_large:
+    raise UserError(f"a device of {topology} has {gib} GiB; {'; '.join(too_large)}")
+  return lines
+
+
+def slice_of(topology: str) -> tuple[str, list[jax.Device]]:
+  """(kind of chip, devices) of a slice that is only compiled for."""
+  kind, _, shape = topology.partition(":")
+  if kind not in CHIPS:
+    raise unknown(f"kind of chip in --topology={topology!r}", kind, CHIPS)
+  if not re.fullmatch(r"\d+(x\d+)*", shape):
+    raise UserError(f"--topology={topology!r}: give KIND:CHIPSxCHIPS, such as v5p:4x4x4 or v6e:16x16")
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError("the TPU compiler (libtpu) is not installed: pip install 'nemocascade[tpu]'")
+  # Read when the compiler is loaded: no slice is looked for, and others may be compiling too.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  jax.config.update("jax_platforms", "cpu")
+  try:
+    return kind, list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+  except Exception as error:  # Whatever the compiler has to say of it.
+    why = " ".join(str(error).split())[:200]
+    raise UserError(f"--topology={topology!r}: not a slice that the TPU compiler knows ({why})") from error
+
+
+def measure(trace: Callable) -> dict[str, float | None]:
+  """GiB of a device: at the peak, of arguments, and of what exists only inside the program."""
+  try:
+    m = trace().lower().compile().memory_analysis()
+  except jax.errors.JaxRuntimeError as error:
+    used = re.search(r"Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm", str(error))
+    if used is None:
+      raise
+    peak = float(used[1]) * {"M": 2**-10, "G": 1, "T": 2**10}[used[2]]
+    return {"peak_gib": round(peak, 2), "argument_gib": None, "temp_gib": None}
+  # A result that takes an argument's place is counted once.
+  sizes = m.argument_size_in_bytes, m.output_size_in_bytes - m.alias_size_in_bytes, m.temp_size_in_bytes
+  gib = lambda size: round(size / GIB, 2)
+  return {
+    "peak_gib": gib(sum(sizes) + m.generated_code_size_in_bytes),
+    "argument_gib": gib(sizes[0]),
+    "temp_gib": gib(sizes[2]),
+  }
+
+
+def _rows(a: Assembly, tree):
+  """Shapes and dtypes with the places that Assembly.put gives to rows."""
+  return placed(tree, first_rows(tree, a.mesh))
+
+
+def _sft_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
+  _, state, step_fn = sft.program(c, a)
+  of = functools.partial(jax.ShapeDtypeStruct, (c.rows, c.row_tokens))
+  batch = _rows(a, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
+  yield (
+    "sft_step", lambda: step_fn.trace(state, batch), Spent(trained=c.rows * c.row_tokens),
+    f"fewer rows or shorter ones than rows={c.rows} of row_tokens={c.row_tokens}, or model.remat=True",
+  )  # fmt: skip
+
+
+def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
+  r, p, struct = c.rollout, c.packing, jax.ShapeDtypeStruct
+  engine = a.engine(r.prompt_tokens, r.total_tokens)
+  Q, B = r.prompts, r.prompts * r.completions
+  prompts = _rows(a, (struct((Q, r.prompt_tokens), jnp.int32), struct((Q,), jnp.int32)))
+  prefill = functools.cache(lambda: engine.start_fn.trace(a.template, *prompts, r.completions))
+  yield (
+    "prefill", prefill, Spent(prefilled=Q * r.prompt_tokens),
+    f"fewer prompts than rollout.prompts={Q}, or shorter ones than rollout.prompt_tokens={r.prompt_tokens}",
+  )  # fmt: skip
+
+  def decode():
+    d = prefill().out_info
+    scalars = struct((), jax.eval_shape(lambda: jax.random.key(0)).dtype), *[struct((), jnp.float32)] * 2
+    return engine.decode_fn.trace(a.template, placed(d, by_rows(d, B, a.mesh)), *scalars)
+
+  fewer = f"fewer sequences than rollout.prompts={Q} x rollout.completions={r.completions}"
+  shorter = f"shorter ones than rollout.total_tokens={r.total_tokens}"
+  yield "decode_step", decode, Spent(sampled=B), f"{fewer}, or {shorter}"
+
+  if c.advantage in advantage.TAUGHT or c.kl_weight:
+    n = scored_rows(a)
+    scored = _rows(a, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
+    yield "score", lambda: a.score.trace(a.template, *scored), Spent(scored=n * r.total_tokens), shorter
+
+  state, step_fn, proximal_fn = rl.step_program(a, rl.step_settings(c))
+  rows, count = _taught_rows(c, Q, r.completions, r.total_tokens)
+  rows = {name: struct((p.rows, p.row_tokens), row.dtype) for name, row in rows.items()}
+  rows, count = _rows(a, (rows, count))
+  pieces = f"more pieces than packing.pieces={p.pieces}, or shorter rows than packing.row_tokens={p.row_tokens}"
+  if c.updates > 1:
+    forward = Spent(scored=p.rows * p.row_tokens)
+    yield "proximal_logprobs", lambda: proximal_fn.trace(a.template, dict(rows)), forward, pieces
+    rows["proximal"] = rows["behaviour"]
+  yield "rl_step", lambda: step_fn.trace(state, rows, count), Spent(trained=p.rows * p.row_tokens), pieces
+
+
+def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):
+  """Shapes of what a rollout of this stage teaches, and of the loss's count."""
+  of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+  f32, QGT = jnp.float32, (Q, G, T)
+  rollout = Rollout(
+    tokens_QGT=of(jnp.int32, *QGT), segment_ids_QGT=of(jnp.int32, *QGT), loss_mask_QGT=of(bool, *QGT),
+    behaviour_logprobs_QGT=of(f32, *QGT), rewards_QG=of(f32, Q, G), valid_QG=of(bool, Q, G),
+    teacher_logprobs_QGT=of(f32, *QGT) if c.advantage in advantage.TAUGHT else None,
+    reference_logprobs_QGT=of(f32, *QGT) if c.kl_weight else None,
+  )  # fmt: skip
+  rows, count, _ = jax.eval_shape(rl.rows_program(rl.settings(c, "advantage", "aggregation")), rollout)
+  return rows, count
+
+
+PROGRAMS = {"sft": _sft_programs, "rl": _rl_programs}
+
+if __name__ == "__main__":
+  launch(run, workdir=False, topology=(str, "v5p:4x4x4", "KIND:CHIPSxCHIPS of the TPU slice."))

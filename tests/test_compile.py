@@ -1,0 +1,129 @@
+"""Programs of a stage compiled for slices that are not there: one line each, and one line for what is wrong."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from configs.nano_30b import meshes, mopd, rl, sft
+from experiments import compile as compile_lib
+from nemocascade.config import ModelConfig
+from nemocascade.errors import UserError
+
+FIELDS = {"program", "topology", "chips", "tokens", "peak_gib", "argument_gib", "temp_gib", "flops", "compile_s"}
+without_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+
+@pytest.mark.parametrize(
+  "topology, said",
+  [
+    ("v5q:4x4x4", "did you mean 'v5p'"),
+    ("v5p", "give KIND:CHIPSxCHIPS"),
+    ("v5p:4,4", "give KIND:CHIPSxCHIPS"),
+  ],
+)
+def test_a_slice_that_cannot_be_is_refused_with_what_can(topology, said):
+  with pytest.raises(UserError, match=said):
+    compile_lib.run(sft.get_config(), topology)
+
+
+def test_without_the_compiler_it_is_said_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match="libtpu.*pip install"):
+    compile_lib.run(sft.get_config(), "v5p:4x4x4")
+
+
+def test_a_config_without_a_stage_is_refused():
+  c = sft.get_config()
+  c.kind = "cascade"
+  with pytest.raises(UserError, match="unknown kind of stage to compile 'cascade'"):
+    compile_lib.run(c, "v5p:4x4x4")
+
+
+@pytest.fixture
+def slice_of_cpus(monkeypatch):
+  """Eight devices of this machine in the place of a slice's."""
+  monkeypatch.setattr(compile_lib, "slice_of", lambda topology: ("v5e", jax.devices()))
+
+
+@pytest.mark.parametrize(
+  "field, value, said",
+  [
+    ("mesh.expert", 3, "mesh.expert=3 does not divide the 8 devices"),
+    ("rows", 12, "12 rows over the 8 devices"),
+    ("model.n_routed_experts", 9, "does not divide model.n_routed_experts=9"),
+  ],
+)
+def test_what_does_not_divide_over_the_mesh_is_refused_with_the_numbers(slice_of_cpus, field, value, said):
+  c = sft.get_config("smoke")
+  c.mesh.expert = 8
+  c.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=said):
+    compile_lib.run(c, "v5e:2x4")
+
+
+def test_a_program_is_a_line_and_one_that_does_not_fit_is_said_with_what_to_change(slice_of_cpus, monkeypatch, capsys):
+  monkeypatch.setitem(compile_lib.CHIPS, "v5e", (1e-9, 1))
+  c = sft.get_config("smoke")
+  c.model.hybrid_override_pattern = "*E"
+  with pytest.raises(UserError, match="sft_step needs .* fewer rows or shorter ones than rows=8"):
+    compile_lib.run(c, "v5e:2x4")
+  line = json.loads(capsys.readouterr().out)
+  assert line.keys() == FIELDS
+  assert (line["program"], line["chips"], line["tokens"]) == ("sft_step", 8, 8 * 256)
+  assert line["peak_gib"] >= line["temp_gib"] > 0
+
+
+@without_libtpu
+def test_every_program_of_a_small_stage_compiles_for_a_real_slice(capsys):
+  for c in (sft.get_config("smoke"), rl.get_config("smoke")):
+    c.mesh.expert = 2
+    lines = compile_lib.run(c, "v5e:2x2")
+    assert all(0 < line["peak_gib"] < 16 and line["chips"] == 4 for line in lines)
+  assert [line["program"] for line in lines] == ["prefill", "decode_step", "rl_step"]
+  assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@without_libtpu
+def test_a_slice_that_the_compiler_does_not_know_is_refused():
+  with pytest.raises(UserError, match="not a slice that the TPU compiler knows"):
+    compile_lib.run(sft.get_config(), "v5p:3x5x7")
+
+
+@pytest.mark.parametrize("name", meshes.SLICES)
+def test_every_slice_of_the_published_scale_is_filled(name):
+  devices = meshes.DEVICES[name]
+  c = sft.get_config(name)
+  assert c.rows == devices and c.rows * c.row_tokens == 1 << 21
+  assert devices % c.mesh.expert == 0 and c.model.n_routed_experts % c.mesh.expert == 0
+  for stage in (rl.get_config(name), mopd.get_config(name)):
+    assert stage.packing.rows // stage.packing.pieces == devices
+
+
+@pytest.mark.parametrize("stage", rl.STAGES)
+def test_every_stage_of_the_published_scale_is_one_that_runs(stage):
+  c = rl.get_config(stage)
+  compile_lib.rl.check(c)
+  ModelConfig.from_fields(c.model.to_dict())
+  assert set(c) == set(mopd.get_config())
+
+
+def test_the_published_stages_have_the_published_numbers():
+  """paper.md 3.1, 4.2, 5.2."""
+  c, m = sft.get_config(), mopd.get_config()
+  assert (c.rows, c.optimizer.peak_lr, c.optimizer.b2, c.optimizer.weight_decay) == (64, 5e-5, 0.98, 0.1)
+  assert (m.rollout.prompts, m.rollout.completions, m.steps, m.optimizer.peak_lr) == (128, 4, 52, 2e-6)
+  of = {name: rl.get_config(name) for name in rl.STAGES}
+  assert {n: s.steps for n, s in of.items() if not n.startswith("swe")} == {
+    "if_rl": 180, "multi_domain_rl": 70, "rlhf": 25, "long_context_rl": 30, "code_rl": 22,
+  }  # fmt: skip
+  assert all(s.optimizer.peak_lr == 3e-6 for s in of.values())
+  assert of["rlhf"].kl_weight == 0.03 and of["code_rl"].rollout.top_p == 0.95
+
+
+def test_a_misspelt_argument_is_answered_with_what_is_allowed():
+  with pytest.raises(ValueError, match="'v6p:4x4'.*v6e:16x16.*code_rl"):
+    rl.get_config("v6p:4x4")

@@ -1,0 +1,230 @@
+"""A stage's programs on any mesh, and in two processes, compute what they compute on one device."""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.tiny import rl as rl_config
+from experiments import rl, sft
+from experiments.assembly import Assembly
+from experiments.processes import join
+from experiments.stage import start
+from experiments.teaching import score_rows
+from nemocascade.errors import UserError
+from nemocascade.rollout.episode import Samples
+from nemocascade.types import Batch
+
+GRIDS = [(2, 4), (8, 1), (1, 8)]
+B, T, V = 16, 24, 64
+
+
+def config(data, expert) -> ConfigDict:
+  c = ConfigDict({"domains": (), "seed": 0, "mesh": dict(data=data, expert=expert)})
+  c.model = dict(
+    vocab_size=V, hidden_size=16, hybrid_override_pattern="M*E", num_attention_heads=4, head_dim=8,
+    mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, chunk_size=8, n_routed_experts=8,
+    moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, initializer_range=0.3,
+  )  # fmt: skip
+  c.update(rl_config.fields())
+  c.packing = dict(rows=B, row_tokens=T, pieces=2)
+  c.rows, c.row_tokens = B, T
+  # So large an eps makes of Adam's first step very nearly the gradient, small where that is.
+  c.optimizer.update(peak_lr=1.0, warmup_steps=0, eps=1.0, clip_norm=1e3)
+  return c
+
+
+class NoText:
+  """In the place of a tokenizer: a stage keeps one beside its checkpoints."""
+
+  vocab_size = V
+
+  def save(self, directory):
+    del directory
+
+
+@functools.cache
+def assembly(data, expert) -> Assembly:
+  return Assembly(config(data, expert), Path("."), NoText())
+
+
+@functools.cache
+def arrays() -> dict[str, np.ndarray]:
+  """Rows of two documents and padding."""
+  r = np.random.default_rng(0)
+  segment_ids_BT = np.repeat([[1, 2, 0]], [10, 10, 4], axis=1) * np.ones((B, 1), np.int32)
+  mask_BT = (r.random((B, T)) < 0.6) & (segment_ids_BT > 0)
+  mask_BT[:, [0, 10]] = False
+  return {
+    "tokens": r.integers(0, V, (B, T), np.int32),
+    "segment_ids": segment_ids_BT.astype(np.int32),
+    "mask": mask_BT,
+    "weights": mask_BT.astype(np.float32),
+    "behaviour": np.where(mask_BT, -np.log(V), 0).astype(np.float32),
+    "advantages": np.where(mask_BT, r.normal(size=(B, T)), 0).astype(np.float32),
+  }
+
+
+def sft_step(a: Assembly, directory):
+  """(metrics, next state, store) of a stage's first step."""
+  tx, _, step_fn = sft.program(a.c, a)
+  state, _, store = start(a, directory, tx, "")
+  x = arrays()
+  state, metrics = step_fn(state, a.put(Batch(x["tokens"], x["segment_ids"], x["mask"])))
+  return metrics, state, store
+
+
+def rl_step(a: Assembly, directory):
+  tx = rl.make_optimizer(total_steps=1, **a.c.optimizer)
+  _, step_fn, _ = rl.step_program(a, rl.step_settings(a.c))
+  state, _, _ = start(a, directory, tx, "")
+  state, metrics = step_fn(state, *a.put((arrays(), np.float32(arrays()["mask"].sum()))))
+  return metrics, state
+
+
+@functools.cache
+def on_one_device(step, directory):
+  metrics, state, *_ = step(assembly(1, 1), directory / "one")
+  return jax.device_get((metrics, state.params))
+
+
+def assert_same(got, expected):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+  """Programs run once or twice here: nearly all of the time is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  return tmp_path_factory.mktemp("mesh")
+
+
+@pytest.mark.parametrize("data, expert", GRIDS)
+def test_an_sft_step_is_that_of_one_device_and_its_checkpoint_fits_any_mesh(root, data, expert):
+  a, directory = assembly(data, expert), root / f"sft_{data}_{expert}"
+  metrics, state, store = sft_step(a, directory)
+  assert_same(jax.device_get((metrics, state.params)), on_one_device(sft_step, root))
+  if (data, expert) == (2, 4):
+    store.save(1, state, {"there": 1})
+    for other in (assembly(8, 1), assembly(1, 1)):
+      tx, abstract, _ = sft.program(other.c, other)
+      again, record, _ = start(other, directory, tx, "")
+      assert record == {"there": 1}
+      jax.tree.map(lambda x, want: np.testing.assert_equal(x.sharding, want.sharding), again, abstract)
+      jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
+
+
+@pytest.mark.parametrize("data, expert", GRIDS)
+def test_an_rl_step_is_that_of_one_device(root, data, expert):
+  metrics, state = rl_step(assembly(data, expert), root / f"rl_{data}_{expert}")
+  assert_same(jax.device_get((metrics, state.params)), on_one_device(rl_step, root))
+
+
+def test_parameters_and_moments_are_cut_over_all_devices(root):
+  a = assembly(2, 4)
+  _, state, _ = sft.program(a.c, a)
+  for tree in (state.params, state.opt_state):
+    whole = sum(x.size for x in jax.tree.leaves(tree))
+    here = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    assert here < 0.2 * whole  # An eighth, and what is too small to be cut.
+
+
+@functools.cache
+def said_and_sampled(data, expert):
+  a = assembly(data, expert)
+  params = jax.device_put(a.fresh_params(jax.random.key(1)), jax.tree.map(lambda p: p.sharding, a.template))
+  x = {name: row.reshape(4, 4, T) for name, row in arrays().items()}
+  samples = Samples([], [], x["tokens"], x["segment_ids"], x["mask"], x["behaviour"], [])
+  scored = score_rows(a, params, samples, [0, 2])
+  engine = a.engine(6, 16)
+  d = engine.start(params, [[3, 4, 5], [6] * 6, [7], [8, 9]], 2)
+  d = engine.decode(params, d, jax.random.key(2), 1.0, 1.0)
+  return scored, np.asarray(d.tokens_BT), np.asarray(d.behaviour_logprobs_BT)
+
+
+@pytest.mark.parametrize("data, expert", GRIDS[::2])
+def test_teachers_say_and_policies_sample_what_they_do_on_one_device(data, expert):
+  scored, tokens_BT, logprobs_BT = said_and_sampled(data, expert)
+  expected, tokens_there, logprobs_there = said_and_sampled(1, 1)
+  np.testing.assert_allclose(scored, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(tokens_BT, tokens_there)
+  np.testing.assert_allclose(logprobs_BT, logprobs_there, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_refused_with_the_numbers():
+  a = assembly(8, 1)
+  c = config(8, 1)
+  c.rows = 12
+  with pytest.raises(UserError, match="12 rows over the 8 devices"):
+    sft.program(c, a)
+  c.packing.rows = 4
+  with pytest.raises(UserError, match="2 rows over the 8 devices"):
+    rl.step_program(a, rl.step_settings(c))
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+sys.path.insert(0, sys.argv[3])
+import numpy as np
+import test_mesh_stages as t
+from nemocascade.mesh import whole
+assert jax.device_count() == 8 and jax.local_device_count() == 4
+a, root = t.assembly(2, 4), Path(sys.argv[4])
+metrics, state, store = t.sft_step(a, root / "two")
+gathered = jax.jit(lambda p: p, out_shardings=whole(a.mesh))(state.params)
+t.assert_same(jax.device_get((metrics, gathered)), t.on_one_device(t.sft_step, root / sys.argv[2]))
+print("the same")
+"""
+
+
+def test_two_processes_of_four_devices_are_one_device(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  here = Path(__file__).parent
+  environment = os.environ | {"PYTHONPATH": str(here.parent)}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i), str(here), str(tmp_path)],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  try:
+    for process in processes:
+      out, error = process.communicate(timeout=240)
+      assert process.returncode == 0, error[-2000:]
+      assert out.strip().endswith("the same")
+  finally:
+    for process in processes:
+      process.kill()
+
+
+@pytest.mark.parametrize(
+  "where, said", [("localhost:1234", "HOST:PORT,PROCESSES,INDEX"), ("localhost:1234,2,2", "from 0 to 1")]
+)
+def test_how_processes_meet_is_refused_where_it_cannot_be(where, said):
+  with pytest.raises(UserError, match=said):
+    join(where)
