@@ -32,7 +32,8 @@ from nemocascade.types import Params
 class Assembly:
   """Built once from a config; holds no training state.
 
-  Attributes: c, workdir, tokenizer, model_config, model, domains, score_fn (pure), score (jitted).
+  Attributes: c, workdir, tokenizer, model_config, model, domains, score_fn (pure); score, states,
+  likeliest and head (jitted; see Hybrid).
   """
 
   def __init__(self, c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None):
@@ -50,10 +51,16 @@ class Assembly:
       )
     self.model = Hybrid(self.model_config)
     self.score = jax.jit(self.score_fn)
+    self.states = jax.jit(self._method("states"))
+    self.likeliest = jax.jit(self._method("likeliest"), static_argnames="k")
+    self.head = jax.jit(self._method("head"))
     self._engines: dict[tuple[int, int], Engine] = {}
 
-  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
-    return self.model.apply({"params": params}, tokens_BT, segment_ids_BT, wanted_BT, method="score")
+  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
+    return self._method("score")(params, tokens_BT, segment_ids_BT, wanted_BT, distance)
+
+  def _method(self, name: str):
+    return lambda params, *args, **kwargs: self.model.apply({"params": params}, *args, method=name, **kwargs)
 
   def fresh_params(self, key: jax.Array):
     return init_params(self.model_config, key)

@@ -27,7 +27,15 @@ from experiments import loading
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.stage import Outcome, Spent, start
-from experiments.teaching import find, gather, score_rows, teacher_logprobs
+from experiments.teaching import (
+  find,
+  gather,
+  score_rows,
+  teacher_heads,
+  teacher_likeliest,
+  teacher_logprobs,
+  teacher_states,
+)
 from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
@@ -55,6 +63,7 @@ SLOTS = dict(
   correction=loss.CORRECTIONS,
   aggregation=loss.AGGREGATIONS,
   kl=loss.KLS,
+  distillation=loss.DISTILLATIONS,
   overlong=score.OVERLONG,
 )
 
@@ -74,9 +83,9 @@ def check(c: ConfigDict) -> None:
   for name in c.mixture:
     if name not in c.domains:
       raise unknown("domain in mixture", name, c.domains)
-    if c.advantage in advantage.TAUGHT and name not in c.teachers:
+    if taught(c) and name not in c.teachers:
       raise UserError(
-        f"advantage={c.advantage!r}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
+        f"{' and '.join(taught(c))}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
   r, p = c.rollout, c.packing
   if p.row_tokens < r.total_tokens:
@@ -93,6 +102,20 @@ def check(c: ConfigDict) -> None:
     )
   if c.updates < 1:
     raise UserError(f"updates={c.updates}: a batch is learned from at least once")
+  if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
+    raise UserError("advantage='none' with no other term in the loss teaches nothing: give distillation_weight")
+  if c.distillation_weight and c.distillation in loss.TOPK and not 1 <= (k := topk(c)) <= c.model.vocab_size:
+    raise UserError(f"options.{c.distillation}.k={k}: must be between 1 and model.vocab_size={c.model.vocab_size}")
+
+
+def taught(c: ConfigDict) -> list[str]:
+  """The choices of a stage that read teachers, as they stand in its config."""
+  of_advantage = [f"advantage={c.advantage!r}"] if c.advantage in advantage.TAUGHT else []
+  return of_advantage + ([f"distillation={c.distillation!r}"] if c.distillation_weight else [])
+
+
+def topk(c: ConfigDict) -> int:
+  return inspect.signature(chosen(c, "distillation")).parameters["k"].default
 
 
 def settings_of(function: Callable) -> list[str]:
@@ -141,7 +164,8 @@ def run(
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
-  taught = c.advantage in advantage.TAUGHT
+  by_states = c.distillation_weight and c.distillation not in loss.TOPK
+  heads = teacher_heads(a, teachers) if by_states else None
   if c.kl_weight:
     reference = loading.load(init_from, jax.eval_shape(a.fresh_params, jax.random.key(0)))
   r = c.rollout
@@ -173,8 +197,12 @@ def run(
       )
       if c.dynamic_filtering:
         rollout = score.dynamic_filter(rollout, verdicts)
-      if taught:
+      if c.advantage in advantage.TAUGHT:
         rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples))
+      if by_states:
+        rollout = rollout.replace(**teacher_states(a, teachers, samples))
+      elif c.distillation_weight:
+        rollout = rollout.replace(**teacher_likeliest(a, teachers, samples, topk(c)))
       if c.kl_weight:
         everyone = list(range(len(samples.rows)))
         rollout = rollout.replace(reference_logprobs_QGT=score_rows(a, reference, samples, everyone))
@@ -185,7 +213,7 @@ def run(
         if c.updates > 1:
           packed["proximal"] = proximal_fn(state.params, packed)
         for _ in range(c.updates):
-          state, of_step = step_fn(state, packed, count)
+          state, of_step = step_fn(state, packed, count, heads)
       else:  # Every sample was left out: no update, not even by the optimizer's momentum.
         state, of_step = state.replace(step=state.step + c.updates), {}
       metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts
@@ -193,7 +221,7 @@ def run(
       names = list(clock)
       metrics |= {f"time/{b}": clock[b] - clock[a_] for a_, b in zip(names, names[1:], strict=False)}
       spent = spent.plus(
-        scored=int((samples.segment_ids_QGT > 0).sum()) * (taught + (c.kl_weight != 0)),
+        scored=int((samples.segment_ids_QGT > 0).sum()) * (len(taught(c)) + (c.kl_weight != 0)),
         trained=int((packed["segment_ids"] > 0).sum()) * c.updates,
       )
       metrics |= {"rollout/rounds": len(rounds), "rollout/skipped": not learns}
@@ -225,7 +253,10 @@ def step_settings(c: ConfigDict) -> str:
   """What a stage's step depends on: stages that agree share one compiled program."""
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
-  return settings(c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "optimizer", "packing")
+  return settings(
+    c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
+    "optimizer", "packing",
+  )  # fmt: skip
 
 
 def chosen(c: ConfigDict, slot: str) -> Callable:
@@ -255,7 +286,9 @@ def step_program(score_fn: ScoreFn, fields: str):
   tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   step = policy_gradient_step(
     score_fn, tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
-    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight, accumulate=c.packing.pieces,
+    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
+    distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
+    accumulate=c.packing.pieces,
   )  # fmt: skip
   proximal = functools.partial(proximal_logprobs, score_fn, accumulate=c.packing.pieces)
   return jax.jit(step, donate_argnums=0), jax.jit(proximal)

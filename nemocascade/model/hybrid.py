@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from nemocascade.config import ModelConfig
+from nemocascade.kernels.distillation import top_logprobs
 from nemocascade.kernels.token_logprob import token_logprob
 from nemocascade.model.attention import Attention
 from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
 from nemocascade.segments import segment_starts
-from nemocascade.types import Params, Scores
+from nemocascade.types import DistanceFn, Params, Scores
 
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
 
@@ -141,7 +142,7 @@ class Hybrid(nn.Module):
   def _embed(self, tokens):
     return self.embedding.astype(self.config.dtype)[tokens]
 
-  def _head(self):
+  def head(self):
     head = self.embedding.T if self.config.tie_word_embeddings else self.lm_head
     return head.astype(self.config.dtype)
 
@@ -157,22 +158,32 @@ class Hybrid(nn.Module):
   def logits(self, tokens_BT, segment_ids_BT):
     """fp32 [B, T, V]: entry t is of the token after t."""
     h_BTD, _ = self.hidden(tokens_BT, segment_ids_BT)
-    return jnp.einsum("BTD,DV->BTV", h_BTD, self._head()).astype(jnp.float32)
+    return jnp.einsum("BTD,DV->BTV", h_BTD, self.head()).astype(jnp.float32)
 
   __call__ = logits
 
-  def score(self, tokens_BT, segment_ids_BT, wanted_BT=None) -> Scores:
+  def states(self, tokens_BT, segment_ids_BT):
+    """(x_BTD: what token t is predicted from, times the head its logits; expert_load_LE)."""
+    h_BTD, load_LE = self.hidden(tokens_BT, segment_ids_BT)
+    return jnp.pad(h_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), load_LE
+
+  def score(
+    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None
+  ) -> Scores:
     """log p(token t | the document before t), without a [B, T, V] array.
 
     `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
     """
-    h_BTD, load_LE = self.hidden(tokens_BT, segment_ids_BT)
-    scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
-    if wanted_BT is not None:
-      scored_BT &= wanted_BT
-    of_next = token_logprob(h_BTD[:, :-1], self._head(), tokens_BT[:, 1:], scored_BT[:, 1:])
-    logprob_BT, entropy_BT = (jnp.pad(a, ((0, 0), (1, 0))) for a in of_next)
-    return Scores(logprob_BT, entropy_BT, load_LE)
+    x_BTD, load_LE = self.states(tokens_BT, segment_ids_BT)
+    scored_BT = _predicted(segment_ids_BT, wanted_BT)
+    logprob_BT, entropy_BT = token_logprob(x_BTD, self.head(), tokens_BT, scored_BT)
+    distance_BT = distance(x_BTD, self.head(), scored_BT) if distance else None
+    return Scores(logprob_BT, entropy_BT, load_LE, distance_BT)
+
+  def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int):
+    """(tokens_BTK, logprobs_BTK) of the k tokens that are likeliest to stand at t; 0 where not wanted."""
+    x_BTD, _ = self.states(tokens_BT, segment_ids_BT)
+    return top_logprobs(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT), k=k)
 
   def prefill(self, tokens_BT, length_B, capacity: int):
     """Takes in each row's first length_B tokens: (logits_BV of the token after, DecodeState)."""
@@ -183,7 +194,7 @@ class Hybrid(nn.Module):
       x_BTD, state = unit.prefill(x_BTD, segment_ids_BT)
       states.append(state)
     last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    logits_BV = (self.norm_f(last_BD) @ self._head()).astype(jnp.float32)
+    logits_BV = (self.norm_f(last_BD) @ self.head()).astype(jnp.float32)
     state = DecodeState(
       length_B.astype(jnp.int32), tuple(states), tuple(n > 1 for _, n in self.plan)
     )
@@ -195,9 +206,15 @@ class Hybrid(nn.Module):
     for unit, unit_state in zip(self.units, state.units, strict=True):
       x_BD, unit_state = unit.step(x_BD, unit_state, state.length_B, active_B)
       states.append(unit_state)
-    logits_BV = (self.norm_f(x_BD) @ self._head()).astype(jnp.float32)
+    logits_BV = (self.norm_f(x_BD) @ self.head()).astype(jnp.float32)
     length_B = state.length_B + active_B.astype(jnp.int32)
     return state.replace(length_B=length_B, units=tuple(states)), logits_BV
+
+
+def _predicted(segment_ids_BT, wanted_BT=None):
+  """bool [B, T]: the tokens that have something of their document before them, of those wanted."""
+  scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
+  return scored_BT if wanted_BT is None else scored_BT & wanted_BT
 
 
 def _make_room(state: DecodeState, tokens: int) -> DecodeState:
