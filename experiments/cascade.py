@@ -20,7 +20,7 @@ from nemocascade import report
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
 from nemocascade.domains.registry import DOMAINS
-from nemocascade.errors import unknown
+from nemocascade.errors import UserError, unknown
 from nemocascade.metrics import CompileCounter
 
 KINDS = {"sft": sft.run, "rl": rl.run, "reward_model": reward_model.run}
@@ -35,6 +35,10 @@ def check(c: ConfigDict) -> None:
   for name in c.order:
     if name not in c.stages:
       raise unknown("stage in order", name, c.stages)
+  if not 1 <= c.evaluation.completions <= c.evaluation.long_batch:
+    raise UserError(
+      f"evaluation.completions={c.evaluation.completions}: allowed: 1 to evaluation.long_batch={c.evaluation.long_batch}"
+    )
   for name in c.evaluation.greedy:
     if name not in c.order:
       raise unknown("stage in evaluation.greedy", name, c.order)
@@ -67,7 +71,7 @@ def flat(c: ConfigDict, name: str) -> ConfigDict:
 def scores(a: Assembly, c: ConfigDict, params, name: str) -> tuple[dict, dict]:
   """All domains held out after the named stage, as fields of its entry; and how long it took."""
   began = time.time()
-  sampled = a.evaluate(params, temperature=1.0)
+  sampled = a.evaluate(params, temperature=1.0, completions=c.evaluation.completions)
   fields = columns(sampled, "after")
   if name in c.evaluation.greedy:
     greedy = a.evaluate(params, temperature=0.0)

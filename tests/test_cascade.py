@@ -72,6 +72,7 @@ def test_a_workdir_of_another_config_is_refused(finished):
     ("--config.model.hybrid_override_pattern=MEX", "X"),
     ("--config.stages.mopd.teachers.math=sfft", "sft"),
     ("--config.evaluation.greedy=('stf',)", "sft"),
+    ("--config.evaluation.completions=0", "completions"),
   ],
 )
 def test_a_bad_request_is_one_line_and_nothing_is_written(tmp_path, flag, word):

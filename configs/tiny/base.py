@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   c.evaluation = dict(
     prompts=256,  # held out, a domain.
+    completions=2,  # of each, at temperature 1: gaps of a tenth are to be told from noise.
     batch=256,  # rows that are decoded together.
     prompt_tokens=48,
     total_tokens=112,
@@ -61,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   if arg == "smoke":
     c.model.hybrid_override_pattern = "M*E"  # Each kind once: nearly all of its time is compilation.
-    c.evaluation.update(prompts=32, batch=64, long_batch=64)
+    c.evaluation.update(prompts=32, completions=1, batch=64, long_batch=64)
     c.tokenizer.conversations = 60
   return c
 

@@ -15,6 +15,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.mixture = dict(instruction=1.0)
   c.overlong = "zero"
   c.refill_rounds = 2
+  c.steps = 40
   if arg == "smoke":
     rl.shrink(c)
   return c

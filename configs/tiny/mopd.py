@@ -19,7 +19,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.correction = "icepop"
   c.dynamic_filtering = False
   c.overlong = "keep"
-  c.steps = 36
+  c.steps = 48
   c.optimizer.update(peak_lr=2e-3, warmup_steps=5, schedule="linear", final_fraction=0.0)
   if arg == "smoke":
     rl.shrink(c)

@@ -11,11 +11,11 @@ from configs.tiny import base, rl
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
-  c.mixture = dict(stem=0.25, tools=0.25, structured=0.2, math=0.3)
+  c.mixture = dict(stem=0.25, tools=0.2, structured=0.2, math=0.35)
   c.rollout.total_tokens = 112  # Several turns.
   c.overlong = "filter"
-  c.steps = 32
-  c.optimizer.peak_lr = 8e-4  # At 1e-3 the other domains pay for it.
+  c.steps = 48
+  c.optimizer.peak_lr = 1.2e-3  # The other domains pay for it; MOPD mends that.
   if arg == "smoke":
     rl.shrink(c)
   return c

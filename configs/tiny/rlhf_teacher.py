@@ -16,7 +16,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.dynamic_filtering = False  # Pairwise rewards differ also where verdicts are equal.
   c.overlong = "filter"
   c.kl_weight = 0.03
-  c.steps = 4
+  c.steps = 5
   c.optimizer.peak_lr = 8e-4
   if arg == "smoke":
     rl.shrink(c)

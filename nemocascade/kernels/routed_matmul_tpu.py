@@ -123,13 +123,19 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     _in_chunks(tile.rows, tile.part, part)
 
 
+def _as_it_is(y):
+  return y
+
+
 def _like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
   """A result that inside a shard_map differs over the devices as x does."""
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
+# Jitted, so that where a program for another platform traces it too, each shape is traced once.
+@functools.partial(jax.jit, static_argnames=("tile", "transpose", "finish", "interpret"))
 def product(
-  x_ND, w, bounds, *, tile: Tile, transpose=False, finish=lambda y: y, extras=(), interpret=False
+  x_ND, w, bounds, *, tile: Tile, transpose=False, finish=_as_it_is, extras=(), interpret=False
 ):
   """finish(x[n] @ w[e], *extras[n]) for rows n of bounds[e] .. bounds[e + 1], 0 for other rows.
 
@@ -236,6 +242,7 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
     _in_chunks(sum_ref.shape[0], tile.chunk, write)
 
 
+@functools.partial(jax.jit, static_argnames=("tile", "dtype", "interpret"))
 def weight_product(x_ND, dy_NF, bounds, *, tile: Tile, dtype, interpret=False):
   """dw[e] = x[rows]^T @ dy[rows], rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`."""
   (N, D), F = x_ND.shape, dy_NF.shape[1]
