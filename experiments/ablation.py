@@ -25,7 +25,7 @@ from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.stage import matmul_params
 from experiments.teaching import find, gather
-from nemocascade import advantage, comparison, evaluate, report
+from nemocascade import comparison, evaluate, report
 from nemocascade.cascade import Record
 from nemocascade.domains import domain as domain_lib
 from nemocascade.errors import UserError, unknown
@@ -174,7 +174,7 @@ def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directo
   path = directory / "evaluations.jsonl"
   if not (directory / "done.json").exists():
     directory.mkdir(parents=True, exist_ok=True)
-    teachers = gather(a, find(arm, record), arm.teachers_in_memory) if arm.advantage in advantage.TAUGHT else None
+    teachers = gather(a, find(arm, record), arm.teachers_in_memory) if rl.taught(arm) else None
     # All arms sample with the same random numbers: a stage's are named by its folder.
     outcome = rl.run(
       arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps)

@@ -43,8 +43,8 @@ from nemocascade.types import Params
 class Assembly:
   """Built once from a config; holds no training state.
 
-  Attributes: c, workdir, mesh, tokenizer, model_config, model, domains, score_fn (pure), score (jitted),
-  programs (jitted ones of the stages, by what they depend on).
+  Attributes: c, workdir, mesh, tokenizer, model_config, model, domains, score_fn (pure); score, states,
+  likeliest and head (jitted; see Hybrid); programs (jitted ones of the stages, by what they depend on).
   """
 
   def __init__(
@@ -67,23 +67,32 @@ class Assembly:
         f" {self.tokenizer.vocab_size}: raise it, or lower tokenizer.vocab_size"
       )
     self.model = Hybrid(self.model_config, self.mesh)
-    self.score = jax.jit(self.score_fn, out_shardings=mesh_lib.whole(self.mesh))
+    self.score = self._jitted(self.score_fn)
+    self.states = self._jitted(self._method("states"))
+    self.likeliest = self._jitted(self._method("likeliest"), static_argnums=4)
+    self.head = self._jitted(self._method("head"))
     self.programs: dict = {}
     self._engines: dict[tuple[int, int], Engine] = {}
 
-  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
-    return self._score(self.model, params, tokens_BT, segment_ids_BT, wanted_BT)
+  def _jitted(self, fn, **how):
+    return jax.jit(fn, out_shardings=mesh_lib.whole(self.mesh), **how)
 
-  def balanced_score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None):
+  def _method(self, name: str):
+    return lambda params, *args: self.model.apply({"params": params}, *args, method=name)
+
+  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
+    return self._score(self.model, params, tokens_BT, segment_ids_BT, wanted_BT, distance)
+
+  def balanced_score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
     """score_fn with the routers' balance loss."""
     model = Hybrid(dataclasses.replace(self.model_config, router_loss=True), self.mesh)
-    return self._score(model, params, tokens_BT, segment_ids_BT, wanted_BT)
+    return self._score(model, params, tokens_BT, segment_ids_BT, wanted_BT, distance)
 
-  def _score(self, model: Hybrid, params, *rows):
+  def _score(self, model: Hybrid, params, *args):
     if self.mesh.size > 1:  # Gradients then lie as the parameters do, also where they are summed.
       places = jax.tree.map(lambda p: p.sharding, self.template)
       params = jax.lax.with_sharding_constraint(params, places)
-    return model.apply({"params": params}, *rows, method="score")
+    return model.apply({"params": params}, *args, method="score")
 
   def score_fn_under(self, balance: RouterBalance):
     """The score function of a training step: nothing of the balance loss is computed where it is not paid."""

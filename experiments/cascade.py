@@ -17,7 +17,6 @@ from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.teaching import BEST, find, gather, probe
 from nemocascade import report
-from nemocascade.advantage import TAUGHT
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
 from nemocascade.domains.registry import DOMAINS
@@ -124,7 +123,7 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, main_lin
   record.put(entry)
 
   extra = {}
-  if stage.kind == "rl" and stage.advantage in TAUGHT:
+  if stage.kind == "rl" and rl.taught(stage):
     found = find(stage, record)
     extra["teachers"] = gather(a, found, stage.teachers_in_memory)
     record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}

@@ -28,7 +28,15 @@ from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.processes import refuse_several
 from experiments.stage import Outcome, Spent, abstract_state, jit_step, start
-from experiments.teaching import find, gather, score_rows, teacher_logprobs
+from experiments.teaching import (
+  find,
+  gather,
+  score_rows,
+  teacher_heads,
+  teacher_likeliest,
+  teacher_logprobs,
+  teacher_states,
+)
 from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
@@ -58,6 +66,7 @@ SLOTS = dict(
   correction=loss.CORRECTIONS,
   aggregation=loss.AGGREGATIONS,
   kl=loss.KLS,
+  distillation=loss.DISTILLATIONS,
   overlong=score.OVERLONG,
 )
 
@@ -77,9 +86,9 @@ def check(c: ConfigDict) -> None:
   for name in c.mixture:
     if name not in c.domains:
       raise unknown("domain in mixture", name, c.domains)
-    if c.advantage in advantage.TAUGHT and name not in c.teachers:
+    if taught(c) and name not in c.teachers:
       raise UserError(
-        f"advantage={c.advantage!r}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
+        f"{' and '.join(taught(c))}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
   r, p = c.rollout, c.packing
   if p.row_tokens < r.total_tokens:
@@ -97,6 +106,20 @@ def check(c: ConfigDict) -> None:
   RouterBalance(**c.router_balance)
   if c.updates < 1:
     raise UserError(f"updates={c.updates}: a batch is learned from at least once")
+  if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
+    raise UserError("advantage='none' with no other term in the loss teaches nothing: give distillation_weight")
+  if c.distillation_weight and c.distillation in loss.TOPK and not 1 <= (k := topk(c)) <= c.model.vocab_size:
+    raise UserError(f"options.{c.distillation}.k={k}: must be between 1 and model.vocab_size={c.model.vocab_size}")
+
+
+def taught(c: ConfigDict) -> list[str]:
+  """The choices of a stage that read teachers, as they stand in its config."""
+  of_advantage = [f"advantage={c.advantage!r}"] if c.advantage in advantage.TAUGHT else []
+  return of_advantage + ([f"distillation={c.distillation!r}"] if c.distillation_weight else [])
+
+
+def topk(c: ConfigDict) -> int:
+  return inspect.signature(chosen(c, "distillation")).parameters["k"].default
 
 
 def settings_of(function: Callable) -> list[str]:
@@ -146,7 +169,8 @@ def run(
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
-  taught = c.advantage in advantage.TAUGHT
+  by_states = c.distillation_weight and c.distillation not in loss.TOPK
+  heads = teacher_heads(a, teachers) if by_states else None
   if c.kl_weight:
     reference = loading.load(init_from, a.template)
   r = c.rollout
@@ -178,8 +202,12 @@ def run(
       )
       if c.dynamic_filtering:
         rollout = score.dynamic_filter(rollout, verdicts)
-      if taught:
+      if c.advantage in advantage.TAUGHT:
         rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples))
+      if by_states:
+        rollout = rollout.replace(**teacher_states(a, teachers, samples))
+      elif c.distillation_weight:
+        rollout = rollout.replace(**teacher_likeliest(a, teachers, samples, topk(c)))
       if c.kl_weight:
         everyone = list(range(len(samples.rows)))
         rollout = rollout.replace(reference_logprobs_QGT=score_rows(a, reference, samples, everyone))
@@ -192,7 +220,7 @@ def run(
         if c.updates > 1:
           packed["proximal"] = proximal_fn(state.params, packed)
         for _ in range(c.updates):
-          state, of_step = step_fn(state, packed, count)
+          state, of_step = step_fn(state, packed, count, heads)
       else:  # Every sample was left out: no update, not even by the optimizer's momentum.
         state, of_step = state.replace(step=state.step + c.updates), {}
       metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts
@@ -200,7 +228,7 @@ def run(
       names = list(clock)
       metrics |= {f"time/{b}": clock[b] - clock[a_] for a_, b in zip(names, names[1:], strict=False)}
       spent = spent.plus(
-        scored=int((samples.segment_ids_QGT > 0).sum()) * (taught + (c.kl_weight != 0)),
+        scored=int((samples.segment_ids_QGT > 0).sum()) * (len(taught(c)) + (c.kl_weight != 0)),
         trained=trained,
       )
       metrics |= {"rollout/rounds": len(rounds), "rollout/skipped": not learns}
@@ -233,8 +261,9 @@ def step_settings(c: ConfigDict) -> str:
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
   return settings(
-    c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "optimizer", "packing", "router_balance"
-  )
+    c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
+    "optimizer", "packing", "router_balance",
+  )  # fmt: skip
 
 
 def chosen(c: ConfigDict, slot: str) -> Callable:
@@ -271,8 +300,9 @@ def _step_program(a: Assembly, fields: str):
   balance = RouterBalance(**c.router_balance)
   step = policy_gradient_step(
     a.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
-    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight, accumulate=c.packing.pieces,
-    balance=balance, add_to_bias=a.add_to_bias,
+    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
+    distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
+    accumulate=c.packing.pieces, balance=balance, add_to_bias=a.add_to_bias,
   )  # fmt: skip
   state = abstract_state(tx, a.template, a.mesh)
   proximal = functools.partial(proximal_logprobs, a.score_fn, accumulate=c.packing.pieces)

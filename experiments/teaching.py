@@ -1,7 +1,10 @@
 """From the teachers that a config names to checked checkpoints, and what they say of a rollout."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -81,21 +84,59 @@ def scored_rows(a: Assembly) -> int:
   return max(SCORED_ROWS, a.mesh.size)
 
 
-def score_rows(a: Assembly, params: Params, samples: Samples, q: list[int]) -> np.ndarray:
-  """logprobs [len(q), G, T] of the sampled tokens of these prompts; 0 elsewhere."""
+def over_rows(a: Assembly, program: Callable, samples: Samples, q: list[int]) -> tuple[np.ndarray, ...]:
+  """program(tokens_BT, segment_ids_BT, wanted_BT) -> arrays [B, T, ...], of these prompts: [len(q), G, T, ...]."""
   parts = (samples.tokens_QGT, samples.segment_ids_QGT, samples.loss_mask_QGT)
   rows = [a_QGT[q].reshape(-1, a_QGT.shape[-1]) for a_QGT in parts]
-  out_BT, B = np.zeros(rows[0].shape, np.float32), scored_rows(a)
-  for i in range(0, len(out_BT), B):
-    n = len(out_BT[i : i + B])
+  found, B = [], scored_rows(a)
+  for i in range(0, len(rows[0]), B):
+    n = len(rows[0][i : i + B])
     piece = [np.pad(x[i : i + B], ((0, B - n), (0, 0))) for x in rows]
-    out_BT[i : i + n] = np.asarray(a.score(params, *a.put(piece)).logprobs_BT)[:n]
-  return out_BT.reshape(len(q), -1, out_BT.shape[-1])
+    found.append([np.asarray(array)[:n] for array in program(*a.put(piece))])
+  G = samples.tokens_QGT.shape[1]
+  whole = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+  return tuple(array.reshape(len(q), G, *array.shape[1:]) for array in whole)
+
+
+def score_rows(a: Assembly, params: Params, samples: Samples, q: list[int]) -> np.ndarray:
+  """logprobs [len(q), G, T] of the sampled tokens of these prompts; 0 elsewhere."""
+  return over_rows(a, lambda *rows: (a.score(params, *rows).logprobs_BT,), samples, q)[0]
+
+
+def by_teachers(a: Assembly, teachers: Teachers, samples: Samples, program: Callable) -> list[np.ndarray]:
+  """program(params, tokens_BT, segment_ids_BT, wanted_BT) -> arrays, each prompt's by its domain's teacher.
+
+  Each checkpoint loads once.
+  """
+  out = []
+  for q in teachers.by_checkpoint(samples.domains).values():
+    params = teachers.params(samples.domains[q[0]])
+    found = over_rows(a, lambda *rows, params=params: program(params, *rows), samples, q)
+    out = out or [np.zeros((len(samples.rows), *array.shape[1:]), array.dtype) for array in found]
+    for whole, part in zip(out, found, strict=True):
+      whole[q] = part
+  return out
 
 
 def teacher_logprobs(a: Assembly, teachers: Teachers, samples: Samples) -> np.ndarray:
-  """logprobs_QGT, each prompt's under the teacher of its domain; each checkpoint loads once."""
-  out_QGT = np.zeros(samples.tokens_QGT.shape, np.float32)
-  for q in teachers.by_checkpoint(samples.domains).values():
-    out_QGT[q] = score_rows(a, teachers.params(samples.domains[q[0]]), samples, q)
-  return out_QGT
+  """logprobs_QGT, each prompt's under the teacher of its domain."""
+  return by_teachers(a, teachers, samples, lambda *args: (a.score(*args).logprobs_BT,))[0]
+
+
+def teacher_likeliest(a: Assembly, teachers: Teachers, samples: Samples, k: int) -> dict:
+  """The k tokens that each prompt's teacher finds likeliest at every place, as fields of a Rollout."""
+  tokens, logprobs = by_teachers(a, teachers, samples, lambda *args: a.likeliest(*args, k))
+  return dict(top_tokens_QGTK=tokens, top_logprobs_QGTK=logprobs)
+
+
+def teacher_states(a: Assembly, teachers: Teachers, samples: Samples) -> dict:
+  """What each prompt's teacher predicts its tokens from, as fields of a Rollout."""
+  (states,) = by_teachers(a, teachers, samples, lambda params, *rows: a.states(params, *rows[:2])[:1])
+  order = list(teachers.checkpoints())
+  teacher_Q = np.array([order.index(teachers.of(name).checkpoint) for name in samples.domains], np.int32)
+  return dict(teacher_states_QGTD=states, teacher_Q=teacher_Q)
+
+
+def teacher_heads(a: Assembly, teachers: Teachers) -> jax.Array:
+  """heads_ZDV of all teachers, in the order that `teacher_Q` counts in."""
+  return jnp.stack([a.head(teachers.params(domain)) for domain in teachers.checkpoints().values()])

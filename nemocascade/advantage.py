@@ -40,6 +40,11 @@ def _above_mean(r: Rollout) -> jax.Array:
   return below_QG - _group_mean(below_QG, r)
 
 
+def none(r: Rollout) -> jax.Array:
+  """0: the other terms of the loss teach alone, such as a distance from the teacher."""
+  return jnp.zeros(r.tokens_QGT.shape, jnp.float32)
+
+
 def grpo(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
   """Reward in standard deviations from its group's mean (Shao et al., 2024; paper.md 4.1).
 
@@ -124,6 +129,7 @@ def mopd_outcome(r: Rollout, *, alpha: float = 1.0) -> jax.Array:
 
 
 ADVANTAGES: dict[str, AdvantageFn] = dict(
+  none=none,
   grpo=grpo,
   dr_grpo=dr_grpo,
   rloo=rloo,

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from nemocascade import statistics
 from nemocascade.metrics import write_json
@@ -109,7 +110,7 @@ def _known(values_N: np.ndarray) -> dict:
 def write(
   out: Path, found: dict, arms: dict, *, students: Sequence[dict], teachers: Sequence[dict], rates: dict
 ) -> None:
-  """ablation.json, curves.csv, summary.csv, paired.csv, domains.csv and curves.png.
+  """ablation.json, curves.csv, summary.csv, paired.csv, domains.csv, curves.png and differences.png.
 
   Args:
     found: of `compare`.
@@ -166,29 +167,69 @@ def write(
       )
   header = ["arm", "domain", "student", "teacher", "final", "change", "low", "high", "gap_closed"]
   _csv(out / "domains.csv", header, rows)
-  figure = curves(found)
-  figure.savefig(out / "curves.png", dpi=130)
-  plt.close(figure)
+  for name, draw in {"curves.png": curves, "differences.png": intervals}.items():
+    figure = draw(found)
+    figure.savefig(out / name, dpi=130)
+    plt.close(figure)
 
 
 def curves(found: dict):
   """Score against steps, tokens and FLOPs, with the 95% band over seeds, and the teacher's level."""
   figure, panels = plt.subplots(1, len(AXES), figsize=(14, 4.4), layout="constrained", sharey=True)
   for axes, (name, label) in zip(panels, AXES.items(), strict=True):
-    for kind in ("student", "teacher"):
+    for kind, x, side in (("student", 1, "right"), ("teacher", 0.01, "left")):  # Where no curve is.
       level = found[f"{kind}_score"]["mean"]
       axes.axhline(level, color="#555", lw=1, ls="--" if kind == "teacher" else ":")
-      axes.annotate(kind, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#555")
-    for colour, (arm, values) in zip(COLOURS * len(found["arms"]), found["arms"].items(), strict=False):
+      axes.annotate(
+        kind, (x, level), xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=8, color="#555"
+      )
+    for i, (arm, values) in enumerate(found["arms"].items()):
+      colour, style = COLOURS[i % len(COLOURS)], ("-", "--")[i % 2]  # A line under another one shows.
       scores = np.array(values["scores"])
       bands = np.array([statistics.bootstrap(scores[:, i]) for i in range(scores.shape[1])])
-      axes.plot(values[name], scores.mean(axis=0), color=colour, lw=1.8, label=arm.replace("_", " "))
+      axes.plot(values[name], scores.mean(axis=0), style, color=colour, lw=1.8, label=arm.replace("_", " "))
       axes.fill_between(values[name], bands[:, 0], bands[:, 1], color=colour, alpha=0.15, lw=0)
     axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
+  low, high = panels[0].get_ylim()
+  middle, half = (low + high) / 2, max(high - low, 0.1) / 2  # What hardly moves is drawn as such.
+  panels[0].set_ylim(middle - half, middle + half)
   panels[0].set_ylabel("held-out score, temperature 1")
   figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
   figure.suptitle(f"mean over {len(found['seeds'])} paired seeds, 95% bootstrap bands", fontsize=9, color="#555")
+  return figure
+
+
+def intervals(found: dict):
+  """Each arm's share of the gap, and the paired differences, with their 95% intervals."""
+  steps = sorted({int(s) for arm in found["summary"].values() for s in arm["gap_closed"]})
+  closed = [
+    (arm, int(step), g)
+    for arm, s in found["summary"].items()
+    for step, g in s["gap_closed"].items()
+    if g["mean"] is not None
+  ]
+  paired = [(f"{p['a']} \N{MINUS SIGN} {p['b']}", p["step"], p["difference"]) for p in found["paired"]]
+  rows = max(len(closed), len(paired), 1)
+  figure, panels = plt.subplots(1, 2, figsize=(14, 1.4 + 0.27 * rows), layout="constrained")
+  for axes, lines, level, label in (
+    (panels[0], closed, 1.0, "share of the gap from student to teacher"),
+    (panels[1], paired, 0.0, "paired difference of held-out scores"),
+  ):
+    axes.axvline(level, color="#555", lw=1, ls="--")
+    for y, (_, step, value) in enumerate(lines):
+      colour = COLOURS[steps.index(step) % len(COLOURS)]
+      axes.plot(value["ci95"], (y, y), color=colour, lw=2.2)
+      axes.plot(value["mean"], y, "o", color=colour, ms=5)
+    if not lines:
+      axes.text(0.5, 0.5, "nothing to show: no teacher is above its student", transform=axes.transAxes, ha="center")
+    axes.set_yticks(range(len(lines)), [f"{name.replace('_', ' ')}, step {step}" for name, step, _ in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)  # Read from the top.
+    axes.set_xlabel(label)
+    axes.grid(axis="x", color="#ddd", lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+  figure.suptitle(f"mean over {len(found['seeds'])} paired seeds, 95% bootstrap intervals", fontsize=9, color="#555")
   return figure
 
 

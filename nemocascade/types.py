@@ -46,10 +46,13 @@ class Scores:
   logprobs_BT: jax.Array  # fp32; 0 on padding and on the first token of a document.
   entropy_BT: jax.Array  # fp32, nats; of the distribution that token t was drawn from.
   routing: Routing | None = None  # None where nothing is routed.
+  distance_BT: jax.Array | None = None  # fp32, nats; from a teacher, only where it is asked for.
 
 
-# (params, tokens_BT, segment_ids_BT, wanted_BT or None) -> Scores; tokens not wanted get 0.
-ScoreFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], Scores]
+# What the policy predicts tokens from and with (x_BTD, head_DV), and which are wanted -> distance_BT.
+DistanceFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn]) -> Scores; tokens not wanted get 0.
+ScoreFn = Callable[..., Scores]
 
 
 @struct.dataclass
@@ -62,8 +65,14 @@ class Rollout:
   behaviour_logprobs_QGT: jax.Array  # fp32; under the policy that sampled, as it sampled.
   rewards_QG: jax.Array  # fp32
   valid_QG: jax.Array  # bool; false where there is no verdict, or the sample is filtered out.
-  teacher_logprobs_QGT: jax.Array | None = None  # fp32; only when a stage distils.
+  teacher_logprobs_QGT: jax.Array | None = None  # fp32; only when an advantage reads them.
   reference_logprobs_QGT: jax.Array | None = None  # fp32; only when a stage pays a KL.
+  # Only when a stage pays its distance from teachers: what they predict each token from, and whose
+  # head goes with it; or the tokens that they find likeliest, and how likely.
+  teacher_states_QGTD: jax.Array | None = None
+  teacher_Q: jax.Array | None = None  # int32
+  top_tokens_QGTK: jax.Array | None = None  # int32
+  top_logprobs_QGTK: jax.Array | None = None  # fp32
 
 
 @struct.dataclass

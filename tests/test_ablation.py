@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs.tiny import grpo_vs_mopd, multi_domain, sweep_bounds, sweep_shape, sweep_warmup
+from configs.tiny import (
+  grpo_vs_mopd,
+  multi_domain,
+  sweep_bounds,
+  sweep_distillation,
+  sweep_shape,
+  sweep_warmup,
+)
 from experiments import ablation
 from experiments.stage import Outcome, Spent
 from nemocascade.config import ModelConfig
@@ -123,6 +130,10 @@ def test_flops_are_two_a_parameter_that_multiplies_a_token():
     ("compared.pairs", (("mopd", "gropo"),), ["did you mean 'grpo'"]),
     ("arms.mopd.teachers.math", "teachr", ["arms.mopd.teachers.math", "did you mean 'teacher'"]),
     ("arms.grpo.advantage", "gpro", ["did you mean 'grpo'"]),
+    ("arms.grpo.rollout.completions", 1, ["rollout.completions=1", "grpo"]),
+    ("arms.mopd.teachers", {}, ["advantage='mopd'", "'math'", "no teacher"]),
+    ("arms.mopd.correction", "icepopp", ["did you mean 'icepop'"]),
+    ("arms.mopd.distillation", "revers_kl", ["did you mean 'reverse_kl'"]),
     ("teachers_of.math", "tacher", ["did you mean 'teacher'"]),
     ("demonstration_styles.math", {"slopy_rate": 0.1}, ["did you mean 'sloppy_rate'"]),
   ],
@@ -141,7 +152,9 @@ def test_a_comparison_that_cannot_run_is_refused_before_anything_is_written(tmp_
 
 
 @pytest.mark.parametrize("arg", ["", "smoke"])
-@pytest.mark.parametrize("config", [grpo_vs_mopd, multi_domain, sweep_bounds, sweep_shape, sweep_warmup])
+@pytest.mark.parametrize(
+  "config", [grpo_vs_mopd, multi_domain, sweep_bounds, sweep_distillation, sweep_shape, sweep_warmup]
+)
 def test_every_config_can_run(config, arg):
   ablation.check(config.get_config(arg))
 

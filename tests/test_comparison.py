@@ -85,4 +85,5 @@ def test_everything_is_written_and_the_tables_hold_the_numbers(tmp_path, found):
   (slow, fast) = read("domains.csv")
   assert float(slow["gap_closed"]) == pytest.approx((1 + 0.75) / 2)
   assert float(fast["change"]) == pytest.approx(0.4)
-  assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+  for picture in ("curves.png", "differences.png"):
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nemocascade.advantage import ADVANTAGES, grpo, mopd
+from nemocascade.advantage import ADVANTAGES, grpo, mopd, none
 from nemocascade.data import packing
 from nemocascade.segments import segment_starts
 from nemocascade.step import loss
@@ -24,17 +24,22 @@ from nemocascade.step.policy_gradient import (
 from nemocascade.types import Rollout, Scores, TrainState
 
 V, Q, G, T = 6, 4, 4, 5
+HEADS_ZDV = jax.random.normal(jax.random.key(5), (2, 3, V))  # Of two teachers.
 TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
 
 
-def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
-  """A bigram model over rows of documents."""
+def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
+  """A bigram model over rows of documents: the table is its head, the token before its state."""
   starts_BT = segment_starts(segment_ids_BT)
   logprobs_BTV = jax.nn.log_softmax(params["table_VV"][tokens_BT[:, :-1]])
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
   shift = lambda a_BT: jnp.where((segment_ids_BT > 0) & ~starts_BT, jnp.pad(a_BT, ((0, 0), (1, 0))), 0.0)  # noqa: E731
-  return Scores(shift(chosen_BT), shift(entropy_BT))
+  distance_BT = None
+  if distance:
+    x_BTD = jnp.pad(jax.nn.one_hot(tokens_BT[:, :-1], V), ((0, 0), (1, 0), (0, 0)))
+    distance_BT = distance(x_BTD, params["table_VV"], wanted_BT)
+  return Scores(shift(chosen_BT), shift(entropy_BT), distance_BT=distance_BT)
 
 
 def state():
@@ -49,7 +54,7 @@ def own_logprobs(r):
 
 def rollout(seed=1, noise=0.0):
   """Completions of 1 to 3 tokens after a prompt of 2; `noise` parts sampler and trainer."""
-  keys = jax.random.split(jax.random.key(seed), 6)
+  keys = jax.random.split(jax.random.key(seed), 8)
   length_QG1 = jax.random.randint(keys[0], (Q, G, 1), 3, T + 1)
   place_11T = jnp.arange(T)[None, None]
   r = Rollout(
@@ -67,7 +72,19 @@ def rollout(seed=1, noise=0.0):
     behaviour_logprobs_QGT=jnp.where(r.loss_mask_QGT, sampled_QGT, 0.0),
     teacher_logprobs_QGT=teacher_QGT,
     reference_logprobs_QGT=teacher_QGT - 0.5,
+    teacher_states_QGTD=(states_QGTD := jax.random.normal(keys[6], (Q, G, T, 3))),
+    teacher_Q=(teacher_Q := jax.random.randint(keys[7], (Q,), 0, 2)),
+    **dict(zip(("top_tokens_QGTK", "top_logprobs_QGTK"), likeliest(states_QGTD, teacher_Q), strict=True)),
   )
+
+
+def likeliest(states_QGTD, teacher_Q, k=3):
+  logprobs_QGTV = teacher_logprobs(states_QGTD, teacher_Q)
+  return jax.lax.top_k(logprobs_QGTV, k)[::-1]
+
+
+def teacher_logprobs(states_QGTD, teacher_Q):
+  return jax.nn.log_softmax(jnp.einsum("QGTD,QDV->QGTV", states_QGTD, HEADS_ZDV[teacher_Q]))
 
 
 def gradient(r, advantage=grpo, aggregation=loss.token_mean, **slots):
@@ -80,7 +97,7 @@ def gradient_of_rows(rows, count, **slots):
     moved_BT = noise * jnp.sin(7.0 * rows["tokens"] + rows["behaviour"])
     rows = rows | {"proximal": rows["behaviour"] + moved_BT}
   before = state()
-  after, metrics = jax.jit(policy_gradient_step(score, TX, **slots))(before, rows, count)
+  after, metrics = jax.jit(policy_gradient_step(score, TX, **slots))(before, rows, count, HEADS_ZDV)
   return before.params["table_VV"] - after.params["table_VV"], metrics
 
 
@@ -167,6 +184,43 @@ def test_mopd_step_on_every_completion_weighed_by_its_probability_descends_the_r
   assert_same(got_VV, jax.grad(reverse_kl)(state().params["table_VV"]))
 
 
+@pytest.mark.parametrize("aggregation", [loss.token_mean, loss.sequence_mean])
+def test_distilling_the_reverse_kl_is_mopd_in_expectation_over_what_could_have_been_said(aggregation):
+  """The sampler's choice at a place replaced by each token in turn, weighed by the policy, states held."""
+  r = rollout()
+  rows, count = to_rows(r, none(r), aggregation)
+  got_VV, metrics = gradient_of_rows(rows, count, distillation=loss.reverse_kl, distillation_weight=1.0)
+  there_QGTV = teacher_logprobs(r.teacher_states_QGTD, r.teacher_Q).reshape(-1, T, V)
+
+  def expected(table_VV):  # -E[a log pi], a = log teacher - log pi without gradient.
+    own_BTV = jnp.pad(jax.nn.log_softmax(table_VV[rows["tokens"][:, :-1]]), ((0, 0), (1, 0), (0, 0)))
+    a_BTV = jax.lax.stop_gradient(jnp.exp(own_BTV) * (there_QGTV - own_BTV))
+    return -jnp.sum(rows["weights"][..., None] * a_BTV * own_BTV) / count
+
+  assert_same(got_VV, jax.grad(expected)(state().params["table_VV"]))
+  kl_BT = jnp.sum(jnp.exp(own := own_distribution(rows)) * (own - there_QGTV), axis=-1)
+  np.testing.assert_allclose(metrics["loss/policy"], jnp.sum(rows["weights"] * kl_BT) / count, rtol=1e-5)
+  np.testing.assert_allclose(metrics["policy/teacher_kl"], jnp.mean(kl_BT[rows["mask"]]), rtol=1e-5)
+
+
+def own_distribution(rows):
+  own_BTV = jax.nn.log_softmax(state().params["table_VV"][rows["tokens"][:, :-1]])
+  return jnp.pad(own_BTV, ((0, 0), (1, 0), (0, 0)))
+
+
+@pytest.mark.parametrize("direction", ["reverse_kl", "forward_kl"])
+def test_the_top_of_all_tokens_teaches_what_the_states_teach(direction):
+  r = rollout()
+  tokens, logprobs = likeliest(r.teacher_states_QGTD, r.teacher_Q, k=V)
+  rows, count = to_rows(r.replace(top_tokens_QGTK=tokens, top_logprobs_QGTK=logprobs), none(r))
+  top = functools.partial(loss.DISTILLATIONS[f"{direction}_topk"], k=V)
+  got, expected = (
+    gradient_of_rows(rows, count, distillation=fn, distillation_weight=1.0)
+    for fn in (top, loss.DISTILLATIONS[direction])
+  )
+  assert_same(got, expected, atol=1e-5)
+
+
 CASES = {
   "grpo": dict(advantage=grpo, kl_weight=0.03),
   "mopd": dict(advantage=mopd, aggregation=loss.sequence_mean, correction=loss.icepop),
@@ -177,6 +231,12 @@ CASES = {
   "sequences": dict(
     advantage=mopd, correction=functools.partial(loss.sequence_mask, low=0.7, high=1.5),
     ratio=functools.partial(loss.gspo, low=0.2, high=0.2), moved=0.3,
+  ),
+  "distilled": dict(
+    advantage=none, aggregation=loss.sequence_mean, distillation=loss.reverse_kl, distillation_weight=1.0,
+  ),
+  "distilled_topk": dict(
+    advantage=grpo, distillation=functools.partial(loss.forward_kl_topk, k=2), distillation_weight=0.5,
   ),
 }  # fmt: skip
 
@@ -233,6 +293,8 @@ def test_what_stands_outside_the_mask_teaches_nothing_even_if_it_is_nan(case):
     behaviour_logprobs_QGT=poison(r.behaviour_logprobs_QGT),
     teacher_logprobs_QGT=poison(r.teacher_logprobs_QGT),
     reference_logprobs_QGT=poison(r.reference_logprobs_QGT),
+    teacher_states_QGTD=jnp.where(learned_QGT[..., None], r.teacher_states_QGTD, jnp.nan),
+    top_logprobs_QGTK=jnp.where(learned_QGT[..., None], r.top_logprobs_QGTK, jnp.nan),
   )
   assert_same(gradient(poisoned, **case), gradient(r, **case), atol=0)
 
@@ -241,7 +303,7 @@ def test_what_stands_outside_the_mask_teaches_nothing_even_if_it_is_nan(case):
 def test_a_sample_that_is_not_valid_is_as_if_it_were_not_there(case):
   r = rollout()
   last = r.replace(valid_QG=jnp.ones((Q, G), bool).at[:, -1].set(False))
-  without = jax.tree.map(lambda a: a[:, :-1], last)
+  without = jax.tree.map(lambda a: a[:, :-1] if a.ndim > 1 else a, last)
   assert_same(gradient(last, **case)[0], gradient(without, **case)[0])
 
 
@@ -253,7 +315,7 @@ def test_a_batch_without_valid_samples_changes_nothing():
 
 def test_the_better_half_becomes_likelier():
   # Two completions of one token: the one that is paid gains what the other loses.
-  r = jax.tree.map(lambda a: a[:1, :2], rollout())
+  r = jax.tree.map(lambda a: a[:1, :2] if a.ndim > 1 else a[:1], rollout())
   r = r.replace(
     tokens_QGT=jnp.array([[[0, 1, 2, 0, 0], [0, 1, 3, 0, 0]]]),
     loss_mask_QGT=jnp.zeros((1, 2, T), bool).at[..., 2].set(True),

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from configs.tiny import if_rl
-from experiments import rl
+from experiments import rl, teaching
 from experiments.assembly import Assembly
+from experiments.teaching import gather
 from nemocascade.checkpoint import Store, load_params
 from nemocascade.errors import UserError
+from nemocascade.teachers import Teacher
 from nemocascade.types import TrainState
 
 
@@ -30,6 +32,9 @@ from nemocascade.types import TrainState
     ("kl", "k4", ["k1, k2, k3"]),
     ("updates", 0, ["updates=0"]),
     ("advantage", "mopd_outcome", ["'instruction'", "no teacher"]),
+    ("distillation", "reverse_kl_top", ["did you mean 'reverse_kl_topk'"]),
+    ("distillation_weight", 0.5, ["distillation='reverse_kl'", "'instruction'", "no teacher"]),
+    ("advantage", "none", ["advantage='none'", "distillation_weight"]),
   ],
 )
 def test_a_stage_that_cannot_run_is_refused_with_its_numbers(field, value, words):
@@ -38,6 +43,15 @@ def test_a_stage_that_cannot_run_is_refused_with_its_numbers(field, value, words
   with pytest.raises(UserError) as error:
     rl.check(c)
   assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("k", [0, 2000])
+def test_a_top_k_of_more_tokens_than_there_are_or_of_none_is_refused(k):
+  c = if_rl.get_config("smoke")
+  c.teachers = dict.fromkeys(c.mixture, "best")
+  c.distillation, c.distillation_weight, c.options.reverse_kl_topk.k = "reverse_kl_topk", 1.0, k
+  with pytest.raises(UserError, match=rf"options.reverse_kl_topk.k={k}.*vocab_size=1024"):
+    rl.check(c)
 
 
 def test_a_setting_that_its_function_does_not_have_is_named():
@@ -140,6 +154,46 @@ def test_a_stage_ends_where_its_watcher_says_and_knows_it_when_run_again(stage):
   assert spent.sampled == line["rollout/tokens"] * 8  # 4 prompts of 2 completions.
   assert spent.trained == spent.sampled + 2 * spent.prefilled and spent.scored == 0
   assert spent.flops(10) == 20 * (spent.sampled + spent.prefilled) + 60 * spent.trained
+
+
+@pytest.mark.parametrize("name, options", [("reverse_kl", {}), ("forward_kl_topk", {"k": 1024})])
+def test_a_policy_that_is_its_own_teacher_is_at_no_distance_and_stays(stage, name, options):
+  c, a, root, start = stage
+  own = c.copy_and_resolve_references()
+  with own.unlocked():
+    own.steps, own.advantage, own.distillation, own.distillation_weight = 1, "none", name, 1.0
+    own.options = {name: options}
+    own.optimizer.update(peak_lr=1e-3, warmup_steps=0, eps=1.0)  # So that a gradient of 0 moves nothing.
+  teachers = gather(a, [Teacher(domain, start, 0.0, "") for domain in c.mixture], keep=1)
+  outcome = rl.run(own, root / name, a, start, teachers)
+  (line,) = lines(root / name)
+  assert abs(line["policy/teacher_kl"]) < 1e-6 and line["norm/grad"] < 1e-4
+  before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), outcome.params, before)
+
+
+def test_states_and_likeliest_tokens_are_those_of_each_prompts_own_teacher(stage):
+  c, a, root, start = stage
+  other = a.fresh_params(jax.random.key(1))
+  Store(root / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
+  other = str(root / "other" / "checkpoints" / "1")
+  rows = rl.draw(a, {"instruction": 1.0, "math": 1.0}, 0, {}, 4)
+  params = a.fresh_params(jax.random.key(2))
+  r = c.rollout
+  samples = a.collect(
+    params, jax.random.key(0), rows, prompt_tokens=r.prompt_tokens, total_tokens=r.total_tokens, completions=2
+  )
+  teachers = gather(a, [Teacher("instruction", start, 0.0, ""), Teacher("math", other, 0.0, "")], keep=1)
+  expected = teaching.teacher_logprobs(a, teachers, samples)
+  heads = teaching.teacher_heads(a, teachers)
+  found = teaching.teacher_states(a, teachers, samples)
+  logits = np.einsum("QGTD,QDV->QGTV", found["teacher_states_QGTD"], heads[found["teacher_Q"]])
+  logprobs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), samples.tokens_QGT[..., None], -1)[..., 0]
+  np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)
+  top = teaching.teacher_likeliest(a, teachers, samples, k=1024)
+  at = np.argmax(top["top_tokens_QGTK"] == samples.tokens_QGT[..., None], axis=-1)
+  logprobs = np.take_along_axis(top["top_logprobs_QGTK"], at[..., None], -1)[..., 0]
+  np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)
 
 
 def test_a_step_learns_from_what_the_trainer_itself_would_have_sampled(stage):

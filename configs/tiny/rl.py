@@ -32,6 +32,9 @@ def fields() -> ConfigDict:
   c.kl = "k3"  # To where the stage started: k1 | k2 | k3.
   c.kl_weight = 0.0
   c.entropy_weight = 0.0
+  # Of the policy from its teachers: reverse_kl | forward_kl | reverse_kl_topk | forward_kl_topk.
+  c.distillation = "reverse_kl"
+  c.distillation_weight = 0.0
   c.overlong = "zero"  # zero | filter | keep | soft.
   c.options = dict(  # What these functions are given; those that are not chosen cost nothing.
     mopd_clipped=dict(clip=1.0),
@@ -43,6 +46,8 @@ def fields() -> ConfigDict:
     tis=dict(low=0.0, high=2.0),
     icepop=dict(low=0.5, high=2.0),
     sequence_mask=dict(low=0.999, high=1.002),
+    reverse_kl_topk=dict(k=16),
+    forward_kl_topk=dict(k=16),
     soft=dict(tokens=16),
   )
   c.updates = 1  # A batch is learned from so often; 1 is on policy.

@@ -9,6 +9,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
+from nemocascade.kernels.distillation import top_logprobs
 from nemocascade.kernels.token_logprob import token_logprob
 from nemocascade.mesh import constrain_rows, on_own_rows
 from nemocascade.model.attention import Attention
@@ -16,7 +17,7 @@ from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
 from nemocascade.segments import segment_starts
-from nemocascade.types import Params, Routing, Scores
+from nemocascade.types import DistanceFn, Params, Routing, Scores
 
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
 
@@ -152,7 +153,7 @@ class Hybrid(nn.Module):
   def _embed(self, tokens):
     return constrain_rows(self.embedding.astype(self.config.dtype)[tokens], self.mesh)
 
-  def _head(self):
+  def head(self):
     head = self.embedding.T if self.config.tie_word_embeddings else self.lm_head
     return head.astype(self.config.dtype)
 
@@ -167,28 +168,39 @@ class Hybrid(nn.Module):
   def logits(self, tokens_BT, segment_ids_BT):
     """fp32 [B, T, V]: entry t is of the token after t."""
     h_BTD, _ = self.hidden(tokens_BT, segment_ids_BT)
-    return jnp.einsum("BTD,DV->BTV", h_BTD, self._head()).astype(jnp.float32)
+    return jnp.einsum("BTD,DV->BTV", h_BTD, self.head()).astype(jnp.float32)
 
   __call__ = logits
 
-  def score(self, tokens_BT, segment_ids_BT, wanted_BT=None) -> Scores:
+  def states(self, tokens_BT, segment_ids_BT):
+    """(x_BTD: what token t is predicted from, times the head its logits; Routing or None)."""
+    h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
+    return jnp.pad(h_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), routing
+
+  def score(
+    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None
+  ) -> Scores:
     """log p(token t | the document before t), without a [B, T, V] array.
 
     `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
     """
-    h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
-    scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
-    if wanted_BT is not None:
-      scored_BT &= wanted_BT
+    x_BTD, routing = self.states(tokens_BT, segment_ids_BT)
+    scored_BT = _predicted(segment_ids_BT, wanted_BT)
     # Each device has the whole head for its own rows: its gradient is then summed once.
     logprob = on_own_rows(token_logprob, self.mesh, shared=[1])
-    of_next = logprob(h_BTD[:, :-1], self._head(), tokens_BT[:, 1:], scored_BT[:, 1:])
-    logprob_BT, entropy_BT = (jnp.pad(a, ((0, 0), (1, 0))) for a in of_next)
-    return Scores(logprob_BT, entropy_BT, routing)
+    logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT)
+    distance_BT = distance(x_BTD, self.head(), scored_BT) if distance else None
+    return Scores(logprob_BT, entropy_BT, routing, distance_BT)
+
+  def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int):
+    """(tokens_BTK, logprobs_BTK) of the k tokens that are likeliest to stand at t; 0 where not wanted."""
+    x_BTD, _ = self.states(tokens_BT, segment_ids_BT)
+    top = on_own_rows(functools.partial(top_logprobs, k=k), self.mesh, shared=[1])
+    return top(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT))
 
   def _next(self, x_BD):
     """fp32 logits_BV of the token after."""
-    logits_BV = (self.norm_f(x_BD) @ self._head()).astype(jnp.float32)
+    logits_BV = (self.norm_f(x_BD) @ self.head()).astype(jnp.float32)
     return constrain_rows(logits_BV, self.mesh)
 
   def prefill(self, tokens_BT, length_B, capacity: int):
@@ -255,6 +267,10 @@ def _add(tree: Params, path: tuple[str, ...], change: jax.Array) -> Params:
   if not path:
     return tree + change.astype(tree.dtype)
   return {**tree, path[0]: _add(tree[path[0]], path[1:], change)}
+def _predicted(segment_ids_BT, wanted_BT=None):
+  """bool [B, T]: the tokens that have something of their document before them, of those wanted."""
+  scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
+  return scored_BT if wanted_BT is None else scored_BT & wanted_BT
 
 
 def _make_room(state: DecodeState, tokens: int) -> DecodeState:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from nemocascade.kernels.distillation import forward_kl_ref, kl_to_states, kl_to_top, reverse_kl_ref
 from nemocascade.segments import masked_sum
 
 
@@ -170,3 +171,46 @@ def k3(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
 
 
 KLS = dict(k1=k1, k2=k2, k3=k3)
+
+
+# Distillation: how far the policy is from its teacher at each learned token, over all that could
+# have stood there and not just what was sampled -> kl_BT, nats. `x_BTD` and `head_DV` are what the
+# policy predicts tokens from and with; rows carry what the teacher sent. The gradient is that of
+# this distance at the states the policy visited, held fixed, and exact where `mopd`'s is one sample.
+
+
+def reverse_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV):
+  """KL(policy || teacher): its gradient is what `mopd`'s is in expectation (MiniLLM, arXiv 2306.08543)."""
+  return kl_to_states(
+    reverse_kl_ref, x_BTD, head_DV, wanted_BT, rows["teacher_states"], rows["teacher"], heads_ZDV
+  )
+
+
+def forward_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV):
+  """KL(teacher || policy): covers all that the teacher might say (GKD, arXiv 2306.13649, on policy)."""
+  return kl_to_states(
+    forward_kl_ref, x_BTD, head_DV, wanted_BT, rows["teacher_states"], rows["teacher"], heads_ZDV
+  )
+
+
+def reverse_kl_topk(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, *, k: int = 16):
+  """`reverse_kl` over the teacher's k likeliest tokens and all others as one: a lower bound of it."""
+  del heads_ZDV
+  tokens_BTK, logprobs_BTK = (rows[name][..., :k] for name in ("top_tokens", "top_logprobs"))
+  return kl_to_top(reverse_kl_ref, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK)
+
+
+def forward_kl_topk(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, *, k: int = 16):
+  """`forward_kl` over the teacher's k likeliest tokens and all others as one: a lower bound of it."""
+  del heads_ZDV
+  tokens_BTK, logprobs_BTK = (rows[name][..., :k] for name in ("top_tokens", "top_logprobs"))
+  return kl_to_top(forward_kl_ref, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK)
+
+
+DISTILLATIONS = dict(
+  reverse_kl=reverse_kl,
+  forward_kl=forward_kl,
+  reverse_kl_topk=reverse_kl_topk,
+  forward_kl_topk=forward_kl_topk,
+)
+TOPK = ("reverse_kl_topk", "forward_kl_topk")  # These read likeliest tokens, the others states and heads.

@@ -14,7 +14,8 @@ from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.sft import apply_gradients, real_tokens, sum_over_parts
 from nemocascade.types import Metrics, Params, Rollout, ScoreFn, TrainState
 
-Rows = dict[str, jax.Array]  # name -> [B, T]; each document of a row is one prompt and completion.
+# name -> [B, T, ...]; each document of a row is one prompt and completion.
+Rows = dict[str, jax.Array]
 
 
 def to_rows(
@@ -23,10 +24,10 @@ def to_rows(
   """What a rollout teaches, as [Q * G, T] rows of one document each, and the loss's count.
 
   Advantages and weights have seen whole groups and sequences, so rows may be packed and cut from
-  here on. Advantages are 0 where nothing is learned: a NaN that a loss only masks still reaches its
-  gradient.
+  here on. What multiplies a gradient is 0 where nothing is learned: a NaN that a loss only masks
+  still reaches its gradient.
   """
-  flat = lambda a_QGT: a_QGT.reshape(-1, a_QGT.shape[-1])  # noqa: E731
+  flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
   mask_BT = flat(r.loss_mask_QGT & r.valid_QG[..., None])
   weights_BT, count = aggregation(mask_BT)
   rows = {
@@ -39,6 +40,13 @@ def to_rows(
   }
   if r.reference_logprobs_QGT is not None:
     rows["reference"] = flat(r.reference_logprobs_QGT)
+  learned = lambda a: jnp.where(mask_BT[..., None], flat(a), 0)  # noqa: E731
+  if r.teacher_states_QGTD is not None:
+    rows["teacher_states"] = learned(r.teacher_states_QGTD)
+    rows["teacher"] = flat(jnp.broadcast_to(r.teacher_Q[:, None, None], r.tokens_QGT.shape))
+  if r.top_tokens_QGTK is not None:
+    rows["top_tokens"] = learned(r.top_tokens_QGTK)
+    rows["top_logprobs"] = learned(r.top_logprobs_QGTK)
   return rows, count
 
 
@@ -56,7 +64,7 @@ def pack_rows(rows: Rows, *, B: int, T: int, accumulate: int = 1) -> dict[str, n
   rows = {name: np.asarray(a) for name, a in rows.items()}
   kept = np.flatnonzero(rows["mask"].any(axis=1))
   lengths_N = (rows["segment_ids"][kept] > 0).sum(axis=1)
-  packed = {name: np.zeros((B, T), a.dtype) for name, a in rows.items()}
+  packed = {name: np.zeros((B, T, *a.shape[2:]), a.dtype) for name, a in rows.items()}
   for i, documents in enumerate(packing.pack(lengths_N, capacity=T)):
     b = i % (B // accumulate) * accumulate + i // (B // accumulate)
     start = 0
@@ -78,11 +86,13 @@ def policy_gradient_step(
   kl: Callable = loss.k3,
   kl_weight: float = 0.0,
   entropy_weight: float = 0.0,
+  distillation: Callable = loss.reverse_kl,
+  distillation_weight: float = 0.0,
   accumulate: int = 1,
   balance: RouterBalance = RouterBalance(),  # noqa: B008 (frozen)
   add_to_bias: AddToBias | None = None,
 ):
-  """Returns step(state, rows, count) -> (state, metrics), pure and ready to jit; see to_rows.
+  """Returns step(state, rows, count, heads_ZDV=None) -> (state, metrics), pure and ready to jit; see to_rows.
 
   The proximal policy is rows["proximal"] where the batch is learned from more than once, and else
   the policy itself. The correction is of that policy against the sampler, the ratio of the policy
@@ -90,13 +100,18 @@ def policy_gradient_step(
 
   `accumulate` pieces of the rows one after another equal the whole; a piece that teaches nothing
   costs nothing. Tokens of samples that are not valid learn nothing and count nowhere, rows of which
-  nothing is learned are padding to the routers' balance too. `add_to_bias` is needed where `balance`
-  moves the routers' bias.
+  nothing is learned are padding to the routers' balance too. `heads_ZDV` are those of the teachers
+  whose states the rows carry. `add_to_bias` is needed where `balance` moves the routers' bias.
   """
 
-  def part(params, rows: Rows, scale: jax.Array):
+  def part(params, rows: Rows, scale: jax.Array, heads_ZDV):
+    def distance(x_BTD, head_DV, wanted_BT):
+      return distillation(x_BTD, head_DV, wanted_BT, rows, heads_ZDV)
+
     def loss_fn(params):
-      scores = score_fn(params, rows["tokens"], rows["segment_ids"], rows["mask"])
+      scores = score_fn(
+        params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(distillation_weight)
+      )
       logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
       # Without gradient, and the sampler's own where nothing is learned.
       own_BT = jax.lax.stop_gradient(logprobs_BT)
@@ -122,6 +137,9 @@ def policy_gradient_step(
         sums["policy/reference_kl"] = kl_BT
       if entropy_weight:
         loss_BT -= entropy_weight * scores.entropy_BT
+      if distillation_weight:
+        loss_BT += distillation_weight * scores.distance_BT
+        sums["policy/teacher_kl"] = jnp.where(mask_BT, scores.distance_BT, 0.0)
       total = jnp.sum(jnp.where(mask_BT, rows["weights"] * loss_BT, 0.0), dtype=jnp.float32)
       sums = {name: jnp.sum(value_BT, dtype=jnp.float32) for name, value_BT in sums.items()}
       tokens = jnp.sum(mask_BT, dtype=jnp.float32)
@@ -131,13 +149,13 @@ def policy_gradient_step(
     (_, (*sums, gap_max)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return (sums, grads), gap_max
 
-  def step(state: TrainState, rows: Rows, count: jax.Array) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, rows: Rows, count: jax.Array, heads_ZDV=None) -> tuple[TrainState, Metrics]:
     taught_B1 = jnp.any(rows["mask"], axis=1, keepdims=True)
     rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
     real = real_tokens(rows["segment_ids"])
     scale = count / jnp.maximum(real, 1.0)
     ((total, tokens, sums, routing), grads), gap_max = sum_over_parts(
-      lambda rows: part(state.params, rows, scale), rows, accumulate,
+      lambda rows: part(state.params, rows, scale, heads_ZDV), rows, accumulate,
       worth=lambda rows: jnp.any(rows["mask"]),
     )  # fmt: skip
     count = jnp.maximum(count, 1.0)
