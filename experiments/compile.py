@@ -52,6 +52,8 @@ def run(c: ConfigDict, topology: str) -> list[dict]:
     raise unknown("kind of stage to compile", c.get("kind"), PROGRAMS)
   if c.kind == "rl":
     rl.check(c)
+    if c.distillation_weight:
+      raise UserError(f"distillation_weight={c.distillation_weight}: what teachers send for it is not compiled here; give 0")
   kind, devices = slice_of(topology)
   gib, cores = CHIPS[kind]
   c = ConfigDict(c)

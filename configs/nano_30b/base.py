@@ -28,6 +28,7 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
   c.domains = DOMAINS
   c.evaluation = dict(
     prompts=128,
+    completions=1,
     batch=512,
     prompt_tokens=4_096,
     total_tokens=49_152,  # paper.md 8 has up to 256K; these are scores between stages.

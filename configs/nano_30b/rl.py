@@ -57,6 +57,8 @@ def fields(c: ConfigDict, slice_: str) -> ConfigDict:
   c.kl = "k3"
   c.kl_weight = 0.0
   c.entropy_weight = 0.0
+  c.distillation = "reverse_kl"  # Whole distributions of teachers: MOPD is paid by the sampled token alone.
+  c.distillation_weight = 0.0
   c.overlong = "zero"  # Unfinished at the limit is paid 0.
   c.options = dict(icepop=dict(low=0.5, high=2.0))  # paper.md 5.1.
   c.updates = 1
