@@ -162,7 +162,7 @@ def test_a_policy_that_is_its_own_teacher_is_at_no_distance_and_stays(stage, nam
   own = c.copy_and_resolve_references()
   with own.unlocked():
     own.steps, own.advantage, own.distillation, own.distillation_weight = 1, "none", name, 1.0
-    own.options = {name: options}
+    own.options, own.teachers = {name: options}, dict.fromkeys(c.mixture, start)
     own.optimizer.update(peak_lr=1e-3, warmup_steps=0, eps=1.0)  # So that a gradient of 0 moves nothing.
   teachers = gather(a, [Teacher(domain, start, 0.0, "") for domain in c.mixture], keep=1)
   outcome = rl.run(own, root / name, a, start, teachers)

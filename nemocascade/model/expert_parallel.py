@@ -119,6 +119,8 @@ def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int, product: str):
   (T, D), X, E = x_TD.shape, expert_TX.shape[1], up_EDF.shape[0]
   N, R = T * X, group * T * min(X, E)
   me = jax.lax.axis_index("expert")
+  # Choices of no expert go last, and stay.
+  expert_TX = jnp.where((expert_TX >= 0) & (expert_TX < group * E), expert_TX, group * E)
   # lax.sort and not argsort, whose result is typed as the same on all devices.
   expert_N, order_N = jax.lax.sort(
     (expert_TX.reshape(N), _varying(jnp.arange(N, dtype=jnp.int32))), num_keys=1
