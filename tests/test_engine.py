@@ -184,8 +184,8 @@ def test_calls_of_equal_shapes_compile_once_whatever_is_asked():
     d = engine.decode(table(seed), d, jax.random.key(seed), temperature, top_p)
     d = engine.extend(d, {0: [1]})
     engine.decode(table(seed), d, jax.random.key(seed), temperature, top_p)
-  assert engine._start._cache_size() == 1
-  assert engine._decode._cache_size() == 1
+  assert engine.start_fn._cache_size() == 1
+  assert engine.decode_fn._cache_size() == 1
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * (P + 1)])
