@@ -1,4 +1,4 @@
-"""Installs nemocascade; extras: test, tpu, cuda, hf."""
+"""Installs nemocascade; extras: test, tpu, cuda, hf, bench."""
 
 from setuptools import find_packages, setup
 
@@ -45,6 +45,8 @@ setup(
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    # Peers that benchmarks compare with.
+    "bench": ["trl>=1.16,<2", "torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"],
     "hf": ["torch>=2.9", "transformers>=5,<6", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"],
   },
 )
