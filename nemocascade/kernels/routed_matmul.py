@@ -24,7 +24,7 @@ def routed_matmul_ref(x_ND, w_EDF, expert_N):
 
 def routed_matmul(
   x_ND, w_EDF, group_sizes_E, *, offset=0, form: str | None = None, tile: tpu.Tile | None = None,
-  block: int = blocked.BLOCK, interpret: bool = False,
+  block: int | None = None, interpret: bool = False,
 ):  # fmt: skip
   """routed_matmul_ref on rows sorted by expert, of which expert e has group_sizes[e].
 
@@ -37,7 +37,7 @@ def routed_matmul(
     offset: the first local expert, an int or an int32 scalar.
     form: one of FORMS; by default what the platform does best: tpu on TPUs, else blocked.
     tile: of the tpu form, by default chosen by the shapes.
-    block: rows of a block in the blocked form.
+    block: rows of a block in the blocked form, by default chosen by the shapes.
     interpret: whether the tpu form runs in Pallas' interpreter, on any platform.
 
   Returns:
@@ -130,7 +130,7 @@ _matmul.defvjp(_forward, _backward)
 
 def routed_mlp(
   x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form: str | None = None,
-  tile: tpu.Tile | None = None, block: int = blocked.BLOCK, interpret: bool = False,
+  tile: tpu.Tile | None = None, block: int | None = None, interpret: bool = False,
 ):  # fmt: skip
   """sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), e = expert[t, x]: dropless, any loads.
 
