@@ -45,7 +45,11 @@ setup(
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
-    "bench": ["tokamax>=0.0.12,<0.1"],  # A peer of the kernels.
+    # Peers that benchmarks compare with.
+    "bench": [
+      "tokamax>=0.0.12,<0.1", "trl>=1.16,<2", "torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5,<1",
+      "tokenizers>=0.22,<1",
+    ],
     "hf": ["torch>=2.9", "transformers>=5,<6", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"],
   },
 )

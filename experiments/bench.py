@@ -19,7 +19,11 @@ from experiments.launch import launch
 from nemocascade.errors import UserError, unknown
 
 # Suite -> the module whose `cases()` yields its lines without "suite" and "device".
-SUITES = {"convert": "experiments.bench_convert", "kernels": "experiments.bench_kernels"}
+SUITES = {
+  "convert": "experiments.bench_convert",
+  "kernels": "experiments.bench_kernels",
+  "rl": "experiments.bench_rl",
+}
 STATIC = "experiments.bench_schedules"  # Of the kernels, not run.
 
 

@@ -42,7 +42,7 @@ from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
 from nemocascade.errors import UserError, unknown
 from nemocascade.mesh import check_rows
-from nemocascade.metrics import MetricsWriter, progress
+from nemocascade.metrics import MetricsWriter, Phases, progress
 from nemocascade.rollout import score
 from nemocascade.rollout.episode import Samples
 from nemocascade.step import loss
@@ -180,8 +180,7 @@ def run(
   with MetricsWriter(stage_dir, start_step=first) as writer:
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
     for step in range(first, first if ended else c.steps):
-      clock = {"begin": time.time()}
-      rounds = []
+      phases, rounds = Phases(), []
       for round_ in range(c.refill_rounds):
         rows = draw(a, c.mixture.to_dict(), a.c.seed, frontier, r.prompts)
         samples = a.collect(
@@ -189,19 +188,21 @@ def run(
           prompt_tokens=r.prompt_tokens, total_tokens=r.total_tokens,
           completions=r.completions, temperature=r.temperature, top_p=r.top_p,
         )  # fmt: skip
+        phases.end("rollout")
         verdicts = score.judge(samples, a.domains)
+        phases.end("verdict")
         rounds.append((samples, verdicts))
         spent = spent.plus_rollout(samples)
         if not c.dynamic_filtering or sum(map(len, score.informative([v for _, v in rounds]))) >= r.prompts:
           break
       samples, verdicts = score.refill(rounds, r.prompts) if c.dynamic_filtering else rounds[0]
-      clock["rollout"] = time.time()
       rewards_QG = pairwise_rewards(a, samples) if c.reward == "pairwise" else None
       rollout, counts = score.to_rollout(
         samples, verdicts, overlong=chosen(c, "overlong"), rewards_QG=rewards_QG
       )
       if c.dynamic_filtering:
         rollout = score.dynamic_filter(rollout, verdicts)
+      phases.end("verdict")
       if c.advantage in advantage.TAUGHT:
         rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples))
       if by_states:
@@ -211,10 +212,11 @@ def run(
       if c.kl_weight:
         everyone = list(range(len(samples.rows)))
         rollout = rollout.replace(reference_logprobs_QGT=score_rows(a, reference, samples, everyone))
-      clock["judge"] = time.time()
+      phases.end("score")
       rows, count, of_rollout = rows_fn(rollout)
       packed = pack_rows(rows, B=c.packing.rows, T=c.packing.row_tokens, accumulate=c.packing.pieces)
       trained = int((packed["segment_ids"] > 0).sum()) * c.updates
+      phases.end("advantage")
       if learns := bool(packed["mask"].any()):
         packed, count = a.put((packed, count))
         if c.updates > 1:
@@ -224,9 +226,8 @@ def run(
       else:  # Every sample was left out: no update, not even by the optimizer's momentum.
         state, of_step = state.replace(step=state.step + c.updates), {}
       metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts
-      clock["step"] = time.time()
-      names = list(clock)
-      metrics |= {f"time/{b}": clock[b] - clock[a_] for a_, b in zip(names, names[1:], strict=False)}
+      phases.end("update")
+      metrics |= {f"time/{phase}": seconds for phase, seconds in phases.seconds.items()}
       spent = spent.plus(
         scored=int((samples.segment_ids_QGT > 0).sum()) * (len(taught(c)) + (c.kl_weight != 0)),
         trained=trained,

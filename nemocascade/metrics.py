@@ -109,6 +109,20 @@ def _drop_from(path: Path, step: int) -> None:
   partial.rename(path)
 
 
+class Phases:
+  """Seconds of each phase of a step; a phase that comes again adds up."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+    self._last = time.perf_counter()
+
+  def end(self, phase: str) -> None:
+    """What ran since the phase before ended was this one."""
+    now = time.perf_counter()
+    self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+    self._last = now
+
+
 class Progress:
   """A bar with the stage's figures; where no terminal shows it, a line every `every_s` seconds."""
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench, bench_convert, bench_kernels, bench_schedules
+from experiments import bench, bench_convert, bench_kernels, bench_rl, bench_schedules
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
 
@@ -90,3 +90,48 @@ def test_an_unknown_suite_is_refused_with_the_nearest():
 def test_the_command_takes_the_suite_as_its_argument():
   done = subprocess.run([sys.executable, "-m", "experiments.bench", "none"], capture_output=True, text=True)
   assert done.returncode == 2 and done.stderr.startswith("error: unknown suite 'none'")
+
+
+def smoke_rl(tmp_path):
+  """The config of `bench rl` and what it starts from, at a size that compiles in seconds."""
+  c = bench_rl.config(**SMALL | dict(vocab_size=256, hybrid_override_pattern="M*E"))
+  c.steps = 2
+  c.rollout.update(prompts=2, completions=4, total_tokens=bench_rl.PROMPT_TOKENS + 12)
+  c.packing.update(rows=8, row_tokens=bench_rl.PROMPT_TOKENS + 12)
+  return c, bench_rl.assembly(c, tmp_path)
+
+
+def test_our_step_of_bench_rl_samples_every_token_and_rewards_differ(tmp_path):
+  c, a = smoke_rl(tmp_path)
+  calls, start = [], bench_rl.save(a, bench_rl.endless_params(a), tmp_path / "start")
+  seconds, phases = bench_rl.run_ours(c, a, start, tmp_path / "rl", lambda: calls.append(1))
+  assert len(seconds) == len(phases) == len(calls) == 2
+  assert all(0 < sum(p.values()) <= s and set(p) == set(bench_rl.PHASES) for s, p in zip(seconds, phases))
+  (first, _) = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
+  assert first["rollout/tokens"] == 12 and first["rollout/unfinished"] == 1
+  assert first["rollout/groups_with_signal"] > 0 and first["advantage/abs"] > 0
+
+
+def test_prompts_of_bench_rl_have_16_tokens_for_transformers_too(tmp_path):
+  transformers = pytest.importorskip("transformers")
+  c, a = smoke_rl(tmp_path)
+  a.tokenizer.save(tmp_path / "tokenizer.json")
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+  texts, tokens, letters = bench_rl.prompts(c, a)
+  assert theirs(texts)["input_ids"] == tokens and {len(t) for t in tokens} == {bench_rl.PROMPT_TOKENS}
+  assert len(texts) == 2 * 2 and all(letter in bench_rl.CONSONANTS for letter in letters)
+
+
+def test_the_reward_of_bench_rl_is_a_share_of_words():
+  assert bench_rl.share("bad cab bee", "b") == pytest.approx(2 / 3) and bench_rl.share("", "b") == 0
+  words = bench_rl.words(1000)
+  assert len(set(words)) == 1000
+  counts = np.unique([word[0] for word in words], return_counts=True)[1]
+  assert counts.min() == counts.max() == 1000 / len(bench_rl.CONSONANTS)
+
+
+def test_without_trl_bench_rl_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "trl", None)
+  monkeypatch.delitem(sys.modules, "experiments.bench_trl", raising=False)
+  with pytest.raises(UserError, match=r"TRL.*pip install 'nemocascade\[bench\]'"):
+    bench.run("rl")

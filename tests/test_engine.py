@@ -201,7 +201,7 @@ def test_an_engine_without_room_for_completions_is_refused():
 
 # The hybrid: one model code for sampling and for training.
 
-PATTERNS = ["M*E-", "MEME*"]  # The second is scanned over its repeated unit.
+PATTERNS = ["M*E-", "MEMEME*"]  # The second is scanned over its repeated unit.
 
 
 @functools.cache

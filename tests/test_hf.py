@@ -27,7 +27,7 @@ from nemocascade.model.hybrid import init_params, logical_axes
 from nemocascade.model.tensor_files import Folder
 from nemocascade.types import TrainState
 
-PATTERN = "MEMEM*-"  # A unit that repeats, and three blocks that do not.
+PATTERN = "MEMEMEM*-"  # A unit that repeats, and three blocks that do not.
 TOKENIZER = {"tokenizer_config.json": '{"added": 1}\n', "chat_template.jinja": "{{ x }}", "notes.txt": "kept"}
 
 
@@ -125,14 +125,14 @@ def test_parameters_are_those_of_the_named_tensors(tmp_path):
   path = save(random_model(PATTERN), tmp_path)
   source, t = open_source(path), {name: tensor.numpy() for name, tensor in tensors(path).items()}
   params = jax.device_get(load_params(source, template(source)))
-  unit = params["units_0"]  # "ME" twice: blocks 0 to 3.
+  unit = params["units_0"]  # "ME" three times: blocks 0 to 5.
   layer = "backbone.layers.2.mixer."
   np.testing.assert_array_equal(unit["blocks_0"]["mixer"]["in_proj"][1], t[layer + "in_proj.weight"].T)
   np.testing.assert_array_equal(unit["blocks_0"]["mixer"]["conv1d"][1], t[layer + "conv1d.weight"][:, 0].T)
   expert = t["backbone.layers.3.mixer.experts.5.down_proj.weight"]
   np.testing.assert_array_equal(unit["blocks_1"]["mixer"]["down_proj"][1, 5], expert.T)
-  q = params["units_1"]["blocks_1"]["mixer"]["q_proj"]  # Block 5; query head 3 is the second of group 1.
-  np.testing.assert_array_equal(q[:, 1, 1], t["backbone.layers.5.mixer.q_proj.weight"][24:32].T)
+  q = params["units_1"]["blocks_1"]["mixer"]["q_proj"]  # Block 7; query head 3 is the second of group 1.
+  np.testing.assert_array_equal(q[:, 1, 1], t["backbone.layers.7.mixer.q_proj.weight"][24:32].T)
   np.testing.assert_array_equal(params["lm_head"], t["lm_head.weight"].T)
 
 
@@ -159,7 +159,7 @@ def test_on_a_mesh_each_number_is_read_once_where_it_belongs(tmp_path, monkeypat
   whole = {name: math.prod(t.shape) for name, t in source.folder.tensors.items()}
   name = "backbone.layers.1.mixer.experts.0.up_proj.weight"  # [16, 16]: its second axis over "data".
   assert sorted(read[name])[:4] == [whole[name] // 4] * 4
-  name = "backbone.layers.5.mixer.q_proj.weight"  # Its hidden side over both axes.
+  name = "backbone.layers.7.mixer.q_proj.weight"  # Its hidden side over both axes.
   assert sorted(read[name])[:8] == [whole[name] // 8] * 8
 
 

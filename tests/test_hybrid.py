@@ -20,7 +20,7 @@ from nemocascade.model.hybrid import (
 )
 
 V, T = 50, 24
-PATTERNS = ["M", "E", "*", "-", "ME*E", "MEME*ME-"]
+PATTERNS = ["M", "E", "*", "-", "ME*E", "MEMEME*ME-"]
 
 
 def make(pattern, **fields):
@@ -99,13 +99,14 @@ def test_the_future_does_not_reach_back(pattern):
 def test_repeats_are_found():
   assert plan("MEM*E") == [("MEM*E", 1)]
   assert plan("MEMEMEME") == [("ME", 4)]
+  assert plan("MEME*") == [("MEME*", 1)]  # Two are no loop.
   nano = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
   assert plan(nano)[0] == ("MEMEM*E", 5)
   assert "".join(unit * n for unit, n in plan(nano)) == nano
 
 
 def test_repeated_states_are_copies_side_by_side():
-  _, model, params = make("MEME*")
+  _, model, params = make("MEMEME*")
   token_BT = tokens()
   _, state = apply(model, params, "prefill", token_BT, jnp.array([9, 4, 20]), 30)
   step = jax.jit(lambda s, t: model.apply({"params": params}, s, t, t >= 0, method="step")[1])
@@ -115,7 +116,7 @@ def test_repeated_states_are_copies_side_by_side():
 
 
 def test_every_parameter_has_an_axis_name_for_each_dimension():
-  c, _, params = make("MEME*-")
+  c, _, params = make("MEMEME*-")
   axes = logical_axes(c)
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
   assert [len(n) for n in names] == [p.ndim for p in jax.tree.leaves(params)]

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemocascade.metrics import CompileCounter, MetricsWriter, Progress, read_lines, write_json
+from nemocascade import metrics
+from nemocascade.metrics import (
+  CompileCounter,
+  MetricsWriter,
+  Phases,
+  Progress,
+  read_lines,
+  write_json,
+)
 
 
 def test_resumed_steps_are_written_once(tmp_path):
@@ -114,6 +122,15 @@ def test_a_terminal_gets_a_bar_with_time_left_and_speed():
   bar.update(1, tokens=200, reward=0.5)
   bar.close()
   assert "tokens/s=" in out.getvalue() and "2/4" in out.getvalue()
+
+
+def test_a_phase_that_comes_again_adds_up(monkeypatch):
+  instants = iter([10.0, 11.0, 14.0, 14.5])
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(instants))
+  phases = Phases()
+  for phase in ("rollout", "verdict", "rollout"):
+    phases.end(phase)
+  assert phases.seconds == {"rollout": 1.5, "verdict": 3.0}
 
 
 def test_compilations_are_counted():

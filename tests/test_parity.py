@@ -25,7 +25,7 @@ from nemocascade.types import Params
 T = 21  # No multiple of the chunk.
 CASES = {
   "all": ("ME*-", {}),
-  "units_repeat": ("MEME*", {}),
+  "units_repeat": ("MEMEME*", {}),
   "one_group": ("M*", dict(n_groups=1, num_key_value_heads=1)),
   "group_a_head": ("M*", dict(n_groups=4, num_key_value_heads=4)),
   "groups_of_experts": ("E*", dict(n_group=4, topk_group=2, routed_scaling_factor=2.5)),

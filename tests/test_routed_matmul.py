@@ -13,6 +13,7 @@ from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul as kernel
 from nemocascade.kernels import routed_matmul_gpu as gpu
 from nemocascade.kernels.groups import group_bounds, group_tiles, tile_visits
+from nemocascade.kernels.routed_matmul_blocked import FEWEST, MOST, choose_block
 from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile
 
 E, D, F, N = 5, 136, 200, 44  # Neither tiles of rows nor of columns divide them.
@@ -128,6 +129,13 @@ def test_every_row_is_in_one_tile_of_its_own_group():
     for row in range(int(start), min(int(start) + 16, int(end)))
   ]
   assert seen == list(zip(np.repeat(np.arange(6), sizes), range(60), strict=True))
+
+
+def test_blocks_pad_few_rows_of_a_mean_group():
+  sizes = [(N, E, choose_block(N, E)) for E in (4, 16, 128) for N in (1, 500, 4096, 20480, 10**6)]
+  assert all(FEWEST <= block <= MOST for _, _, block in sizes)
+  assert all(block == FEWEST or 8 * block * E <= N for N, E, block in sizes)
+  assert {block for *_, block in sizes} >= {FEWEST, MOST}
 
 
 def test_tiles_are_cut_to_the_shapes():

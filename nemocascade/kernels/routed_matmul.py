@@ -26,7 +26,7 @@ def routed_matmul_ref(x_ND, w_EDF, expert_N):
 
 def routed_matmul(
   x_ND, w_EDF, group_sizes_E, *, offset=0, form: str | None = None, tile: Tile | None = None,
-  block: int = blocked.BLOCK, interpret: bool = False,
+  block: int | None = None, interpret: bool = False,
 ):  # fmt: skip
   """routed_matmul_ref on rows sorted by expert, of which expert e has group_sizes[e].
 
@@ -40,7 +40,7 @@ def routed_matmul(
     form: one of FORMS; by default what the platform does best: tpu on TPUs, gpu on NVIDIA's GPUs,
       else blocked.
     tile: of the tpu or the gpu form, by default chosen by the shapes.
-    block: rows of a block in the blocked form.
+    block: rows of a block in the blocked form, by default chosen by the shapes.
     interpret: whether the tpu and the gpu form run in Pallas' interpreter, on any platform.
 
   Returns:
@@ -132,7 +132,7 @@ _matmul.defvjp(_forward, _backward)
 
 def routed_mlp(
   x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form: str | None = None,
-  tile: Tile | None = None, block: int = blocked.BLOCK, interpret: bool = False,
+  tile: Tile | None = None, block: int | None = None, interpret: bool = False,
 ):  # fmt: skip
   """sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), e = expert[t, x]: dropless, any loads.
 

@@ -5,10 +5,16 @@ import jax.numpy as jnp
 
 from nemocascade.kernels.groups import row_experts
 
-BLOCK = 32  # Rows of one expert that are multiplied together.
+FEWEST, MOST = 32, 128  # Rows of one expert that are multiplied together.
 
 
-def block_layout(bounds, N: int, block: int = BLOCK):
+def choose_block(N: int, E: int) -> int:
+  """An eighth of a mean group's rows: few are padding, and few copies of a matrix are made."""
+  eighth = max(1, N // (8 * E))
+  return min(max(1 << (eighth.bit_length() - 1), FEWEST), MOST)
+
+
+def block_layout(bounds, N: int, block: int):
   """Where sorted rows lie in blocks that each belong to one expert.
 
   Returns:
@@ -40,16 +46,18 @@ def from_blocks(y_ZBF, place_N):
   return y.at[place_N].get(mode="fill", fill_value=0)
 
 
-def product(x_ND, w, bounds, *, transpose=False, block=BLOCK):
+def product(x_ND, w, bounds, *, transpose=False, block=None):
   """x[n] @ w[e] (w[e] transposed, if transpose) for rows n of expert e, 0 for nobody's rows."""
+  block = block or choose_block(x_ND.shape[0], w.shape[0])
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
   y_ZBF = jnp.einsum("ZBD,ZFD->ZBF" if transpose else "ZBD,ZDF->ZBF", x_ZBD, w[expert_Z])
   return from_blocks(y_ZBF, place_N)
 
 
-def weight_product(x_ND, dy_NF, bounds, *, dtype, block=BLOCK):
+def weight_product(x_ND, dy_NF, bounds, *, dtype, block=None):
   """dw[e] = x[rows]^T @ dy[rows], for the rows of each expert."""
+  block = block or choose_block(x_ND.shape[0], bounds.shape[0] - 1)
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD, dy_ZBF = (to_blocks(a, place_N, expert_Z.shape[0], block) for a in (x_ND, dy_NF))
   dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF, preferred_element_type=jnp.float32)
@@ -69,7 +77,8 @@ def _forward(x_ZBD, w_EDF, expert_Z):
 
 def _backward(saved, dy_ZBF):
   x_ZBD, w_EDF, expert_Z = saved
-  dx_ZBD = jnp.einsum("ZBF,ZDF->ZBD", dy_ZBF, w_EDF[expert_Z])
+  # The experts are turned before they are copied to the blocks: they are fewer.
+  dx_ZBD = jnp.einsum("ZBF,ZFD->ZBD", dy_ZBF, jnp.swapaxes(w_EDF, 1, 2)[expert_Z])
   dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF)
   dw_EDF = jax.ops.segment_sum(dw_ZDF, expert_Z, w_EDF.shape[0], indices_are_sorted=True)
   return dx_ZBD, dw_EDF.astype(w_EDF.dtype), None
@@ -78,11 +87,12 @@ def _backward(saved, dy_ZBF):
 block_matmul.defvjp(_forward, _backward)
 
 
-def mlp(x_ND, up_EDF, down_EFD, bounds, *, block=BLOCK):
+def mlp(x_ND, up_EDF, down_EFD, bounds, *, block=None):
   """down[e]( relu(up[e] x[n])^2 ) for sorted rows, and how many of them are in a block.
 
   Between the two products rows stay in blocks.
   """
+  block = block or choose_block(x_ND.shape[0], up_EDF.shape[0])
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
   h_ZBF = jnp.square(jax.nn.relu(block_matmul(x_ZBD, up_EDF, expert_Z)))

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 
 from nemocascade.segments import segment_starts
 
+UNROLLED = 4  # Chunks that the scan between them takes at a time: each is little work.
+
 
 def ssd_step(state_BMPN, x_BMP, log_decay_BM, b_BMN, c_BMN):
   """One more token: (state, token) -> (state, y_BMP). Decoding is this, repeated. All fp32."""
   state_BMPN = jnp.exp(log_decay_BM)[..., None, None] * state_BMPN
   state_BMPN += x_BMP[..., None] * b_BMN[:, :, None, :]
-  return state_BMPN, jnp.sum(state_BMPN * c_BMN[:, :, None, :], axis=-1)
+  return state_BMPN, jnp.einsum("BMPN,BMN->BMP", state_BMPN, c_BMN, precision="highest")
 
 
 def ssd_ref(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, initial_state=None):
@@ -115,7 +117,7 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
     return whole[..., None, None] * state + added, state
 
   first = lambda v: jnp.moveaxis(v, 3, 0)  # noqa: E731
-  state, starts = jax.lax.scan(tick, state, (first(whole), first(added)))
+  state, starts = jax.lax.scan(tick, state, (first(whole), first(added)), unroll=UNROLLED)
   starts = jnp.moveaxis(starts, 0, 3)  # [B, U, R, Z, P, N]
 
   from_start = jnp.exp(jnp.where(doc == before[..., None], total, -jnp.inf))  # [B, U, R, Z, C]

@@ -19,6 +19,9 @@ from nemocascade.model.moe import MoE
 from nemocascade.segments import segment_starts
 from nemocascade.types import DistanceFn, Params, Routing, Scores
 
+# Repeats that make a loop: it copies each one's parameters and states at every pass, so that two are
+# faster one after the other.
+REPEATS = 3
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
 
 
@@ -43,7 +46,7 @@ def plan(pattern: str) -> list[tuple[str, int]]:
       unit, n = pattern[at : at + size], 1
       while pattern.startswith(unit, at + n * size):
         n += 1
-      if n > 1 and n * size > len(best[0]) * best[1]:
+      if n >= REPEATS and n * size > len(best[0]) * best[1]:
         best = (unit, n)
     units.append(best)
     at += len(best[0]) * best[1]
@@ -116,6 +119,12 @@ class Unit(nn.Module):
       states.append(block_state)
     return x_BD, tuple(states)
 
+  def step_at(self, carry, i, length_B, active_B):
+    """`step` of the i-th repeat, whose state is replaced among those of all: (x_BD, stacked state)."""
+    x_BD, stacked = carry
+    x_BD, state = self.step(x_BD, jax.tree.map(lambda a: a[i], stacked), length_B, active_B)
+    return (x_BD, jax.tree.map(lambda a, new: a.at[i].set(new), stacked, state)), None
+
 
 def _scanned(n: int):
   """Unit repeated n times over stacked parameters."""
@@ -127,7 +136,7 @@ def _scanned(n: int):
   )
   rows = dict(in_axes=nn.broadcast, **shared)
   step = dict(in_axes=(0, nn.broadcast, nn.broadcast), **shared)
-  return nn.scan(Unit, methods={"__call__": rows, "prefill": rows, "step": step})
+  return nn.scan(Unit, methods={"__call__": rows, "prefill": rows, "step_at": step})
 
 
 class Hybrid(nn.Module):
@@ -221,8 +230,11 @@ class Hybrid(nn.Module):
   def step(self, state: DecodeState, tokens_B, active_B):
     """Takes in one token of every active row: (state, logits_BV of the token after)."""
     x_BD, states = self._embed(tokens_B), []
-    for unit, unit_state in zip(self.units, state.units, strict=True):
-      x_BD, unit_state = unit.step(x_BD, unit_state, state.length_B, active_B)
+    for unit, unit_state, (_, n) in zip(self.units, state.units, self.plan, strict=True):
+      if n == 1:
+        x_BD, unit_state = unit.step(x_BD, unit_state, state.length_B, active_B)
+      else:
+        (x_BD, unit_state), _ = unit.step_at((x_BD, unit_state), jnp.arange(n), state.length_B, active_B)
       states.append(unit_state)
     logits_BV = self._next(x_BD)
     length_B = state.length_B + active_B.astype(jnp.int32)

@@ -71,7 +71,7 @@ class Mamba(nn.Module):
     c = self.config
     I, M = c.mamba_inner_size, c.mamba_num_heads
     zxbcdt = x @ self.in_proj.astype(x.dtype)
-    z, xbc, dt = zxbcdt[..., :I], zxbcdt[..., I:-M], zxbcdt[..., -M:]
+    z, xbc, dt = jnp.split(zxbcdt, (I, zxbcdt.shape[-1] - M), axis=-1)
     bias = self.dt_bias.reshape((1,) * (dt.ndim - 1) + (M,))
     dt = jax.nn.softplus(dt.astype(jnp.float32) + bias)
     low, high = c.time_step_limit
@@ -87,9 +87,9 @@ class Mamba(nn.Module):
     c = self.config
     I, U, N = c.mamba_inner_size, c.n_groups, c.ssm_state_size
     lead = xbc.shape[:-1]
-    x = xbc[..., :I].reshape(*lead, c.mamba_num_heads, c.mamba_head_dim)
-    b = xbc[..., I : I + U * N].reshape(*lead, U, N)
-    return x, b, xbc[..., I + U * N :].reshape(*lead, U, N)
+    x, b, c_ = jnp.split(xbc, (I, I + U * N), axis=-1)
+    x = x.reshape(*lead, c.mamba_num_heads, c.mamba_head_dim)
+    return x, b.reshape(*lead, U, N), c_.reshape(*lead, U, N)
 
   def _log_decay(self, dt):
     return dt * -jnp.exp(self.A_log.astype(jnp.float32)).reshape((1,) * (dt.ndim - 1) + (-1,))
@@ -130,6 +130,8 @@ class Mamba(nn.Module):
   def step(self, state, x_BD, length_B, active_B):
     del length_B
     z, xbc_in, dt = self._project(x_BD)
+    # After no time a state is what it was: rows that are not active need no second pass over theirs.
+    dt = jnp.where(active_B[:, None], dt, 0.0)
     window_BWC = jnp.concatenate([state["conv_BWC"], xbc_in[:, None]], axis=1)
     taps_WC = self.conv1d.astype(x_BD.dtype)
     xbc = self._activate(sum(window_BWC[:, w] * tap_C[None] for w, tap_C in enumerate(taps_WC)))
@@ -139,9 +141,5 @@ class Mamba(nn.Module):
     ssm, y = kernel.ssd_step(
       state["ssm_BMPN"], x.astype(jnp.float32) * dt[..., None], self._log_decay(dt), b, c
     )
-    keep = lambda new, old: jnp.where(active_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)  # noqa: E731
-    state = {
-      "ssm_BMPN": keep(ssm, state["ssm_BMPN"]),
-      "conv_BWC": keep(window_BWC[:, 1:], state["conv_BWC"]),
-    }
-    return state, self._finish(y, x, z)
+    conv_BWC = jnp.where(active_B[:, None, None], window_BWC[:, 1:], state["conv_BWC"])
+    return {"ssm_BMPN": ssm, "conv_BWC": conv_BWC}, self._finish(y, x, z)
