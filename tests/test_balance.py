@@ -24,7 +24,7 @@ from nemocascade.types import Batch, Routing, Scores, TrainState
 B, T, V, L, E, X = 4, 12, 8, 2, 4, 2
 # Two MoE blocks in a unit that is scanned, and one behind it.
 CONFIG = ModelConfig(
-  vocab_size=V, hidden_size=16, hybrid_override_pattern="EE-EE-E", n_routed_experts=E,
+  vocab_size=V, hidden_size=16, hybrid_override_pattern="EE-EE-EE-E", n_routed_experts=E,
   num_experts_per_tok=X, moe_intermediate_size=8, moe_shared_expert_intermediate_size=8,
   intermediate_size=8, initializer_range=0.5, router_loss=True,
 )  # fmt: skip
