@@ -173,8 +173,8 @@ def test_packed_documents_are_balanced_as_rows_of_their_own():
 
 def test_a_models_loads_and_biases_are_in_the_order_of_its_blocks():
   """Each block's bias is pushed to a pair of experts of its own, and its load goes there."""
-  pairs = [(0, 1), (2, 3), (1, 2), (0, 3), (1, 3)]
-  push_LE = np.zeros((5, E), np.float32)
+  pairs = [(0, 1), (2, 3), (1, 2), (0, 3), (1, 3), (0, 2), (0, 1)]
+  push_LE = np.zeros((len(pairs), E), np.float32)
   for block, pair in enumerate(pairs):
     push_LE[block, list(pair)] = 9.0
   data = batch()
@@ -187,12 +187,12 @@ def test_a_models_loads_and_biases_are_in_the_order_of_its_blocks():
 
   pushed, got = routing(init_params(CONFIG, jax.random.key(0)))
   of = lambda unit, block: pushed[unit][block]["mixer"]["e_score_correction_bias"]
-  np.testing.assert_array_equal(of("units_0", "blocks_0"), push_LE[[0, 2]])
-  np.testing.assert_array_equal(of("units_0", "blocks_1"), push_LE[[1, 3]])
-  np.testing.assert_array_equal(of("units_1", "blocks_0"), push_LE[4])
+  np.testing.assert_array_equal(of("units_0", "blocks_0"), push_LE[[0, 2, 4]])
+  np.testing.assert_array_equal(of("units_0", "blocks_1"), push_LE[[1, 3, 5]])
+  np.testing.assert_array_equal(of("units_1", "blocks_0"), push_LE[6])
   np.testing.assert_array_equal(got.load_LE, (push_LE > 0) * 35.0)  # 35 tokens are no padding.
-  assert got.dropped_L.tolist() == [0.0] * 5
-  assert 0 < float(got.loss) < 5 * 35 * E / X  # All go to two of four: up to twice as dear.
+  assert got.dropped_L.tolist() == [0.0] * len(pairs)
+  assert 0 < float(got.loss) < len(pairs) * 35 * E / X  # All go to two of four: up to twice as dear.
 
 
 def test_a_loss_that_is_not_paid_is_not_traced_and_one_that_is_asks_no_router_twice(monkeypatch):
