@@ -47,7 +47,8 @@ def check(c: ConfigDict) -> None:
     if stage.kind not in KINDS:
       raise unknown(f"stages.{name}.kind", stage.kind, KINDS)
     begin = stage.init_from
-    if begin not in ("", "previous") and begin not in c.order[:i]:
+    other = stage.kind == "sft" and loading.is_checkpoint(begin)  # Such as a base model's hf:DIR.
+    if begin not in ("", "previous") and begin not in c.order[:i] and not other:
       raise unknown(f"stages.{name}.init_from", begin, ["previous", *c.order[:i]])
     if stage.kind == "sft":
       for domain in stage.conversations:

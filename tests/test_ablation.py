@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from configs.nano_30b import grpo_vs_mopd as grpo_vs_mopd_30b
 from configs.tiny import (
   grpo_vs_mopd,
   multi_domain,
@@ -157,6 +158,17 @@ def test_a_comparison_that_cannot_run_is_refused_before_anything_is_written(tmp_
 )
 def test_every_config_can_run(config, arg):
   ablation.check(config.get_config(arg))
+
+
+@pytest.mark.parametrize("arg", ["", "v6e:16x16", "smoke"])
+def test_the_published_scale_compares_the_arms_of_the_report(arg):
+  c = grpo_vs_mopd_30b.get_config(arg)
+  ablation.check(c)
+  assert c.student == "multi_domain_rl" and c.arms.mopd.teachers.to_dict() == {"math": "sft"}
+  if arg != "smoke":
+    assert {name: (arm.rollout.prompts, arm.rollout.completions, arm.optimizer.peak_lr) for name, arm in c.arms.items()} == {
+      "grpo": (128, 16, 3e-6), "grpo_128x4": (128, 4, 3e-6), "mopd": (128, 4, 2e-6), "mopd_512x1": (512, 1, 2e-6),
+    }  # fmt: skip
 
 
 def test_the_easy_and_the_clean_task_differ_in_their_demonstrations_alone():
