@@ -267,6 +267,12 @@ class Assembly:
     return {name: scores[name] for name in self.domains}
 
 
+def check_completions(c: ConfigDict, name: str, completions: int) -> None:
+  """Raises UserError where evaluation can't take so many completions of a prompt; `name` is what was set."""
+  if not 1 <= completions <= c.evaluation.long_batch:
+    raise UserError(f"{name}={completions}: allowed: 1 to {c.evaluation.long_batch}")
+
+
 def model_alone() -> ConfigDict:
   """The config of a command that only runs a model; `from_checkpoint` adds the model's own."""
   return ConfigDict({"domains": (), "mesh": {"data": 1, "expert": 1}})

@@ -17,11 +17,12 @@ from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu import megablox
 from jax.sharding import SingleDeviceSharding
 
+from experiments.bench_kernels import TOKENS, D, E, F, X
 from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul_tpu as tpu
 from nemocascade.kernels.groups import group_bounds
+from nemocascade.kernels.routed_mlp_sorted import relu2, weigh
 
-D, F, E, X = 2688, 1856, 128, 6  # Nano's.
 ROWS = 8192  # Of the static products; a kernel's schedule does not depend on it.
 EXPERTS = 16  # Nor on this.
 PEER_TILE = (512, 896, 640)  # Rows, summed, columns; F is padded to 1920 for it.
@@ -47,7 +48,7 @@ def cases() -> Iterator[dict]:
       case=f"{name}_bundles", ours=bundles[0], peer=bundles[1], unit="bundles/GFLOP", ratio=bundles[1] / bundles[0]
     )
   fused = (ours["up_relu2"][1] + ours["down_weighed"][1]) / 2
-  for tokens in (4096, 32768, 262144):
+  for tokens in TOKENS:
     for what, count, theirs in (
       ("forward", mlp_bytes, chain_bytes), ("backward", mlp_backward_bytes, chain_backward_bytes),
     ):  # fmt: skip
@@ -127,14 +128,6 @@ def _scatter(T: int) -> int:
   return T * X * D + 2 * T * X * D + T * D
 
 
-def _relu2(h):
-  return jnp.square(jnp.maximum(h, 0.0))
-
-
-def _weigh(y, weight):
-  return y * weight
-
-
 def _ours(x_ND, w_EDF, sizes_E, *extras, **how):
   N, experts = x_ND.shape[0], w_EDF.shape[0]
   return tpu.product(x_ND, w_EDF, group_bounds(sizes_E, N, experts), extras=extras, **how)
@@ -168,9 +161,9 @@ _sizes, _column = ((EXPERTS,), jnp.int32), ((ROWS, 1), jnp.float32)
 # name -> (the product, shapes and dtypes of what it takes).
 PRODUCTS = {
   "up": (_ours, (_rows(D), _experts(D, F), _sizes)),
-  "up_relu2": (functools.partial(_ours, finish=_relu2), (_rows(D), _experts(D, F), _sizes)),
+  "up_relu2": (functools.partial(_ours, finish=relu2), (_rows(D), _experts(D, F), _sizes)),
   "down": (_ours, (_rows(F), _experts(F, D), _sizes)),
-  "down_weighed": (functools.partial(_ours, finish=_weigh), (_rows(F), _experts(F, D), _sizes, _column)),
+  "down_weighed": (functools.partial(_ours, finish=weigh), (_rows(F), _experts(F, D), _sizes, _column)),
   "down_dx": (functools.partial(_ours, transpose=True), (_rows(D), _experts(F, D), _sizes)),
   "up_dw": (_weights, (_rows(D), _rows(F), _sizes)),
 }

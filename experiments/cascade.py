@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import loading, reward_model, rl, sft
-from experiments.assembly import Assembly, claim
+from experiments.assembly import Assembly, check_completions, claim
 from experiments.launch import launch
 from experiments.teaching import BEST, find, gather, probe
 from nemocascade import report
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
 from nemocascade.domains.registry import DOMAINS
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import unknown
 from nemocascade.metrics import CompileCounter
 
 KINDS = {"sft": sft.run, "rl": rl.run, "reward_model": reward_model.run}
@@ -35,10 +35,7 @@ def check(c: ConfigDict) -> None:
   for name in c.order:
     if name not in c.stages:
       raise unknown("stage in order", name, c.stages)
-  if not 1 <= c.evaluation.completions <= c.evaluation.long_batch:
-    raise UserError(
-      f"evaluation.completions={c.evaluation.completions}: allowed: 1 to evaluation.long_batch={c.evaluation.long_batch}"
-    )
+  check_completions(c, "evaluation.completions", c.evaluation.completions)
   for name in c.evaluation.greedy:
     if name not in c.order:
       raise unknown("stage in evaluation.greedy", name, c.order)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.assembly import from_checkpoint
+from experiments.assembly import check_completions, from_checkpoint
 from experiments.launch import launch
-from nemocascade.errors import UserError
 from nemocascade.metrics import write_json
 
 
@@ -19,8 +18,7 @@ def run(
   c: ConfigDict, workdir: Path, checkpoint: str, judge: str = "", completions: int = 1, temperature: float = 1.0
 ) -> dict:
   """Writes scores.json under the work directory and prints a table; returns the scores."""
-  if completions < 1 or completions > c.evaluation.long_batch:
-    raise UserError(f"--completions={completions}: allowed: 1 to {c.evaluation.long_batch}")
+  check_completions(c, "--completions", completions)
   a, params = from_checkpoint(c, workdir, checkpoint)
   if judge:
     a.use_judge_from(judge)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_checkpoint
+from refusals import assert_refused
 
 from experiments import generate, rows, score
 from experiments.assembly import from_checkpoint, model_alone
@@ -200,8 +201,7 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(command, flags, complain
     [sys.executable, "-m", f"experiments.{command}", *flags],
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
-  assert done.returncode == 2
-  assert complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+  assert_refused(done, complaint)
 
 
 def test_generate_from_the_command_line(checkpoint, tmp_path):

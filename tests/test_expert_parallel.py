@@ -1,17 +1,12 @@
 """Experts spread over devices compute what one device computes, in value and gradient."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from two_processes import assert_both_say
 
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
@@ -125,18 +120,10 @@ def test_a_misspelt_form_is_answered_with_the_nearest():
 
 
 PROCESS = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-sys.path.insert(0, sys.argv[3])
 import test_expert_parallel as t
 from nemocascade.mesh import BATCH, make_mesh
-assert jax.device_count() == 8 and jax.local_device_count() == 4
 arrays, routers = t.inputs()
 for data, expert in [(1, 8), (2, 4)]:
   mesh = make_mesh(data, expert)
@@ -152,23 +139,4 @@ print("the same")
 
 
 def test_two_processes_of_four_devices_are_one_device():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  here = Path(__file__).parent
-  environment = os.environ | {"PYTHONPATH": str(here.parent)}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i), str(here)],
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  try:
-    for process in processes:
-      out, error = process.communicate(timeout=240)
-      assert process.returncode == 0, error[-2000:]
-      assert out.strip().endswith("the same")
-  finally:
-    for process in processes:
-      process.kill()
+  assert_both_say("the same", PROCESS)

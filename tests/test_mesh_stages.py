@@ -1,17 +1,13 @@
 """A stage's programs on any mesh, and in two processes, compute what they compute on one device."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from two_processes import assert_both_say
 
 from configs.tiny import rl as rl_config
 from experiments import rl, sft
@@ -178,48 +174,20 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused_with_the_numbers()
 
 
 PROCESS = """
-import sys
 from pathlib import Path
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-sys.path.insert(0, sys.argv[3])
-import numpy as np
 import test_mesh_stages as t
 from nemocascade.mesh import whole
-assert jax.device_count() == 8 and jax.local_device_count() == 4
-a, root = t.assembly(2, 4), Path(sys.argv[4])
+a, root = t.assembly(2, 4), Path(*arguments)
 metrics, state, store = t.sft_step(a, root / "two")
 gathered = jax.jit(lambda p: p, out_shardings=whole(a.mesh))(state.params)
-t.assert_same(jax.device_get((metrics, gathered)), t.on_one_device(t.sft_step, root / sys.argv[2]))
+t.assert_same(jax.device_get((metrics, gathered)), t.on_one_device(t.sft_step, root / index))
 print("the same")
 """
 
 
 def test_two_processes_of_four_devices_are_one_device(tmp_path):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  here = Path(__file__).parent
-  environment = os.environ | {"PYTHONPATH": str(here.parent)}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(i), str(here), str(tmp_path)],
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  try:
-    for process in processes:
-      out, error = process.communicate(timeout=240)
-      assert process.returncode == 0, error[-2000:]
-      assert out.strip().endswith("the same")
-  finally:
-    for process in processes:
-      process.kill()
+  assert_both_say("the same", PROCESS, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,21 @@ def row_experts(bounds, N: int):
   return jnp.searchsorted(bounds, jnp.arange(N, dtype=jnp.int32), side="right").astype(jnp.int32) - 1
 
 
+def with_strangers(bounds, N: int):
+  """(start_G, end_G): a group of the rows before the local experts', then theirs, then one of those behind."""
+  start_G = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
+  return start_G, jnp.concatenate([bounds, jnp.full(1, N, jnp.int32)])
+
+
+def _in_turn(count_G, V: int):
+  """V visits, count[g] of each group in turn: (each one's group, which of its group's it is, how many count)."""
+  last_G = jnp.cumsum(count_G, dtype=jnp.int32)
+  visit_V = jnp.arange(V, dtype=jnp.int32)
+  group_V = jnp.searchsorted(last_G, visit_V, side="right", method="compare_all").astype(jnp.int32)
+  group_V = jnp.minimum(group_V, count_G.shape[0] - 1)
+  return group_V, visit_V - (last_G - count_G)[group_V], last_G[-1]
+
+
 def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
   """The pairs (group, tile of rows) that overlap, in the order of rows.
 
@@ -33,12 +48,8 @@ def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
   G, tiles = start_G.shape[0], -(-N // tile)
   first_G = start_G // tile
   visits_G = jnp.where(end_G > start_G, (end_G - 1) // tile - first_G + 1, int(empty))
-  last_G = jnp.cumsum(visits_G, dtype=jnp.int32)
-  visit_V = jnp.arange(tiles + G - 1, dtype=jnp.int32)
-  group_V = jnp.searchsorted(last_G, visit_V, side="right", method="compare_all").astype(jnp.int32)
-  group_V = jnp.minimum(group_V, G - 1)
-  tile_V = first_G[group_V] + visit_V - (last_G - visits_G)[group_V]
-  return group_V, jnp.clip(tile_V, 0, tiles - 1), last_G[-1]
+  group_V, turn_V, count = _in_turn(visits_G, tiles + G - 1)
+  return group_V, jnp.clip(first_G[group_V] + turn_V, 0, tiles - 1), count
 
 
 def group_tiles(start_G, end_G, N: int, tile: int):
@@ -50,12 +61,7 @@ def group_tiles(start_G, end_G, N: int, tile: int):
     group_V, start_V, end_V: a tile has the rows start .. start + tile of its group that lie before
     the end; V = N // tile + G are enough for any groups, and unused ones have start = end.
   """
-  G = start_G.shape[0]
   tiles_G = -(-(end_G - start_G) // tile)
-  last_G = jnp.cumsum(tiles_G, dtype=jnp.int32)
-  visit_V = jnp.arange(N // tile + G, dtype=jnp.int32)
-  group_V = jnp.searchsorted(last_G, visit_V, side="right", method="compare_all").astype(jnp.int32)
-  group_V = jnp.minimum(group_V, G - 1)
-  start_V = start_G[group_V] + (visit_V - (last_G - tiles_G)[group_V]) * tile
+  group_V, turn_V, _ = _in_turn(tiles_G, N // tile + start_G.shape[0])
   end_V = end_G[group_V]
-  return group_V, jnp.minimum(start_V, end_V), end_V
+  return group_V, jnp.minimum(start_G[group_V] + turn_V * tile, end_V), end_V

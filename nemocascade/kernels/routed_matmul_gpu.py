@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from nemocascade.kernels.groups import group_tiles
+from nemocascade.kernels.groups import group_tiles, with_strangers
 from nemocascade.kernels.pallas_product import as_it_is, like, precision
 
 
@@ -116,9 +116,7 @@ def product(
   N, D = x_ND.shape
   E, F = w.shape[0], w.shape[1 if transpose else 2]
   tile = tile or choose_tile(N, E, D, F, x_ND.dtype)
-  # Groups before and after the local experts', whose rows get 0.
-  start_G = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
-  end_G = jnp.concatenate([bounds, jnp.full(1, N, jnp.int32)])
+  start_G, end_G = with_strangers(bounds, N)  # Strangers' rows get 0.
   group_V, start_V, end_V = group_tiles(start_G, end_G, N, tile.rows)
   expert_V = jnp.where((group_V > 0) & (group_V <= E), group_V - 1, -1)
   size = x_ND.dtype.itemsize

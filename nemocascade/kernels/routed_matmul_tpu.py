@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nemocascade.errors import UserError
-from nemocascade.kernels.groups import tile_visits
+from nemocascade.kernels.groups import tile_visits, with_strangers
 from nemocascade.kernels.pallas_product import as_it_is, like, precision
 
 LANES = 128
@@ -145,9 +145,7 @@ def product(
     + 4 * tile.rows * (2 * tile.chunk + 2 * LANES * len(extras)) <= VMEM
   )  # fmt: skip
   columns = _columns(F, tile.chunk, fits)
-  # Groups before and after the local experts', whose rows get 0.
-  start_G = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
-  end_G = jnp.concatenate([bounds, jnp.full(1, N, jnp.int32)])
+  start_G, end_G = with_strangers(bounds, N)  # Strangers' rows get 0.
   group_V, tile_V, count = tile_visits(start_G, end_G, N, tile.rows)
   # Rows that are nobody's are not fetched: their visits name the nearest tile that is.
   low, high = bounds[0] // tile.rows, jnp.maximum(bounds[-1] - 1, bounds[0]) // tile.rows

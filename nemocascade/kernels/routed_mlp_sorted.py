@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 
-def _relu2(h):
+def relu2(h):
   return jnp.square(jnp.maximum(h, 0.0))
 
 
-def _weigh(y, weight):
+def weigh(y, weight):
   return y * weight
 
 
@@ -38,9 +38,9 @@ def _gathered_sum(y_ND, place_TX):
 
 def _forward(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels, tile, interpret):
   product = functools.partial(kernels.product, tile=tile, interpret=interpret)
-  a_NF = product(x_TD[token_N], up_EDF, bounds, finish=_relu2)
+  a_NF = product(x_TD[token_N], up_EDF, bounds, finish=relu2)
   weight_N1 = weight_N[:, None].astype(jnp.float32)
-  y_ND = product(a_NF, down_EFD, bounds, finish=_weigh, extras=(weight_N1,))
+  y_ND = product(a_NF, down_EFD, bounds, finish=weigh, extras=(weight_N1,))
   saved = x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, a_NF
   return _gathered_sum(y_ND, place_TX), saved
 

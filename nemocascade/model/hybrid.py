@@ -279,6 +279,8 @@ def _add(tree: Params, path: tuple[str, ...], change: jax.Array) -> Params:
   if not path:
     return tree + change.astype(tree.dtype)
   return {**tree, path[0]: _add(tree[path[0]], path[1:], change)}
+
+
 def _predicted(segment_ids_BT, wanted_BT=None):
   """bool [B, T]: the tokens that have something of their document before them, of those wanted."""
   scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)

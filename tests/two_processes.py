@@ -1,0 +1,45 @@
+"""Runs a script in two processes of four CPU devices each, which know each other."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+# The script sees `index`, the number of its process, and `arguments`; it may import test modules.
+BEGIN = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+address, index, here, *arguments = sys.argv[1:]
+jax.distributed.initialize(address, num_processes=2, process_id=int(index))
+assert jax.device_count() == 8 and jax.local_device_count() == 4
+sys.path.insert(0, here)
+"""
+
+
+def assert_both_say(said: str, script: str, *arguments: str) -> None:
+  """Both processes end well, with `said` as the end of their output."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", BEGIN + script, address, str(i), str(HERE), *arguments],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  try:
+    for process in processes:
+      out, error = process.communicate(timeout=240)
+      assert process.returncode == 0, error[-2000:]
+      assert out.strip().endswith(said)
+  finally:
+    for process in processes:
+      process.kill()
