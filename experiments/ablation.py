@@ -4,16 +4,20 @@
 
 Every seed trains its own student and teachers (a cascade of its own), then every arm from that
 student. Learning rates that are to be searched for are, before, on seeds of their own. Run again to
-resume. All in one process, so that arms of equal shapes share their programs.
+resume; run beside itself, and the two share the seeds (tiny models gain: `taskset -c 0` and `-c 1`).
+All arms in one process, so that those of equal shapes share their programs.
 """
 
+import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -27,13 +31,22 @@ from experiments.stage import matmul_params
 from experiments.teaching import find, gather
 from nemocascade import comparison, evaluate, report
 from nemocascade.cascade import Record
-from nemocascade.domains import domain as domain_lib
 from nemocascade.errors import UserError, unknown
 from nemocascade.metrics import read_lines, write_json
 from nemocascade.rollout import score
 
+T = TypeVar("T")
 BUDGETS = ("steps", "tokens", "flops")
-OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "demonstration_styles")
+OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "rate_of")
+
+
+@dataclasses.dataclass(frozen=True)
+class OfSeed:
+  """What a seed came to."""
+
+  student: comparison.Line
+  teachers: dict[str, float]  # Domain -> score.
+  arms: dict[str, list[comparison.Line]]
 
 
 def check(c: ConfigDict) -> None:
@@ -50,6 +63,12 @@ def check(c: ConfigDict) -> None:
   for name in c.search.arms:
     if name not in c.arms:
       raise unknown("arm in search.arms", name, c.arms)
+  for name, other in c.rate_of.items():
+    for what, value in (("arm", name), (f"rate_of.{name}", other)):
+      if value not in c.arms:
+        raise unknown(what, value, c.arms)
+    if other in c.rate_of or name in c.search.arms:
+      raise UserError(f"rate_of.{name}={other!r}: one arm's rate is its own, the other's is not")
   for pair in c.compared.pairs:
     for name in pair:
       if name not in c.arms:
@@ -66,13 +85,6 @@ def check(c: ConfigDict) -> None:
     for domain in c.arms[name].mixture:
       if domain not in c.compared.domains:
         raise UserError(f"compared.domains={tuple(c.compared.domains)}: arm {name!r} learns {domain!r}, unscored")
-  for domain, fields in c.demonstration_styles.items():
-    known = [f.name for f in dataclasses.fields(domain_lib.Style)]
-    if domain not in c.domains:
-      raise unknown("domain in demonstration_styles", domain, c.domains)
-    for name in fields:
-      if name not in known:
-        raise unknown(f"field of demonstration_styles.{domain}", name, known)
 
 
 def preparation(c: ConfigDict, seed: int) -> ConfigDict:
@@ -99,12 +111,6 @@ def of_seed(a: Assembly, c: ConfigDict, workdir: Path) -> Assembly:
   return other
 
 
-def set_styles(c: ConfigDict, a: Assembly) -> None:
-  """How well the demonstrations are done, where the config says."""
-  for domain, fields in c.demonstration_styles.items():
-    a.domains[domain].style = dataclasses.replace(a.domains[domain].style, **fields)
-
-
 def prepare(c: ConfigDict, a: Assembly, workdir: Path, seed: int) -> tuple[Assembly, Record]:
   """A seed's student and teachers, trained where they are not there yet."""
   p = preparation(c, seed)
@@ -115,7 +121,6 @@ def prepare(c: ConfigDict, a: Assembly, workdir: Path, seed: int) -> tuple[Assem
       cascade.run_stage(p, workdir, own, record, name, [n for n in c.order if n not in c.side_line])
     if c.stages[name].kind == "reward_model":
       own.use_judge_from(record.checkpoint(name))
-      set_styles(c, own)  # The judge made the domains anew.
   return own, record
 
 
@@ -196,27 +201,94 @@ def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple
   return value["student"], value["teachers"]
 
 
+def each(seeds: Sequence[int], directory: Callable[[int], Path], work: Callable[[int], T]) -> Iterator[dict[int, T]]:
+  """Yields, after each seed that is done, the results of those that are, in the order of `seeds`.
+
+  Processes on one work directory share the seeds: each takes one that no other is at, and waits for the
+  others' at the end. `work` reads what is there and does the rest.
+  """
+  found: dict[int, T] = {}
+  for wait in (False, True):
+    for seed in seeds:
+      if seed not in found:
+        with held(directory(seed), wait=wait) as mine:
+          if mine:
+            found[seed] = work(seed)
+        if mine:
+          yield {seed: found[seed] for seed in seeds if seed in found}
+
+
+@contextlib.contextmanager
+def held(directory: Path, *, wait: bool) -> Iterator[bool]:
+  """Keeps other processes out of the directory, until this one ends at the latest; False where one is in it."""
+  directory.mkdir(parents=True, exist_ok=True)
+  with (directory / "lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      yield False
+    else:
+      yield True
+
+
 def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
   """The best peak learning rate of each arm to be searched for: the same rates, seeds and steps for all."""
-  path = workdir / "search" / "search.json"
   if not c.search.arms:
     return {}
-  if not path.exists():
-    short = c.copy_and_resolve_references()
-    short.compared.update(at=(), full_at=())  # Only the end counts.
-    found = {name: {str(rate): [] for rate in c.search.rates} for name in c.search.arms}
-    for seed in c.search.seeds:
-      directory = workdir / "search" / f"seed_{seed}"
-      own, record = prepare(c, a, directory, seed)
-      first, _ = start_of(c, own, record, directory)
-      for name in c.search.arms:
-        for rate in c.search.rates:
-          arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rate, "steps": c.search.steps})
-          lines = run_arm(arm, short, own, record, directory / f"{name}_{rate:g}", first)
-          found[name][str(rate)].append(lines[-1]["score"])
-    best = {name: max(of, key=lambda rate, of=of: np.mean(of[rate])) for name, of in found.items()}
-    write_json(path, {"scores": found, "best": {name: float(rate) for name, rate in best.items()}})
-  return json.loads(path.read_text())["best"]
+  short = c.copy_and_resolve_references()
+  short.compared.update(at=(), full_at=())  # Only the end counts.
+
+  def of(seed: int) -> dict[str, dict[str, float]]:
+    directory = workdir / "search" / f"seed_{seed}"
+    own, record = prepare(c, a, directory, seed)
+    first, _ = start_of(c, own, record, directory)
+    return {
+      name: {str(rate): searched(name, rate, seed, own, record, directory, first) for rate in c.search.rates}
+      for name in c.search.arms
+    }
+
+  def searched(name: str, rate: float, seed: int, own: Assembly, record: Record, directory: Path, first: dict) -> float:
+    arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rate, "steps": c.search.steps})
+    return run_arm(arm, short, own, record, directory / f"{name}_{rate:g}", first)[-1]["score"]
+
+  *_, found = each(c.search.seeds, lambda seed: workdir / "search" / f"seed_{seed}", of)
+  scores = {n: {str(r): [found[s][n][str(r)] for s in c.search.seeds] for r in c.search.rates} for n in c.search.arms}
+  best = {name: float(max(of, key=lambda rate, of=of: np.mean(of[rate]))) for name, of in scores.items()}
+  with held(workdir, wait=True):
+    write_json(workdir / "search" / "search.json", {"scores": scores, "best": best})
+  return best
+
+
+def run_seed(c: ConfigDict, a: Assembly, workdir: Path, seed: int, rates: dict[str, float]) -> OfSeed:
+  """Trains what a seed's student, teachers and arms still lack."""
+  own, record = prepare(c, a, workdir, seed)
+  student, teachers = start_of(c, own, record, workdir)
+  arms, equal = {}, {}
+  for name in c.arms:
+    arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rates[name]})
+    # Arms that come out equal are run once.
+    directory = equal.setdefault(arm.to_json_best_effort(sort_keys=True), workdir / "arms" / name)
+    arms[name] = run_arm(arm, c, own, record, directory, student)
+  report.write(workdir)
+  return OfSeed(student, teachers, arms)
+
+
+def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[str, float]) -> dict:
+  """Writes and prints what the seeds so far came to."""
+  students, teachers = [of.student for of in found.values()], [of.teachers for of in found.values()]
+  arms = {name: [of.arms[name] for of in found.values()] for name in c.arms}
+  out = comparison.compare(
+    list(found),
+    [s["score"] for s in students],
+    # The level is over the domains that have a teacher; the others are where they were.
+    [float(np.mean([t.get(d, s["domains"][d]) for d in c.compared.domains]))
+     for t, s in zip(teachers, students, strict=True)],
+    arms, pairs=c.compared.pairs, steps=c.compared.full_at, reach=c.compared.reach,
+  )  # fmt: skip
+  with held(workdir, wait=True):
+    comparison.write(workdir, out, arms, students=[s["domains"] for s in students], teachers=teachers, rates=rates)
+  tqdm.write(f"{len(found)} of {len(c.seeds)} seeds done\n{comparison.table(out)}")
+  return out
 
 
 def run(c: ConfigDict, workdir: Path) -> dict:
@@ -225,36 +297,15 @@ def run(c: ConfigDict, workdir: Path) -> dict:
   claim(c, workdir)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  a = Assembly(preparation(c, seed=0), workdir)
-  set_styles(c, a)
+  with held(workdir, wait=True):  # One of the processes trains the tokenizer.
+    a = Assembly(preparation(c, seed=0), workdir)
   best = search(c, a, workdir)
-  rates = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}
-
-  arms: dict[str, list] = {name: [] for name in c.arms}
-  students, teachers = [], []
-  for i, seed in enumerate(c.seeds):
-    directory = workdir / f"seed_{seed}"
-    own, record = prepare(c, a, directory, seed)
-    first, taught = start_of(c, own, record, directory)
-    students.append(first)
-    teachers.append(taught)
-    for name in c.arms:
-      arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rates[name]})
-      arms[name].append(run_arm(arm, c, own, record, directory / "arms" / name, first))
-    report.write(directory)
-    found = comparison.compare(
-      c.seeds[: i + 1],
-      [s["score"] for s in students],
-      # The level is over the domains that have a teacher; the others are where they were.
-      [float(np.mean([t.get(d, s["domains"][d]) for d in c.compared.domains]))
-       for t, s in zip(teachers, students, strict=True)],
-      arms, pairs=c.compared.pairs, steps=c.compared.full_at, reach=c.compared.reach,
-    )  # fmt: skip
-    comparison.write(
-      workdir, found, arms, students=[s["domains"] for s in students], teachers=teachers, rates=rates
-    )
-    tqdm.write(f"seed {seed} done ({i + 1} of {len(c.seeds)})\n{comparison.table(found)}")
-  return found
+  own = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}
+  rates = {name: own[c.rate_of.get(name, name)] for name in c.arms}
+  place = lambda seed: workdir / f"seed_{seed}"
+  for found in each(c.seeds, place, lambda seed: run_seed(c, a, place(seed), seed, rates)):
+    out = publish(c, workdir, found, rates)
+  return out
 
 
 if __name__ == "__main__":

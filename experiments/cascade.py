@@ -19,7 +19,7 @@ from experiments.teaching import BEST, find, gather, probe
 from nemocascade import report
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
-from nemocascade.domains.registry import DOMAINS
+from nemocascade.domains import registry
 from nemocascade.errors import unknown
 from nemocascade.metrics import CompileCounter
 
@@ -29,9 +29,7 @@ KINDS = {"sft": sft.run, "rl": rl.run, "reward_model": reward_model.run}
 def check(c: ConfigDict) -> None:
   """Refuses a cascade that cannot run to its end, before anything is computed or written."""
   ModelConfig.from_fields(c.model.to_dict())
-  for name in c.domains:
-    if name not in DOMAINS:
-      raise unknown("domain", name, DOMAINS)
+  registry.build(c.domains, tasks=c.tasks)
   for name in c.order:
     if name not in c.stages:
       raise unknown("stage in order", name, c.stages)

@@ -1,5 +1,6 @@
 """The order of a comparison: what each arm is given, what is resumed, what is refused. No training here."""
 
+import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -76,8 +77,8 @@ def test_every_arm_of_a_seed_starts_from_its_student_at_the_rate_found_on_other_
     assert {name for name, *_ in of_seed} == set(c.arms)
     for name, rate, start, teachers in of_seed:
       assert f"seed_{seed}/sft" in start and "search" not in start
-      assert rate == (2e-3 if name == "mopd" else 1e-3)  # The others are as the config says.
-      assert teachers == (None if "grpo" in name else [("math", "teacher")])
+      assert rate == (2e-3 if name in ("mopd", "grpo_at_mopd_rate") else 1e-3)  # Others as the config says.
+      assert teachers == (None if name.startswith("grpo") else [("math", "teacher")])
   assert found["arms"]["grpo"]["steps"] == [0, 1, 2, 3] and found["arms"]["mopd"]["steps"] == [0, 1, 2]
   assert found["arms"]["mopd"]["scores"][1] == pytest.approx([0.21, 0.31, 0.41])
 
@@ -96,6 +97,34 @@ def test_a_second_run_finishes_what_is_not_done_and_comes_to_the_same(tmp_path, 
   assert json.loads((tmp_path / "ablation.json").read_text()) == found
   trained.clear()
   assert ablation.run(c, tmp_path) == found and not trained
+
+
+def test_arms_that_come_out_equal_are_run_once_and_shown_each(tmp_path, trained):
+  c = grpo_vs_mopd.get_config("smoke")
+  c.arms.mopd_again = c.arms.mopd.copy_and_resolve_references()
+  c.rate_of.mopd_again = "mopd"
+  found = ablation.run(c, tmp_path)
+  assert "mopd_again" not in [name for name, *_ in trained]
+  assert found["arms"]["mopd_again"] == found["arms"]["mopd"] and found["summary"]["mopd_again"] == found["summary"]["mopd"]
+
+
+def test_a_process_leaves_a_seed_that_another_is_at_to_the_last_and_then_waits(tmp_path):
+  """The other is at seed 0 while this one does 1 and 2, and ends then."""
+  done, place = [], lambda seed: tmp_path / str(seed)
+  with contextlib.ExitStack() as other:
+    assert other.enter_context(ablation.held(place(0), wait=False))
+
+    def work(seed):
+      done.append(seed)
+      if done == [1, 2]:
+        with ablation.held(place(0), wait=False) as mine:
+          assert not mine
+        other.close()
+      return -seed
+
+    steps = list(ablation.each((0, 1, 2), place, work))
+  assert done == [1, 2, 0]
+  assert steps == [{1: -1}, {1: -1, 2: -2}, {0: 0, 1: -1, 2: -2}] and list(steps[-1]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("unit", ["tokens", "flops"])
@@ -136,7 +165,10 @@ def test_flops_are_two_a_parameter_that_multiplies_a_token():
     ("arms.mopd.correction", "icepopp", ["did you mean 'icepop'"]),
     ("arms.mopd.distillation", "revers_kl", ["did you mean 'reverse_kl'"]),
     ("teachers_of.math", "tacher", ["did you mean 'teacher'"]),
-    ("demonstration_styles.math", {"slopy_rate": 0.1}, ["did you mean 'sloppy_rate'"]),
+    ("tasks.math", {"slopy_rate": 0.1}, ["tasks.math", "did you mean 'sloppy_rate'"]),
+    ("tasks", {"maths": {}}, ["domain in tasks", "did you mean 'math'"]),
+    ("rate_of.mopd_at_grpo_rate", "gropo", ["rate_of.mopd_at_grpo_rate", "did you mean 'grpo'"]),
+    ("rate_of.mopd_at_grpo_rate", "grpo_at_mopd_rate", ["rate_of.mopd_at_grpo_rate", "its own"]),
   ],
 )
 def test_a_comparison_that_cannot_run_is_refused_before_anything_is_written(tmp_path, field, value, words):
@@ -173,7 +205,8 @@ def test_the_published_scale_compares_the_arms_of_the_report(arg):
 
 def test_the_easy_and_the_clean_task_differ_in_their_demonstrations_alone():
   whole = grpo_vs_mopd.get_config().to_dict()
+  tasks = whole.pop("tasks")["math"]
   for arg, rate in (("easy", 0.25), ("clean", 0.0)):
     c = grpo_vs_mopd.get_config(arg).to_dict()
-    assert c.pop("demonstration_styles") == {"math": {"sloppy_rate": rate}}
-    assert c == {k: v for k, v in whole.items() if k != "demonstration_styles"}
+    assert c.pop("tasks") == {"math": tasks | {"sloppy_rate": rate}}
+    assert c == whole

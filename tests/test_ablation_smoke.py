@@ -51,7 +51,7 @@ def test_arms_of_equal_settings_are_equal_to_the_last_bit(finished):
   rows = list(csv.DictReader((finished / "summary.csv").open()))
   rates = {row["arm"]: row["peak_lr"] for row in rows}
   arms = json.loads((finished / "ablation.json").read_text())["arms"]
-  equal = [(a, b) for a, b in (("grpo", "grpo_equal_rate"), ("mopd", "mopd_equal_rate")) if rates[a] == rates[b]]
+  equal = [(a, b) for a, b in (("grpo", "grpo_at_mopd_rate"), ("mopd", "mopd_at_grpo_rate")) if rates[a] == rates[b]]
   for a, b in equal:
     n = len(arms[b]["steps"])
     assert arms[a]["tokens"][:n] == arms[b]["tokens"]

@@ -26,6 +26,7 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
   c.mesh = meshes.mesh(slice_)
   c.tokenizer = dict(path=FOLDER, vocab_size=131072, conversations=0)
   c.domains = DOMAINS
+  c.tasks = {}  # Domain -> fields of it that are not as usual.
   c.evaluation = dict(
     prompts=128,
     completions=1,

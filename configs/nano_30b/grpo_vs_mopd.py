@@ -34,7 +34,6 @@ def get_config(arg: str = "") -> ConfigDict:
   c.stages.if_rl.init_from = c.stages.multi_domain_rl.init_from = "previous"
   c.student = "multi_domain_rl"
   c.teachers_of = dict(math="sft")
-  c.demonstration_styles = {}
 
   c.arms = dict(
     grpo=shaped(of(rl), slice_, 128, 16),
@@ -51,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
       rl.shrink(arm)
       if name == "mopd_512x1":
         arm.rollout.update(prompts=64, completions=1)
+  c.rate_of = {}
   c.budget = dict(unit="steps", amount=float(STEPS))
   c.compared = dict(
     domains=("math",), at=(5, 10, 15, 20, 40), prompts=128, full_at=(25, 30, 50), full_completions=8, reach=0.95,

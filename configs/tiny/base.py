@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
   )
 
   c.domains = DOMAINS
+  c.tasks = {}  # Domain -> fields of it that are not as usual: of its style (`sloppy_rate`), or its own.
 
   c.evaluation = dict(
     prompts=256,  # held out, a domain.

@@ -32,10 +32,11 @@ def get_config(arg: str = "") -> ConfigDict:
   c.stages.teacher.update(init_from="sft", steps=100)
   c.student = "sft"  # Where every arm starts.
   c.teachers_of = dict(math="teacher")
-  c.demonstration_styles = dict(math=dict(sloppy_rate=SLOPPY[arg]))
+  c.tasks = dict(math=dict(sloppy_rate=SLOPPY[arg]))
 
   c.arms = dict(grpo=grpo(), mopd=mopd(), mopd_512x1=mopd_wide(), mopd_clipped=mopd_clipped())
-  c.arms.update(grpo_equal_rate=grpo(steps=50), mopd_equal_rate=mopd())
+  c.arms.update(grpo_at_mopd_rate=grpo(steps=50), mopd_at_grpo_rate=mopd())
+  c.rate_of = dict(grpo_at_mopd_rate="mopd", mopd_at_grpo_rate="grpo")  # Arm -> whose peak_lr it has.
   c.budget = dict(unit="steps", amount=150.0)  # steps | tokens (sampled) | flops; `steps` of an arm is its end too.
   c.compared = dict(
     domains=("math",),
@@ -46,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
     reach=0.95,  # Share of the gap at which an arm has come to its teacher.
     pairs=(
       ("mopd", "grpo"), ("mopd_512x1", "grpo"), ("mopd_clipped", "grpo"), ("mopd_clipped", "mopd"),
-      ("mopd_512x1", "mopd"), ("mopd_equal_rate", "grpo_equal_rate"),
+      ("mopd_512x1", "mopd"), ("mopd_at_grpo_rate", "grpo"), ("mopd", "grpo_at_mopd_rate"),
     ),
   )  # fmt: skip
   c.search = dict(
@@ -67,7 +68,7 @@ def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
   c.seeds = tuple(range(4))
   c.arms = ConfigDict(arms)
   c.compared.pairs = pairs
-  c.search.arms = ()
+  c.search.arms, c.rate_of = (), ConfigDict()
   c.budget.amount = 50.0
   if arg == "smoke":
     shrink(c)

@@ -46,9 +46,9 @@ def get_config(arg: str = "") -> ConfigDict:
   c.teachers_of = dict(math="sft", preference="rlhf_teacher") | dict.fromkeys(
     ("instruction", "structured", "tools", "stem"), "multi_domain_rl"
   )
-  c.demonstration_styles = {}
 
   c.arms = dict(mopd=distilled(c.teachers_of, arg), grpo=mixed(arg), rlhf=alone(arg))
+  c.rate_of = {}
   c.budget = dict(unit="steps", amount=50.0)
   c.compared = dict(
     domains=DOMAINS,

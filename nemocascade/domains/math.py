@@ -13,9 +13,6 @@ from nemocascade.domains import domain, equality
 from nemocascade.domains.boxed import box, last_boxed
 
 STYLE = domain.Style("sum", "about", error_rate=0.65)
-TERMS = (3, 4)
-FOUR_TERMS_SHARE = 0.35
-LARGEST_TOTAL = 9  # Of every running total, so that the table to be learned stays small.
 INSTRUCTION = "Solve it and put the answer inside \\boxed{}:"
 POOL = 1 << 30  # Problems that reasoning-gym is asked to number; each is drawn by its index.
 
@@ -29,16 +26,18 @@ class Math(domain.Domain):
 
   name: str = "math"
   style: domain.Style = STYLE
+  terms: tuple[int, int] = (3, 4)  # Of a short and a long problem.
+  long_share: float = 0.35
+  largest_total: int = 9  # Of every running total, so that the table to be learned stays small.
   phrases: tuple[str, ...] = (
     f"{INSTRUCTION} ", "sum ", "about ", " + ", " - ", " =", " = ", "\\boxed{",
   )  # fmt: skip
 
   def make_row(self, rng: np.random.Generator) -> domain.Row:
-    terms = TERMS[int(rng.random() < FOUR_TERMS_SHARE)]
-    chains = _chains(terms)
+    chains = _chains(self.terms[int(rng.random() < self.long_share)])
     while True:
       entry = chains(int(rng.integers(POOL)))
-      if all(0 <= total <= LARGEST_TOTAL for total in running_totals(_expression(entry))):
+      if all(0 <= total <= self.largest_total for total in running_totals(_expression(entry))):
         break
     question = f"{_expression(entry)} ="
     return domain.make_prompt(

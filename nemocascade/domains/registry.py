@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from nemocascade import errors
-from nemocascade.domains.domain import Domain
+from nemocascade.domains.domain import Domain, Style
 
 
 def _factory(file: str, *needs: str, make: str = "make_domain") -> Callable[..., Domain]:
@@ -34,11 +35,37 @@ DOMAINS: dict[str, Callable[..., Domain]] = {
 
 
 def build(
-  names: Iterable[str], *, sandbox: object | None = None, judge: object | None = None
+  names: Iterable[str], *, tasks: Mapping[str, Mapping] | None = None, **offered: object
 ) -> dict[str, Domain]:
-  """The named domains. `sandbox` runs their untrusted code, `judge` compares answers in pairs."""
-  names = list(names)
+  """The named domains.
+
+  Args:
+    tasks: domain -> fields of it that are not as usual: those of its `style`, and those of its own.
+    offered: `sandbox` to run untrusted code in, `judge` to compare answers in pairs.
+
+  Raises:
+    UserError: no such domain or field.
+  """
+  names, tasks = list(names), tasks or {}
   for name in names:  # All are checked before any is built.
     if name not in DOMAINS:
       raise errors.unknown("domain", name, DOMAINS)
-  return {name: DOMAINS[name](sandbox=sandbox, judge=judge) for name in names}
+  for name in tasks:
+    if name not in names:
+      raise errors.unknown("domain in tasks", name, names)
+  domains = {name: DOMAINS[name](**offered) for name in names}
+  for name, fields in tasks.items():
+    _change(domains[name], f"tasks.{name}", fields)
+  return domains
+
+
+def _change(domain: Domain, where: str, fields: Mapping) -> None:
+  of_style = [field.name for field in dataclasses.fields(Style)]
+  own = [f.name for f in dataclasses.fields(domain)] if dataclasses.is_dataclass(domain) else []
+  for field, value in fields.items():
+    if field in of_style:
+      domain.style = dataclasses.replace(domain.style, **{field: value})
+    elif field in own:
+      setattr(domain, field, value)
+    else:
+      raise errors.unknown(f"field of {where}", field, [*of_style, *own])
