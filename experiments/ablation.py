@@ -60,6 +60,8 @@ def check(c: ConfigDict) -> None:
     raise UserError(f"search.seeds={tuple(c.search.seeds)}: {sorted(shared)} are compared on too; search on others")
   if c.budget.unit not in BUDGETS:
     raise unknown("budget.unit", c.budget.unit, BUDGETS)
+  if not 1 <= c.compared.prompts <= c.evaluation.prompts:
+    raise UserError(f"compared.prompts={c.compared.prompts}: give 1 to evaluation.prompts={c.evaluation.prompts}")
   for name in c.search.arms:
     if name not in c.arms:
       raise unknown("arm in search.arms", name, c.arms)
@@ -128,7 +130,8 @@ def scores(c: ConfigDict, a: Assembly, params, *, full: bool) -> dict[str, float
   """Domain -> held-out score; the same prompts and random numbers at every call of a seed."""
   e, key = c.compared, jax.random.key(a.c.seed)
   prompts, G = (c.evaluation.prompts, e.full_completions) if full else (e.prompts, 1)
-  rows = {name: a.heldout[name][:prompts] for name in e.domains}
+  # Spread over the list: its first are the commonest, so the easiest.
+  rows = {name: a.heldout[name][:: c.evaluation.prompts // prompts][:prompts] for name in e.domains}
 
   def collect(rows, index):
     return a.collect(

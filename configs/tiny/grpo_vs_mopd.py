@@ -5,7 +5,8 @@
 
 The student is an SFT checkpoint, the teacher what GRPO makes of it. `:easy` errs less in its
 demonstrations, `:clean` never: the two tasks beside the main one, on which the effect may not show.
-All schedules are constant after the warm-up, so that arms of different lengths compare at any step.
+Every arm anneals over its own length, as one with that budget would: at a constant rate all of them
+end in the noise of a step. So scores of arms of unlike length compare at their ends alone.
 """
 
 from ml_collections import ConfigDict
@@ -22,43 +23,46 @@ def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config()
   c.seeds = tuple(range(8))
   c.domains = ("math",)
-  c.evaluation.update(prompts=1024, total_tokens=80, long_domains=(), greedy=())
+  c.evaluation.update(prompts=2048, total_tokens=80, long_domains=(), greedy=())
+  # Problems of 3 and of 6 terms, with totals that SFT doesn't quite learn: who samples whole solutions
+  # seldom sees a right one of 6, and a teacher speaks to every token. The short ones start the teacher.
+  c.tasks = dict(math=dict(sloppy_rate=SLOPPY[arg], terms=(3, 6), largest_total=18))
 
   c.order = ("sft", "teacher")  # What each seed trains before the arms, in this order.
   c.side_line = ()
   c.stages = {"sft": sft.stage(), "teacher": equal_shape()}
   c.stages.sft.conversations = ConfigDict(dict(math=12000))
   c.stages.sft.update(steps=300, save_every=300)
-  c.stages.teacher.update(init_from="sft", steps=100)
+  c.stages.teacher.update(init_from="sft", steps=150)
+  c.stages.teacher.optimizer.peak_lr = 7e-4
   c.student = "sft"  # Where every arm starts.
   c.teachers_of = dict(math="teacher")
-  c.tasks = dict(math=dict(sloppy_rate=SLOPPY[arg]))
 
-  c.arms = dict(grpo=grpo(), mopd=mopd(), mopd_512x1=mopd_wide(), mopd_clipped=mopd_clipped())
-  c.arms.update(grpo_at_mopd_rate=grpo(steps=50), mopd_at_grpo_rate=mopd())
-  c.rate_of = dict(grpo_at_mopd_rate="mopd", mopd_at_grpo_rate="grpo")  # Arm -> whose peak_lr it has.
+  c.arms = dict(grpo=grpo(), grpo_150=grpo(steps=150))
+  c.arms.update(mopd=mopd(), mopd_512x1=mopd_wide(), mopd_clipped=mopd_clipped(), mopd_at_grpo_rate=mopd())
+  c.rate_of = dict(grpo_150="grpo", mopd_at_grpo_rate="grpo")  # Arm -> whose peak_lr it has.
   c.budget = dict(unit="steps", amount=150.0)  # steps | tokens (sampled) | flops; `steps` of an arm is its end too.
   c.compared = dict(
     domains=("math",),
-    at=(5, 10, 15, 20, 25, 40, 75, 100, 125),  # Steps at which `prompts` are scored once each.
+    at=(10, 20, 40, 75, 100),  # Steps at which `prompts` are scored once each.
     prompts=512,
     full_at=(30, 50),  # And here, as at the end, all of `evaluation.prompts`, so often:
-    full_completions=2,
-    reach=0.95,  # Share of the gap at which an arm has come to its teacher.
+    full_completions=1,
+    reach=0.8,  # Share of the gap at which an arm has come to its teacher.
     pairs=(
       ("mopd", "grpo"), ("mopd_512x1", "grpo"), ("mopd_clipped", "grpo"), ("mopd_clipped", "mopd"),
-      ("mopd_512x1", "mopd"), ("mopd_at_grpo_rate", "grpo"), ("mopd", "grpo_at_mopd_rate"),
+      ("mopd_512x1", "mopd"), ("mopd_at_grpo_rate", "grpo"),
     ),
   )  # fmt: skip
   c.search = dict(
     arms=("grpo", "mopd", "mopd_512x1", "mopd_clipped"),  # Whose peak_lr is the best of:
-    rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    rates=(3e-4, 8e-4, 2e-3),
     steps=30,
     seeds=(100, 101),
   )
   if arg == "smoke":
     shrink(c)
-    c.arms.grpo.steps = 3  # Longer than the others, as in the whole.
+    c.arms.grpo_150.steps = 3  # Longer than the others, as in the whole.
   return c
 
 
@@ -84,10 +88,11 @@ def equal_shape() -> ConfigDict:
   c.rollout.update(prompts=64, completions=8)
   c.packing.rows = 176  # Three completions of 80 tokens to a row at least.
   c.save_every = 50
+  c.optimizer.update(schedule="cosine", final_fraction=0.05)
   return c
 
 
-def grpo(steps: int = 150) -> ConfigDict:
+def grpo(steps: int = 50) -> ConfigDict:
   c = equal_shape()
   c.steps = steps
   return c
@@ -141,5 +146,5 @@ def shrink(c: ConfigDict) -> None:
     stage.update(steps=2, save_every=1)
     if stage.advantage == "grpo":  # Something to learn where every verdict is 0.
       stage.update(dynamic_filtering=False, entropy_weight=0.01)
-  c.compared.update(at=(1,), full_at=(2,), prompts=32)
+  c.compared.update(at=(1,), full_at=(2,), prompts=16)
   c.search.update(arms=c.search.arms[:2], rates=(1e-3, 2e-3), steps=1, seeds=(100,))
