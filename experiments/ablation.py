@@ -297,10 +297,10 @@ def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[
 def run(c: ConfigDict, workdir: Path) -> dict:
   """Runs what is left of the comparison; returns what ablation.json holds."""
   check(c)
-  claim(c, workdir)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  with held(workdir, wait=True):  # One of the processes trains the tokenizer.
+  with held(workdir, wait=True):  # Processes that share the work are started together.
+    claim(c, workdir)
     a = Assembly(preparation(c, seed=0), workdir)
   best = search(c, a, workdir)
   own = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}

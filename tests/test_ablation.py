@@ -77,9 +77,9 @@ def test_every_arm_of_a_seed_starts_from_its_student_at_the_rate_found_on_other_
     assert {name for name, *_ in of_seed} == set(c.arms)
     for name, rate, start, teachers in of_seed:
       assert f"seed_{seed}/sft" in start and "search" not in start
-      assert rate == (2e-3 if name in ("mopd", "grpo_at_mopd_rate") else 1e-3)  # Others as the config says.
+      assert rate == (2e-3 if name == "mopd" else 1e-3)  # GRPO's, or as the config says.
       assert teachers == (None if name.startswith("grpo") else [("math", "teacher")])
-  assert found["arms"]["grpo"]["steps"] == [0, 1, 2, 3] and found["arms"]["mopd"]["steps"] == [0, 1, 2]
+  assert found["arms"]["grpo_150"]["steps"] == [0, 1, 2, 3] and found["arms"]["mopd"]["steps"] == [0, 1, 2]
   assert found["arms"]["mopd"]["scores"][1] == pytest.approx([0.21, 0.31, 0.41])
 
 
@@ -153,6 +153,7 @@ def test_flops_are_two_a_parameter_that_multiplies_a_token():
   "field, value, words",
   [
     ("student", "stf", ["student", "sft"]),
+    ("compared.prompts", 64, ["compared.prompts=64", "evaluation.prompts=32"]),
     ("budget.unit", "token", ["budget.unit", "did you mean 'tokens'"]),
     ("search.arms", ("mopdd",), ["search.arms", "did you mean 'mopd'"]),
     ("search.seeds", (1, 100), ["[1]"]),
@@ -168,7 +169,7 @@ def test_flops_are_two_a_parameter_that_multiplies_a_token():
     ("tasks.math", {"slopy_rate": 0.1}, ["tasks.math", "did you mean 'sloppy_rate'"]),
     ("tasks", {"maths": {}}, ["domain in tasks", "did you mean 'math'"]),
     ("rate_of.mopd_at_grpo_rate", "gropo", ["rate_of.mopd_at_grpo_rate", "did you mean 'grpo'"]),
-    ("rate_of.mopd_at_grpo_rate", "grpo_at_mopd_rate", ["rate_of.mopd_at_grpo_rate", "its own"]),
+    ("rate_of.mopd_at_grpo_rate", "grpo_150", ["rate_of.mopd_at_grpo_rate", "its own"]),
   ],
 )
 def test_a_comparison_that_cannot_run_is_refused_before_anything_is_written(tmp_path, field, value, words):
