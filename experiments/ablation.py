@@ -71,10 +71,10 @@ def check(c: ConfigDict) -> None:
         raise unknown(what, value, c.arms)
     if other in c.rate_of or name in c.search.arms:
       raise UserError(f"rate_of.{name}={other!r}: one arm's rate is its own, the other's is not")
-  for pair in c.compared.pairs:
-    for name in pair:
+  for field in ("pairs", "ends"):
+    for name in sum(c.compared[field], ()):
       if name not in c.arms:
-        raise unknown("arm in compared.pairs", name, c.arms)
+        raise unknown(f"arm in compared.{field}", name, c.arms)
   for domain, name in c.teachers_of.items():
     if name not in c.order:
       raise unknown(f"teachers_of.{domain}", name, c.order)
@@ -286,7 +286,8 @@ def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[
     # The level is over the domains that have a teacher; the others are where they were.
     [float(np.mean([t.get(d, s["domains"][d]) for d in c.compared.domains]))
      for t, s in zip(teachers, students, strict=True)],
-    arms, pairs=c.compared.pairs, steps=c.compared.full_at, reach=c.compared.reach,
+    arms, pairs=c.compared.pairs, ends=c.compared.ends, steps=c.compared.full_at,
+    reach=c.compared.reach,
   )  # fmt: skip
   with held(workdir, wait=True):
     comparison.write(workdir, out, arms, students=[s["domains"] for s in students], teachers=teachers, rates=rates)

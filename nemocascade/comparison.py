@@ -42,6 +42,7 @@ def compare(
   pairs: Sequence[tuple[str, str]],
   steps: Sequence[int],
   reach: float,
+  ends: Sequence[tuple[str, str]] = (),
 ) -> dict:
   """The content of ablation.json.
 
@@ -50,6 +51,7 @@ def compare(
     arms: name -> of each seed, the evaluations in order.
     pairs: (a, b): the difference a - b is looked at.
     steps: where shares of the gap and differences are taken.
+    ends: (a, b): their difference where each of them ends, with None for its step.
     reach: the share of the gap at which an arm counts as having come to its teacher.
   """
   out: dict[str, Any] = {
@@ -79,11 +81,10 @@ def compare(
         if step <= max(line["steps"] for line in lines[0])
       },
     }
-  for a, b in pairs:
-    for step in steps:
-      d = differences(arms, a, b, step)
-      if d is not None:
-        out["paired"].append({"a": a, "b": b, "step": step, "difference": statistics.mean(d)})
+  for a, b, step in [(*pair, step) for pair in pairs for step in steps] + [(*pair, None) for pair in ends]:
+    d = differences(arms, a, b, step)
+    if d is not None:
+      out["paired"].append({"a": a, "b": b, "step": step, "difference": statistics.mean(d)})
   return out
 
 
@@ -94,8 +95,13 @@ def scores_at(lines_of_seeds: Sequence[Sequence[Line]], step: float) -> np.ndarr
   )
 
 
-def differences(arms: dict, a: str, b: str, step: int) -> np.ndarray | None:
-  """Of each seed the score of a less that of b at the step; None where one of them ended before."""
+def differences(arms: dict, a: str, b: str, step: int | None) -> np.ndarray | None:
+  """Of each seed the score of a less that of b at the step; None where one of them ended before.
+
+  Without a step: where each of them ends.
+  """
+  if step is None:
+    return np.subtract(*[[lines[-1]["score"] for lines in arms[name]] for name in (a, b)])
   if any(max(line["steps"] for line in arms[name][0]) < step for name in (a, b)):
     return None
   return scores_at(arms[a], step) - scores_at(arms[b], step)
@@ -211,6 +217,7 @@ def intervals(found: dict):
     if g["mean"] is not None
   ]
   paired = [(f"{p['a']} \N{MINUS SIGN} {p['b']}", p["step"], p["difference"]) for p in found["paired"]]
+  where = lambda step: "the ends" if step is None else f"step {step}"
   rows = max(len(closed), len(paired), 1)
   figure, panels = plt.subplots(1, 2, figsize=(14, 1.4 + 0.27 * rows), layout="constrained")
   for axes, lines, level, label in (
@@ -219,12 +226,12 @@ def intervals(found: dict):
   ):
     axes.axvline(level, color="#555", lw=1, ls="--")
     for y, (_, step, value) in enumerate(lines):
-      colour = COLOURS[steps.index(step) % len(COLOURS)]
+      colour = COLOURS[steps.index(step) % len(COLOURS)] if step is not None else "#555"
       axes.plot(value["ci95"], (y, y), color=colour, lw=2.2)
       axes.plot(value["mean"], y, "o", color=colour, ms=5)
     if not lines:
       axes.text(0.5, 0.5, "nothing to show: no teacher is above its student", transform=axes.transAxes, ha="center")
-    axes.set_yticks(range(len(lines)), [f"{name.replace('_', ' ')}, step {step}" for name, step, _ in lines])
+    axes.set_yticks(range(len(lines)), [f"{name.replace('_', ' ')}, {where(step)}" for name, step, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)  # Read from the top.
     axes.set_xlabel(label)
     axes.grid(axis="x", color="#ddd", lw=0.6)
@@ -246,7 +253,8 @@ def table(found: dict) -> str:
       f"{name:20} final {span(s['final'])}  steps to teacher {span(s['steps_to_teacher'], 'median', 0)}  {closed}"
     )
   for p in found["paired"]:
-    lines.append(f"{p['a']} - {p['b']} at step {p['step']}: {span(p['difference'])}")
+    where = "where each ends" if p["step"] is None else f"at step {p['step']}"
+    lines.append(f"{p['a']} - {p['b']} {where}: {span(p['difference'])}")
   return "\n".join(lines)
 
 

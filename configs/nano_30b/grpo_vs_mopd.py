@@ -55,6 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.compared = dict(
     domains=("math",), at=(5, 10, 15, 20, 40), prompts=128, full_at=(25, 30, 50), full_completions=8, reach=0.95,
     pairs=(("mopd", "grpo"), ("mopd", "grpo_128x4"), ("mopd_512x1", "mopd")),
+    ends=(),
   )  # fmt: skip
   c.search = dict(arms=(), rates=(1e-6, 2e-6, 3e-6), steps=25, seeds=(100,))
   if smoke:

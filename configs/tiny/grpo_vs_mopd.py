@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
       ("mopd", "grpo"), ("mopd_512x1", "grpo"), ("mopd_clipped", "grpo"), ("mopd_clipped", "mopd"),
       ("mopd_512x1", "mopd"), ("mopd_at_grpo_rate", "grpo"),
     ),
+    ends=(("mopd", "grpo_150"), ("mopd_512x1", "grpo_150")),  # Of unlike length: where each ends.
   )  # fmt: skip
   c.search = dict(
     arms=("grpo", "mopd", "mopd_512x1"),  # Whose peak_lr is the best of:
@@ -71,7 +72,7 @@ def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
   c = get_config()
   c.seeds = tuple(range(4))
   c.arms = ConfigDict(arms)
-  c.compared.pairs = pairs
+  c.compared.update(pairs=pairs, ends=())
   c.search.arms, c.rate_of = (), ConfigDict()
   c.budget.amount = 50.0
   if arg == "smoke":

@@ -58,6 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     full_completions=4,
     reach=0.95,
     pairs=(("mopd", "grpo"), ("mopd", "rlhf")),
+    ends=(),
   )
   c.search = dict(arms=(), rates=(5e-4, 1e-3, 2e-3), steps=30, seeds=(100,))
   if arg == "smoke":
