@@ -8,16 +8,13 @@ resume; run beside itself, and the two share the seeds (tiny models gain: `tasks
 All arms in one process, so that those of equal shapes share their programs.
 """
 
-import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +24,7 @@ from tqdm import tqdm
 from experiments import cascade, rl
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
+from experiments.sharing import each, held
 from experiments.stage import matmul_params
 from experiments.teaching import find, gather
 from nemocascade import comparison, evaluate, report
@@ -35,7 +33,6 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.metrics import read_lines, write_json
 from nemocascade.rollout import score
 
-T = TypeVar("T")
 BUDGETS = ("steps", "tokens", "flops")
 OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "rate_of")
 
@@ -202,36 +199,6 @@ def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple
     write_json(path, {"student": student, "teachers": teachers})
   value = json.loads(path.read_text())
   return value["student"], value["teachers"]
-
-
-def each(seeds: Sequence[int], directory: Callable[[int], Path], work: Callable[[int], T]) -> Iterator[dict[int, T]]:
-  """Yields, after each seed that is done, the results of those that are, in the order of `seeds`.
-
-  Processes on one work directory share the seeds: each takes one that no other is at, and waits for the
-  others' at the end. `work` reads what is there and does the rest.
-  """
-  found: dict[int, T] = {}
-  for wait in (False, True):
-    for seed in seeds:
-      if seed not in found:
-        with held(directory(seed), wait=wait) as mine:
-          if mine:
-            found[seed] = work(seed)
-        if mine:
-          yield {seed: found[seed] for seed in seeds if seed in found}
-
-
-@contextlib.contextmanager
-def held(directory: Path, *, wait: bool) -> Iterator[bool]:
-  """Keeps other processes out of the directory, until this one ends at the latest; False where one is in it."""
-  directory.mkdir(parents=True, exist_ok=True)
-  with (directory / "lock").open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      yield False
-    else:
-      yield True
 
 
 def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:

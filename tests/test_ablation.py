@@ -1,6 +1,5 @@
 """The order of a comparison: what each arm is given, what is resumed, what is refused. No training here."""
 
-import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -106,25 +105,6 @@ def test_arms_that_come_out_equal_are_run_once_and_shown_each(tmp_path, trained)
   found = ablation.run(c, tmp_path)
   assert "mopd_again" not in [name for name, *_ in trained]
   assert found["arms"]["mopd_again"] == found["arms"]["mopd"] and found["summary"]["mopd_again"] == found["summary"]["mopd"]
-
-
-def test_a_process_leaves_a_seed_that_another_is_at_to_the_last_and_then_waits(tmp_path):
-  """The other is at seed 0 while this one does 1 and 2, and ends then."""
-  done, place = [], lambda seed: tmp_path / str(seed)
-  with contextlib.ExitStack() as other:
-    assert other.enter_context(ablation.held(place(0), wait=False))
-
-    def work(seed):
-      done.append(seed)
-      if done == [1, 2]:
-        with ablation.held(place(0), wait=False) as mine:
-          assert not mine
-        other.close()
-      return -seed
-
-    steps = list(ablation.each((0, 1, 2), place, work))
-  assert done == [1, 2, 0]
-  assert steps == [{1: -1}, {1: -1, 2: -2}, {0: 0, 1: -1, 2: -2}] and list(steps[-1]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("unit", ["tokens", "flops"])

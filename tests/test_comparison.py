@@ -59,6 +59,14 @@ def test_paired_differences_are_of_the_same_seeds_at_the_same_step(found):
   assert pair["difference"]["ci95"] == pytest.approx([0.2, 0.3])
 
 
+def test_arms_of_unlike_length_are_compared_where_each_ends(found):
+  *before, pair = comparison.compare([7, 8], STUDENTS, TEACHERS, ARMS, ends=[("slow", "fast")], **OF)["paired"]
+  assert before == found["paired"]
+  assert (pair["a"], pair["b"], pair["step"]) == ("slow", "fast", None)
+  assert pair["difference"]["ci95"] == pytest.approx([-0.1, 0.0])
+  assert pair["difference"]["mean"] == pytest.approx(-0.05)
+
+
 def test_seeds_that_ended_at_different_steps_are_aligned_at_their_ends():
   ended_sooner = lines([0, 10, 17], [0.1, 0.2, 0.3])
   a, b = comparison.aligned([ended_sooner, lines([0, 10, 20, 25], [0.1, 0.2, 0.3, 0.4])])

@@ -1,5 +1,6 @@
 """Mathematics: running totals, the boxed answer, and equality that nothing can stall."""
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -17,12 +18,16 @@ def judge(row, content):
   return math.make_domain().verify([row], [domain.Completion((turn,))])[0]
 
 
-def test_the_expected_answer_is_the_value_of_the_expression():
-  for row in domain.rows(math.make_domain(), "train", 0, 0, 200):
+@pytest.mark.parametrize("changes", [{}, {"terms": (2, 6), "largest_total": 18, "long_share": 0.5}])
+def test_the_expected_answer_is_the_value_of_the_expression(changes):
+  task, counts = dataclasses.replace(math.make_domain(), **changes), set()
+  for row in domain.rows(task, "train", 0, 0, 200):
     expression = row["question"].removesuffix(" =")
     totals = math.running_totals(expression)
     assert int(row["expected_answer"]) == eval(expression) == totals[-1]
-    assert all(0 <= total <= math.LARGEST_TOTAL for total in totals)
+    assert all(0 <= total <= task.largest_total for total in totals)
+    counts.add(len(totals))
+  assert counts == set(task.terms)
 
 
 @pytest.mark.parametrize(

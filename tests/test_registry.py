@@ -35,6 +35,26 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
     registry.build(["stem", "maths"])
 
 
+def test_a_domain_differs_in_what_tasks_says_of_it_and_no_other_does():
+  usual, changed = (registry.build(["math", "stem"], tasks=t) for t in (None, {"math": {"sloppy_rate": 0.1, "terms": (2, 5)}}))
+  assert (changed["math"].style.sloppy_rate, changed["math"].terms) == (0.1, (2, 5))
+  assert changed["math"].style.error_rate == usual["math"].style.error_rate
+  assert changed["stem"] == usual["stem"] and registry.build(["math"])["math"] == usual["math"]
+
+
+@pytest.mark.parametrize(
+  "tasks, words",
+  [
+    ({"maths": {}}, "domain in tasks 'maths'.*did you mean 'math'"),
+    ({"stem": {}}, "domain in tasks 'stem'.*math"),
+    ({"math": {"largest": 9}}, "field of tasks.math 'largest'.*largest_total"),
+  ],
+)
+def test_an_unknown_task_or_field_is_refused(tasks, words):
+  with pytest.raises(UserError, match=words):
+    registry.build(["math"], tasks=tasks)
+
+
 def test_no_two_domains_share_a_marker():
   domains = registry.build([name for name in registry.DOMAINS if written(name)])
   styles = [task.style for task in domains.values() if hasattr(task, "style")]

@@ -91,5 +91,5 @@ def alone(arg: str) -> ConfigDict:
 
 def ended(c: ConfigDict, arg: str) -> ConfigDict:
   c.steps, c.save_every = (2, 1) if arg == "smoke" else (50, 25)
-  c.optimizer.update(schedule="constant", final_fraction=1.0)
+  c.optimizer.update(schedule="linear", final_fraction=0.0)
   return c

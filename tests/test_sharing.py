@@ -1,0 +1,24 @@
+"""Processes that share a work directory."""
+
+import contextlib
+
+from experiments.sharing import each, held
+
+
+def test_a_process_leaves_a_seed_that_another_is_at_to_the_last_and_then_waits(tmp_path):
+  """The other is at seed 0 while this one does 1 and 2, and ends then."""
+  done, place = [], lambda seed: tmp_path / str(seed)
+  with contextlib.ExitStack() as other:
+    assert other.enter_context(held(place(0), wait=False))
+
+    def work(seed):
+      done.append(seed)
+      if done == [1, 2]:
+        with held(place(0), wait=False) as mine:
+          assert not mine
+        other.close()
+      return -seed
+
+    steps = list(each((0, 1, 2), place, work))
+  assert done == [1, 2, 0]
+  assert steps == [{1: -1}, {1: -1, 2: -2}, {0: 0, 1: -1, 2: -2}] and list(steps[-1]) == [0, 1, 2]
