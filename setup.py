@@ -40,6 +40,7 @@ setup(
       "ipykernel>=6.29,<8",
       "torch==2.13.0",  # CPU, for transformers: the peer that the model is compared with.
       "transformers>=5,<6",
+      "trl>=1.16,<1.17",  # The peer of the policy-gradient loss, by a method that is not public.
       "safetensors>=0.5,<1",
       "tokenizers>=0.22,<1",
     ],
