@@ -1,8 +1,20 @@
 """Processes that share a work directory."""
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 from experiments.sharing import each, held
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from experiments.sharing import held
+with held(Path(sys.argv[1]), wait=True):
+  print("in", flush=True)
+  time.sleep(600)
+"""
 
 
 def test_a_process_leaves_a_seed_that_another_is_at_to_the_last_and_then_waits(tmp_path):
@@ -22,3 +34,15 @@ def test_a_process_leaves_a_seed_that_another_is_at_to_the_last_and_then_waits(t
     steps = list(each((0, 1, 2), place, work))
   assert done == [1, 2, 0]
   assert steps == [{1: -1}, {1: -1, 2: -2}, {0: 0, 1: -1, 2: -2}] and list(steps[-1]) == [0, 1, 2]
+
+
+def test_what_a_killed_process_held_is_free(tmp_path):
+  with subprocess.Popen(
+    [sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
+  ) as other:
+    assert other.stdout.readline() == b"in\n"
+    with held(tmp_path, wait=False) as mine:
+      assert not mine
+    other.kill()
+    with held(tmp_path, wait=True) as mine:
+      assert mine
