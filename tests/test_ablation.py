@@ -76,7 +76,7 @@ def test_every_arm_of_a_seed_starts_from_its_student_at_the_rate_found_on_other_
     assert {name for name, *_ in of_seed} == set(c.arms)
     for name, rate, start, teachers in of_seed:
       assert f"seed_{seed}/sft" in start and "search" not in start
-      assert rate == (2e-3 if name == "mopd" else 1e-3)  # GRPO's, or as the config says.
+      assert rate == (2e-3 if name in ("mopd", "mopd_clipped") else 1e-3)  # GRPO's, or as the config says.
       assert teachers == (None if name.startswith("grpo") else [("math", "teacher")])
   assert found["arms"]["grpo_150"]["steps"] == [0, 1, 2, 3] and found["arms"]["mopd"]["steps"] == [0, 1, 2]
   assert found["arms"]["mopd"]["scores"][1] == pytest.approx([0.21, 0.31, 0.41])

@@ -42,7 +42,7 @@ def test_the_record_holds_every_arm_seed_and_pair_and_its_numbers_are_finite(fin
     assert arm["steps"] == [0, *c.compared.at, *c.compared.full_at, *([3] if name == "grpo_150" else [])]
     assert [len(scores) for scores in arm["scores"]] == [len(arm["steps"])] * len(c.seeds)
     assert arm["tokens"] == sorted(arm["tokens"]) and arm["flops"] == sorted(arm["flops"])
-  assert {(p["a"], p["b"]) for p in found["paired"]} == set(map(tuple, c.compared.pairs))
+  assert {(p["a"], p["b"]) for p in found["paired"]} == {*c.compared.pairs, *c.compared.ends}
   assert all(math.isfinite(x) for p in found["paired"] for x in (p["difference"]["mean"], *p["difference"]["ci95"]))
 
 
