@@ -208,20 +208,19 @@ def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
   short = c.copy_and_resolve_references()
   short.compared.update(at=(), full_at=())  # Only the end counts.
 
-  def of(seed: int) -> dict[str, dict[str, float]]:
-    directory = workdir / "search" / f"seed_{seed}"
-    own, record = prepare(c, a, directory, seed)
-    first, _ = start_of(c, own, record, directory)
-    return {
-      name: {str(rate): searched(name, rate, seed, own, record, directory, first) for rate in c.search.rates}
-      for name in c.search.arms
-    }
+  place = lambda seed: workdir / "search" / f"seed_{seed}"
 
-  def searched(name: str, rate: float, seed: int, own: Assembly, record: Record, directory: Path, first: dict) -> float:
-    arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rate, "steps": c.search.steps})
-    return run_arm(arm, short, own, record, directory / f"{name}_{rate:g}", first)[-1]["score"]
+  def ends(seed: int) -> dict[str, dict[str, float]]:
+    own, record = prepare(c, a, place(seed), seed)
+    first, _ = start_of(c, own, record, place(seed))
 
-  *_, found = each(c.search.seeds, lambda seed: workdir / "search" / f"seed_{seed}", of)
+    def end(name: str, rate: float) -> float:
+      arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rate, "steps": c.search.steps})
+      return run_arm(arm, short, own, record, place(seed) / f"{name}_{rate:g}", first)[-1]["score"]
+
+    return {name: {str(rate): end(name, rate) for rate in c.search.rates} for name in c.search.arms}
+
+  *_, found = each(c.search.seeds, place, ends)
   scores = {n: {str(r): [found[s][n][str(r)] for s in c.search.seeds] for r in c.search.rates} for n in c.search.arms}
   best = {name: float(max(of, key=lambda rate, of=of: np.mean(of[rate]))) for name, of in scores.items()}
   with held(workdir, wait=True):

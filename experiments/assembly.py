@@ -58,7 +58,7 @@ class Assembly:
       check_experts(self.model_config.n_routed_experts, self.mesh)
     # Only domains run code: a model alone is of use where a sandbox is not to be had.
     self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers) if c.domains else None
-    self.domains = registry.build(c.domains, tasks=c.get("tasks"), sandbox=self.sandbox)
+    self.domains = registry.build(c.domains, tasks=c.tasks, sandbox=self.sandbox)
     # None where there are no domains either: such a model is given tokens.
     self.tokenizer = tokenizer or (self._tokenizer() if c.domains else None)
     if self.tokenizer and self.tokenizer.vocab_size > self.model_config.vocab_size:
@@ -181,7 +181,7 @@ class Assembly:
       return out
 
     self.judge = BradleyTerryJudge(rewards)
-    self.domains = registry.build(self.c.domains, tasks=self.c.get("tasks"), sandbox=self.sandbox, judge=self.judge)
+    self.domains = registry.build(self.c.domains, tasks=self.c.tasks, sandbox=self.sandbox, judge=self.judge)
 
   def answer_rows(self, prompts: list, answers: list[str], B: int, T: int):
     """Prompts with final answers as [B, T] tokens and segment ids; cut at T, unused rows padded.
@@ -275,7 +275,7 @@ def check_completions(c: ConfigDict, name: str, completions: int) -> None:
 
 def model_alone() -> ConfigDict:
   """The config of a command that only runs a model; `from_checkpoint` adds the model's own."""
-  return ConfigDict({"domains": (), "mesh": {"data": 1, "expert": 1}})
+  return ConfigDict({"domains": (), "tasks": {}, "mesh": {"data": 1, "expert": 1}})
 
 
 def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Assembly, Params]:

@@ -29,7 +29,7 @@ KINDS = {"sft": sft.run, "rl": rl.run, "reward_model": reward_model.run}
 def check(c: ConfigDict) -> None:
   """Refuses a cascade that cannot run to its end, before anything is computed or written."""
   ModelConfig.from_fields(c.model.to_dict())
-  registry.build(c.domains, tasks=c.get("tasks"))
+  registry.build(c.domains, tasks=c.tasks)
   for name in c.order:
     if name not in c.stages:
       raise unknown("stage in order", name, c.stages)
