@@ -117,14 +117,15 @@ def endless_params(a: Assembly) -> Params:
   """Fresh parameters under which no special token is drawn.
 
   The first number of every hidden state is 1, since no block adds to it, and the head gives special
-  tokens a large negative weight on it.
+  tokens a large negative weight on it. The others are as large, and not 1 / 50 of it: else tokens would
+  hardly differ, and all of them would choose the same experts.
   """
   writes = ("out_proj", "o_proj", "down_proj", "shared_down_proj")
 
   def change(path, leaf):
     name = path[-1].key
     if name == "embedding":
-      return leaf.at[:, 0].set(1.0)
+      return (leaf / jnp.std(leaf)).at[:, 0].set(1.0)
     if name == "lm_head":
       return leaf.at[0, : len(SPECIAL_NAMES)].set(-100.0)
     return leaf.at[..., 0].set(0.0) if name in writes else leaf

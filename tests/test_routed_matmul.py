@@ -15,6 +15,7 @@ from nemocascade.kernels import routed_matmul_gpu as gpu
 from nemocascade.kernels.groups import group_bounds, group_tiles, tile_visits
 from nemocascade.kernels.routed_matmul_blocked import FEWEST, MOST, choose_block
 from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile
+from nemocascade.kernels.routed_mlp_padded import capacity
 
 E, D, F, N = 5, 136, 200, 44  # Neither tiles of rows nor of columns divide them.
 TILE = Tile(rows=16, chunk=128, part=8)
@@ -138,6 +139,12 @@ def test_blocks_pad_few_rows_of_a_mean_group():
   assert {block for *_, block in sizes} >= {FEWEST, MOST}
 
 
+def test_equal_groups_have_room_for_a_quarter_more_than_the_mean():
+  for N, E in ((64, 16), (256, 16), (20480, 16), (10**6, 128)):
+    assert 1.25 * N / E <= capacity(N, E) < 1.25 * N / E + 2 * (N / E) ** 0.5 + 8
+    assert capacity(N, E) % 8 == 0
+
+
 def test_tiles_are_cut_to_the_shapes():
   assert choose_tile(32768 * 6, 128, 2688, 1856).chunk == 384
   assert choose_tile(4096 * 6, 128, 2688, 1856).rows < choose_tile(262144 * 6, 128, 2688, 1856).rows
@@ -171,19 +178,21 @@ def test_programs_for_gpus_are_lowered_to_kernels_that_are_well_formed(dtype, mo
   assert all(sound) and sound
 
 
-def mlp_inputs(experts, tokens, dtype=jnp.float32):
+def mlp_inputs(experts, tokens, dtype=jnp.float32, crowded=False):
+  """`crowded`: nearly all tokens choose the same expert, many more than a fair share."""
   keys = jax.random.split(jax.random.key(1), 6)
   x_TD = jax.random.normal(keys[0], (tokens, 72), dtype)
   up = jax.random.normal(keys[1], (experts, 72, 40), dtype) / 72**0.5
   down = jax.random.normal(keys[2], (experts, 40, 72), dtype) / 40**0.5
-  expert_TX = jax.lax.top_k(jax.random.uniform(keys[3], (tokens, experts)), 2)[1]
+  liked_TE = jax.random.uniform(keys[3], (tokens, experts)).at[:, 1].add(0.9 * crowded)
+  expert_TX = jax.lax.top_k(liked_TE, 2)[1]
   return x_TD, up, down, expert_TX, jax.random.uniform(keys[4], (tokens, 2), dtype)
 
 
 @pytest.mark.parametrize("form", MLP_FORMS)
-@pytest.mark.parametrize("experts, tokens", [(4, 300), (16, 700), (16, 9)])
-def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, form):
-  x_TD, up, down, expert_TX, weight_TX = mlp_inputs(experts, tokens)
+@pytest.mark.parametrize("experts, tokens, crowded", [(4, 300, False), (16, 700, False), (16, 700, True), (16, 9, True)])
+def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, crowded, form):
+  x_TD, up, down, expert_TX, weight_TX = mlp_inputs(experts, tokens, crowded=crowded)
   x64, up64, down64 = (np.asarray(a, np.float64) for a in (x_TD, up, down))
   expected = np.zeros(x64.shape)
   for t in range(tokens):
@@ -202,9 +211,10 @@ def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, form):
 
 @pytest.mark.parametrize("form", MLP_FORMS)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2**-5)])
-def test_gradients_of_routed_mlp_are_the_definitions(form, dtype, tolerance):
+@pytest.mark.parametrize("crowded", [False, True])
+def test_gradients_of_routed_mlp_are_the_definitions(form, crowded, dtype, tolerance):
   """Of x, both matrices and the weights; bf16 against the fp32 definition of the same numbers."""
-  x_TD, up, down, expert_TX, weight_TX = mlp_inputs(16, 700, dtype)
+  x_TD, up, down, expert_TX, weight_TX = mlp_inputs(16, 700, dtype, crowded)
 
   def gradients(form, *args):
     loss = lambda x, u, d, w: jnp.sum(

@@ -17,7 +17,8 @@ def group_bounds(group_sizes_G, N: int, E: int, offset=0):
 
 def row_experts(bounds, N: int):
   """The expert of each row: -1 before the first one's rows, E after the last one's."""
-  return jnp.searchsorted(bounds, jnp.arange(N, dtype=jnp.int32), side="right").astype(jnp.int32) - 1
+  below_N = jnp.searchsorted(bounds, jnp.arange(N, dtype=jnp.int32), side="right", method="compare_all")
+  return below_N.astype(jnp.int32) - 1
 
 
 def with_strangers(bounds, N: int):

@@ -9,12 +9,13 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.kernels import routed_matmul_blocked as blocked
 from nemocascade.kernels import routed_matmul_gpu as gpu
 from nemocascade.kernels import routed_matmul_tpu as tpu
+from nemocascade.kernels import routed_mlp_padded as padded
 from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_bounds, row_experts
 
 # Below this many rows for each expert every expert does every row on a CPU: a few wasted products
 # cost less than sorting.
-DENSE_ROWS = 64
+DENSE_ROWS = 8
 FORMS = ("definition", "blocked", "tpu", "gpu")
 Tile = tpu.Tile | gpu.Tile
 
@@ -150,7 +151,7 @@ def routed_mlp(
   return _by_form(
     form, x_TD, up_EDF, down_EFD, expert_TX, weight_TX,
     definition=_defined_mlp,
-    blocked=functools.partial(_blocked_mlp, block=block),
+    blocked=functools.partial(_padded_mlp, block=block),
     tpu=functools.partial(_sorted_mlp, kernels=tpu, tile=tile, interpret=interpret),
     gpu=functools.partial(_sorted_mlp, kernels=gpu, tile=tile, interpret=interpret),
   )  # fmt: skip
@@ -161,8 +162,8 @@ def _sorted_rows(expert_TX, E: int):
   N = expert_TX.size
   # lax.sort and not argsort: inside shard_map argsort's result is typed as replicated.
   expert_N, order_N = jax.lax.sort((expert_TX.reshape(N), jnp.arange(N, dtype=jnp.int32)), num_keys=1)
-  bounds = jnp.searchsorted(expert_N, jnp.arange(E + 1, dtype=expert_N.dtype)).astype(jnp.int32)
-  return order_N, bounds
+  bounds = jnp.searchsorted(expert_N, jnp.arange(E + 1, dtype=expert_N.dtype), method="compare_all")
+  return order_N, bounds.astype(jnp.int32)
 
 
 def _sorted_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, kernels, tile, interpret):
@@ -176,14 +177,13 @@ def _sorted_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, kernels, tile, int
   return y_TD, bounds[-1] - bounds[0]
 
 
-def _blocked_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
+def _padded_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
   (T, X), E = expert_TX.shape, up_EDF.shape[0]
   if T * X <= DENSE_ROWS * E or E <= 2 * X:
     return _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
   order_N, bounds = _sorted_rows(expert_TX, E)
-  y_ND, rows = blocked.mlp(x_TD[order_N // X], up_EDF, down_EFD, bounds, block=block)
-  y_ND *= weight_TX.reshape(T * X)[order_N][:, None]
-  return jnp.zeros_like(x_TD).at[order_N // X].add(y_ND), rows
+  C, block = padded.capacity(T * X, E), block or blocked.choose_block(T * X, E)
+  return padded.mlp(x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, C, block)
 
 
 def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):

@@ -63,38 +63,3 @@ def weight_product(x_ND, dy_NF, bounds, *, dtype, block=None):
   dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF, preferred_element_type=jnp.float32)
   E = bounds.shape[0] - 1
   return jax.ops.segment_sum(dw_ZDF, expert_Z, E, indices_are_sorted=True).astype(dtype)
-
-
-@jax.custom_vjp
-def block_matmul(x_ZBD, w_EDF, expert_Z):
-  """y[z] = x[z] @ w[expert[z]], each block in one product."""
-  return jnp.einsum("ZBD,ZDF->ZBF", x_ZBD, w_EDF[expert_Z])
-
-
-def _forward(x_ZBD, w_EDF, expert_Z):
-  return block_matmul(x_ZBD, w_EDF, expert_Z), (x_ZBD, w_EDF, expert_Z)
-
-
-def _backward(saved, dy_ZBF):
-  x_ZBD, w_EDF, expert_Z = saved
-  # The experts are turned before they are copied to the blocks: they are fewer.
-  dx_ZBD = jnp.einsum("ZBF,ZFD->ZBD", dy_ZBF, jnp.swapaxes(w_EDF, 1, 2)[expert_Z])
-  dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF)
-  dw_EDF = jax.ops.segment_sum(dw_ZDF, expert_Z, w_EDF.shape[0], indices_are_sorted=True)
-  return dx_ZBD, dw_EDF.astype(w_EDF.dtype), None
-
-
-block_matmul.defvjp(_forward, _backward)
-
-
-def mlp(x_ND, up_EDF, down_EFD, bounds, *, block=None):
-  """down[e]( relu(up[e] x[n])^2 ) for sorted rows, and how many of them are in a block.
-
-  Between the two products rows stay in blocks.
-  """
-  block = block or choose_block(x_ND.shape[0], up_EDF.shape[0])
-  place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
-  x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
-  h_ZBF = jnp.square(jax.nn.relu(block_matmul(x_ZBD, up_EDF, expert_Z)))
-  rows = jnp.sum(place_N < expert_Z.shape[0] * block, dtype=jnp.int32)
-  return from_blocks(block_matmul(h_ZBF, down_EFD, expert_Z), place_N), rows

@@ -28,15 +28,16 @@ def mlp(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels: Mo
   Returns:
     [T, D] of x's dtype, summed in fp32.
   """
-  return _forward(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels, tile, interpret)[0]
+  return forward(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels, tile, interpret)[0]
 
 
 def _gathered_sum(y_ND, place_TX):
   """Reading a token's rows is cheaper than adding to a token: nothing is read to be written."""
-  return jnp.sum(y_ND[place_TX], axis=1, dtype=jnp.float32).astype(y_ND.dtype)
+  y_TXD = y_ND.at[place_TX].get(mode="fill", fill_value=0)
+  return jnp.sum(y_TXD, axis=1, dtype=jnp.float32).astype(y_ND.dtype)
 
 
-def _forward(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels, tile, interpret):
+def forward(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels, tile, interpret):
   product = functools.partial(kernels.product, tile=tile, interpret=interpret)
   a_NF = product(x_TD[token_N], up_EDF, bounds, finish=relu2)
   weight_N1 = weight_N[:, None].astype(jnp.float32)
@@ -45,7 +46,7 @@ def _forward(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernel
   return _gathered_sum(y_ND, place_TX), saved
 
 
-def _backward(kernels, tile, interpret, saved, dy_TD):
+def backward(kernels, tile, interpret, saved, dy_TD):
   """Of what is as wide as F only the activation is kept; its root is the relu."""
   x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, a_NF = saved
   product = functools.partial(kernels.product, tile=tile, interpret=interpret)
@@ -61,4 +62,4 @@ def _backward(kernels, tile, interpret, saved, dy_TD):
   return dx_TD, dup_EDF, ddown_EFD, dweight_N.astype(weight_N.dtype), None, None, None
 
 
-mlp.defvjp(_forward, _backward)
+mlp.defvjp(forward, backward)
