@@ -2,9 +2,10 @@
 
   python -m experiments.ablation --config=configs/tiny/multi_domain.py --workdir=runs/multi_domain
 
-Teachers as in the paper: the SFT checkpoint for mathematics, RLHF from it for preferences, and the
-student itself, which has been through IF-RL and multi-domain RL, for the rest. `domains.csv` says
-what each arm did to each domain, those that it did not train on included.
+Teachers as in the paper: the SFT checkpoint for mathematics, RLHF from it for preferences, and what
+came of IF-RL and multi-domain RL: the student itself, but for instructions IF-RL's own checkpoint, of
+which multi-domain RL forgets much. `domains.csv` says what each arm did to each domain, and to STEM,
+on which none trains.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +30,7 @@ DOMAINS = ("instruction", "math", "stem", "structured", "tools", "preference")
 
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
-  c.seeds = tuple(range(4))
+  c.seeds = (0, 2, 3, 4)  # On seed 1 MOPD's rate was chosen.
   c.domains = DOMAINS
   c.evaluation.update(prompts=256, long_domains=(), greedy=())
 
@@ -43,8 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
   if arg != "smoke":
     c.stages.rlhf_teacher.steps = 16  # Here the teacher is to be better than the student by far.
   c.student = "multi_domain_rl"
-  c.teachers_of = dict(math="sft", preference="rlhf_teacher") | dict.fromkeys(
-    ("instruction", "structured", "tools", "stem"), "multi_domain_rl"
+  c.teachers_of = dict(math="sft", preference="rlhf_teacher", instruction="if_rl") | dict.fromkeys(
+    ("structured", "tools", "stem"), "multi_domain_rl"
   )
 
   c.arms = dict(mopd=distilled(c.teachers_of, arg), grpo=mixed(arg), rlhf=alone(arg))
@@ -71,6 +72,7 @@ def distilled(teachers_of: dict, arg: str) -> ConfigDict:
   c = mopd.stage(arg)
   c.mixture = ConfigDict(MIXTURE)
   c.teachers = ConfigDict({name: teachers_of[name] for name in MIXTURE})
+  c.optimizer.peak_lr = 1e-3  # At 2e-3 STEM loses 0.1 to 0.2.
   return ended(c, arg)
 
 
