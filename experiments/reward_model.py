@@ -1,15 +1,19 @@
 """Trains the Bradley-Terry judge of the preference domain on generated pairs.
 
   python -m experiments.reward_model --config=configs/tiny/reward_model.py --workdir=runs/judge
+
+`init_from` names a checkpoint of the language model, whose blocks it then begins with.
 """
 
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import loading
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.stage import Outcome, abstract_state, jit_step, start
@@ -19,6 +23,7 @@ from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.model.reward import RewardModel, init_reward_params
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.reward_model import reward_model_step
+from nemocascade.types import Params
 
 
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
@@ -38,7 +43,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   state = abstract_state(tx, a.reward_template, a.mesh)
   step_fn = jit_step(reward_model_step(reward_fn, tx), state, a.mesh)
   state, record, store = start(
-    a, stage_dir, tx, init_from, lambda key: init_reward_params(a.model_config, key), a.reward_template
+    a, stage_dir, tx, init_from, lambda key: init_reward_params(a.model_config, key), a.reward_template, on_top_of
   )
   first = int(state.step)
   pairs = preference_pairs(a.c.seed, c.pairs * c.steps, "train")
@@ -60,6 +65,13 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   store.wait()
   tokens = 2 * c.steps * c.pairs * c.row_tokens
   return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
+
+
+def on_top_of(checkpoint: str, template: Params) -> Params:
+  """The language model of the checkpoint under a head that is 0 yet."""
+  head = template["reward_head"]
+  zeros = jax.jit(lambda: jnp.zeros(head.shape, head.dtype), out_shardings=head.sharding)
+  return {"backbone": loading.load(checkpoint, template["backbone"]), "reward_head": zeros()}
 
 
 def accuracy(reward, params, rows, pairs, batch: int) -> float:

@@ -82,7 +82,8 @@ def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
 
 
 def start(
-  a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None
+  a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None,
+  load=loading.load,
 ) -> tuple[TrainState, dict, Store]:  # fmt: skip
   """The state to train from, its record and the store: the first of these that exists.
 
@@ -92,6 +93,7 @@ def start(
 
   Args:
     init_params, template: in the place of the assembly's own, for another model.
+    load: (checkpoint, template) -> its parameters.
   """
   init_params, template = init_params or a.fresh_params, template or a.template
   state = abstract_state(tx, template, a.mesh)
@@ -104,6 +106,6 @@ def start(
   under_new_optimizer = functools.partial(new_state, tx)
   if init_from:
     make = functools.partial(make, donate_argnums=0)  # The parameters are there once.
-    return make(under_new_optimizer)(loading.load(init_from, template)), {}, store
+    return make(under_new_optimizer)(load(init_from, template)), {}, store
   key = jax.random.key(a.c.seed)
   return make(lambda key: under_new_optimizer(init_params(key)))(key), {}, store

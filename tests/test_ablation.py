@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs.nano_30b import grpo_vs_mopd as grpo_vs_mopd_30b
+from configs.nano_30b import multi_domain as multi_domain_30b
 from configs.tiny import (
   grpo_vs_mopd,
   multi_domain,
@@ -182,6 +183,19 @@ def test_the_published_scale_compares_the_arms_of_the_report(arg):
     assert {name: (arm.rollout.prompts, arm.rollout.completions, arm.optimizer.peak_lr) for name, arm in c.arms.items()} == {
       "grpo": (128, 16, 3e-6), "grpo_128x4": (128, 4, 3e-6), "mopd": (128, 4, 2e-6), "mopd_512x1": (512, 1, 2e-6),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("arg", ["", "v6e:16x16", "smoke"])
+def test_the_published_scale_has_the_three_teachers_of_the_report(arg):
+  c = multi_domain_30b.get_config(arg)
+  ablation.check(c)
+  teachers = c.arms.mopd.teachers.to_dict()
+  assert teachers == c.teachers_of.to_dict() and set(teachers) == set(c.domains)
+  assert (teachers["math"], teachers["preference"], teachers["stem"]) == ("sft", "rlhf_teacher", "multi_domain_rl")
+  assert c.stages.rlhf_teacher.init_from == "sft" and c.student == "multi_domain_rl"
+  assert c.arms.grpo.mixture.to_dict() == c.arms.mopd.mixture.to_dict()
+  if arg != "smoke":
+    assert [c.arms[name].steps for name in ("mopd", "grpo", "rlhf")] == [52, 52, 160]
 
 
 def test_the_easy_and_the_clean_task_differ_in_their_demonstrations_alone():

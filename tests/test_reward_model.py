@@ -1,10 +1,15 @@
 """Laws of the reward model's step: Bradley-Terry by hand, and pairs that come apart."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiny_checkpoint
 
+from experiments import loading
+from experiments.reward_model import on_top_of
+from nemocascade.model.reward import RewardModel
 from nemocascade.step.reward_model import bradley_terry_loss, reward_model_step
 from nemocascade.types import TrainState
 
@@ -59,3 +64,14 @@ def test_pairs_come_apart_in_one_compilation():
   assert step._cache_size() == 1
   assert float(metrics["pairs/accuracy"]) == 1.0
   assert float(metrics["loss/reward_model"]) < 0.2
+
+
+def test_it_begins_with_the_blocks_of_a_language_model_and_no_opinion(tmp_path):
+  checkpoint = tiny_checkpoint.make(tmp_path)
+  a = tiny_checkpoint.assembly(tmp_path)
+  params = on_top_of(checkpoint, a.reward_template)
+  chex.assert_trees_all_equal(params["backbone"], loading.load(checkpoint, a.template))
+  rewards = lambda params: RewardModel(a.model_config).apply({"params": params}, *rows([20, 21, 22], [30, 31, 32]))
+  assert not np.any(rewards(params))
+  seen = rewards(params | {"reward_head": jnp.ones_like(params["reward_head"])})
+  assert np.all(np.isfinite(seen)) and seen[0] != seen[1]
