@@ -118,6 +118,8 @@ def write(
 ) -> None:
   """ablation.json, curves.csv, summary.csv, paired.csv, domains.csv, curves.png and differences.png.
 
+  And domains.png where there are several.
+
   Args:
     found: of `compare`.
     arms: as given to it.
@@ -157,26 +159,64 @@ def write(
       for p in found["paired"]
     ],
   )
+  ends = domain_ends(arms, students, teachers)
+  _csv(out / "domains.csv", list(ends[0]), [list(end.values()) for end in ends])
+  pictures = {"curves.png": curves(found), "differences.png": intervals(found)}
+  if len(domains) > 1:
+    pictures["domains.png"] = by_domain(ends)
+  for name, figure in pictures.items():
+    figure.savefig(out / name, dpi=130)
+    plt.close(figure)
+
+
+def domain_ends(arms: dict, students: Sequence[dict], teachers: Sequence[dict]) -> list[dict]:
+  """What each arm made of each domain at its end, in means over seeds; the change has a 95% interval.
+
+  Args: those of `write`. Values are None where a domain has no teacher, or none above the student.
+  """
   of = lambda scores, d: float(np.mean([s[d] for s in scores]))
-  rows = []
+  ends = []
   for name, of_seeds in arms.items():
-    for d in domains:
+    for d in students[0]:
       last = [lines[-1]["domains"][d] for lines in of_seeds]
       change = statistics.mean([x - s[d] for x, s in zip(last, students, strict=True)])
       taught = all(d in t for t in teachers)
       closed = _known(
         statistics.gap_closed(last, [s[d] for s in students], [t[d] for t in teachers]) if taught else np.array([])
       )
-      rows.append(
-        [name, d, of(students, d), of(teachers, d) if taught else None, float(np.mean(last))]
-        + [change["mean"], *change["ci95"], closed["mean"]]
-      )
-  header = ["arm", "domain", "student", "teacher", "final", "change", "low", "high", "gap_closed"]
-  _csv(out / "domains.csv", header, rows)
-  for name, draw in {"curves.png": curves, "differences.png": intervals}.items():
-    figure = draw(found)
-    figure.savefig(out / name, dpi=130)
-    plt.close(figure)
+      ends.append(
+        {
+          "arm": name, "domain": d, "student": of(students, d), "teacher": of(teachers, d) if taught else None,
+          "final": float(np.mean(last)), "change": change["mean"], "low": change["ci95"][0],
+          "high": change["ci95"][1], "gap_closed": closed["mean"],
+        }
+      )  # fmt: skip
+  return ends
+
+
+def by_domain(ends: list[dict]):
+  """Where each arm ends on each domain, beside its student and its teacher; of `domain_ends`."""
+  domains, names = (list(dict.fromkeys(end[key] for end in ends)) for key in ("domain", "arm"))
+  height = 0.14 * len(names) + 0.3
+  figure, axes = plt.subplots(figsize=(9, 1.2 + height * len(domains)), layout="constrained")
+  for end in ends:
+    top, arm = domains.index(end["domain"]), names.index(end["arm"])
+    y, colour = top + (arm + 1) / (len(names) + 1) - 0.5, COLOURS[arm % len(COLOURS)]
+    if arm == 0:
+      axes.axhline(top + 0.5, color="#ddd", lw=0.6)
+      for level, style in ((end["student"], ":"), (end["teacher"], "--")):
+        if level is not None:
+          axes.plot((level, level), (top - 0.42, top + 0.42), style, color="#555", lw=1.2)
+    axes.plot([end["student"] + end[side] for side in ("low", "high")], (y, y), color=colour, lw=2)
+    axes.plot(end["final"], y, "o", color=colour, ms=5, label=end["arm"].replace("_", " ") if top == 0 else None)
+  for style, label in ((":", "student"), ("--", "teacher")):
+    axes.plot([], [], style, color="#555", lw=1.2, label=label)
+  axes.set_yticks(range(len(domains)), domains)
+  axes.set_ylim(len(domains) - 0.5, -0.5)  # Read from the top.
+  axes.set_xlabel("held-out score where each arm ends; bars are 95% intervals of its change")
+  axes.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+  return figure
 
 
 def curves(found: dict):
@@ -217,7 +257,6 @@ def intervals(found: dict):
     if g["mean"] is not None
   ]
   paired = [(f"{p['a']} \N{MINUS SIGN} {p['b']}", p["step"], p["difference"]) for p in found["paired"]]
-  where = lambda step: "the ends" if step is None else f"step {step}"
   rows = max(len(closed), len(paired), 1)
   figure, panels = plt.subplots(1, 2, figsize=(14, 1.4 + 0.27 * rows), layout="constrained")
   for axes, lines, level, label in (
@@ -231,13 +270,18 @@ def intervals(found: dict):
       axes.plot(value["mean"], y, "o", color=colour, ms=5)
     if not lines:
       axes.text(0.5, 0.5, "nothing to show: no teacher is above its student", transform=axes.transAxes, ha="center")
-    axes.set_yticks(range(len(lines)), [f"{name.replace('_', ' ')}, {where(step)}" for name, step, _ in lines])
+    axes.set_yticks(range(len(lines)), [f"{name.replace('_', ' ')}, {place(step)}" for name, step, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)  # Read from the top.
     axes.set_xlabel(label)
     axes.grid(axis="x", color="#ddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
   figure.suptitle(f"mean over {len(found['seeds'])} paired seeds, 95% bootstrap intervals", fontsize=9, color="#555")
   return figure
+
+
+def place(step: int | None) -> str:
+  """Where two arms are compared, in words."""
+  return "where each ends" if step is None else f"step {step}"
 
 
 def table(found: dict) -> str:
@@ -253,8 +297,7 @@ def table(found: dict) -> str:
       f"{name:20} final {span(s['final'])}  steps to teacher {span(s['steps_to_teacher'], 'median', 0)}  {closed}"
     )
   for p in found["paired"]:
-    where = "where each ends" if p["step"] is None else f"at step {p['step']}"
-    lines.append(f"{p['a']} - {p['b']} {where}: {span(p['difference'])}")
+    lines.append(f"{p['a']} - {p['b']}, {place(p['step'])}: {span(p['difference'])}")
   return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 
 from nemocascade import comparison
@@ -95,3 +96,19 @@ def test_everything_is_written_and_the_tables_hold_the_numbers(tmp_path, found):
   assert float(fast["change"]) == pytest.approx(0.4)
   for picture in ("curves.png", "differences.png"):
     assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+  assert not (tmp_path / "domains.png").exists()  # Of one domain the curves say it.
+
+
+def test_each_arm_is_drawn_on_each_domain_also_where_nobody_teaches():
+  of = lambda math, code: [{"steps": 9, "domains": {"math": math, "code": code}}]
+  arms = {"a": [of(0.4, 0.2), of(0.6, 0.4)], "b": [of(0.1, 0.3), of(0.3, 0.3)]}
+  ends = comparison.domain_ends(arms, [{"math": 0.2, "code": 0.3}] * 2, [{"math": 0.6}] * 2)
+  assert [(end["arm"], end["domain"]) for end in ends] == [("a", "math"), ("a", "code"), ("b", "math"), ("b", "code")]
+  assert ends[0]["gap_closed"] == pytest.approx(0.75) and ends[1]["gap_closed"] is None
+  assert (ends[2]["low"], ends[2]["change"], ends[2]["high"]) == pytest.approx((-0.1, 0.0, 0.1))
+  figure = comparison.by_domain(ends)
+  (axes,) = figure.axes
+  assert [label.get_text() for label in axes.get_yticklabels()] == ["math", "code"]
+  drawn = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o")
+  assert drawn == pytest.approx([0.2, 0.3, 0.3, 0.5])
+  plt.close(figure)

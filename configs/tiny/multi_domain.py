@@ -4,7 +4,7 @@
 
 Teachers as in the paper: the SFT checkpoint for mathematics, RLHF from it for preferences, and what
 came of IF-RL and multi-domain RL: the student itself, but for instructions IF-RL's own checkpoint, of
-which multi-domain RL forgets much. `domains.csv` says what each arm did to each domain, and to STEM,
+which multi-domain RL forgets much. `domains.png` shows what each arm did to each domain, and to STEM,
 on which none trains.
 """
 
