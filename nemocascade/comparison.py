@@ -170,7 +170,7 @@ def write(
 
 
 def domain_ends(arms: dict, students: Sequence[dict], teachers: Sequence[dict]) -> list[dict]:
-  """What each arm made of each domain at its end, in means over seeds; the change has a 95% interval.
+  """What each arm made of each domain at its end: means over seeds, with 95% intervals.
 
   Args: those of `write`. Values are None where a domain has no teacher, or none above the student.
   """
@@ -179,7 +179,7 @@ def domain_ends(arms: dict, students: Sequence[dict], teachers: Sequence[dict]) 
   for name, of_seeds in arms.items():
     for d in students[0]:
       last = [lines[-1]["domains"][d] for lines in of_seeds]
-      change = statistics.mean([x - s[d] for x, s in zip(last, students, strict=True)])
+      final, change = statistics.mean(last), statistics.mean([x - s[d] for x, s in zip(last, students, strict=True)])
       taught = all(d in t for t in teachers)
       closed = _known(
         statistics.gap_closed(last, [s[d] for s in students], [t[d] for t in teachers]) if taught else np.array([])
@@ -187,8 +187,9 @@ def domain_ends(arms: dict, students: Sequence[dict], teachers: Sequence[dict]) 
       ends.append(
         {
           "arm": name, "domain": d, "student": of(students, d), "teacher": of(teachers, d) if taught else None,
-          "final": float(np.mean(last)), "change": change["mean"], "low": change["ci95"][0],
-          "high": change["ci95"][1], "gap_closed": closed["mean"],
+          "final": final["mean"], "final_low": final["ci95"][0], "final_high": final["ci95"][1],
+          "change": change["mean"], "change_low": change["ci95"][0], "change_high": change["ci95"][1],
+          "gap_closed": closed["mean"],
         }
       )  # fmt: skip
   return ends
@@ -207,13 +208,13 @@ def by_domain(ends: list[dict]):
       for level, style in ((end["student"], ":"), (end["teacher"], "--")):
         if level is not None:
           axes.plot((level, level), (top - 0.42, top + 0.42), style, color="#555", lw=1.2)
-    axes.plot([end["student"] + end[side] for side in ("low", "high")], (y, y), color=colour, lw=2)
+    axes.plot((end["final_low"], end["final_high"]), (y, y), color=colour, lw=2)
     axes.plot(end["final"], y, "o", color=colour, ms=5, label=end["arm"].replace("_", " ") if top == 0 else None)
   for style, label in ((":", "student"), ("--", "teacher")):
     axes.plot([], [], style, color="#555", lw=1.2, label=label)
   axes.set_yticks(range(len(domains)), domains)
   axes.set_ylim(len(domains) - 0.5, -0.5)  # Read from the top.
-  axes.set_xlabel("held-out score where each arm ends; bars are 95% intervals of its change")
+  axes.set_xlabel("held-out score where each arm ends, with 95% intervals over seeds")
   axes.spines[["top", "right"]].set_visible(False)
   figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
   return figure

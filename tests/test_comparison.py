@@ -105,7 +105,8 @@ def test_each_arm_is_drawn_on_each_domain_also_where_nobody_teaches():
   ends = comparison.domain_ends(arms, [{"math": 0.2, "code": 0.3}] * 2, [{"math": 0.6}] * 2)
   assert [(end["arm"], end["domain"]) for end in ends] == [("a", "math"), ("a", "code"), ("b", "math"), ("b", "code")]
   assert ends[0]["gap_closed"] == pytest.approx(0.75) and ends[1]["gap_closed"] is None
-  assert (ends[2]["low"], ends[2]["change"], ends[2]["high"]) == pytest.approx((-0.1, 0.0, 0.1))
+  assert [ends[2][f"change{end}"] for end in ("_low", "", "_high")] == pytest.approx([-0.1, 0.0, 0.1])
+  assert [ends[2][f"final{end}"] for end in ("_low", "", "_high")] == pytest.approx([0.1, 0.2, 0.3])
   figure = comparison.by_domain(ends)
   (axes,) = figure.axes
   assert [label.get_text() for label in axes.get_yticklabels()] == ["math", "code"]
