@@ -17,9 +17,9 @@ from nemocascade.kernels.routed_mlp_sorted import relu2
 
 
 def capacity(N: int, E: int) -> int:
-  """Rows of each expert in the batched product: a quarter more than the mean, and more of few."""
+  """Rows of each expert in the batched product: what random loads seldom pass, two deviations above the mean."""
   mean = N / E
-  return -8 * (-math.ceil(1.25 * mean + 2 * math.sqrt(mean)) // 8)
+  return -8 * (-math.ceil(mean + 2 * math.sqrt(mean)) // 8)
 
 
 def product(x_SD, w, bounds, *, transpose=False, finish=None, extras=(), tile=None, interpret=False):
