@@ -9,6 +9,8 @@ report's figures, AIME25 in the mean of 64: 89.9 at the start, GRPO 91.0 at 25 s
 teacher's level, within 30. GRPO's shape there is not told: here that of its stages, and MOPD's own.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from configs.nano_30b import base, meshes, mopd, rl, sft
@@ -21,18 +23,7 @@ STEPS = 52
 
 def get_config(arg: str = "") -> ConfigDict:
   slice_, _, smoke = meshes.words(arg)
-  c = base.get_config(slice_, smoke)
-  del c.seed
-  c.seeds = (0,)  # One run as the report's: means without intervals.
-  c.domains = DOMAINS
-  c.evaluation.update(long_domains=(), total_tokens=112 if smoke else 98_304)
-
-  of = lambda module, *words: own_fields(module.get_config(",".join((slice_, *words, *["smoke"] * smoke))))
-  c.order, c.side_line = ORDER, ()
-  c.stages = {"sft": of(sft), "if_rl": of(rl, "if_rl"), "multi_domain_rl": of(rl, "multi_domain_rl")}
-  c.stages.sft.conversations = ConfigDict({name: c.stages.sft.conversations[name] for name in DOMAINS})
-  c.stages.if_rl.init_from = c.stages.multi_domain_rl.init_from = "previous"
-  c.student = "multi_domain_rl"
+  c, of = up_to_the_student(slice_, smoke, DOMAINS)
   c.teachers_of = dict(math="sft")
 
   c.arms = dict(
@@ -61,6 +52,23 @@ def get_config(arg: str = "") -> ConfigDict:
   if smoke:
     c.compared.update(at=(1,), full_at=(2,), prompts=32, full_completions=2)
   return c
+
+
+def up_to_the_student(slice_: str, smoke: bool, domains: tuple) -> tuple[ConfigDict, Callable]:
+  """(what a comparison at this scale shares, the student's stages included; the own fields of a stage's file)."""
+  c = base.get_config(slice_, smoke)
+  del c.seed
+  c.seeds = (0,)  # One run as the report's: means without intervals.
+  c.domains = domains
+  c.evaluation.update(long_domains=(), total_tokens=112 if smoke else 98_304)
+
+  of = lambda module, *words: own_fields(module.get_config(",".join((slice_, *words, *["smoke"] * smoke))))
+  c.order, c.side_line = ORDER, ()
+  c.stages = {"sft": of(sft), "if_rl": of(rl, "if_rl"), "multi_domain_rl": of(rl, "multi_domain_rl")}
+  c.stages.sft.conversations = ConfigDict({name: c.stages.sft.conversations[name] for name in domains})
+  c.stages.if_rl.init_from = c.stages.multi_domain_rl.init_from = "previous"
+  c.student = "multi_domain_rl"
+  return c, of
 
 
 def own_fields(c: ConfigDict) -> ConfigDict:

@@ -10,30 +10,19 @@ and 40.6 at the start, RLHF 81.7 and 68.6 at 100 steps and 80.7 and 71.2 at 160,
 
 from ml_collections import ConfigDict
 
-from configs.nano_30b import base, meshes, mopd, rl, sft
-from configs.nano_30b.grpo_vs_mopd import DOMAINS, STEPS, own_fields
+from configs.nano_30b import meshes, mopd, rl
+from configs.nano_30b.grpo_vs_mopd import DOMAINS, STEPS, up_to_the_student
 
 RLHF_STEPS = 160
 
 
 def get_config(arg: str = "") -> ConfigDict:
   slice_, _, smoke = meshes.words(arg)
-  c = base.get_config(slice_, smoke)
-  del c.seed
-  c.seeds = (0,)  # One run as the report's: means without intervals.
-  c.domains = (*DOMAINS, "preference")
-  c.evaluation.update(long_domains=(), total_tokens=112 if smoke else 98_304)
-
-  of = lambda module, *words: own_fields(module.get_config(",".join((slice_, *words, *["smoke"] * smoke))))
+  c, of = up_to_the_student(slice_, smoke, (*DOMAINS, "preference"))
   c.order = ("sft", "reward_model", "if_rl", "multi_domain_rl", "rlhf_teacher")
   c.side_line = ("reward_model", "rlhf_teacher")
-  c.stages = {"sft": of(sft), "reward_model": reward_model(smoke)}
-  for name, stage in (("if_rl", "if_rl"), ("multi_domain_rl", "multi_domain_rl"), ("rlhf_teacher", "rlhf")):
-    c.stages[name] = of(rl, stage)
-    c.stages[name].init_from = "previous"
+  c.stages.update(reward_model=reward_model(smoke), rlhf_teacher=of(rl, "rlhf"))
   c.stages.rlhf_teacher.init_from = "sft"
-  c.stages.sft.conversations = ConfigDict({name: c.stages.sft.conversations[name] for name in c.domains})
-  c.student = "multi_domain_rl"
   c.teachers_of = mopd.TEACHERS
 
   c.arms = dict(mopd=of(mopd), grpo=of(rl), rlhf=of(rl, "rlhf"))
