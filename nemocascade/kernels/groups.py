@@ -16,9 +16,10 @@ def group_bounds(group_sizes_G, N: int, E: int, offset=0):
 
 
 def row_experts(bounds, N: int):
-  """The expert of each row: -1 before the first one's rows, E after the last one's."""
-  below_N = jnp.searchsorted(bounds, jnp.arange(N, dtype=jnp.int32), side="right", method="compare_all")
-  return below_N.astype(jnp.int32) - 1
+  """(the expert of each row, whether it has one); rows before the first one's and after the last one's name these."""
+  E = bounds.shape[0] - 1
+  expert_N = jnp.searchsorted(bounds, jnp.arange(N, dtype=jnp.int32), side="right", method="compare_all") - 1
+  return jnp.clip(expert_N, 0, E - 1).astype(jnp.int32), (expert_N >= 0) & (expert_N < E)
 
 
 def with_strangers(bounds, N: int):

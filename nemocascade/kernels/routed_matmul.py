@@ -69,22 +69,17 @@ def _check_form(form: str | None) -> None:
     raise unknown("form of the routed matmul", form, FORMS)
 
 
-def _local(bounds, N: int, E: int):
-  expert_N = row_experts(bounds, N)
-  return jnp.clip(expert_N, 0, E - 1), ((expert_N >= 0) & (expert_N < E))[:, None]
-
-
 def _defined_product(x_ND, w, bounds, transpose):
-  expert_N, inside_N1 = _local(bounds, *x_ND.shape[:1], w.shape[0])
+  expert_N, inside_N = row_experts(bounds, x_ND.shape[0])
   w_EDF = jnp.swapaxes(w, 1, 2) if transpose else w
-  return jnp.where(inside_N1, routed_matmul_ref(x_ND, w_EDF, expert_N), 0)
+  return jnp.where(inside_N[:, None], routed_matmul_ref(x_ND, w_EDF, expert_N), 0)
 
 
 def _defined_weight_product(x_ND, dy_NF, bounds, dtype):
   """The sum of outer products of an expert's rows."""
   E = bounds.shape[0] - 1
-  expert_N, inside_N1 = _local(bounds, x_ND.shape[0], E)
-  x_ND, dy_NF = (jnp.where(inside_N1, a, 0).astype(jnp.float32) for a in (x_ND, dy_NF))
+  expert_N, inside_N = row_experts(bounds, x_ND.shape[0])
+  x_ND, dy_NF = (jnp.where(inside_N[:, None], a, 0).astype(jnp.float32) for a in (x_ND, dy_NF))
   outer_NDF = jnp.einsum("ND,NF->NDF", x_ND, dy_NF)
   return jax.ops.segment_sum(outer_NDF, expert_N, E).astype(dtype)
 

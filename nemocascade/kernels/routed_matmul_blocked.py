@@ -28,8 +28,7 @@ def block_layout(bounds, N: int, block: int):
   start_E = (last_E - blocks_E) * block  # First row of a group among the blocks.
   Z = N // block + E
   expert_Z = jnp.minimum(jnp.searchsorted(last_E, jnp.arange(Z), side="right"), E - 1)
-  expert_N = row_experts(bounds, N)
-  inside_N, expert_N = (expert_N >= 0) & (expert_N < E), jnp.clip(expert_N, 0, E - 1)
+  expert_N, inside_N = row_experts(bounds, N)
   place_N = start_E[expert_N] + jnp.arange(N) - bounds[:-1][expert_N]
   return jnp.where(inside_N, place_N, Z * block), expert_Z
 

@@ -59,10 +59,9 @@ def _equal_groups(order_N, bounds, X: int, C: int):
   rank_C = jnp.arange(C, dtype=jnp.int32)
   inside_S = (rank_C[None] < (bounds[1:] - bounds[:-1])[:, None]).reshape(-1)
   choice_S = order_N[jnp.minimum(bounds[:-1, None] + rank_C[None], N - 1).reshape(-1)]
-  expert_N = row_experts(bounds, N)
-  e_N = jnp.clip(expert_N, 0, E - 1)
-  rank_N = jnp.arange(N, dtype=jnp.int32) - bounds[e_N]
-  place_N = jnp.where((expert_N == e_N) & (rank_N < C), e_N * C + rank_N, E * C)
+  expert_N, has_N = row_experts(bounds, N)
+  rank_N = jnp.arange(N, dtype=jnp.int32) - bounds[expert_N]
+  place_N = jnp.where(has_N & (rank_N < C), expert_N * C + rank_N, E * C)
   place_TX = jnp.zeros_like(order_N).at[order_N].set(place_N, unique_indices=True).reshape(-1, X)
   return choice_S, inside_S, place_TX
 
