@@ -31,6 +31,14 @@ class Batch:
 
 
 @struct.dataclass
+class Prompts:
+  """What rows go on from: B rows, B // Q side by side from each of Q prompts."""
+
+  tokens_QP: jax.Array  # int32; padded at their end.
+  length_Q: jax.Array  # int32
+
+
+@struct.dataclass
 class Routing:
   """What the routers of L blocks did with a batch: sums, so that those of its parts add up."""
 
@@ -51,7 +59,8 @@ class Scores:
 
 # What the policy predicts tokens from and with (x_BTD, head_DV), and which are wanted -> distance_BT.
 DistanceFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn]) -> Scores; tokens not wanted get 0.
+# (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn or None[, Prompts]]) -> Scores; tokens
+# not wanted get 0.
 ScoreFn = Callable[..., Scores]
 
 

@@ -55,23 +55,33 @@ def _backward(saved, dy_BKRTH):
 _attend.defvjp(_forward, _backward)
 
 
-def attention(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT, *, parts=PARTS, queries=QUERIES):
+def attention(q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT, *, before=None, parts=PARTS, queries=QUERIES):
   """The same. Keys after a part's end are never touched; long parts are taken in blocks.
 
   At most `queries` rows of the score matrix exist at a time; blocks are recomputed in the backward
   pass.
+
+  Args:
+    before: (k_BKSH, v_BKSH, length_B), a cache whose first length_B keys the row's first document sees too.
   """
-  T = q_BTKRH.shape[1]
+  T, S = q_BTKRH.shape[1], 0
   q_BKRTH = jnp.transpose(q_BTKRH, (0, 2, 3, 1, 4))
-  k_BKSH, v_BKSH = (jnp.swapaxes(a, 1, 2) for a in (k_BSKH, v_BSKH))
+  k_BKSH, v_BKSH = (jnp.swapaxes(a, 1, 2) for a in (k_BTKH, v_BTKH))
+  if before is not None:
+    k_before_BKSH, v_before_BKSH, length_B = before
+    S = k_before_BKSH.shape[2]
+    k_BKSH = jnp.concatenate([k_before_BKSH, k_BKSH], axis=2)
+    v_BKSH = jnp.concatenate([v_before_BKSH, v_BKSH], axis=2)
+    known_BS = jnp.arange(S)[None] < length_B[:, None]
+    segment_ids_BT = jnp.concatenate([jnp.where(known_BS, segment_ids_BT[:, :1], -1), segment_ids_BT], axis=1)
   size = -(-T // parts)
   y = []
   for first in range(0, T, size):
     end = min(first + size, T)
     y.append(
       _part(
-        q_BKRTH[:, :, :, first:end], k_BKSH[:, :, :end], v_BKSH[:, :, :end],
-        segment_ids_BT[:, :end], first, queries,
+        q_BKRTH[:, :, :, first:end], k_BKSH[:, :, : S + end], v_BKSH[:, :, : S + end],
+        segment_ids_BT[:, : S + end], S + first, queries,
       )
     )  # fmt: skip
   return jnp.transpose(jnp.concatenate(y, axis=3), (0, 3, 1, 2, 4))

@@ -1,4 +1,8 @@
-"""The state-space recurrence of Mamba-2 (SSD): one step, its scan, and the chunked form."""
+"""The state-space recurrence of Mamba-2 (SSD): one step, its scan, and the chunked form.
+
+In the chunked form Z are chunks, C the tokens of one, and Q = R x P the channels of a group's heads. Groups
+and chunks come before tokens, so that every product is over the last two axes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -58,69 +62,185 @@ def _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT):
 
 
 def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial_state=None):
-  """The same in chunks of `chunk` tokens: products inside a chunk, a scan over chunks between.
+  """The same in chunks of at most `chunk` tokens: products inside a chunk, a scan over chunks between.
 
   Any T: a last partial chunk is padded. Memory is T x chunk a head, not T x T.
   Source: Mamba-2 (Dao and Gu, 2024), section 6.
   """
-  T = x_BTMP.shape[1]
-  C = min(chunk, T)
-  pad = -T % C
-  grow = lambda a: jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))  # noqa: E731
-  x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT = map(
-    grow, (x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT)
-  )
-  B, _, M, P = x_BTMP.shape
+  B, T, M, P = x_BTMP.shape
   U, N = b_BTUN.shape[2:]
-  R, Z = M // U, x_BTMP.shape[1] // C  # heads a group; chunks
-
-  # Which document's state a token belongs to: padding inherits the one before it.
+  R, Z = M // U, -(-T // chunk)
+  C = -(-T // Z)  # As even as can be: less is padded.
   real_BT = segment_ids_BT > 0
   forget_BT = segment_starts(segment_ids_BT) & real_BT
   if initial_state is not None:
     forget_BT = forget_BT.at[:, 0].set(False)
-  doc = jnp.cumsum(forget_BT, axis=1, dtype=jnp.int32).reshape(B, 1, 1, Z, C)
 
-  # Groups and heads before chunks and tokens: every product is then over the last two axes.
-  x = jnp.where(real_BT[..., None, None], x_BTMP.astype(jnp.float32), 0.0)
-  a = jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0)
-  x = jnp.transpose(x.reshape(B, Z, C, U, R, P), (0, 3, 4, 1, 2, 5))  # [B, U, R, Z, C, P]
-  a = jnp.transpose(a.reshape(B, Z, C, U, R), (0, 3, 4, 1, 2))  # [B, U, R, Z, C]
-  b, c = (
-    jnp.transpose(v.astype(jnp.float32).reshape(B, Z, C, U, N), (0, 3, 1, 2, 4))
-    for v in (b_BTUN, c_BTUN)
-  )  # [B, U, Z, C, N]
+  def cut(v):  # [B, T, U, ...] -> [B, U, Z, C, ...], fp32
+    v = jnp.pad(v.astype(jnp.float32), [(0, 0), (0, Z * C - T)] + [(0, 0)] * (v.ndim - 2))
+    return jnp.moveaxis(v.reshape(B, Z, C, *v.shape[2:]), 3, 1)
 
-  # Inside a chunk: y_i = sum_j<=i (c_i . b_j) exp(sum of decays after j up to i) x_j.
-  total = jnp.cumsum(a, axis=-1)
-  see = (doc[..., :, None] == doc[..., None, :]) & jnp.tri(C, dtype=bool)[(None,) * 4]
+  x = cut(jnp.where(real_BT[..., None, None], x_BTMP, 0.0).reshape(B, T, U, R * P))
+  a = jnp.swapaxes(cut(jnp.where(real_BT[..., None], log_decay_BTM, 0.0).reshape(B, T, U, R)), -1, -2)
+  b, c = cut(b_BTUN), cut(c_BTUN)
+  # Which document's state a token belongs to: padding inherits the one before it.
+  doc = jnp.cumsum(jnp.pad(forget_BT, ((0, 0), (0, Z * C - T))), axis=1, dtype=jnp.int32).reshape(B, Z, C)
+  first = None
+  if initial_state is not None:
+    first = jnp.swapaxes(initial_state.astype(jnp.float32).reshape(B, U, R * P, N), -1, -2)
+
+  y, last = _chunked(x, a, b, c, doc, first)
+  # The state at the end stands apart: where nobody asks for it, its products are not made.
+  _, to_end, _, whole = _decays(a[:, :, -1:], doc[:, -1:], before=_before(doc)[:, -1:])
+  state = _by_head(last, whole[:, :, 0, None]) + _added(b[:, :, -1:], x[:, :, -1:], to_end)[:, :, 0]
+  y = jnp.moveaxis(y, 1, 3).reshape(B, Z * C, M, P)
+  return y[:, :T], jnp.swapaxes(state, -1, -2).reshape(B, M, P, N)
+
+
+def _before(doc):
+  """[B, Z]: whose state is carried into a chunk."""
+  return jnp.pad(doc[:, :-1, -1], ((0, 0), (1, 0)))
+
+
+def _decays(a, doc, before):
+  """What is left, of a token until another one of its chunk, until its end, of its start, of all of it.
+
+  Args:
+    a: [B, U, Z, R, C]; doc: [B, Z, C]; before: [B, Z].
+  Returns:
+    decay [B, U, Z, R, C, C] of j at i, to_end and from_start [B, U, Z, C, R], whole [B, U, Z, R].
+  """
+  total, own = jnp.cumsum(a, axis=-1), doc[:, None, :, None]
   # Chosen inside the exponent: where a pair is not seen the gap may be large and positive.
-  gap = total[..., :, None] - total[..., None, :]
-  decay = jnp.exp(jnp.where(see, gap, -jnp.inf))  # [B, U, R, Z, i, j]
-  score = jnp.einsum("buzin,buzjn->buzij", c, b)
-  y = jnp.einsum("burzij,burzjp->burzip", score[:, :, None] * decay, x)
+  only = lambda seen, gap: jnp.exp(jnp.where(seen, gap, -jnp.inf))
+  see = (own[..., :, None] == own[..., None, :]) & jnp.tri(a.shape[-1], dtype=bool)[(None,) * 4]
+  before = before[:, None, :, None]
+  return (
+    only(see, total[..., :, None] - total[..., None, :]),
+    jnp.swapaxes(only(own == own[..., -1:], total[..., -1:] - total), -1, -2),
+    jnp.swapaxes(only(own == before[..., None], total), -1, -2),
+    only(own[..., -1] == before, total[..., -1]),
+  )
 
-  # What a chunk adds to the state at its end: tokens of the document that is open there.
-  to_end = jnp.exp(jnp.where(doc == doc[..., -1:], total[..., -1:] - total, -jnp.inf))
-  added = jnp.einsum("burzjp,buzjn->burzpn", to_end[..., None] * x, b)
 
-  # Between chunks: the state at a chunk's start survives to its end if no document starts in it.
-  before = jnp.pad(doc[..., :-1, -1], [(0, 0)] * 3 + [(1, 0)])  # [B, 1, 1, Z]
-  whole = jnp.exp(jnp.where(doc[..., -1] == before, total[..., -1], -jnp.inf))  # [B, U, R, Z]
-  if initial_state is None:
-    state = jnp.zeros((B, U, R, P, N), jnp.float32)
-  else:
-    state = initial_state.reshape(B, U, R, P, N)
+def _heads(v, R):
+  """[..., C, Q] -> [..., R, C, P]"""
+  return jnp.swapaxes(v.reshape(*v.shape[:-1], R, v.shape[-1] // R), -2, -3)
+
+
+def _group(v):
+  """[..., R, C, P] -> [..., C, Q]"""
+  v = jnp.swapaxes(v, -2, -3)
+  return v.reshape(*v.shape[:-2], v.shape[-2] * v.shape[-1])
+
+
+def _by_head(v, weight):
+  """v [..., Q] times each head's weight [..., R]."""
+  R = weight.shape[-1]
+  return (v.reshape(*v.shape[:-1], R, v.shape[-1] // R) * weight[..., None]).reshape(v.shape)
+
+
+def _sum_by_head(v, R):
+  """[..., Q] -> [..., R], as a product: XLA's sums of short rows are slow on CPUs."""
+  return v @ jnp.repeat(jnp.eye(R, dtype=v.dtype), v.shape[-1] // R, axis=0)
+
+
+def _added(b, x, to_end):
+  """[B, U, Z, N, Q]: what a chunk adds to the state, its tokens of the document that is open at its end."""
+  return jnp.einsum("buzjn,buzjq->buznq", b, _by_head(x, to_end))
+
+
+def _scan(first, whole, added, *, reverse=False):
+  """The states [B, U, K + 1, N, Q] from `first` on: K times what is left of one, and what is added."""
 
   def tick(state, xs):
     whole, added = xs
-    return whole[..., None, None] * state + added, state
+    state = _by_head(state, whole[:, :, None]) + added
+    return state, state
 
-  first = lambda v: jnp.moveaxis(v, 3, 0)  # noqa: E731
-  state, starts = jax.lax.scan(tick, state, (first(whole), first(added)), unroll=UNROLLED)
-  starts = jnp.moveaxis(starts, 0, 3)  # [B, U, R, Z, P, N]
+  K = added.shape[2]
+  xs = jnp.moveaxis(whole, 2, 0), jnp.moveaxis(added, 2, 0)
+  _, then = jax.lax.scan(tick, first, xs, reverse=reverse, unroll=min(K, UNROLLED) or 1)
+  first, then = first[:, :, None], jnp.moveaxis(then, 0, 2)
+  return jnp.concatenate([then, first] if reverse else [first, then], axis=2)
 
-  from_start = jnp.exp(jnp.where(doc == before[..., None], total, -jnp.inf))  # [B, U, R, Z, C]
-  y += jnp.einsum("buzin,burzpn->burzip", c, starts) * from_start[..., None]
-  y = jnp.transpose(y, (0, 3, 4, 1, 2, 5)).reshape(B, Z * C, M, P)
-  return y[:, :T], state.reshape(B, M, P, N)
+
+def _chunk_starts(first, whole, added):
+  """(the states at chunks' starts, the first chunk that has one): none is carried into a row's first."""
+  if first is not None:
+    return _scan(first, whole[:, :, :-1], added), 0
+  if not added.shape[2]:  # A single chunk.
+    return added, 1
+  return _scan(added[:, :, 0], whole[:, :, 1:-1], added[:, :, 1:]), 1
+
+
+@jax.custom_vjp
+def _chunked(x, a, b, c, doc, first):
+  """(y [B, U, Z, C, Q], the state at the last chunk's start [B, U, N, Q])
+
+  Args:
+    x: [B, U, Z, C, Q]; a: [B, U, Z, R, C]; b, c: [B, U, Z, C, N]; doc: [B, Z, C].
+    first: the state at the row's start, or None.
+  """
+  return _forward(x, a, b, c, doc, first)[0]
+
+
+def _forward(x, a, b, c, doc, first):
+  R = a.shape[3]
+  decay, to_end, from_start, whole = _decays(a, doc, _before(doc))
+  # Inside a chunk: y_i = sum_j<=i (c_i . b_j) exp(sum of decays after j up to i) x_j.
+  score = jnp.einsum("buzin,buzjn->buzij", c, b)
+  y = _group(jnp.einsum("buzrij,buzrjp->buzrip", score[:, :, :, None] * decay, _heads(x, R)))
+  # Between chunks: what is added until the last one's start.
+  added = _added(b[:, :, :-1], x[:, :, :-1], to_end[:, :, :-1])
+  starts, z = _chunk_starts(first, whole, added)
+  carried = jnp.einsum("buzin,buznq->buziq", c[:, :, z:], starts)
+  y = y.at[:, :, z:].add(_by_head(carried, from_start[:, :, z:]))
+  last = starts[:, :, -1] if starts.shape[2] else jnp.zeros((*added.shape[:2], *added.shape[3:]), x.dtype)
+  return (y, last), (x, a, b, c, doc, first, starts, y)
+
+
+def _backward(saved, cotangents):
+  """By hand: autodiff keeps and reads many arrays of the decays' size, this one makes them again.
+
+  A gap between two tokens' totals weighs the same products in y and in dx, so that the gradient of the
+  totals needs no array of pairs: that of token t is dy_t . y_t - x_t . dx_t, and at the end of a chunk that
+  of its last total is dS . S of the state S there.
+  """
+  x, a, b, c, doc, first, starts, y = saved
+  dy, dlast = cotangents
+  R, z = a.shape[3], int(first is None)
+  decay, to_end, from_start, whole = _decays(a, doc, _before(doc))
+  score = jnp.einsum("buzin,buzjn->buzij", c, b)
+  dy_heads = _heads(dy, R)
+  dx = _group(jnp.einsum("buzrij,buzrip->buzrjp", score[:, :, :, None] * decay, dy_heads))
+  dweight = jnp.einsum("buzrip,buzrjp->buzrij", dy_heads, _heads(x, R)) * decay
+  dscore = sum(dweight[:, :, :, r] for r in range(R))
+  dc = jnp.einsum("buzij,buzjn->buzin", dscore, b)
+  db = jnp.einsum("buzij,buzin->buzjn", dscore, c)
+  dtotal_end = jnp.zeros_like(whole)
+
+  if starts.shape[2]:
+    dcarried = _by_head(dy[:, :, z:], from_start[:, :, z:])
+    dc = dc.at[:, :, z:].add(jnp.einsum("buziq,buznq->buzin", dcarried, starts))
+    dstarts = jnp.einsum("buzin,buziq->buznq", c[:, :, z:], dcarried)
+    # Of each start, with what the later ones say of it.
+    dstarts = _scan(dstarts[:, :, -1] + dlast, whole[:, :, z:-1], dstarts[:, :, :-1], reverse=True)
+    dadded = dstarts[:, :, 1 - z :]
+    ended = slice(0, dadded.shape[2])
+    db = db.at[:, :, ended].add(
+      jnp.einsum("buzjq,buznq->buzjn", _by_head(x[:, :, ended], to_end[:, :, ended]), dadded)
+    )
+    dx = dx.at[:, :, ended].add(
+      _by_head(jnp.einsum("buzjn,buznq->buzjq", b[:, :, ended], dadded), to_end[:, :, ended])
+    )
+    dends = jnp.sum(_sum_by_head(dadded * starts[:, :, 1 - z :], R), axis=3)
+    dtotal_end = dtotal_end.at[:, :, ended].set(dends)
+
+  dtotal = _sum_by_head(dy * y - x * dx, R)  # [B, U, Z, C, R]
+  da = jnp.flip(jnp.cumsum(jnp.flip(dtotal, 3), axis=3), 3) + dtotal_end[:, :, :, None]
+  dfirst = None if first is None else dstarts[:, :, 0]
+  return dx, jnp.swapaxes(da, -1, -2), db, dc, None, dfirst
+
+
+_chunked.defvjp(_forward, _backward)

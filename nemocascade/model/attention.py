@@ -41,6 +41,10 @@ class Attention(nn.Module):
     state = {"k_BKSH": jnp.swapaxes(k, 1, 2), "v_BKSH": jnp.swapaxes(v, 1, 2)}
     return self._out(kernel.attention(q, k, v, segment_ids_BT)), state
 
+  def extend(self, state, x_BTD, segment_ids_BT, length_B):
+    before = state["k_BKSH"], state["v_BKSH"], length_B
+    return self._out(kernel.attention(*self._qkv(x_BTD), segment_ids_BT, before=before))
+
   def step(self, state, x_BD, length_B, active_B):
     # A row that is not active writes too, but where its next token will: its length stays.
     del active_B

@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.distillation import top_logprobs
 from nemocascade.kernels.token_logprob import token_logprob
-from nemocascade.mesh import constrain_rows, on_own_rows
+from nemocascade.mesh import constrain_batch, constrain_rows, on_own_rows
 from nemocascade.model.attention import Attention
 from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
 from nemocascade.segments import segment_starts
-from nemocascade.types import DistanceFn, Params, Routing, Scores
+from nemocascade.types import DistanceFn, Params, Prompts, Routing, Scores
 
 # Repeats that make a loop: it copies each one's parameters and states at every pass, so that two are
 # faster one after the other.
@@ -79,8 +79,17 @@ class Block(nn.Module):
     return constrain_rows(x_BTD + y, self.mesh), routing
 
   def prefill(self, x_BTD, segment_ids_BT):
+    if self.letter == "E":
+      x_BTD, routing = self(x_BTD, segment_ids_BT)
+      return x_BTD, (), routing
     y, state = self.mixer.prefill(self.norm(x_BTD), segment_ids_BT)
-    return constrain_rows(x_BTD + y, self.mesh), state
+    return constrain_rows(x_BTD + y, self.mesh), state, None
+
+  def extend(self, state, x_BTD, segment_ids_BT, length_B):
+    if self.letter == "E":
+      return self(x_BTD, segment_ids_BT)
+    y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
+    return constrain_rows(x_BTD + y, self.mesh), None
 
   def step(self, state, x_BD, length_B, active_B):
     state, y = self.mixer.step(state, self.norm(x_BD), length_B, active_B)
@@ -95,7 +104,7 @@ class Unit(nn.Module):
   mesh: Mesh | None = None
 
   def setup(self):
-    block = nn.remat(Block, methods=["__call__"]) if self.config.remat else Block
+    block = nn.remat(Block, methods=["__call__", "prefill", "extend"]) if self.config.remat else Block
     self.blocks = [block(self.config, letter, self.mesh) for letter in self.letters]
 
   def __call__(self, x_BTD, segment_ids_BT):
@@ -106,11 +115,19 @@ class Unit(nn.Module):
     return x_BTD, tuple(routings)
 
   def prefill(self, x_BTD, segment_ids_BT):
-    states = []
+    states, routings = [], []
     for block in self.blocks:
-      x_BTD, state = block.prefill(x_BTD, segment_ids_BT)
+      x_BTD, state, routing = block.prefill(x_BTD, segment_ids_BT)
       states.append(state)
-    return x_BTD, tuple(states)
+      routings += [] if routing is None else [routing]
+    return x_BTD, (tuple(states), tuple(routings))
+
+  def extend(self, x_BTD, state, segment_ids_BT, length_B):
+    routings = []
+    for block, block_state in zip(self.blocks, state, strict=True):
+      x_BTD, routing = block.extend(block_state, x_BTD, segment_ids_BT, length_B)
+      routings += [] if routing is None else [routing]
+    return x_BTD, tuple(routings)
 
   def step(self, x_BD, state, length_B, active_B):
     states = []
@@ -135,8 +152,8 @@ def _scanned(n: int):
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
   rows = dict(in_axes=nn.broadcast, **shared)
-  step = dict(in_axes=(0, nn.broadcast, nn.broadcast), **shared)
-  return nn.scan(Unit, methods={"__call__": rows, "prefill": rows, "step_at": step})
+  sliced = dict(in_axes=(0, nn.broadcast, nn.broadcast), **shared)
+  return nn.scan(Unit, methods={"__call__": rows, "prefill": rows, "extend": sliced, "step_at": sliced})
 
 
 class Hybrid(nn.Module):
@@ -181,20 +198,40 @@ class Hybrid(nn.Module):
 
   __call__ = logits
 
-  def states(self, tokens_BT, segment_ids_BT):
+  def states(self, tokens_BT, segment_ids_BT, prompts: Prompts | None = None):
     """(x_BTD: what token t is predicted from, times the head its logits; Routing or None)."""
+    if prompts is not None:
+      return self._states_after(prompts, tokens_BT, segment_ids_BT)
     h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
     return jnp.pad(h_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), routing
 
+  def _states_after(self, prompts: Prompts, tokens_BT, segment_ids_BT):
+    """`states` of rows whose first document goes on from a prompt, which is taken in once for its rows."""
+    G = tokens_BT.shape[0] // prompts.tokens_QP.shape[0]
+    last_QD, state, of_prompts = self._take_in(prompts.tokens_QP, prompts.length_Q)
+    state = repeat_state(state, G)
+    if self.mesh is not None:
+      state = constrain_batch(state, tokens_BT.shape[0], self.mesh)
+    x_BTD, routings = self._embed(tokens_BT), []
+    for unit, unit_state, (_, n) in zip(self.units, state.units, self.plan, strict=True):
+      x_BTD, routing = unit.extend(x_BTD, unit_state, segment_ids_BT, state.length_B)
+      routings += [_in_depth_order(routing)] if routing else []
+    h_BTD = self.norm_f(x_BTD)
+    first_B1D = jnp.repeat(self.norm_f(last_QD), G, axis=0)[:, None]
+    routing = jax.tree.map(jnp.add, of_prompts, _all_blocks(routings))
+    return constrain_rows(jnp.concatenate([first_B1D, h_BTD[:, :-1]], axis=1), self.mesh), routing
+
   def score(
-    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None
-  ) -> Scores:
+    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None,
+    prompts: Prompts | None = None,
+  ) -> Scores:  # fmt: skip
     """log p(token t | the document before t), without a [B, T, V] array.
 
     `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
+    `prompts`: what the first document of each row goes on from; B // Q rows side by side have one in common.
     """
-    x_BTD, routing = self.states(tokens_BT, segment_ids_BT)
-    scored_BT = _predicted(segment_ids_BT, wanted_BT)
+    x_BTD, routing = self.states(tokens_BT, segment_ids_BT, prompts)
+    scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=prompts is not None)
     # Each device has the whole head for its own rows: its gradient is then summed once.
     logprob = on_own_rows(token_logprob, self.mesh, shared=[1])
     logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT)
@@ -214,18 +251,20 @@ class Hybrid(nn.Module):
 
   def prefill(self, tokens_BT, length_B, capacity: int):
     """Takes in each row's first length_B tokens: (logits_BV of the token after, DecodeState)."""
-    T = tokens_BT.shape[1]
-    segment_ids_BT = (jnp.arange(T)[None] < length_B[:, None]).astype(jnp.int32)
-    x_BTD, states = self._embed(tokens_BT), []
+    last_BD, state, _ = self._take_in(tokens_BT, length_B)
+    return self._next(last_BD), _make_room(state, capacity - tokens_BT.shape[1])
+
+  def _take_in(self, tokens_BT, length_B):
+    """(last_BD: each row's last token before the last norm, DecodeState without room, Routing or None)."""
+    segment_ids_BT = (jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]).astype(jnp.int32)
+    x_BTD, states, routings = self._embed(tokens_BT), [], []
     for unit in self.units:
-      x_BTD, state = unit.prefill(x_BTD, segment_ids_BT)
+      x_BTD, (state, routing) = unit.prefill(x_BTD, segment_ids_BT)
       states.append(state)
+      routings += [_in_depth_order(routing)] if routing else []
     last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    logits_BV = self._next(last_BD)
-    state = DecodeState(
-      length_B.astype(jnp.int32), tuple(states), tuple(n > 1 for _, n in self.plan)
-    )
-    return logits_BV, _make_room(state, capacity - T)
+    state = DecodeState(length_B.astype(jnp.int32), tuple(states), tuple(n > 1 for _, n in self.plan))
+    return last_BD, state, _all_blocks(routings)
 
   def step(self, state: DecodeState, tokens_B, active_B):
     """Takes in one token of every active row: (state, logits_BV of the token after)."""
@@ -281,9 +320,12 @@ def _add(tree: Params, path: tuple[str, ...], change: jax.Array) -> Params:
   return {**tree, path[0]: _add(tree[path[0]], path[1:], change)}
 
 
-def _predicted(segment_ids_BT, wanted_BT=None):
+def _predicted(segment_ids_BT, wanted_BT=None, *, goes_on: bool = False):
   """bool [B, T]: the tokens that have something of their document before them, of those wanted."""
-  scored_BT = (segment_ids_BT > 0) & ~segment_starts(segment_ids_BT)
+  starts_BT = segment_starts(segment_ids_BT)
+  if goes_on:  # The first document began before the row.
+    starts_BT = starts_BT.at[:, 0].set(False)
+  scored_BT = (segment_ids_BT > 0) & ~starts_BT
   return scored_BT if wanted_BT is None else scored_BT & wanted_BT
 
 

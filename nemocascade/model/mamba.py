@@ -35,11 +35,18 @@ def _init_conv(key, shape, dtype):
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
 
-def causal_conv(x_BTC, weight_WC, segment_ids_BT):
-  """Depthwise convolution over a token's own document: the last W tokens, itself included."""
+def causal_conv(x_BTC, weight_WC, segment_ids_BT, before_BWC=None):
+  """Depthwise convolution over a token's own document: the last W tokens, itself included.
+
+  `before_BWC`: the W - 1 inputs before the row, where its first document began there.
+  """
   W, T = weight_WC.shape[0], x_BTC.shape[1]
-  x_BSC = jnp.pad(x_BTC, ((0, 0), (W - 1, 0), (0, 0)))
-  past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), constant_values=-1)
+  if before_BWC is None:
+    x_BSC = jnp.pad(x_BTC, ((0, 0), (W - 1, 0), (0, 0)))
+    past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), constant_values=-1)
+  else:
+    x_BSC = jnp.concatenate([before_BWC, x_BTC], axis=1)
+    past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), mode="edge")
   y_BTC = x_BTC * weight_WC[-1][None, None]
   for back in range(1, W):
     there = slice(W - 1 - back, W - 1 - back + T)
@@ -104,13 +111,15 @@ class Mamba(nn.Module):
     y = rms_norm(grouped, self.norm.reshape(c.n_groups, -1), c.layer_norm_epsilon)
     return y.reshape(z.shape).astype(z.dtype) @ self.out_proj.astype(z.dtype)
 
-  def _rows(self, x_BTD, segment_ids_BT):
+  def _rows(self, x_BTD, segment_ids_BT, before=None):
+    """(y_BTD, SSM state at the end, inputs of the conv); `before`: the state that the rows continue."""
     z, xbc_in, dt = self._project(x_BTD)
-    xbc = self._activate(causal_conv(xbc_in, self.conv1d.astype(x_BTD.dtype), segment_ids_BT))
+    taps_WC = self.conv1d.astype(x_BTD.dtype)
+    xbc = self._activate(causal_conv(xbc_in, taps_WC, segment_ids_BT, before and before["conv_BWC"]))
     x, b, c = self._split(xbc)
     y, state = kernel.ssd(
       x.astype(jnp.float32) * dt[..., None], self._log_decay(dt), b, c, segment_ids_BT,
-      chunk=self.config.chunk_size,
+      chunk=self.config.chunk_size, initial_state=before and before["ssm_BMPN"],
     )  # fmt: skip
     return self._finish(y, x, z), state, xbc_in
 
@@ -126,6 +135,10 @@ class Mamba(nn.Module):
     taken = jnp.take_along_axis(xbc_BTC, jnp.maximum(place_BW, 0)[..., None], axis=1)
     conv = jnp.where((place_BW >= 0)[..., None], taken, 0)
     return y_BTD, {"ssm_BMPN": ssm, "conv_BWC": conv}
+
+  def extend(self, state, x_BTD, segment_ids_BT, length_B):
+    del length_B
+    return self._rows(x_BTD, segment_ids_BT, state)[0]
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B

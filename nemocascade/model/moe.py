@@ -95,9 +95,6 @@ class MoE(nn.Module):
     dropped = (expert_TX.size - rows).astype(jnp.float32)
     return y_TD.reshape(B, T, D), Routing(load_E[None], dropped[None], loss)
 
-  def prefill(self, x_BTD, segment_ids_BT):
-    return self(x_BTD, segment_ids_BT)[0], ()
-
   def step(self, state, x_BD, length_B, active_B):
     del length_B
     y, _ = self(x_BD[:, None], active_B[:, None].astype(jnp.int32))
