@@ -80,19 +80,22 @@ class Assembly:
   def _method(self, name: str):
     return lambda params, *args: self.model.apply({"params": params}, *args, method=name)
 
-  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
-    return self._score(self.model, params, tokens_BT, segment_ids_BT, wanted_BT, distance)
+  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None):
+    return self._apply(self.model, params, "score", tokens_BT, segment_ids_BT, wanted_BT, distance, after)
 
   def balanced_score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
     """score_fn with the routers' balance loss."""
     model = Hybrid(dataclasses.replace(self.model_config, router_loss=True), self.mesh)
-    return self._score(model, params, tokens_BT, segment_ids_BT, wanted_BT, distance)
+    return self._apply(model, params, "score", tokens_BT, segment_ids_BT, wanted_BT, distance)
 
-  def _score(self, model: Hybrid, params, *args):
+  def take_in_fn(self, params, prompts):
+    return self._apply(self.model, params, "take_in", prompts)
+
+  def _apply(self, model: Hybrid, params, method: str, *args):
     if self.mesh.size > 1:  # Gradients then lie as the parameters do, also where they are summed.
       places = jax.tree.map(lambda p: p.sharding, self.template)
       params = jax.lax.with_sharding_constraint(params, places)
-    return model.apply({"params": params}, *args, method="score")
+    return model.apply({"params": params}, *args, method=method)
 
   def score_fn_under(self, balance: RouterBalance):
     """The score function of a training step: nothing of the balance loss is computed where it is not paid."""
@@ -219,11 +222,11 @@ class Assembly:
       place_fn=functools.partial(mesh_lib.constrain_batch, mesh=self.mesh),
     )  # fmt: skip
 
-  def collect(self, params, key, rows, *, prompt_tokens, total_tokens, completions=1, temperature=1.0, top_p=1.0):
+  def collect(self, params, key, rows, *, prompt_tokens, total_tokens, completions=1, **how):
     """Samples of completions of the rows; see rollout.episode.collect."""
     return episode.collect(
       self.engine(prompt_tokens, total_tokens), params, key, rows, self.domains,
-      tokenizer=self.tokenizer, G=completions, temperature=temperature, top_p=top_p,
+      tokenizer=self.tokenizer, G=completions, **how,
     )  # fmt: skip
 
   # Held-out scores.

@@ -30,7 +30,7 @@ from experiments.teaching import scored_rows
 from nemocascade import advantage
 from nemocascade.errors import UserError, unknown
 from nemocascade.mesh import by_rows, first_rows, make_mesh, placed
-from nemocascade.types import Batch, Rollout
+from nemocascade.types import Batch, Prompts, Rollout
 
 GIB = 1 << 30
 # Kind -> (GiB of a device, devices of a chip).
@@ -155,16 +155,17 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
     scored = _rows(a, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
     yield "score", lambda: a.score.trace(a.template, *scored), Spent(scored=n * r.total_tokens), shorter
 
-  state, step_fn, proximal_fn = rl.step_program(a, rl.step_settings(c))
+  state, step_fn, proximal_fn = rl.step_program(c, a)
   rows, count = _taught_rows(c, Q, r.completions, r.total_tokens)
   rows = {name: struct((p.rows, p.row_tokens), row.dtype) for name, row in rows.items()}
   rows, count = _rows(a, (rows, count))
   pieces = f"more pieces than packing.pieces={p.pieces}, or shorter rows than packing.row_tokens={p.row_tokens}"
+  prompts = Prompts(*prompts) if p.shared_prompts else None
+  tokens = p.rows * p.row_tokens + (Q * r.prompt_tokens if p.shared_prompts else 0)
   if c.updates > 1:
-    forward = Spent(scored=p.rows * p.row_tokens)
-    yield "proximal_logprobs", lambda: proximal_fn.trace(a.template, dict(rows)), forward, pieces
+    yield "proximal_logprobs", lambda: proximal_fn.trace(a.template, dict(rows), prompts), Spent(scored=tokens), pieces
     rows["proximal"] = rows["behaviour"]
-  yield "rl_step", lambda: step_fn.trace(state, rows, count), Spent(trained=p.rows * p.row_tokens), pieces
+  yield "rl_step", lambda: step_fn.trace(state, rows, count, None, prompts), Spent(trained=tokens), pieces
 
 
 def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):

@@ -49,15 +49,13 @@ from nemocascade.step import loss
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.policy_gradient import (
-  pack_rows,
   policy_gradient_step,
   proximal_logprobs,
   rollout_metrics,
-  rows_needed,
-  to_rows,
 )
+from nemocascade.step.rows import after_prompts, pack_rows, rows_needed, to_rows
 from nemocascade.teachers import Teachers
-from nemocascade.types import Params
+from nemocascade.types import Params, Prompts
 
 Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, what they cost) -> end here.
 SLOTS = dict(
@@ -90,15 +88,7 @@ def check(c: ConfigDict) -> None:
       raise UserError(
         f"{' and '.join(taught(c))}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
-  r, p = c.rollout, c.packing
-  if p.row_tokens < r.total_tokens:
-    raise UserError(f"packing.row_tokens={p.row_tokens} is less than rollout.total_tokens={r.total_tokens}")
-  needed = rows_needed(r.prompts * r.completions, r.total_tokens, p.row_tokens)
-  if p.rows < needed or p.rows % p.pieces:
-    raise UserError(
-      f"packing.rows={p.rows}: must be a multiple of packing.pieces={p.pieces} and at least {needed},"
-      f" to hold {r.prompts * r.completions} completions of {r.total_tokens} tokens in rows of {p.row_tokens}"
-    )
+  _check_packing(c)
   if c.advantage in advantage.GROUPED and c.rollout.completions < 2:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
@@ -110,6 +100,36 @@ def check(c: ConfigDict) -> None:
     raise UserError("advantage='none' with no other term in the loss teaches nothing: give distillation_weight")
   if c.distillation_weight and c.distillation in loss.TOPK and not 1 <= (k := topk(c)) <= c.model.vocab_size:
     raise UserError(f"options.{c.distillation}.k={k}: must be between 1 and model.vocab_size={c.model.vocab_size}")
+
+
+def _check_packing(c: ConfigDict) -> None:
+  r, p = c.rollout, c.packing
+  samples = r.prompts * r.completions
+  if p.shared_prompts:
+    if p.rows != samples or r.completions % p.pieces:
+      raise UserError(
+        f"packing.rows={p.rows}: with shared_prompts it must be rollout.prompts x rollout.completions={samples},"
+        f" and packing.pieces={p.pieces} must divide the {r.completions} completions"
+      )
+    if p.row_tokens < r.total_tokens - r.prompt_tokens:
+      raise UserError(
+        f"packing.row_tokens={p.row_tokens}: with shared_prompts it must hold what follows a prompt,"
+        f" rollout.total_tokens - rollout.prompt_tokens={r.total_tokens - r.prompt_tokens}"
+      )
+    if RouterBalance(**c.router_balance).has_loss:
+      raise UserError(
+        f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"
+        " documents; balance by the bias, or repeat the prompts"
+      )
+    return
+  if p.row_tokens < r.total_tokens:
+    raise UserError(f"packing.row_tokens={p.row_tokens} is less than rollout.total_tokens={r.total_tokens}")
+  needed = rows_needed(samples, r.total_tokens, p.row_tokens)
+  if p.rows < needed or p.rows % p.pieces:
+    raise UserError(
+      f"packing.rows={p.rows}: must be a multiple of packing.pieces={p.pieces} and at least {needed},"
+      f" to hold {samples} completions of {r.total_tokens} tokens in rows of {p.row_tokens}"
+    )
 
 
 def taught(c: ConfigDict) -> list[str]:
@@ -165,7 +185,7 @@ def run(
   began = time.time()
   rows_fn = rows_program(settings(c, "advantage", "aggregation"))
   tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)
-  _, step_fn, proximal_fn = step_program(a, step_settings(c))
+  _, step_fn, proximal_fn = step_program(c, a)
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
@@ -187,6 +207,7 @@ def run(
           state.params, jax.random.fold_in(key, step * 100 + round_), rows,
           prompt_tokens=r.prompt_tokens, total_tokens=r.total_tokens,
           completions=r.completions, temperature=r.temperature, top_p=r.top_p,
+          completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
         )  # fmt: skip
         phases.end("rollout")
         verdicts = score.judge(samples, a.domains)
@@ -214,15 +235,15 @@ def run(
         rollout = rollout.replace(reference_logprobs_QGT=score_rows(a, reference, samples, everyone))
       phases.end("score")
       rows, count, of_rollout = rows_fn(rollout)
-      packed = pack_rows(rows, B=c.packing.rows, T=c.packing.row_tokens, accumulate=c.packing.pieces)
-      trained = int((packed["segment_ids"] > 0).sum()) * c.updates
+      packed, prompts = arrange(c, rows)
+      trained = int((packed["segment_ids"] > 0).sum() + (prompts.length_Q.sum() if prompts else 0)) * c.updates
       phases.end("advantage")
       if learns := bool(packed["mask"].any()):
-        packed, count = a.put((packed, count))
+        packed, prompts, count = a.put((packed, prompts, count))
         if c.updates > 1:
-          packed["proximal"] = proximal_fn(state.params, packed)
+          packed["proximal"] = proximal_fn(state.params, packed, prompts)
         for _ in range(c.updates):
-          state, of_step = step_fn(state, packed, count, heads)
+          state, of_step = step_fn(state, packed, count, heads, prompts)
       else:  # Every sample was left out: no update, not even by the optimizer's momentum.
         state, of_step = state.replace(step=state.step + c.updates), {}
       metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts
@@ -245,6 +266,14 @@ def run(
     bar.close()
   store.wait()
   return Outcome(state.params, str(store.path_of(step + 1)), step + 1, spent.sampled, time.time() - began)
+
+
+def arrange(c: ConfigDict, rows) -> tuple[dict[str, np.ndarray], Prompts | None]:
+  """The rows of a batch as the step takes them: packed, or behind the prompts that they share."""
+  p = c.packing
+  if p.shared_prompts:
+    return after_prompts(rows, c.rollout.prompts, P=c.rollout.prompt_tokens, T=p.row_tokens)
+  return pack_rows(rows, B=p.rows, T=p.row_tokens, accumulate=p.pieces), None
 
 
 def settings(c: ConfigDict, *names: str) -> str:
@@ -287,9 +316,11 @@ def rows_program(fields: str):
   return jax.jit(rows)
 
 
-def step_program(a: Assembly, fields: str):
-  """The abstract state, the jitted step, and the jitted log-probabilities before it, of `step_settings`."""
-  if ("rl step", fields) not in a.programs:
+def step_program(c: ConfigDict, a: Assembly):
+  """The abstract state, the jitted step, and the jitted log-probabilities before it."""
+  if c.packing.shared_prompts:  # These lie over the devices as rows do.
+    check_rows("rollout.prompts", c.rollout.prompts, a.mesh)
+  if ("rl step", fields := step_settings(c)) not in a.programs:
     a.programs["rl step", fields] = _step_program(a, fields)
   return a.programs["rl step", fields]
 
@@ -303,10 +334,12 @@ def _step_program(a: Assembly, fields: str):
     a.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
     kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
     distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
-    accumulate=c.packing.pieces, balance=balance, add_to_bias=a.add_to_bias,
+    accumulate=c.packing.pieces, balance=balance, add_to_bias=a.add_to_bias, take_in_fn=a.take_in_fn,
   )  # fmt: skip
   state = abstract_state(tx, a.template, a.mesh)
-  proximal = functools.partial(proximal_logprobs, a.score_fn, accumulate=c.packing.pieces)
+  proximal = functools.partial(
+    proximal_logprobs, a.score_fn, accumulate=c.packing.pieces, take_in_fn=a.take_in_fn
+  )
   return state, jit_step(step, state, a.mesh), jax.jit(proximal)
 
 

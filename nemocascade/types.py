@@ -35,7 +35,15 @@ class Prompts:
   """What rows go on from: B rows, B // Q side by side from each of Q prompts."""
 
   tokens_QP: jax.Array  # int32; padded at their end.
-  length_Q: jax.Array  # int32
+  length_Q: jax.Array  # int32; 0 where no row goes on from it.
+
+
+@struct.dataclass
+class Prefix:
+  """What a model keeps of Prompts for the rows that go on from them: gradients flow through it."""
+
+  last_QD: jax.Array  # What the token after the prompt is predicted from.
+  units: tuple  # The state of each unit of blocks.
 
 
 @struct.dataclass
@@ -59,9 +67,11 @@ class Scores:
 
 # What the policy predicts tokens from and with (x_BTD, head_DV), and which are wanted -> distance_BT.
 DistanceFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn or None[, Prompts]]) -> Scores; tokens
-# not wanted get 0.
+# (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn or None[, (Prefix, length_Q)]]) -> Scores;
+# tokens not wanted get 0.
 ScoreFn = Callable[..., Scores]
+# (params, Prompts) -> (Prefix, Routing or None)
+TakeInFn = Callable[[Params, Prompts], tuple[Prefix, Routing | None]]
 
 
 @struct.dataclass

@@ -115,14 +115,14 @@ def engine(prompt_tokens, total_tokens):
   return Engine(prefill, step, repeat, prompt_tokens=prompt_tokens, total_tokens=total_tokens)
 
 
-def run(scripts, rows, *, thinking, prompt_tokens=P, total_tokens=T, max_turns=3):
+def run(scripts, rows, *, thinking, prompt_tokens=P, total_tokens=T, max_turns=3, **how):
   """Episodes in which the model says the scripts' tokens."""
   script_QT = np.full((len(rows), T), IM_END, np.int32)
   for q, script in enumerate(scripts):
     script_QT[q, : len(script)] = script
   return collect(
     engine(prompt_tokens, total_tokens), jnp.asarray(script_QT), jax.random.key(0), rows, domains(max_turns),
-    tokenizer=TOKENIZER, G=G, temperature=0.0, thinking=thinking,
+    tokenizer=TOKENIZER, G=G, temperature=0.0, thinking=thinking, **how,
   )  # fmt: skip
 
 
@@ -191,6 +191,13 @@ def test_a_turn_that_meets_the_limit_is_unfinished_and_calls_nothing():
   (group,) = samples.completions
   assert not group[0].finished and len(group[0].turns) == 1 and group[0].world == []
   assert samples.segment_ids_QGT.all()
+
+
+def test_what_follows_a_prompt_is_as_long_as_it_may_be():
+  tokens, loss_mask = conversation(COUNTER, CALLS, True)
+  begin, _ = first_turn(loss_mask)
+  samples = run([tokens], [COUNTER], thinking=True, completion_tokens=3)
+  assert (samples.segment_ids_QGT.sum(axis=-1) == begin + 3).all() and not samples.completions[0][0].finished
 
 
 @pytest.mark.parametrize("room", [0, 2])

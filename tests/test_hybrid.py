@@ -1,5 +1,6 @@
-"""One function in three forms: rows, prefill with decoding, and a plain NumPy loop."""
+"""One function in four forms: rows, rows after prompts, prefill with decoding, and a plain NumPy loop."""
 
+import functools
 import math
 
 import chex
@@ -18,6 +19,7 @@ from nemocascade.model.hybrid import (
   plan,
   repeat_state,
 )
+from nemocascade.types import Prompts
 
 V, T = 50, 24
 PATTERNS = ["M", "E", "*", "-", "ME*E", "MEMEME*ME-"]
@@ -59,6 +61,43 @@ def test_packed_documents_do_not_see_each_other(pattern):
   chex.assert_trees_all_close(jax.jit(packed)(params), jax.jit(halves)(params), atol=2e-4)
   grads = [jax.jit(jax.grad(lambda p, f=f: jnp.sum(jnp.sin(f(p)))))(params) for f in (packed, halves)]
   chex.assert_trees_all_close(*grads, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_after_a_prompt_taken_in_once_are_whole_rows(pattern, remat):
+  """Log-probabilities, entropies, loads and gradients; prompts shorter and longer than the convolution."""
+  _, model, params = make(pattern, remat=remat)
+  G, P, N = 2, 9, 11
+  prompts = Prompts(tokens(3, P), jnp.array([9, 2, 5]))
+  place_BT, own_BT = jnp.arange(P + N)[None], jax.random.randint(jax.random.key(2), (3 * G, N), 0, V)
+  length_B, rest_B = jnp.repeat(prompts.length_Q, G)[:, None], jnp.array([11, 4, 1, 11, 7, 9])[:, None]
+  inside_BT = (place_BT[:, :N] < rest_B).astype(jnp.int32)
+
+  def whole(p):
+    behind_BT = jnp.take_along_axis(own_BT, jnp.clip(place_BT - length_B, 0, N - 1), axis=1)
+    ahead_BT = jnp.pad(jnp.repeat(prompts.tokens_QP, G, axis=0), ((0, 0), (0, N)))
+    token_BT = jnp.where(place_BT < length_B, ahead_BT, behind_BT)
+    s = model.apply({"params": p}, token_BT, (place_BT < length_B + rest_B).astype(jnp.int32), method="score")
+    cut = lambda a_BT: jnp.take_along_axis(a_BT, length_B + place_BT[:, :N], axis=1)
+    return jnp.stack([cut(s.logprobs_BT), cut(s.entropy_BT)]) * inside_BT[None], s.routing
+
+  def after(p):
+    prefix, of_prompts = model.apply({"params": p}, prompts, method="take_in")
+    args = own_BT, inside_BT, None, None, (prefix, prompts.length_Q)
+    s = model.apply({"params": p}, *args, method="score")
+    return jnp.stack([s.logprobs_BT, s.entropy_BT]), (of_prompts, s.routing)
+
+  loss = lambda p, fn: (jnp.sum(jnp.sin((out := fn(p))[0])), out)
+  run = lambda fn: jax.jit(jax.grad(functools.partial(loss, fn=fn), has_aux=True))(params)
+  (grads, (said, routing)), (grads_there, (said_there, routing_there)) = run(after), run(whole)
+  chex.assert_trees_all_close(said, said_there, atol=2e-4)
+  chex.assert_trees_all_close(grads, grads_there, rtol=2e-3, atol=2e-3)
+  if routing_there is not None:  # A prompt's tokens are counted once.
+    load, load_there = (jnp.sum(r.load_LE, axis=1) for r in (routing[1], routing_there))
+    total = lambda B1: jnp.full_like(load, 2 * jnp.sum(B1))
+    chex.assert_trees_all_close(load_there, total(length_B + rest_B))
+    chex.assert_trees_all_close((load, jnp.sum(routing[0].load_LE, axis=1)), (total(rest_B), total(prompts.length_Q)))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

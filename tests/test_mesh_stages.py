@@ -17,7 +17,7 @@ from experiments.stage import start
 from experiments.teaching import score_rows
 from nemocascade.errors import UserError
 from nemocascade.rollout.episode import Samples
-from nemocascade.types import Batch
+from nemocascade.types import Batch, Prompts
 
 GRIDS = [(2, 4), (8, 1), (1, 8)]
 B, T, V = 16, 24, 64
@@ -31,7 +31,8 @@ def config(data, expert) -> ConfigDict:
     moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, initializer_range=0.3,
   )  # fmt: skip
   c.update(rl_config.fields())
-  c.packing = dict(rows=B, row_tokens=T, pieces=2)
+  c.packing = dict(rows=B, row_tokens=T, pieces=2, shared_prompts=False)
+  c.rollout.update(prompts=8, completions=2)
   c.rows, c.row_tokens = B, T
   # So large an eps makes of Adam's first step very nearly the gradient, small where that is.
   c.optimizer.update(peak_lr=1.0, warmup_steps=0, eps=1.0, clip_norm=1e3)
@@ -80,9 +81,24 @@ def sft_step(a: Assembly, directory):
 
 def rl_step(a: Assembly, directory):
   tx = rl.make_optimizer(total_steps=1, **a.c.optimizer)
-  _, step_fn, _ = rl.step_program(a, rl.step_settings(a.c))
+  _, step_fn, _ = rl.step_program(a.c, a)
   state, _, _ = start(a, directory, tx, "")
   state, metrics = step_fn(state, *a.put((arrays(), np.float32(arrays()["mask"].sum()))))
+  return metrics, state
+
+
+def rl_step_after_prompts(a: Assembly, directory):
+  """The same of rows of one document, two of them behind each of eight prompts."""
+  c = a.c.copy_and_resolve_references()
+  c.packing.shared_prompts = True
+  tx = rl.make_optimizer(total_steps=1, **c.optimizer)
+  _, step_fn, _ = rl.step_program(c, a)
+  state, _, _ = start(a, directory, tx, "")
+  r = np.random.default_rng(1)
+  prompts = Prompts(r.integers(0, V, (8, 6), np.int32), r.integers(1, 7, 8, np.int32))
+  x = arrays() | {"segment_ids": (arrays()["segment_ids"] > 0).astype(np.int32)}
+  rows, count, prompts = a.put((x, np.float32(x["mask"].sum()), prompts))
+  state, metrics = step_fn(state, rows, count, None, prompts)
   return metrics, state
 
 
@@ -125,10 +141,11 @@ def test_an_sft_step_is_that_of_one_device_and_its_checkpoint_fits_any_mesh(root
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
 
 
+@pytest.mark.parametrize("step", [rl_step, rl_step_after_prompts])
 @pytest.mark.parametrize("data, expert", GRIDS)
-def test_an_rl_step_is_that_of_one_device(root, data, expert):
-  metrics, state = rl_step(assembly(data, expert), root / f"rl_{data}_{expert}")
-  assert_same(jax.device_get((metrics, state.params)), on_one_device(rl_step, root))
+def test_an_rl_step_is_that_of_one_device(root, data, expert, step):
+  metrics, state = step(assembly(data, expert), root / f"{step.__name__}_{data}_{expert}")
+  assert_same(jax.device_get((metrics, state.params)), on_one_device(step, root))
 
 
 def test_parameters_and_moments_are_cut_over_all_devices(root):
@@ -170,7 +187,10 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused_with_the_numbers()
     sft.program(c, a)
   c.packing.rows = 4
   with pytest.raises(UserError, match="2 rows over the 8 devices"):
-    rl.step_program(a, rl.step_settings(c))
+    rl.step_program(c, a)
+  c.rollout.prompts, c.packing.shared_prompts = 4, True
+  with pytest.raises(UserError, match="rollout.prompts is 4 rows over the 8 devices"):
+    rl.step_program(c, a)
 
 
 PROCESS = """

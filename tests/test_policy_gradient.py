@@ -14,32 +14,40 @@ from nemocascade.data import packing
 from nemocascade.segments import segment_starts
 from nemocascade.step import loss
 from nemocascade.step.policy_gradient import (
-  pack_rows,
   policy_gradient_step,
   proximal_logprobs,
   rollout_metrics,
-  rows_needed,
-  to_rows,
 )
-from nemocascade.types import Rollout, Scores, TrainState
+from nemocascade.step.rows import after_prompts, pack_rows, rows_needed, to_rows
+from nemocascade.types import Prefix, Rollout, Scores, TrainState
 
 V, Q, G, T = 6, 4, 4, 5
 HEADS_ZDV = jax.random.normal(jax.random.key(5), (2, 3, V))  # Of two teachers.
 TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
 
 
-def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
+def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None):
   """A bigram model over rows of documents: the table is its head, the token before its state."""
   starts_BT = segment_starts(segment_ids_BT)
-  logprobs_BTV = jax.nn.log_softmax(params["table_VV"][tokens_BT[:, :-1]])
-  chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+  x_BTD = jnp.pad(jax.nn.one_hot(tokens_BT[:, :-1], V), ((0, 0), (1, 0), (0, 0)))
+  logits_BTV = jnp.pad(params["table_VV"][tokens_BT[:, :-1]], ((0, 0), (1, 0), (0, 0)))
+  if after is not None:
+    prefix, length_Q = after
+    first = lambda a_QV: jnp.repeat(a_QV, tokens_BT.shape[0] // length_Q.shape[0], axis=0)  # noqa: E731
+    starts_BT = starts_BT.at[:, 0].set(False)
+    x_BTD, logits_BTV = x_BTD.at[:, 0].set(first(*prefix.units)), logits_BTV.at[:, 0].set(first(prefix.last_QD))
+  logprobs_BTV = jax.nn.log_softmax(logits_BTV)
+  chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[..., None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
-  shift = lambda a_BT: jnp.where((segment_ids_BT > 0) & ~starts_BT, jnp.pad(a_BT, ((0, 0), (1, 0))), 0.0)  # noqa: E731
-  distance_BT = None
-  if distance:
-    x_BTD = jnp.pad(jax.nn.one_hot(tokens_BT[:, :-1], V), ((0, 0), (1, 0), (0, 0)))
-    distance_BT = distance(x_BTD, params["table_VV"], wanted_BT)
-  return Scores(shift(chosen_BT), shift(entropy_BT), distance_BT=distance_BT)
+  only = lambda a_BT: jnp.where((segment_ids_BT > 0) & ~starts_BT, a_BT, 0.0)  # noqa: E731
+  distance_BT = distance(x_BTD, params["table_VV"], wanted_BT) if distance else None
+  return Scores(only(chosen_BT), only(entropy_BT), distance_BT=distance_BT)
+
+
+def take_in(params, prompts):
+  """The last token of each prompt, and its row of the table, through which gradients flow."""
+  last_Q = jnp.take_along_axis(prompts.tokens_QP, prompts.length_Q[:, None] - 1, axis=1)[:, 0]
+  return Prefix(params["table_VV"][last_Q], (jax.nn.one_hot(last_Q, V),)), None
 
 
 def state():
@@ -57,8 +65,9 @@ def rollout(seed=1, noise=0.0):
   keys = jax.random.split(jax.random.key(seed), 8)
   length_QG1 = jax.random.randint(keys[0], (Q, G, 1), 3, T + 1)
   place_11T = jnp.arange(T)[None, None]
+  tokens_QGT = jax.random.randint(keys[1], (Q, G, T), 0, V)
   r = Rollout(
-    tokens_QGT=jax.random.randint(keys[1], (Q, G, T), 0, V),
+    tokens_QGT=jnp.where(place_11T < 2, tokens_QGT[:, :1], tokens_QGT),
     segment_ids_QGT=(place_11T < length_QG1).astype(jnp.int32),
     loss_mask_QGT=(place_11T >= 2) & (place_11T < length_QG1),
     behaviour_logprobs_QGT=jnp.zeros((Q, G, T)),
@@ -92,12 +101,13 @@ def gradient(r, advantage=grpo, aggregation=loss.token_mean, **slots):
   return gradient_of_rows(rows, count, **slots)
 
 
-def gradient_of_rows(rows, count, **slots):
+def gradient_of_rows(rows, count, prompts=None, **slots):
   if noise := slots.pop("moved", 0.0):  # As after an update: the proximal policy is another one.
     moved_BT = noise * jnp.sin(7.0 * rows["tokens"] + rows["behaviour"])
     rows = rows | {"proximal": rows["behaviour"] + moved_BT}
   before = state()
-  after, metrics = jax.jit(policy_gradient_step(score, TX, **slots))(before, rows, count, HEADS_ZDV)
+  step = policy_gradient_step(score, TX, take_in_fn=take_in, **slots)
+  after, metrics = jax.jit(step)(before, rows, count, HEADS_ZDV, prompts)
   return before.params["table_VV"] - after.params["table_VV"], metrics
 
 
@@ -263,6 +273,41 @@ def test_packed_is_unpacked_and_empty_pieces_change_nothing(case, accumulate):
   assert_same(got, expected)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_prompts_taken_in_once_teach_what_they_do_repeated(case, accumulate):
+  case = dict(case)
+  advantage, aggregation = case.pop("advantage"), case.pop("aggregation", loss.token_mean)
+  r = rollout(noise=0.5)
+  # One group's samples are all left out, another prompt is one token shorter.
+  r = r.replace(valid_QG=r.valid_QG.at[1].set(False), loss_mask_QGT=r.loss_mask_QGT.at[2, :, 1].set(True))
+  rows, count = to_rows(r, advantage(r), aggregation)
+  cut, prompts = after_prompts(rows, Q, P=2, T=4)
+  assert prompts.length_Q.tolist() == [2, 0, 1, 2] and cut["tokens"].shape == (Q * G, 4)
+  assert cut["mask"].sum() == np.asarray(rows["mask"]).sum()
+  got = gradient_of_rows(cut, count, prompts, **case, accumulate=accumulate)
+  assert_same(got, gradient_of_rows(rows, count, **case))
+
+
+def test_what_a_policy_says_of_its_samples_it_says_behind_a_prompt_taken_in_once():
+  r = rollout()
+  rows, _ = to_rows(r, grpo(r))
+  cut, prompts = after_prompts(rows, Q, P=2, T=3)
+  got_BT = proximal_logprobs(score, state().params, cut, prompts, accumulate=2, take_in_fn=take_in)
+  # A piece has every second sample of each prompt.
+  got_BT = np.asarray(got_BT).reshape(cut["tokens"].shape)
+  expected_BT = proximal_logprobs(score, state().params, rows, accumulate=1)[:, 2:]
+  np.testing.assert_allclose(got_BT[cut["mask"]], expected_BT[cut["mask"]], atol=1e-6)
+
+
+def test_a_prompt_or_what_follows_it_without_room_is_refused_with_the_numbers():
+  r = rollout()
+  rows, _ = to_rows(r, grpo(r))
+  for P, N in ((1, 3), (2, 2)):
+    with pytest.raises(ValueError, match=f"a prompt of 2 tokens and 3 behind it: there is room for {P} and {N}"):
+      after_prompts(rows, Q, P=P, T=N)
+
+
 def test_rows_needed_is_enough_for_any_lengths_and_for_the_longest_just_so():
   rng = np.random.default_rng(0)
   for _ in range(50):
@@ -383,7 +428,7 @@ def test_the_entropy_term_is_the_weight_times_the_mean_entropy():
 def test_proximal_logprobs_are_the_policys_own_of_every_learned_token(accumulate):
   r = rollout()
   rows, _ = to_rows(r, grpo(r))
-  got_BT = proximal_logprobs(score, state().params, rows, accumulate)
+  got_BT = proximal_logprobs(score, state().params, rows, accumulate=accumulate)
   learned_BT = np.asarray(rows["mask"])
   np.testing.assert_allclose(got_BT[learned_BT], own_logprobs(r).reshape(-1, T)[learned_BT], rtol=1e-6)
 

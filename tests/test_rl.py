@@ -45,6 +45,26 @@ def test_a_stage_that_cannot_run_is_refused_with_its_numbers(field, value, words
   assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize(
+  "fields, words",
+  [
+    ({"packing.rows": 60}, ["packing.rows=60", "rollout.completions=64"]),
+    ({"packing.pieces": 3}, ["packing.pieces=3", "8 completions"]),
+    ({"packing.row_tokens": 30}, ["packing.row_tokens=30", "rollout.prompt_tokens=64"]),
+    ({"router_balance.kind": "auxiliary", "router_balance.weight": 0.1}, ["router_balance.weight=0.1"]),
+  ],
+)
+def test_prompts_cannot_be_shared_where_that_does_not_fit(fields, words):
+  c = if_rl.get_config("smoke")
+  c.rollout.update(prompts=8, completions=8, prompt_tokens=48, total_tokens=112)
+  c.packing.update(rows=64, row_tokens=64, pieces=2, shared_prompts=True)
+  rl.check(c)
+  c.update_from_flattened_dict(fields)
+  with pytest.raises(UserError) as error:
+    rl.check(c)
+  assert all(word in str(error.value) for word in words), str(error.value)
+
+
 @pytest.mark.parametrize("k", [0, 2000])
 def test_a_top_k_of_more_tokens_than_there_are_or_of_none_is_refused(k):
   c = if_rl.get_config("smoke")
@@ -113,6 +133,23 @@ def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
   jax.tree.map(np.testing.assert_array_equal, outcome.params, expected)
   assert lines(cut) == lines(whole)
   assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_repeated(stage):
+  c, a, root, start = stage
+  shared = c.copy_and_resolve_references()
+  with shared.unlocked():
+    shared.steps = 1
+    shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
+  outcome = rl.run(shared, root / "shared" / "if_rl", a, start)
+  (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
+  for name, value in expected.items():
+    if not name.startswith("imbalance/"):  # A prompt's tokens are counted once.
+      np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
+  few = shared.copy_and_resolve_references()
+  few.packing.row_tokens = c.rollout.total_tokens - c.rollout.prompt_tokens
+  outcome = rl.run(few, root / "few" / "if_rl", a, start)
+  assert outcome.tokens <= 8 * few.packing.row_tokens  # No completion is longer than its row.
 
 
 def test_several_updates_a_batch_are_counted_as_one_step_and_all_learn(stage):

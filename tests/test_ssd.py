@@ -1,5 +1,7 @@
 """The chunked scan is the recurrence, whatever the packing: values and gradients."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -38,16 +40,23 @@ def test_chunked_is_recurrent(packing, chunk):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_chunked_is_recurrent_in_gradient(packing):
+@pytest.mark.parametrize("chunk", [3, 8, 32])
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_chunked_is_recurrent_in_gradient(packing, chunk, goes_on, to_the_end):
+  """With and without a state before the rows, and with and without a use of the one behind them."""
   *floats, segment_ids_BT = inputs(packing)
   real = (segment_ids_BT > 0)[..., None, None]
+  if goes_on:
+    floats.append(jax.random.normal(jax.random.key(5), (2, 4, 3, 5)))
 
   def loss(fn, floats):
-    y, state = fn(*floats, segment_ids_BT)
-    return jnp.sum(jnp.where(real, jnp.sin(y), 0)) + jnp.sum(jnp.cos(state))
+    *floats, before = floats if goes_on else (*floats, None)
+    y, state = fn(*floats, segment_ids_BT, initial_state=before)
+    return jnp.sum(jnp.where(real, jnp.sin(y), 0)) + to_the_end * jnp.sum(jnp.cos(state))
 
-  chunked = jax.jit(jax.grad(lambda f: loss(lambda *a: ssd(*a, chunk=8), f)))(floats)
-  chex.assert_trees_all_close(chunked, jax.jit(jax.grad(lambda f: loss(ssd_ref, f)))(floats), atol=1e-4)
+  gradient = lambda fn: jax.jit(jax.grad(functools.partial(loss, fn)))(floats)
+  chex.assert_trees_all_close(gradient(functools.partial(ssd, chunk=chunk)), gradient(ssd_ref), atol=1e-4)
 
 
 def test_a_state_handed_on_continues_the_document():

@@ -93,13 +93,15 @@ def fields(c: ConfigDict, slice_: str) -> ConfigDict:
 def packing(rollout: ConfigDict, slice_: str) -> dict:
   """A row a completion at its longest, and a piece of one row a device."""
   devices, rows = meshes.DEVICES[slice_], rollout["prompts"] * rollout["completions"]
-  return dict(rows=rows, row_tokens=rollout["total_tokens"], pieces=max(1, rows // devices))
+  return dict(
+    rows=rows, row_tokens=rollout["total_tokens"], pieces=max(1, rows // devices), shared_prompts=False
+  )
 
 
 def shrink(c: ConfigDict) -> None:
   """The `:smoke` form of a stage."""
   c.rollout.update(prompts=8, completions=8, prompt_tokens=48, total_tokens=112)
-  c.packing = dict(rows=64, row_tokens=272, pieces=4)
+  c.packing = dict(rows=64, row_tokens=272, pieces=4, shared_prompts=False)
   c.steps, c.save_every, c.samples_every, c.samples, c.refill_rounds = 2, 1, 1, 4, 1
 
 

@@ -22,6 +22,8 @@ def fields() -> ConfigDict:
     rows=128,
     row_tokens=272,
     pieces=8,  # Taken one after another; those that stay empty cost nothing.
+    # Rows are what follows a prompt, row_tokens at most, and the prompt is taken in once for all its completions.
+    shared_prompts=False,
   )
   c.reward = "verdict"  # verdict | pairwise: all pairs of a group, by the judge.
   # Each names a function; experiments/OBJECTIVES.md has the equations.

@@ -17,7 +17,7 @@ from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
 from nemocascade.segments import segment_starts
-from nemocascade.types import DistanceFn, Params, Prompts, Routing, Scores
+from nemocascade.types import DistanceFn, Params, Prefix, Prompts, Routing, Scores
 
 # Repeats that make a loop: it copies each one's parameters and states at every pass, so that two are
 # faster one after the other.
@@ -198,40 +198,43 @@ class Hybrid(nn.Module):
 
   __call__ = logits
 
-  def states(self, tokens_BT, segment_ids_BT, prompts: Prompts | None = None):
+  def states(self, tokens_BT, segment_ids_BT):
     """(x_BTD: what token t is predicted from, times the head its logits; Routing or None)."""
-    if prompts is not None:
-      return self._states_after(prompts, tokens_BT, segment_ids_BT)
     h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
     return jnp.pad(h_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), routing
 
-  def _states_after(self, prompts: Prompts, tokens_BT, segment_ids_BT):
-    """`states` of rows whose first document goes on from a prompt, which is taken in once for its rows."""
-    G = tokens_BT.shape[0] // prompts.tokens_QP.shape[0]
-    last_QD, state, of_prompts = self._take_in(prompts.tokens_QP, prompts.length_Q)
-    state = repeat_state(state, G)
+  def take_in(self, prompts: Prompts) -> tuple[Prefix, Routing | None]:
+    """What rows that go on from the prompts need of them, computed once for all rows of a prompt."""
+    last_QD, state, routing = self._take_in(prompts.tokens_QP, prompts.length_Q)
+    return Prefix(self.norm_f(last_QD), state.units), routing
+
+  def states_after(self, prefix: Prefix, length_Q, tokens_BT, segment_ids_BT):
+    """`states` of rows whose first document goes on from a prompt; the routing is of the rows alone."""
+    B, G = tokens_BT.shape[0], tokens_BT.shape[0] // length_Q.shape[0]
+    state = repeat_state(self._decode_state(length_Q, prefix.units), G)
     if self.mesh is not None:
-      state = constrain_batch(state, tokens_BT.shape[0], self.mesh)
+      state = constrain_batch(state, B, self.mesh)
     x_BTD, routings = self._embed(tokens_BT), []
-    for unit, unit_state, (_, n) in zip(self.units, state.units, self.plan, strict=True):
+    for unit, unit_state in zip(self.units, state.units, strict=True):
       x_BTD, routing = unit.extend(x_BTD, unit_state, segment_ids_BT, state.length_B)
       routings += [_in_depth_order(routing)] if routing else []
-    h_BTD = self.norm_f(x_BTD)
-    first_B1D = jnp.repeat(self.norm_f(last_QD), G, axis=0)[:, None]
-    routing = jax.tree.map(jnp.add, of_prompts, _all_blocks(routings))
-    return constrain_rows(jnp.concatenate([first_B1D, h_BTD[:, :-1]], axis=1), self.mesh), routing
+    before_B1D = jnp.repeat(prefix.last_QD, G, axis=0)[:, None]
+    h_BTD = jnp.concatenate([before_B1D, self.norm_f(x_BTD)[:, :-1]], axis=1)
+    return constrain_rows(h_BTD, self.mesh), _all_blocks(routings)
 
   def score(
-    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None,
-    prompts: Prompts | None = None,
-  ) -> Scores:  # fmt: skip
+    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None, after=None
+  ) -> Scores:
     """log p(token t | the document before t), without a [B, T, V] array.
 
     `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
-    `prompts`: what the first document of each row goes on from; B // Q rows side by side have one in common.
+    `after`: (Prefix, length_Q) of the prompts that the rows' first documents go on from.
     """
-    x_BTD, routing = self.states(tokens_BT, segment_ids_BT, prompts)
-    scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=prompts is not None)
+    if after is None:
+      x_BTD, routing = self.states(tokens_BT, segment_ids_BT)
+    else:
+      x_BTD, routing = self.states_after(*after, tokens_BT, segment_ids_BT)
+    scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=after is not None)
     # Each device has the whole head for its own rows: its gradient is then summed once.
     logprob = on_own_rows(token_logprob, self.mesh, shared=[1])
     logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT)
@@ -263,8 +266,10 @@ class Hybrid(nn.Module):
       states.append(state)
       routings += [_in_depth_order(routing)] if routing else []
     last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    state = DecodeState(length_B.astype(jnp.int32), tuple(states), tuple(n > 1 for _, n in self.plan))
-    return last_BD, state, _all_blocks(routings)
+    return last_BD, self._decode_state(length_B, tuple(states)), _all_blocks(routings)
+
+  def _decode_state(self, length_B, units: tuple) -> DecodeState:
+    return DecodeState(length_B.astype(jnp.int32), units, tuple(n > 1 for _, n in self.plan))
 
   def step(self, state: DecodeState, tokens_B, active_B):
     """Takes in one token of every active row: (state, logits_BV of the token after)."""

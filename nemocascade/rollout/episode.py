@@ -55,6 +55,7 @@ def collect(
   *,
   tokenizer,
   G: int,
+  completion_tokens: int | None = None,
   temperature: float = 1.0,
   top_p: float = 1.0,
   thinking: bool | None = None,
@@ -62,6 +63,7 @@ def collect(
   """Samples G episodes of every row.
 
   Args:
+    completion_tokens: most tokens behind a prompt, tool results included, where that is not all there is room for.
     thinking: whether the assistant thinks; None leaves it to each row's domain.
   """
   of_row = [domains[row_domain(row)] for row in rows]
@@ -77,6 +79,8 @@ def collect(
     for row, think in zip(rows, thinks, strict=True)
   ]  # fmt: skip
   d = engine.start(params, prompts, G)
+  if completion_tokens is not None:
+    d = d.replace(limit_B=np.minimum(d.limit_B, np.asarray(d.known_B) + np.int32(completion_tokens)))
   B = len(rows) * G
   worlds = [of_row[b // G].start(rows[b // G]) for b in range(B)]
   turns: list[list[chat.Turn]] = [[] for _ in range(B)]

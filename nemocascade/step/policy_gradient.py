@@ -4,77 +4,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from nemocascade.data import packing
 from nemocascade.segments import document_mean, masked_mean
 from nemocascade.step import loss
 from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
+from nemocascade.step.rows import Rows
 from nemocascade.step.sft import apply_gradients, real_tokens, sum_over_parts
-from nemocascade.types import Metrics, Params, Rollout, ScoreFn, TrainState
-
-# name -> [B, T, ...]; each document of a row is one prompt and completion.
-Rows = dict[str, jax.Array]
-
-
-def to_rows(
-  r: Rollout, advantages_QGT: jax.Array, aggregation: Callable = loss.token_mean
-) -> tuple[Rows, jax.Array]:
-  """What a rollout teaches, as [Q * G, T] rows of one document each, and the loss's count.
-
-  Advantages and weights have seen whole groups and sequences, so rows may be packed and cut from
-  here on. What multiplies a gradient is 0 where nothing is learned: a NaN that a loss only masks
-  still reaches its gradient.
-  """
-  flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
-  mask_BT = flat(r.loss_mask_QGT & r.valid_QG[..., None])
-  weights_BT, count = aggregation(mask_BT)
-  rows = {
-    "tokens": flat(r.tokens_QGT),
-    "segment_ids": flat(r.segment_ids_QGT),
-    "mask": mask_BT,
-    "weights": weights_BT,
-    "behaviour": flat(r.behaviour_logprobs_QGT),
-    "advantages": jnp.where(mask_BT, flat(jax.lax.stop_gradient(advantages_QGT)), 0.0),
-  }
-  if r.reference_logprobs_QGT is not None:
-    rows["reference"] = flat(r.reference_logprobs_QGT)
-  learned = lambda a: jnp.where(mask_BT[..., None], flat(a), 0)  # noqa: E731
-  if r.teacher_states_QGTD is not None:
-    rows["teacher_states"] = learned(r.teacher_states_QGTD)
-    rows["teacher"] = flat(jnp.broadcast_to(r.teacher_Q[:, None, None], r.tokens_QGT.shape))
-  if r.top_tokens_QGTK is not None:
-    rows["top_tokens"] = learned(r.top_tokens_QGTK)
-    rows["top_logprobs"] = learned(r.top_logprobs_QGTK)
-  return rows, count
-
-
-def rows_needed(documents: int, longest: int, T: int) -> int:
-  """Rows of T tokens that surely hold so many documents of at most `longest`, best fit first."""
-  return -(-documents // (T // longest))
-
-
-def pack_rows(rows: Rows, *, B: int, T: int, accumulate: int = 1) -> dict[str, np.ndarray]:
-  """The documents that teach something, packed into B rows of T; numbers stay what they are.
-
-  Full rows come first in the order in which a step of `accumulate` pieces takes them, so that
-  pieces without a document, which the step skips, are whole.
-  """
-  rows = {name: np.asarray(a) for name, a in rows.items()}
-  kept = np.flatnonzero(rows["mask"].any(axis=1))
-  lengths_N = (rows["segment_ids"][kept] > 0).sum(axis=1)
-  packed = {name: np.zeros((B, T, *a.shape[2:]), a.dtype) for name, a in rows.items()}
-  for i, documents in enumerate(packing.pack(lengths_N, capacity=T)):
-    b = i % (B // accumulate) * accumulate + i // (B // accumulate)
-    start = 0
-    for segment, n in enumerate(documents, start=1):
-      place = slice(start, start + lengths_N[n])
-      for name, a in rows.items():
-        packed[name][b, place] = a[kept[n], : lengths_N[n]]
-      packed["segment_ids"][b, place] = segment
-      start = place.stop
-  return packed
+from nemocascade.types import Metrics, Params, Prompts, Rollout, ScoreFn, TakeInFn, TrainState
 
 
 def policy_gradient_step(
@@ -91,8 +28,11 @@ def policy_gradient_step(
   accumulate: int = 1,
   balance: RouterBalance = RouterBalance(),  # noqa: B008 (frozen)
   add_to_bias: AddToBias | None = None,
+  take_in_fn: TakeInFn | None = None,
 ):
-  """Returns step(state, rows, count, heads_ZDV=None) -> (state, metrics), pure and ready to jit; see to_rows.
+  """Returns step(state, rows, count, heads_ZDV=None, prompts=None) -> (state, metrics), pure and ready to jit.
+
+  Rows and count are those of rows.to_rows, packed or not.
 
   The proximal policy is rows["proximal"] where the batch is learned from more than once, and else
   the policy itself. The correction is of that policy against the sampler, the ratio of the policy
@@ -102,16 +42,27 @@ def policy_gradient_step(
   costs nothing. Tokens of samples that are not valid learn nothing and count nowhere, rows of which
   nothing is learned are padding to the routers' balance too. `heads_ZDV` are those of the teachers
   whose states the rows carry. `add_to_bias` is needed where `balance` moves the routers' bias.
+
+  With `prompts` (rows.after_prompts) each is taken in once, by `take_in_fn`, and so is its gradient: pieces
+  are of the samples of every prompt, and add up what they say of it. The balance's loss, whose documents
+  would lie in two parts, must then be without weight.
   """
 
-  def part(params, rows: Rows, scale: jax.Array, heads_ZDV):
+  def part(params, after, rows: Rows, scale: jax.Array, heads_ZDV):
+    """`after`: None, or (Prefix, length_Q) of the prompts; gradients are of the parameters and of the prefix."""
+    prefix, length_Q = after or (None, None)
+    # In fp32 while the pieces add theirs.
+    prefix_32 = jax.tree.map(lambda a: a.astype(jnp.float32), prefix)
+
     def distance(x_BTD, head_DV, wanted_BT):
       return distillation(x_BTD, head_DV, wanted_BT, rows, heads_ZDV)
 
-    def loss_fn(params):
+    def loss_fn(params, prefix_32):
+      own = jax.tree.map(lambda a, like: a.astype(like.dtype), prefix_32, prefix)
       scores = score_fn(
-        params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(distillation_weight)
-      )
+        params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(distillation_weight),
+        **({"after": (own, length_Q)} if after else {}),
+      )  # fmt: skip
       logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
       # Without gradient, and the sampler's own where nothing is learned.
       own_BT = jax.lax.stop_gradient(logprobs_BT)
@@ -146,18 +97,27 @@ def policy_gradient_step(
       balanced = total + balance.loss(scores.routing, scale)
       return balanced, (total, tokens, sums, scores.routing, jnp.max(gap_BT))
 
-    (_, (*sums, gap_max)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return (sums, grads), gap_max
+    grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    (_, (*sums, gap_max)), grads = grad_fn(params, prefix_32)
+    return (sums, *grads), gap_max
 
-  def step(state: TrainState, rows: Rows, count: jax.Array, heads_ZDV=None) -> tuple[TrainState, Metrics]:
+  def step(
+    state: TrainState, rows: Rows, count: jax.Array, heads_ZDV=None, prompts: Prompts | None = None
+  ) -> tuple[TrainState, Metrics]:
     taught_B1 = jnp.any(rows["mask"], axis=1, keepdims=True)
     rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
-    real = real_tokens(rows["segment_ids"])
+    real, after = real_tokens(rows["segment_ids"]), None
+    if prompts is not None:
+      after, pull, of_prompts = _take_in(take_in_fn, state.params, prompts, taught_B1)
+      real += jnp.sum(after[1], dtype=jnp.float32)
     scale = count / jnp.maximum(real, 1.0)
-    ((total, tokens, sums, routing), grads), gap_max = sum_over_parts(
-      lambda rows: part(state.params, rows, scale, heads_ZDV), rows, accumulate,
+    ((total, tokens, sums, routing), grads, dprefix), gap_max = sum_over_parts(
+      lambda rows: part(state.params, after, rows, scale, heads_ZDV), rows, accumulate,
       worth=lambda rows: jnp.any(rows["mask"]),
     )  # fmt: skip
+    if prompts is not None:
+      grads = jax.tree.map(jnp.add, grads, pull(dprefix))
+      routing = jax.tree.map(jnp.add, routing, of_prompts)
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     state, metrics = apply_gradients(state, tx, grads)
@@ -192,11 +152,32 @@ def reference_kl(logprobs_BT: jax.Array, rows: Rows, kl: Callable) -> jax.Array:
   return jnp.where(rows["mask"], kl(logprobs_BT, there_BT), 0.0)
 
 
-def proximal_logprobs(score_fn: ScoreFn, params: Params, rows: Rows, accumulate: int) -> jax.Array:
+def _take_in(take_in_fn: TakeInFn, params: Params, prompts: Prompts, taught_B1: jax.Array):
+  """((Prefix, length_Q), pull: the prefix's gradient in fp32 -> the parameters', Routing or None).
+
+  Prompts from which nothing is learned are padding.
+  """
+  taught_Q = jnp.any(taught_B1.reshape(prompts.length_Q.shape[0], -1), axis=1)
+  prompts = prompts.replace(length_Q=jnp.where(taught_Q, prompts.length_Q, 0))
+  prefix, pull, routing = jax.vjp(lambda params: take_in_fn(params, prompts), params, has_aux=True)
+
+  def pull_32(dprefix):
+    return pull(jax.tree.map(lambda d, like: d.astype(like.dtype), dprefix, prefix))[0]
+
+  return (prefix, prompts.length_Q), pull_32, routing
+
+
+def proximal_logprobs(
+  score_fn: ScoreFn, params: Params, rows: Rows, prompts: Prompts | None = None, *,
+  accumulate: int, take_in_fn: TakeInFn | None = None,
+) -> jax.Array:  # fmt: skip
   """logprobs_BT of the learned tokens under the policy before its first update of this batch."""
+  after = {}
+  if prompts is not None:
+    after = {"after": (take_in_fn(params, prompts)[0], prompts.length_Q)}
 
   def part(piece: Rows):
-    return (), score_fn(params, piece["tokens"], piece["segment_ids"], piece["mask"]).logprobs_BT
+    return (), score_fn(params, piece["tokens"], piece["segment_ids"], piece["mask"], **after).logprobs_BT
 
   _, logprobs = sum_over_parts(part, rows, accumulate)
   return logprobs.swapaxes(0, 1).reshape(rows["tokens"].shape)
