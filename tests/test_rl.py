@@ -144,7 +144,7 @@ def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_re
   outcome = rl.run(shared, root / "shared" / "if_rl", a, start)
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
   for name, value in expected.items():
-    if not name.startswith("imbalance/"):  # A prompt's tokens are counted once.
+    if not name.startswith("expert/"):  # A prompt's tokens are counted once.
       np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
   few = shared.copy_and_resolve_references()
   few.packing.row_tokens = c.rollout.total_tokens - c.rollout.prompt_tokens
