@@ -143,9 +143,9 @@ def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_re
     shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
   outcome = rl.run(shared, root / "shared" / "if_rl", a, start)
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
-  for name, value in expected.items():
-    if not name.startswith("expert/"):  # A prompt's tokens are counted once.
-      np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
+  # The routers' loads are others: they count a prompt once.
+  for name in [n for n in expected if n.split("/")[0] in ("loss", "norm", "policy", "reward", "advantage", "tokens")]:
+    np.testing.assert_allclose(got[name], expected[name], rtol=2e-3, atol=1e-5, err_msg=name)
   few = shared.copy_and_resolve_references()
   few.packing.row_tokens = c.rollout.total_tokens - c.rollout.prompt_tokens
   outcome = rl.run(few, root / "few" / "if_rl", a, start)
