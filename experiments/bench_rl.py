@@ -33,7 +33,7 @@ from nemocascade.types import Params, TrainState
 MODEL = dict(  # 11.9M parameters.
   vocab_size=1024, hidden_size=256, hybrid_override_pattern="MEMEM*EMEME", num_attention_heads=8,
   num_key_value_heads=2, head_dim=32, mamba_num_heads=8, mamba_head_dim=64, ssm_state_size=64,
-  n_groups=2, chunk_size=40, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=192,
+  n_groups=2, chunk_size=64, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=192,
   moe_shared_expert_intermediate_size=384, time_step_limit=(0.001, math.inf),  # As transformers clamps dt.
 )  # fmt: skip
 PROMPTS, COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS = 8, 8, 16, 64
@@ -97,7 +97,7 @@ def config(**model) -> ConfigDict:
     prompts=PROMPTS, completions=COMPLETIONS, prompt_tokens=PROMPT_TOKENS,
     total_tokens=PROMPT_TOKENS + NEW_TOKENS,
   )  # fmt: skip
-  c.packing.update(rows=PROMPTS * COMPLETIONS, row_tokens=PROMPT_TOKENS + NEW_TOKENS, pieces=1)
+  c.packing.update(rows=PROMPTS * COMPLETIONS, row_tokens=NEW_TOKENS, pieces=1, shared_prompts=True)
   c.dynamic_filtering, c.overlong = False, "keep"
   c.optimizer.update(peak_lr=1e-5, warmup_steps=0, frozen=())
   c.save_every = c.samples_every = STEPS + 1
