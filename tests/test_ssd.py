@@ -39,6 +39,20 @@ def test_chunked_is_recurrent(packing, chunk):
   chex.assert_trees_all_close(state, state_ref, atol=2e-5)
 
 
+@functools.cache
+def gradient_fn(chunk, goes_on, to_the_end):
+  """The gradient of something of y, and of the state at the end, in chunks or (None) token by token."""
+  fn = functools.partial(ssd, chunk=chunk) if chunk else ssd_ref
+
+  def loss(floats, segment_ids_BT):
+    *floats, before = floats if goes_on else (*floats, None)
+    y, state = fn(*floats, segment_ids_BT, initial_state=before)
+    real = (segment_ids_BT > 0)[..., None, None]
+    return jnp.sum(jnp.where(real, jnp.sin(y), 0)) + to_the_end * jnp.sum(jnp.cos(state))
+
+  return jax.jit(jax.grad(loss))
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("chunk", [3, 8, 32])
 @pytest.mark.parametrize("goes_on", [False, True])
@@ -46,17 +60,10 @@ def test_chunked_is_recurrent(packing, chunk):
 def test_chunked_is_recurrent_in_gradient(packing, chunk, goes_on, to_the_end):
   """With and without a state before the rows, and with and without a use of the one behind them."""
   *floats, segment_ids_BT = inputs(packing)
-  real = (segment_ids_BT > 0)[..., None, None]
   if goes_on:
     floats.append(jax.random.normal(jax.random.key(5), (2, 4, 3, 5)))
-
-  def loss(fn, floats):
-    *floats, before = floats if goes_on else (*floats, None)
-    y, state = fn(*floats, segment_ids_BT, initial_state=before)
-    return jnp.sum(jnp.where(real, jnp.sin(y), 0)) + to_the_end * jnp.sum(jnp.cos(state))
-
-  gradient = lambda fn: jax.jit(jax.grad(functools.partial(loss, fn)))(floats)
-  chex.assert_trees_all_close(gradient(functools.partial(ssd, chunk=chunk)), gradient(ssd_ref), atol=1e-4)
+  got, expected = (gradient_fn(c, goes_on, to_the_end)(floats, segment_ids_BT) for c in (chunk, None))
+  chex.assert_trees_all_close(got, expected, atol=1e-4)
 
 
 def test_a_state_handed_on_continues_the_document():
