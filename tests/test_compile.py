@@ -77,6 +77,20 @@ def test_a_program_is_a_line_and_one_that_does_not_fit_is_said_with_what_to_chan
   assert line["peak_gib"] >= line["temp_gib"] > 0
 
 
+def test_a_step_behind_shared_prompts_takes_their_tokens_once(slice_of_cpus, monkeypatch):
+  def traced(trace):
+    assert trace().jaxpr.eqns
+    return {"peak_gib": 1.0, "argument_gib": 1.0, "temp_gib": 0.0}
+
+  monkeypatch.setattr(compile_lib, "measure", traced)
+  c = rl.get_config("smoke")
+  c.mesh, c.updates = dict(data=8, expert=1), 2
+  c.rollout.update(prompts=8, completions=4, prompt_tokens=32, total_tokens=80)
+  c.packing.update(rows=32, row_tokens=48, pieces=2, shared_prompts=True)
+  lines = {line["program"]: line for line in compile_lib.run(c, "v5e:2x4")}
+  assert lines["rl_step"]["tokens"] == lines["proximal_logprobs"]["tokens"] == 32 * 48 + 8 * 32
+
+
 @without_libtpu
 def test_every_program_of_a_small_stage_compiles_for_a_real_slice(capsys):
   for c in (sft.get_config("smoke"), rl.get_config("smoke")):
