@@ -141,15 +141,11 @@ def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_re
   with shared.unlocked():
     shared.steps = 1
     shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
-  outcome = rl.run(shared, root / "shared" / "if_rl", a, start)
+  rl.run(shared, root / "shared" / "if_rl", a, start)
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
   # The routers' loads are others: they count a prompt once.
   for name in [n for n in expected if n.split("/")[0] in ("loss", "norm", "policy", "reward", "advantage", "tokens")]:
     np.testing.assert_allclose(got[name], expected[name], rtol=2e-3, atol=1e-5, err_msg=name)
-  few = shared.copy_and_resolve_references()
-  few.packing.row_tokens = c.rollout.total_tokens - c.rollout.prompt_tokens
-  outcome = rl.run(few, root / "few" / "if_rl", a, start)
-  assert outcome.tokens <= 8 * few.packing.row_tokens  # No completion is longer than its row.
 
 
 def test_several_updates_a_batch_are_counted_as_one_step_and_all_learn(stage):
