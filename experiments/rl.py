@@ -93,7 +93,11 @@ def check(c: ConfigDict) -> None:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
     )
-  RouterBalance(**c.router_balance)
+  if RouterBalance(**c.router_balance).has_loss and c.packing.shared_prompts:
+    raise UserError(
+      f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"
+      " documents; balance by the bias, or repeat the prompts"
+    )
   if c.updates < 1:
     raise UserError(f"updates={c.updates}: a batch is learned from at least once")
   if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
@@ -115,11 +119,6 @@ def _check_packing(c: ConfigDict) -> None:
       raise UserError(
         f"packing.row_tokens={p.row_tokens}: with shared_prompts it must hold what follows a prompt,"
         f" rollout.total_tokens - rollout.prompt_tokens={r.total_tokens - r.prompt_tokens}"
-      )
-    if RouterBalance(**c.router_balance).has_loss:
-      raise UserError(
-        f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"
-        " documents; balance by the bias, or repeat the prompts"
       )
     return
   if p.row_tokens < r.total_tokens:

@@ -111,7 +111,7 @@ class Unit(nn.Module):
     routings = []
     for block in self.blocks:
       x_BTD, routing = block(x_BTD, segment_ids_BT)
-      routings += [] if routing is None else [routing]
+      routings.append(routing)
     return x_BTD, tuple(routings)
 
   def prefill(self, x_BTD, segment_ids_BT):
@@ -119,14 +119,14 @@ class Unit(nn.Module):
     for block in self.blocks:
       x_BTD, state, routing = block.prefill(x_BTD, segment_ids_BT)
       states.append(state)
-      routings += [] if routing is None else [routing]
+      routings.append(routing)
     return x_BTD, (tuple(states), tuple(routings))
 
   def extend(self, x_BTD, state, segment_ids_BT, length_B):
     routings = []
     for block, block_state in zip(self.blocks, state, strict=True):
       x_BTD, routing = block.extend(block_state, x_BTD, segment_ids_BT, length_B)
-      routings += [] if routing is None else [routing]
+      routings.append(routing)
     return x_BTD, tuple(routings)
 
   def step(self, x_BD, state, length_B, active_B):
@@ -188,7 +188,7 @@ class Hybrid(nn.Module):
     x_BTD, routings = self._embed(tokens_BT), []
     for unit in self.units:
       x_BTD, routing = unit(x_BTD, segment_ids_BT)
-      routings += [_in_depth_order(routing)] if routing else []
+      routings.append(routing)
     return self.norm_f(x_BTD), _all_blocks(routings)
 
   def logits(self, tokens_BT, segment_ids_BT):
@@ -217,7 +217,7 @@ class Hybrid(nn.Module):
     x_BTD, routings = self._embed(tokens_BT), []
     for unit, unit_state in zip(self.units, state.units, strict=True):
       x_BTD, routing = unit.extend(x_BTD, unit_state, segment_ids_BT, state.length_B)
-      routings += [_in_depth_order(routing)] if routing else []
+      routings.append(routing)
     before_B1D = jnp.repeat(prefix.last_QD, G, axis=0)[:, None]
     h_BTD = jnp.concatenate([before_B1D, self.norm_f(x_BTD)[:, :-1]], axis=1)
     return constrain_rows(h_BTD, self.mesh), _all_blocks(routings)
@@ -264,7 +264,7 @@ class Hybrid(nn.Module):
     for unit in self.units:
       x_BTD, (state, routing) = unit.prefill(x_BTD, segment_ids_BT)
       states.append(state)
-      routings += [_in_depth_order(routing)] if routing else []
+      routings.append(routing)
     last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
     return last_BD, self._decode_state(length_B, tuple(states)), _all_blocks(routings)
 
@@ -285,7 +285,7 @@ class Hybrid(nn.Module):
     return state.replace(length_B=length_B, units=tuple(states)), logits_BV
 
 
-def _in_depth_order(blocks: tuple[Routing, ...]) -> Routing:
+def _in_depth_order(blocks: list[Routing]) -> Routing:
   """One unit's blocks, each [repeats, ...] where the unit is scanned, as its repeats follow each other."""
   E = blocks[0].load_LE.shape[-1]
   return Routing(
@@ -295,7 +295,10 @@ def _in_depth_order(blocks: tuple[Routing, ...]) -> Routing:
   )
 
 
-def _all_blocks(units: list[Routing]) -> Routing | None:
+def _all_blocks(of_units: list[tuple[Routing | None, ...]]) -> Routing | None:
+  """What the routers of all units' blocks did, None where no block has one."""
+  routed = [[block for block in blocks if block is not None] for blocks in of_units]
+  units = [_in_depth_order(blocks) for blocks in routed if blocks]
   if not units:
     return None
   return Routing(

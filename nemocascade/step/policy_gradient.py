@@ -108,7 +108,7 @@ def policy_gradient_step(
     rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
     real, after = real_tokens(rows["segment_ids"]), None
     if prompts is not None:
-      after, pull, of_prompts = _take_in(take_in_fn, state.params, prompts, taught_B1)
+      after, pull, of_prompts = _take_in(take_in_fn, state.params, prompts)
       real += jnp.sum(after[1], dtype=jnp.float32)
     scale = count / jnp.maximum(real, 1.0)
     ((total, tokens, sums, routing), grads, dprefix), gap_max = sum_over_parts(
@@ -152,13 +152,8 @@ def reference_kl(logprobs_BT: jax.Array, rows: Rows, kl: Callable) -> jax.Array:
   return jnp.where(rows["mask"], kl(logprobs_BT, there_BT), 0.0)
 
 
-def _take_in(take_in_fn: TakeInFn, params: Params, prompts: Prompts, taught_B1: jax.Array):
-  """((Prefix, length_Q), pull: the prefix's gradient in fp32 -> the parameters', Routing or None).
-
-  Prompts from which nothing is learned are padding.
-  """
-  taught_Q = jnp.any(taught_B1.reshape(prompts.length_Q.shape[0], -1), axis=1)
-  prompts = prompts.replace(length_Q=jnp.where(taught_Q, prompts.length_Q, 0))
+def _take_in(take_in_fn: TakeInFn, params: Params, prompts: Prompts):
+  """((Prefix, length_Q), pull: the prefix's gradient in fp32 -> the parameters', Routing or None)."""
   prefix, pull, routing = jax.vjp(lambda params: take_in_fn(params, prompts), params, has_aux=True)
 
   def pull_32(dprefix):
