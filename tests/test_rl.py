@@ -135,13 +135,16 @@ def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
   assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
-def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_repeated(stage):
+def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_repeated(stage, monkeypatch):
   c, a, root, start = stage
+  collect, asked = a.collect, {}
+  monkeypatch.setattr(a, "collect", lambda *args, **how: asked.update(how) or collect(*args, **how))
   shared = c.copy_and_resolve_references()
   with shared.unlocked():
     shared.steps = 1
     shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
   rl.run(shared, root / "shared" / "if_rl", a, start)
+  assert asked["completion_tokens"] == shared.packing.row_tokens  # No completion is longer than its row.
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
   # The routers' loads are others: they count a prompt once.
   for name in [n for n in expected if n.split("/")[0] in ("loss", "norm", "policy", "reward", "advantage", "tokens")]:
