@@ -2,7 +2,8 @@
 
 A step is rollout, verdict, advantage and update, each side in its own training loop: ours is
 experiments.rl, theirs is in bench_trl. They take turns, step by step. Both sample every completion
-to its full length: weights are made so that no special token is ever drawn.
+to its full length: weights are made so that no special token is ever drawn. Once both compute in bf16
+with fp32 weights, as the recipe has it, and once in fp32.
 """
 
 import functools
@@ -39,7 +40,7 @@ MODEL = dict(  # 11.9M parameters.
 PROMPTS, COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS = 8, 8, 16, 64
 STEPS = 6  # Of which the first, that compiles, is told apart; the best of the others is compared.
 SCORED = 4  # Rows whose log-probabilities are compared before anything is timed.
-TOLERANCE = 1e-3  # nats
+DTYPES = {"bfloat16": 0.25, "float32": 1e-3}  # Of both sides' products, and how far log-probabilities may differ: nats.
 PHASES = ("rollout", "verdict", "advantage", "update")
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 
@@ -179,9 +180,15 @@ def cases() -> Iterator[dict]:
     raise UserError(
       f"bench rl compares with TRL, which is not installed ({error}): pip install 'nemocascade[bench]'"
     ) from error
+  for dtype in DTYPES:
+    for line in of_dtype(dtype, bench_trl):
+      yield line | dict(case=f"{line['case']}_{dtype}")
+
+
+def of_dtype(dtype: str, bench_trl) -> Iterator[dict]:
   with tempfile.TemporaryDirectory() as place:
     root = Path(place)
-    c = config()
+    c = config(dtype=dtype)
     a = assembly(c, root)
     params = endless_params(a)
     start = save(a, params, root / "start")
@@ -191,7 +198,7 @@ def cases() -> Iterator[dict]:
       gap = _compare(a, params, theirs, c, tokens)
       seconds, phases = run_ours(c, a, start, root / "rl", theirs.step)
     ours, peer = _best(seconds, phases), _best(theirs.seconds, theirs.phases)
-    print(f"log-probabilities of the same tokens differ by at most {gap:.1e} nats; {theirs.description}")
+    print(f"{dtype}: log-probabilities of the same tokens differ by at most {gap:.1e} nats; {theirs.description}")
     print(f"{'seconds':12} {'ours':>8} {'TRL':>8}")
     for case in ours:
       print(f"{case:12} {ours[case]:8.3f} {peer[case]:8.3f}")
@@ -220,6 +227,6 @@ def _compare(a: Assembly, params: Params, theirs, c: ConfigDict, tokens: list[li
   row_BT = np.concatenate([given_BP, drawn_BN], axis=1)
   ours_BT = np.asarray(a.score(params, row_BT, np.ones_like(row_BT)).logprobs_BT)
   gap = float(np.abs(ours_BT[:, -new:] - theirs.logprobs(row_BT, new)).max())
-  if gap > TOLERANCE:
+  if gap > DTYPES[c.model.dtype]:
     raise RuntimeError(f"log-probabilities of the same tokens differ by {gap:.1e} nats")
   return gap

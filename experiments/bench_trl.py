@@ -47,8 +47,8 @@ class Trainer:
       shuffle_dataset=False, loss_type="dapo", scale_rewards="group", beta=0.0,
       learning_rate=o.peak_lr, lr_scheduler_type="constant", adam_beta1=o.b1, adam_beta2=o.b2,
       adam_epsilon=o.eps, weight_decay=o.weight_decay, max_grad_norm=o.clip_norm,
-      # fp32, nothing computed twice, nothing reported, nothing saved.
-      bf16=False, fp16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
+      # Nothing computed twice, nothing reported, nothing saved.
+      bf16=c.model.dtype == "bfloat16", fp16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
       report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     model = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=EXPERTS)
@@ -70,7 +70,7 @@ class Trainer:
     for phase, name in (("rollout", "_generate"), ("verdict", "_calculate_rewards"), ("inputs", "_prepare_inputs")):
       setattr(self._trainer, name, self._timed(phase, getattr(self._trainer, name)))
     self.description = (
-      f"TRL on {torch.get_num_threads()} threads in fp32, experts by {EXPERTS}, scan in chunks of {CHUNK}"
+      f"TRL on {torch.get_num_threads()} threads, fp32 weights, experts by {EXPERTS}, scan in chunks of {CHUNK}"
     )
 
   def _timed(self, phase: str, fn: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """One function in four forms: rows, rows after prompts, prefill with decoding, and a plain NumPy loop."""
 
+import dataclasses
 import functools
 import math
 
@@ -132,6 +133,29 @@ def test_the_future_does_not_reach_back(pattern):
   ones = jnp.ones((3, T), jnp.int32)
   logits = lambda t: apply(model, params, "logits", t, ones)[:, :15]
   chex.assert_trees_all_close(logits(token_BT), logits(changed), atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["MM", "EE", "**", "--", "MEMEME*ME-"])
+def test_in_bf16_it_is_nearly_what_it_is_in_fp32(pattern):
+  """Of log-probabilities and of the gradient as a whole; every expert is chosen, so that none changes."""
+  c, _, params = make(pattern, remat=True)
+  token_BT, ids_BT = tokens(8), jnp.broadcast_to(jnp.where(jnp.arange(T) < 10, 1, 2)[None], (8, T))
+
+  def found(dtype):
+    model = Hybrid(dataclasses.replace(c, dtype=dtype, num_experts_per_tok=4))
+
+    def loss(p):
+      logprobs_BT = model.apply({"params": p}, token_BT, ids_BT, method="score").logprobs_BT
+      return jnp.mean(logprobs_BT**2), logprobs_BT
+
+    (_, logprobs_BT), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}  # The parameters'.
+    return logprobs_BT, jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(grads)])
+
+  (near_BT, near), (there_BT, there) = found("bfloat16"), found("float32")
+  # A rounding is 2^-8; a token's own logits, of size 3 here, pass a dozen of them.
+  assert float(jnp.sqrt(jnp.mean((near_BT - there_BT) ** 2))) < 0.1
+  assert float(near @ there / jnp.linalg.norm(near) / jnp.linalg.norm(there)) > 0.995
 
 
 def test_repeats_are_found():

@@ -148,6 +148,22 @@ def test_an_rl_step_is_that_of_one_device(root, data, expert, step):
   assert_same(jax.device_get((metrics, state.params)), on_one_device(step, root))
 
 
+def test_an_rl_step_in_bf16_is_nearly_that_of_one_device(root):
+  """What the step adds to the parameters, as one vector: roundings fall elsewhere where sums are cut."""
+
+  def change(data, expert):
+    c = config(data, expert)
+    c.model.update(dtype="bfloat16", num_experts_per_tok=8)  # All: a rounding changes no choice.
+    a = Assembly(c, Path("."), NoText())
+    before = jax.device_get(a.fresh_params(jax.random.key(0)))
+    _, state = rl_step(a, root / f"bf16_{data}_{expert}")
+    moved = jax.tree.map(lambda new, old: np.ravel(new - old), jax.device_get(state.params), before)
+    return np.concatenate(jax.tree.leaves(moved))
+
+  one, several = change(1, 1), change(2, 4)
+  assert one @ several / np.linalg.norm(one) / np.linalg.norm(several) > 0.995
+
+
 def test_parameters_and_moments_are_cut_over_all_devices(root):
   a = assembly(2, 4)
   _, state, _ = sft.program(a.c, a)

@@ -73,3 +73,22 @@ def test_a_state_handed_on_continues_the_document():
   _, middle = fn(*(v[:, :13] for v in (x, a, b, c, ids)))
   rest, end_ = fn(*(v[:, 13:] for v in (x, a, b, c, ids)), initial_state=middle)
   chex.assert_trees_all_close((rest, end_), (whole[:, 13:], end), atol=2e-5)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_bf16_products_are_close_to_the_recurrence(packing, goes_on):
+  """b and c in bf16 make the products so: values and gradients keep two digits of the fp32 recurrence's."""
+  x, decay, b, c, segment_ids_BT = inputs(packing)
+  b, c = b.astype(jnp.bfloat16), c.astype(jnp.bfloat16)
+  floats = [x.astype(jnp.bfloat16).astype(jnp.float32), decay, b, c]
+  if goes_on:
+    floats.append(jax.random.normal(jax.random.key(5), (2, 4, 3, 5)))
+  got = gradient_fn(8, goes_on, True)(floats, segment_ids_BT)
+  wide = [a.astype(jnp.float32) for a in floats]
+  expected = gradient_fn(None, goes_on, True)(wide, segment_ids_BT)
+  for one, other, given in zip(got, expected, floats, strict=True):
+    assert one.dtype == given.dtype
+    # Each product's operands lose up to 2^-8 of them, and the loss bends them once more.
+    gap = jnp.abs(one.astype(jnp.float32) - other)
+    assert float(jnp.linalg.norm(gap)) < 0.02 * float(jnp.linalg.norm(other))

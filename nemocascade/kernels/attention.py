@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from nemocascade.kernels.product import einsum_fp32
+
 PARTS = 4  # A row's queries are taken in so many parts, each with the keys up to its own end.
 QUERIES = 1024  # Rows of the score matrix that exist at a time, where a part has more.
 
@@ -25,13 +27,13 @@ def _attend(q_BKRTH, k_BKSH, v_BKSH, see_BTS):
 
 
 def _prob(q_BKRTH, k_BKSH, see_BTS):
-  score_BKRTS = jnp.einsum("BKRTH,BKSH->BKRTS", q_BKRTH, k_BKSH).astype(jnp.float32)
+  score_BKRTS = einsum_fp32("BKRTH,BKSH->BKRTS", q_BKRTH, k_BKSH)
   score_BKRTS *= q_BKRTH.shape[-1] ** -0.5
   return jax.nn.softmax(jnp.where(see_BTS[:, None, None], score_BKRTS, -1e30), axis=-1)
 
 
 def _weigh(prob_BKRTS, v_BKSH):
-  return jnp.einsum("BKRTS,BKSH->BKRTH", prob_BKRTS.astype(v_BKSH.dtype), v_BKSH)
+  return einsum_fp32("BKRTS,BKSH->BKRTH", prob_BKRTS.astype(v_BKSH.dtype), v_BKSH).astype(v_BKSH.dtype)
 
 
 def _forward(q_BKRTH, k_BKSH, v_BKSH, see_BTS):
@@ -42,14 +44,14 @@ def _forward(q_BKRTH, k_BKSH, v_BKSH, see_BTS):
 def _backward(saved, dy_BKRTH):
   """By hand: autodiff keeps and reads four arrays of the scores' size, this one keeps one."""
   q_BKRTH, k_BKSH, v_BKSH, prob_BKRTS = saved
-  dprob_BKRTS = jnp.einsum("BKRTH,BKSH->BKRTS", dy_BKRTH, v_BKSH).astype(jnp.float32)
+  dprob_BKRTS = einsum_fp32("BKRTH,BKSH->BKRTS", dy_BKRTH, v_BKSH)
   mean_BKRT1 = jnp.sum(prob_BKRTS * dprob_BKRTS, axis=-1, keepdims=True)
   dscore_BKRTS = prob_BKRTS * (dprob_BKRTS - mean_BKRT1) * q_BKRTH.shape[-1] ** -0.5
   dscore_BKRTS = dscore_BKRTS.astype(q_BKRTH.dtype)
-  dq_BKRTH = jnp.einsum("BKRTS,BKSH->BKRTH", dscore_BKRTS, k_BKSH)
-  dk_BKSH = jnp.einsum("BKRTS,BKRTH->BKSH", dscore_BKRTS, q_BKRTH)
-  dv_BKSH = jnp.einsum("BKRTS,BKRTH->BKSH", prob_BKRTS.astype(dy_BKRTH.dtype), dy_BKRTH)
-  return dq_BKRTH, dk_BKSH, dv_BKSH, None
+  dq_BKRTH = einsum_fp32("BKRTS,BKSH->BKRTH", dscore_BKRTS, k_BKSH)
+  dk_BKSH = einsum_fp32("BKRTS,BKRTH->BKSH", dscore_BKRTS, q_BKRTH)
+  dv_BKSH = einsum_fp32("BKRTS,BKRTH->BKSH", prob_BKRTS.astype(dy_BKRTH.dtype), dy_BKRTH)
+  return *(d.astype(q_BKRTH.dtype) for d in (dq_BKRTH, dk_BKSH, dv_BKSH)), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -116,8 +118,8 @@ def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):
 def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B):
   """One query a row over the first length_B keys of its cache."""
   S, H = k_BKSH.shape[2:]
-  score_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH).astype(jnp.float32) * H**-0.5
+  score_BKRS = einsum_fp32("BKRH,BKSH->BKRS", q_BKRH, k_BKSH) * H**-0.5
   see_BS = jnp.arange(S)[None] < length_B[:, None]
   score_BKRS = jnp.where(see_BS[:, None, None], score_BKRS, -1e30)
   prob_BKRS = jax.nn.softmax(score_BKRS, axis=-1).astype(v_BKSH.dtype)
-  return jnp.einsum("BKRS,BKSH->BKRH", prob_BKRS, v_BKSH)
+  return einsum_fp32("BKRS,BKSH->BKRH", prob_BKRS, v_BKSH).astype(v_BKSH.dtype)

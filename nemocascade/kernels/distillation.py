@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from nemocascade.kernels.product import product
 from nemocascade.kernels.token_chunks import over_wanted
 
 TAIL = 1e-6  # Probability that is left at least for what is outside of the K: its logarithm is taken.
@@ -89,8 +90,7 @@ def top_logprobs(x_BTD, head_DV, wanted_BT, *, k, chunk=2048):
 
 
 def _logprobs(x_ND, head_DV):
-  logits_NV = jnp.einsum("ND,DV->NV", x_ND, head_DV).astype(jnp.float32)
-  return jax.nn.log_softmax(logits_NV, axis=-1)
+  return jax.nn.log_softmax(product(x_ND, head_DV, 1, jnp.float32), axis=-1)
 
 
 def _with_rest(logprobs_NK):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from nemocascade.kernels.groups import row_experts
+from nemocascade.kernels.product import einsum_fp32
 
 FEWEST, MOST = 32, 128  # Rows of one expert that are multiplied together.
 
@@ -50,8 +51,8 @@ def product(x_ND, w, bounds, *, transpose=False, block=None):
   block = block or choose_block(x_ND.shape[0], w.shape[0])
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
-  y_ZBF = jnp.einsum("ZBD,ZFD->ZBF" if transpose else "ZBD,ZDF->ZBF", x_ZBD, w[expert_Z])
-  return from_blocks(y_ZBF, place_N)
+  y_ZBF = einsum_fp32("ZBD,ZFD->ZBF" if transpose else "ZBD,ZDF->ZBF", x_ZBD, w[expert_Z])
+  return from_blocks(y_ZBF.astype(x_ND.dtype), place_N)
 
 
 def weight_product(x_ND, dy_NF, bounds, *, dtype, block=None):
@@ -59,6 +60,6 @@ def weight_product(x_ND, dy_NF, bounds, *, dtype, block=None):
   block = block or choose_block(x_ND.shape[0], bounds.shape[0] - 1)
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD, dy_ZBF = (to_blocks(a, place_N, expert_Z.shape[0], block) for a in (x_ND, dy_NF))
-  dw_ZDF = jnp.einsum("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF, preferred_element_type=jnp.float32)
+  dw_ZDF = einsum_fp32("ZBD,ZBF->ZDF", x_ZBD, dy_ZBF)
   E = bounds.shape[0] - 1
   return jax.ops.segment_sum(dw_ZDF, expert_Z, E, indices_are_sorted=True).astype(dtype)

@@ -11,8 +11,10 @@ import types
 import jax
 import jax.numpy as jnp
 
+from nemocascade.kernels import product as products
 from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_tiles, row_experts
+from nemocascade.kernels.product import einsum_fp32
 from nemocascade.kernels.routed_mlp_sorted import relu2
 
 
@@ -27,7 +29,7 @@ def product(x_SD, w, bounds, *, transpose=False, finish=None, extras=(), tile=No
   del bounds, tile, interpret
   x_ECD = x_SD.reshape(w.shape[0], -1, x_SD.shape[1])
   form = "ECD,EFD->ECF" if transpose else "ECD,EDF->ECF"
-  y_ECF = jnp.einsum(form, x_ECD, w, preferred_element_type=jnp.float32)
+  y_ECF = einsum_fp32(form, x_ECD, w)
   y_SF = y_ECF.reshape(x_SD.shape[0], -1)
   return (finish(y_SF, *extras) if finish else y_SF).astype(x_SD.dtype)
 
@@ -36,7 +38,7 @@ def weight_product(x_SD, dy_SF, bounds, *, dtype, tile=None, interpret=False):
   """dw[e] = x[rows]^T @ dy[rows], for the rows of each expert."""
   del tile, interpret
   x_ECD, dy_ECF = (a.reshape(bounds.shape[0] - 1, -1, a.shape[1]) for a in (x_SD, dy_SF))
-  return jnp.einsum("ECD,ECF->EDF", x_ECD, dy_ECF, preferred_element_type=jnp.float32).astype(dtype)
+  return jax.vmap(lambda x, dy: products.weight_product(x, dy, dtype))(x_ECD, dy_ECF)
 
 
 EQUAL = types.SimpleNamespace(product=product, weight_product=weight_product)
@@ -79,8 +81,8 @@ def _beyond(order_N, bounds, C: int, block: int):
 
 
 def _weighted(x_BD, up_DF, down_FD, weight_B):
-  h_BF = relu2(jnp.einsum("BD,DF->BF", x_BD, up_DF, preferred_element_type=jnp.float32)).astype(x_BD.dtype)
-  y_BD = jnp.einsum("BF,FD->BD", h_BF, down_FD, preferred_element_type=jnp.float32)
+  h_BF = relu2(einsum_fp32("BD,DF->BF", x_BD, up_DF)).astype(x_BD.dtype)
+  y_BD = einsum_fp32("BF,FD->BD", h_BF, down_FD)
   return (y_BD * weight_B[:, None].astype(jnp.float32)).astype(x_BD.dtype)
 
 

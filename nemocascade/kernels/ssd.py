@@ -4,9 +4,12 @@ In the chunked form Z are chunks, C the tokens of one, and Q = R x P the channel
 and chunks come before tokens, so that every product is over the last two axes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from nemocascade.kernels.product import einsum_fp32
 from nemocascade.segments import segment_starts
 
 UNROLLED = 4  # Chunks that the scan between them takes at a time: each is little work.
@@ -76,51 +79,55 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
   if initial_state is not None:
     forget_BT = forget_BT.at[:, 0].set(False)
 
-  def cut(v):  # [B, T, U, ...] -> [B, U, Z, C, ...], fp32
-    v = jnp.pad(v.astype(jnp.float32), [(0, 0), (0, Z * C - T)] + [(0, 0)] * (v.ndim - 2))
+  def cut(v):  # [B, T, U, ...] -> [B, U, Z, C, ...]
+    v = jnp.pad(v, [(0, 0), (0, Z * C - T)] + [(0, 0)] * (v.ndim - 2))
     return jnp.moveaxis(v.reshape(B, Z, C, *v.shape[2:]), 3, 1)
 
-  x = cut(jnp.where(real_BT[..., None, None], x_BTMP, 0.0).reshape(B, T, U, R * P))
-  a = jnp.swapaxes(cut(jnp.where(real_BT[..., None], log_decay_BTM, 0.0).reshape(B, T, U, R)), -1, -2)
+  x = cut(jnp.where(real_BT[..., None, None], x_BTMP, 0.0).astype(b_BTUN.dtype).reshape(B, T, U, R * P))
+  a = jnp.swapaxes(cut(jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0).reshape(B, T, U, R)), -1, -2)
   b, c = cut(b_BTUN), cut(c_BTUN)
-  # Which document's state a token belongs to: padding inherits the one before it.
-  doc = jnp.cumsum(jnp.pad(forget_BT, ((0, 0), (0, Z * C - T))), axis=1, dtype=jnp.int32).reshape(B, Z, C)
+  # Which document's state a token belongs to, of those in its chunk; 0 began before it. Padding belongs
+  # to what is before it.
+  doc = _running_sum(jnp.pad(forget_BT, ((0, 0), (0, Z * C - T))).astype(jnp.float32).reshape(B, Z, C))
   first = None
   if initial_state is not None:
     first = jnp.swapaxes(initial_state.astype(jnp.float32).reshape(B, U, R * P, N), -1, -2)
 
   y, last = _chunked(x, a, b, c, doc, first)
   # The state at the end stands apart: where nobody asks for it, its products are not made.
-  _, to_end, _, whole = _decays(a[:, :, -1:], doc[:, -1:], before=_before(doc)[:, -1:])
+  _, to_end, _, whole = _decays(a[:, :, -1:], doc[:, -1:])
   state = _by_head(last, whole[:, :, 0, None]) + _added(b[:, :, -1:], x[:, :, -1:], to_end)[:, :, 0]
   y = jnp.moveaxis(y, 1, 3).reshape(B, Z * C, M, P)
   return y[:, :T], jnp.swapaxes(state, -1, -2).reshape(B, M, P, N)
 
 
-def _before(doc):
-  """[B, Z]: whose state is carried into a chunk."""
-  return jnp.pad(doc[:, :-1, -1], ((0, 0), (1, 0)))
+def _running_sum(v):
+  """Of the last axis. As a product: XLA's cumsum on CPUs slows down whatever reads it, pair by pair."""
+  return jnp.einsum("...j,ji->...i", v, jnp.triu(jnp.ones((v.shape[-1],) * 2, v.dtype)), precision="highest")
 
 
-def _decays(a, doc, before):
+def _decays(a, doc):
   """What is left, of a token until another one of its chunk, until its end, of its start, of all of it.
 
   Args:
-    a: [B, U, Z, R, C]; doc: [B, Z, C]; before: [B, Z].
+    a: [B, U, Z, R, C]; doc: [B, Z, C].
   Returns:
     decay [B, U, Z, R, C, C] of j at i, to_end and from_start [B, U, Z, C, R], whole [B, U, Z, R].
   """
-  total, own = jnp.cumsum(a, axis=-1), doc[:, None, :, None]
+  total, own = _running_sum(a), doc[:, None, :, None]
   # Chosen inside the exponent: where a pair is not seen the gap may be large and positive.
   only = lambda seen, gap: jnp.exp(jnp.where(seen, gap, -jnp.inf))
   see = (own[..., :, None] == own[..., None, :]) & jnp.tri(a.shape[-1], dtype=bool)[(None,) * 4]
-  before = before[:, None, :, None]
   return (
     only(see, total[..., :, None] - total[..., None, :]),
     jnp.swapaxes(only(own == own[..., -1:], total[..., -1:] - total), -1, -2),
-    jnp.swapaxes(only(own == before[..., None], total), -1, -2),
-    only(own[..., -1] == before, total[..., -1]),
+    jnp.swapaxes(only(own == 0, total), -1, -2),
+    only(own[..., -1] == 0, total[..., -1]),
   )
+
+
+def _dot(form, x, y, dtype):
+  return einsum_fp32(form, x.astype(dtype), y.astype(dtype))
 
 
 def _heads(v, R):
@@ -147,7 +154,7 @@ def _sum_by_head(v, R):
 
 def _added(b, x, to_end):
   """[B, U, Z, N, Q]: what a chunk adds to the state, its tokens of the document that is open at its end."""
-  return jnp.einsum("buzjn,buzjq->buznq", b, _by_head(x, to_end))
+  return _dot("buzjn,buzjq->buznq", b, _by_head(x, to_end), b.dtype)
 
 
 def _scan(first, whole, added, *, reverse=False):
@@ -187,16 +194,17 @@ def _chunked(x, a, b, c, doc, first):
 
 def _forward(x, a, b, c, doc, first):
   R = a.shape[3]
-  decay, to_end, from_start, whole = _decays(a, doc, _before(doc))
+  decay, to_end, from_start, whole = _decays(a, doc)
+  dot = functools.partial(_dot, dtype=b.dtype)
   # Inside a chunk: y_i = sum_j<=i (c_i . b_j) exp(sum of decays after j up to i) x_j.
-  score = jnp.einsum("buzin,buzjn->buzij", c, b)
-  y = _group(jnp.einsum("buzrij,buzrjp->buzrip", score[:, :, :, None] * decay, _heads(x, R)))
+  score = dot("buzin,buzjn->buzij", c, b)
+  y = _group(dot("buzrij,buzrjp->buzrip", score[:, :, :, None] * decay, _heads(x, R)))
   # Between chunks: what is added until the last one's start.
   added = _added(b[:, :, :-1], x[:, :, :-1], to_end[:, :, :-1])
   starts, z = _chunk_starts(first, whole, added)
-  carried = jnp.einsum("buzin,buznq->buziq", c[:, :, z:], starts)
+  carried = dot("buzin,buznq->buziq", c[:, :, z:], starts)
   y = y.at[:, :, z:].add(_by_head(carried, from_start[:, :, z:]))
-  last = starts[:, :, -1] if starts.shape[2] else jnp.zeros((*added.shape[:2], *added.shape[3:]), x.dtype)
+  last = starts[:, :, -1] if starts.shape[2] else jnp.zeros((*added.shape[:2], *added.shape[3:]), jnp.float32)
   return (y, last), (x, a, b, c, doc, first, starts, y)
 
 
@@ -209,38 +217,43 @@ def _backward(saved, cotangents):
   """
   x, a, b, c, doc, first, starts, y = saved
   dy, dlast = cotangents
+  dy = dy.astype(x.dtype)  # As the products take it, so that what is of a token with itself cancels.
   R, z = a.shape[3], int(first is None)
-  decay, to_end, from_start, whole = _decays(a, doc, _before(doc))
-  score = jnp.einsum("buzin,buzjn->buzij", c, b)
+  decay, to_end, from_start, whole = _decays(a, doc)
+  dot = functools.partial(_dot, dtype=b.dtype)
+  # All pairs as j, i: then only the product of dc, the smallest, has to turn one.
+  decay = jnp.swapaxes(decay, -1, -2)
+  score = dot("buzjn,buzin->buzji", b, c)
   dy_heads = _heads(dy, R)
-  dx = _group(jnp.einsum("buzrij,buzrip->buzrjp", score[:, :, :, None] * decay, dy_heads))
-  dweight = jnp.einsum("buzrip,buzrjp->buzrij", dy_heads, _heads(x, R)) * decay
+  dx = _group(dot("buzrji,buzrip->buzrjp", score[:, :, :, None] * decay, dy_heads))
+  dweight = dot("buzrjp,buzrip->buzrji", _heads(x, R), dy_heads) * decay
   dscore = sum(dweight[:, :, :, r] for r in range(R))
-  dc = jnp.einsum("buzij,buzjn->buzin", dscore, b)
-  db = jnp.einsum("buzij,buzin->buzjn", dscore, c)
+  dc = dot("buzji,buzjn->buzin", dscore, b)
+  db = dot("buzji,buzin->buzjn", dscore, c)
   dtotal_end = jnp.zeros_like(whole)
 
   if starts.shape[2]:
     dcarried = _by_head(dy[:, :, z:], from_start[:, :, z:])
-    dc = dc.at[:, :, z:].add(jnp.einsum("buziq,buznq->buzin", dcarried, starts))
-    dstarts = jnp.einsum("buzin,buziq->buznq", c[:, :, z:], dcarried)
+    dc = dc.at[:, :, z:].add(dot("buziq,buznq->buzin", dcarried, starts))
+    dstarts = dot("buzin,buziq->buznq", c[:, :, z:], dcarried)
     # Of each start, with what the later ones say of it.
     dstarts = _scan(dstarts[:, :, -1] + dlast, whole[:, :, z:-1], dstarts[:, :, :-1], reverse=True)
     dadded = dstarts[:, :, 1 - z :]
     ended = slice(0, dadded.shape[2])
     db = db.at[:, :, ended].add(
-      jnp.einsum("buzjq,buznq->buzjn", _by_head(x[:, :, ended], to_end[:, :, ended]), dadded)
+      dot("buzjq,buznq->buzjn", _by_head(x[:, :, ended], to_end[:, :, ended]), dadded)
     )
     dx = dx.at[:, :, ended].add(
-      _by_head(jnp.einsum("buzjn,buznq->buzjq", b[:, :, ended], dadded), to_end[:, :, ended])
+      _by_head(dot("buzjn,buznq->buzjq", b[:, :, ended], dadded), to_end[:, :, ended])
     )
     dends = jnp.sum(_sum_by_head(dadded * starts[:, :, 1 - z :], R), axis=3)
     dtotal_end = dtotal_end.at[:, :, ended].set(dends)
 
   dtotal = _sum_by_head(dy * y - x * dx, R)  # [B, U, Z, C, R]
-  da = jnp.flip(jnp.cumsum(jnp.flip(dtotal, 3), axis=3), 3) + dtotal_end[:, :, :, None]
+  dtotal = jnp.swapaxes(dtotal, -1, -2)
+  da = jnp.flip(_running_sum(jnp.flip(dtotal, -1)), -1) + dtotal_end[..., None]
   dfirst = None if first is None else dstarts[:, :, 0]
-  return dx, jnp.swapaxes(da, -1, -2), db, dc, None, dfirst
+  return dx.astype(x.dtype), da, db.astype(b.dtype), dc.astype(c.dtype), None, dfirst
 
 
 _chunked.defvjp(_forward, _backward)

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from nemocascade.kernels.product import product
 from nemocascade.kernels.token_chunks import over_wanted
 
 
 def token_logprob_ref(x_ND, head_DV, tokens_N, *, temperature=1.0):
   """The definition: (logprob_N, entropy_N) in fp32, nats, of softmax(x @ head / temperature)."""
-  logits_NV = jnp.einsum("ND,DV->NV", x_ND, head_DV).astype(jnp.float32) / temperature
+  logits_NV = product(x_ND, head_DV, 1, jnp.float32) / temperature
   logprobs_NV = jax.nn.log_softmax(logits_NV, axis=-1)
   entropy_N = -jnp.sum(jnp.exp(logprobs_NV) * logprobs_NV, axis=-1)
   return jnp.take_along_axis(logprobs_NV, tokens_N[:, None], axis=-1)[:, 0], entropy_N

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import attention as kernel
+from nemocascade.kernels.product import product
 from nemocascade.model.layers import normal
 
 
@@ -23,14 +24,10 @@ class Attention(nn.Module):
 
   def _qkv(self, x):
     """x [..., D] -> q [..., K, R, H], k and v [..., K, H]."""
-    w = lambda p: p.astype(x.dtype)  # noqa: E731
-    q = jnp.einsum("...D,DKRH->...KRH", x, w(self.q_proj))
-    k = jnp.einsum("...D,DKH->...KH", x, w(self.k_proj))
-    v = jnp.einsum("...D,DKH->...KH", x, w(self.v_proj))
-    return q, k, v
+    return product(x, self.q_proj), product(x, self.k_proj), product(x, self.v_proj)
 
   def _out(self, y):
-    return jnp.einsum("...KRH,KRHD->...D", y, self.o_proj.astype(y.dtype))
+    return product(y, self.o_proj, 3)
 
   def __call__(self, x_BTD, segment_ids_BT):
     return self._out(kernel.attention(*self._qkv(x_BTD), segment_ids_BT))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.distillation import top_logprobs
+from nemocascade.kernels.product import product
 from nemocascade.kernels.token_logprob import token_logprob
 from nemocascade.mesh import constrain_batch, constrain_rows, on_own_rows
 from nemocascade.model.attention import Attention
@@ -194,7 +195,7 @@ class Hybrid(nn.Module):
   def logits(self, tokens_BT, segment_ids_BT):
     """fp32 [B, T, V]: entry t is of the token after t."""
     h_BTD, _ = self.hidden(tokens_BT, segment_ids_BT)
-    return jnp.einsum("BTD,DV->BTV", h_BTD, self.head()).astype(jnp.float32)
+    return product(h_BTD, self.head(), 1, jnp.float32)
 
   __call__ = logits
 
@@ -249,8 +250,7 @@ class Hybrid(nn.Module):
 
   def _next(self, x_BD):
     """fp32 logits_BV of the token after."""
-    logits_BV = (self.norm_f(x_BD) @ self.head()).astype(jnp.float32)
-    return constrain_rows(logits_BV, self.mesh)
+    return constrain_rows(product(self.norm_f(x_BD), self.head(), 1, jnp.float32), self.mesh)
 
   def prefill(self, tokens_BT, length_B, capacity: int):
     """Takes in each row's first length_B tokens: (logits_BV of the token after, DecodeState)."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nemocascade.config import ModelConfig
+from nemocascade.kernels.product import product
 
 
 def normal(config: ModelConfig, *axes, residual: bool = False):
@@ -59,7 +60,7 @@ class MLP(nn.Module):
 
   def __call__(self, x_BTD, segment_ids_BT):
     del segment_ids_BT  # Tokens do not see each other.
-    return relu2(x_BTD @ self.up_proj.astype(x_BTD.dtype)) @ self.down_proj.astype(x_BTD.dtype)
+    return product(relu2(product(x_BTD, self.up_proj)), self.down_proj)
 
   def prefill(self, x_BTD, segment_ids_BT):
     return self(x_BTD, segment_ids_BT), ()

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import ssd as kernel
+from nemocascade.kernels.causal_conv import causal_conv, conv_step
+from nemocascade.kernels.product import product
 from nemocascade.model.layers import constant, normal, rms_norm
 
 
@@ -35,26 +37,6 @@ def _init_conv(key, shape, dtype):
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
 
-def causal_conv(x_BTC, weight_WC, segment_ids_BT, before_BWC=None):
-  """Depthwise convolution over a token's own document: the last W tokens, itself included.
-
-  `before_BWC`: the W - 1 inputs before the row, where its first document began there.
-  """
-  W, T = weight_WC.shape[0], x_BTC.shape[1]
-  if before_BWC is None:
-    x_BSC = jnp.pad(x_BTC, ((0, 0), (W - 1, 0), (0, 0)))
-    past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), constant_values=-1)
-  else:
-    x_BSC = jnp.concatenate([before_BWC, x_BTC], axis=1)
-    past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), mode="edge")
-  y_BTC = x_BTC * weight_WC[-1][None, None]
-  for back in range(1, W):
-    there = slice(W - 1 - back, W - 1 - back + T)
-    same_BT1 = (past_BS[:, there] == segment_ids_BT)[..., None]
-    y_BTC += jnp.where(same_BT1, x_BSC[:, there], 0) * weight_WC[-1 - back][None, None]
-  return y_BTC
-
-
 class Mamba(nn.Module):
   config: ModelConfig
 
@@ -77,17 +59,12 @@ class Mamba(nn.Module):
     """x [..., D] -> z [..., I], xbc [..., I + 2 U N], dt [..., M] (fp32, after softplus)."""
     c = self.config
     I, M = c.mamba_inner_size, c.mamba_num_heads
-    zxbcdt = x @ self.in_proj.astype(x.dtype)
+    zxbcdt = product(x, self.in_proj)
     z, xbc, dt = jnp.split(zxbcdt, (I, zxbcdt.shape[-1] - M), axis=-1)
     bias = self.dt_bias.reshape((1,) * (dt.ndim - 1) + (M,))
     dt = jax.nn.softplus(dt.astype(jnp.float32) + bias)
     low, high = c.time_step_limit
     return z, xbc, dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)
-
-  def _activate(self, xbc):
-    if self.conv1d_bias is not None:
-      xbc += self.conv1d_bias.astype(xbc.dtype).reshape((1,) * (xbc.ndim - 1) + (-1,))
-    return jax.nn.silu(xbc)
 
   def _split(self, xbc):
     """xbc [..., I + 2 U N] -> x [..., M, P], b and c [..., U, N]."""
@@ -109,13 +86,12 @@ class Mamba(nn.Module):
     gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
     grouped = gated.reshape(*z.shape[:-1], c.n_groups, -1)
     y = rms_norm(grouped, self.norm.reshape(c.n_groups, -1), c.layer_norm_epsilon)
-    return y.reshape(z.shape).astype(z.dtype) @ self.out_proj.astype(z.dtype)
+    return product(y.reshape(z.shape).astype(z.dtype), self.out_proj)
 
   def _rows(self, x_BTD, segment_ids_BT, before=None):
     """(y_BTD, SSM state at the end, inputs of the conv); `before`: the state that the rows continue."""
     z, xbc_in, dt = self._project(x_BTD)
-    taps_WC = self.conv1d.astype(x_BTD.dtype)
-    xbc = self._activate(causal_conv(xbc_in, taps_WC, segment_ids_BT, before and before["conv_BWC"]))
+    xbc = causal_conv(xbc_in, self.conv1d, self.conv1d_bias, segment_ids_BT, before and before["conv_BWC"])
     x, b, c = self._split(xbc)
     y, state = kernel.ssd(
       x.astype(jnp.float32) * dt[..., None], self._log_decay(dt), b, c, segment_ids_BT,
@@ -146,9 +122,7 @@ class Mamba(nn.Module):
     # After no time a state is what it was: rows that are not active need no second pass over theirs.
     dt = jnp.where(active_B[:, None], dt, 0.0)
     window_BWC = jnp.concatenate([state["conv_BWC"], xbc_in[:, None]], axis=1)
-    taps_WC = self.conv1d.astype(x_BD.dtype)
-    xbc = self._activate(sum(window_BWC[:, w] * tap_C[None] for w, tap_C in enumerate(taps_WC)))
-    x, b, c = self._split(xbc)
+    x, b, c = self._split(conv_step(window_BWC, self.conv1d, self.conv1d_bias))
     per_group = self.config.mamba_num_heads // self.config.n_groups
     b, c = (jnp.repeat(a.astype(jnp.float32), per_group, axis=1) for a in (b, c))
     ssm, y = kernel.ssd_step(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
+from nemocascade.kernels.product import product
 from nemocascade.mesh import on_own_rows
 from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
@@ -79,12 +80,12 @@ class MoE(nn.Module):
     # XLA would collect all tokens' scores on every device to take the largest.
     choose = on_own_rows(functools.partial(route, c=c), self.mesh, shared=[1, 2])
     expert_TX, weight_TX, score_TE = choose(x_TD, self.gate, self.e_score_correction_bias)
-    inside_TL = x_TD @ w(self.fc1_latent_proj) if c.moe_latent_size else x_TD
+    inside_TL = product(x_TD, self.fc1_latent_proj) if c.moe_latent_size else x_TD
     y_TL, rows = sharded_routed_mlp(
       self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
     )
-    y_TD = y_TL @ w(self.fc2_latent_proj) if c.moe_latent_size else y_TL
-    y_TD += relu2(x_TD @ w(self.shared_up_proj)) @ w(self.shared_down_proj)
+    y_TD = product(y_TL, self.fc2_latent_proj) if c.moe_latent_size else y_TL
+    y_TD += product(relu2(product(x_TD, self.shared_up_proj)), self.shared_down_proj)
     chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(c.n_routed_experts)[None, None], axis=1)
     load_E = jnp.sum(chosen_TE & (segment_ids_BT > 0).reshape(B * T, 1), axis=0, dtype=jnp.float32)
     loss = None

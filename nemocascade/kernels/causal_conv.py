@@ -1,0 +1,85 @@
+"""The depthwise causal convolution of Mamba-2 with its SiLU, within documents; rows and one token."""
+
+import jax
+import jax.numpy as jnp
+
+# W are the taps, the last of them a token's own.
+
+
+def causal_conv_ref(x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC=None):
+  """The definition: silu(bias + the last W tokens of one's own document, weighted), in fp32, of x's dtype.
+
+  Args:
+    bias_C: or None.
+    before_BWC: the W - 1 inputs before each row, where its first document began there.
+  """
+  past_BSC, same_WBT1 = _past(x_BTC, weight_WC, segment_ids_BT, before_BWC)
+  return jax.nn.silu(_sum(past_BSC, weight_WC, bias_C, same_WBT1)).astype(x_BTC.dtype)
+
+
+def conv_step(window_BWC, weight_WC, bias_C):
+  """The same of the last token of W."""
+  y_BC = sum(window_BWC[:, w].astype(jnp.float32) * tap_C[None] for w, tap_C in enumerate(weight_WC.astype(jnp.float32)))
+  return jax.nn.silu(y_BC if bias_C is None else y_BC + bias_C[None].astype(jnp.float32)).astype(window_BWC.dtype)
+
+
+def _past(x_BTC, weight_WC, segment_ids_BT, before_BWC):
+  """(the rows and the W - 1 inputs before them, same_WBT1: whether tap w of token t is of t's document)."""
+  W, T = weight_WC.shape[0], x_BTC.shape[1]
+  if before_BWC is None:
+    past_BSC = jnp.pad(x_BTC, ((0, 0), (W - 1, 0), (0, 0)))
+    past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), constant_values=-1)
+  else:
+    past_BSC = jnp.concatenate([before_BWC, x_BTC], axis=1)
+    past_BS = jnp.pad(segment_ids_BT, ((0, 0), (W - 1, 0)), mode="edge")
+  return past_BSC, [(past_BS[:, w : w + T] == segment_ids_BT)[..., None] for w in range(W)]
+
+
+def _sum(past_BSC, weight_WC, bias_C, same_WBT1):
+  T = same_WBT1[0].shape[1]
+  taps = [
+    jnp.where(same_BT1, past_BSC[:, w : w + T].astype(jnp.float32), 0) * weight_WC[w][None, None].astype(jnp.float32)
+    for w, same_BT1 in enumerate(same_WBT1)
+  ]
+  return sum(taps) if bias_C is None else sum(taps) + bias_C[None, None].astype(jnp.float32)
+
+
+@jax.custom_vjp
+def causal_conv(x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC=None):
+  """The same; only the inputs are kept for the gradients."""
+  return causal_conv_ref(x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC)
+
+
+def _forward(*args):
+  return causal_conv_ref(*args), args
+
+
+def _backward(saved, dy_BTC):
+  """By hand: what autodiff adds up tap by tap is rounded, written and read again at each."""
+  x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC = saved
+  W, T = weight_WC.shape[0], x_BTC.shape[1]
+  past_BSC, same_WBT1 = _past(x_BTC, weight_WC, segment_ids_BT, before_BWC)
+  y_BTC = _sum(past_BSC, weight_WC, bias_C, same_WBT1)
+  gate_BTC = jax.nn.sigmoid(y_BTC)
+  dy_BTC = dy_BTC.astype(jnp.float32) * gate_BTC * (1 + y_BTC * (1 - gate_BTC))
+  dbias_C = None if bias_C is None else jnp.sum(dy_BTC, axis=(0, 1)).astype(bias_C.dtype)
+  dy_BTC = dy_BTC.astype(x_BTC.dtype)  # As wide as x: it is read once a tap.
+
+  def of_tap(w):
+    return jnp.where(same_WBT1[w], dy_BTC.astype(jnp.float32) * past_BSC[:, w : w + T].astype(jnp.float32), 0)
+
+  dweight_WC = jnp.stack([jnp.sum(of_tap(w), axis=(0, 1)) for w in range(W)])
+  # Input s is tap w of token s - w, counted among the inputs with those before the row.
+  first = W - 1 if before_BWC is None else 0
+  ends = lambda a: jnp.pad(a, ((0, 0), (W - 1, W - 1), (0, 0)))
+  dy_BSC, at = ends(dy_BTC), lambda w: slice(first + W - 1 - w, W - 1 - w + W - 1 + T)
+  dpast_BSC = sum(
+    jnp.where(ends(same_WBT1[w])[:, at(w)], dy_BSC[:, at(w)].astype(jnp.float32), 0)
+    * weight_WC[w][None, None].astype(jnp.float32)
+    for w in range(W)
+  ).astype(x_BTC.dtype)
+  dbefore_BWC = None if before_BWC is None else dpast_BSC[:, : W - 1]
+  return dpast_BSC[:, W - 1 - first :], dweight_WC.astype(weight_WC.dtype), dbias_C, None, dbefore_BWC
+
+
+causal_conv.defvjp(_forward, _backward)
