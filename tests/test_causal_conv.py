@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemocascade.kernels.causal_conv import causal_conv, causal_conv_ref, conv_step
+from nemocascade.kernels.causal_conv import causal_conv, causal_conv_ref
 
 B, T, C, W = 3, 12, 5, 4
 SEGMENTS = np.array([[1] * 12, [1] * 2 + [2] * 3 + [3] * 7, [1] * 5 + [2] * 4 + [0] * 3], np.int32)
@@ -57,5 +57,6 @@ def test_a_token_at_a_time():
   (x_BTC, weight_WC, bias_C, _, before_BWC), _ = inputs(before=True)
   whole_BTC = causal_conv(x_BTC, weight_WC, bias_C, jnp.ones((B, T), jnp.int32), before_BWC)
   past_BSC = jnp.concatenate([before_BWC, x_BTC], axis=1)
-  steps = [conv_step(past_BSC[:, t : t + W], weight_WC, bias_C) for t in range(T)]
-  chex.assert_trees_all_close(jnp.stack(steps, axis=1), whole_BTC, atol=1e-6)
+  one = jnp.ones((B, 1), jnp.int32)
+  steps = [causal_conv(x_BTC[:, t : t + 1], weight_WC, bias_C, one, past_BSC[:, t : t + W - 1]) for t in range(T)]
+  chex.assert_trees_all_close(jnp.concatenate(steps, axis=1), whole_BTC, atol=1e-6)

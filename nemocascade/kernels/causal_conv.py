@@ -1,4 +1,4 @@
-"""The depthwise causal convolution of Mamba-2 with its SiLU, within documents; rows and one token."""
+"""The depthwise causal convolution of Mamba-2 with its SiLU, within documents."""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,6 @@ def causal_conv_ref(x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC=None):
   """
   past_BSC, same_WBT1 = _past(x_BTC, weight_WC, segment_ids_BT, before_BWC)
   return jax.nn.silu(_sum(past_BSC, weight_WC, bias_C, same_WBT1)).astype(x_BTC.dtype)
-
-
-def conv_step(window_BWC, weight_WC, bias_C):
-  """The same of the last token of W."""
-  y_BC = sum(window_BWC[:, w].astype(jnp.float32) * tap_C[None] for w, tap_C in enumerate(weight_WC.astype(jnp.float32)))
-  return jax.nn.silu(y_BC if bias_C is None else y_BC + bias_C[None].astype(jnp.float32)).astype(window_BWC.dtype)
 
 
 def _past(x_BTC, weight_WC, segment_ids_BT, before_BWC):

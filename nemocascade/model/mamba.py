@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import ssd as kernel
-from nemocascade.kernels.causal_conv import causal_conv, conv_step
+from nemocascade.kernels.causal_conv import causal_conv
 from nemocascade.kernels.product import product
 from nemocascade.model.layers import constant, normal, rms_norm
 
@@ -122,7 +122,9 @@ class Mamba(nn.Module):
     # After no time a state is what it was: rows that are not active need no second pass over theirs.
     dt = jnp.where(active_B[:, None], dt, 0.0)
     window_BWC = jnp.concatenate([state["conv_BWC"], xbc_in[:, None]], axis=1)
-    x, b, c = self._split(conv_step(window_BWC, self.conv1d, self.conv1d_bias))
+    here_B1 = jnp.ones((x_BD.shape[0], 1), jnp.int32)
+    xbc_B1C = causal_conv(xbc_in[:, None], self.conv1d, self.conv1d_bias, here_B1, state["conv_BWC"])
+    x, b, c = self._split(xbc_B1C[:, 0])
     per_group = self.config.mamba_num_heads // self.config.n_groups
     b, c = (jnp.repeat(a.astype(jnp.float32), per_group, axis=1) for a in (b, c))
     ssm, y = kernel.ssd_step(
