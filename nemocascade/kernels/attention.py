@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from nemocascade.kernels.product import einsum_fp32
 
 PARTS = 4  # A row's queries are taken in so many parts, each with the keys up to its own end.
-QUERIES = 1024  # Rows of the score matrix that exist at a time, where a part has more.
+QUERIES = 512  # Rows of the score matrix that exist at a time, where a part has more.
 
 
 def attention_ref(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT):

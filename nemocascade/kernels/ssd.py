@@ -67,7 +67,8 @@ def _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT):
 def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial_state=None):
   """The same in chunks of at most `chunk` tokens: products inside a chunk, a scan over chunks between.
 
-  Any T: a last partial chunk is padded. Memory is T x chunk a head, not T x T.
+  Any T: a last partial chunk is padded. Memory is T x chunk a head, not T x T. Products are in b's dtype, their
+  sums, the decays and the states in fp32.
   Source: Mamba-2 (Dao and Gu, 2024), section 6.
   """
   B, T, M, P = x_BTMP.shape
