@@ -186,6 +186,7 @@ def cases() -> Iterator[dict]:
 
 
 def of_dtype(dtype: str, bench_trl) -> Iterator[dict]:
+  """The lines of products in one dtype."""
   with tempfile.TemporaryDirectory() as place:
     root = Path(place)
     c = config(dtype=dtype)

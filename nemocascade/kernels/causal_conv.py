@@ -30,9 +30,9 @@ def _past(x_BTC, weight_WC, segment_ids_BT, before_BWC):
 
 
 def _sum(past_BSC, weight_WC, bias_C, same_WBT1):
-  T = same_WBT1[0].shape[1]
+  T, weight_W11C = same_WBT1[0].shape[1], weight_WC.astype(jnp.float32)[:, None, None]
   taps = [
-    jnp.where(same_BT1, past_BSC[:, w : w + T].astype(jnp.float32), 0) * weight_WC[w][None, None].astype(jnp.float32)
+    jnp.where(same_BT1, past_BSC[:, w : w + T].astype(jnp.float32), 0) * weight_W11C[w]
     for w, same_BT1 in enumerate(same_WBT1)
   ]
   return sum(taps) if bias_C is None else sum(taps) + bias_C[None, None].astype(jnp.float32)
@@ -66,10 +66,10 @@ def _backward(saved, dy_BTC):
   # Input s is tap w of token s - w, counted among the inputs with those before the row.
   first = W - 1 if before_BWC is None else 0
   ends = lambda a: jnp.pad(a, ((0, 0), (W - 1, W - 1), (0, 0)))
-  dy_BSC, at = ends(dy_BTC), lambda w: slice(first + W - 1 - w, W - 1 - w + W - 1 + T)
+  at = lambda w: slice(first + W - 1 - w, 2 * (W - 1) - w + T)
+  dy_BSC, weight_W11C = ends(dy_BTC), weight_WC.astype(jnp.float32)[:, None, None]
   dpast_BSC = sum(
-    jnp.where(ends(same_WBT1[w])[:, at(w)], dy_BSC[:, at(w)].astype(jnp.float32), 0)
-    * weight_WC[w][None, None].astype(jnp.float32)
+    jnp.where(ends(same_WBT1[w])[:, at(w)], dy_BSC[:, at(w)].astype(jnp.float32), 0) * weight_W11C[w]
     for w in range(W)
   ).astype(x_BTC.dtype)
   dbefore_BWC = None if before_BWC is None else dpast_BSC[:, : W - 1]

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from nemocascade.kernels import product as products
 from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_tiles, row_experts
-from nemocascade.kernels.product import einsum_fp32
 from nemocascade.kernels.routed_mlp_sorted import relu2
 
 
@@ -29,7 +28,7 @@ def product(x_SD, w, bounds, *, transpose=False, finish=None, extras=(), tile=No
   del bounds, tile, interpret
   x_ECD = x_SD.reshape(w.shape[0], -1, x_SD.shape[1])
   form = "ECD,EFD->ECF" if transpose else "ECD,EDF->ECF"
-  y_ECF = einsum_fp32(form, x_ECD, w)
+  y_ECF = products.einsum_fp32(form, x_ECD, w)
   y_SF = y_ECF.reshape(x_SD.shape[0], -1)
   return (finish(y_SF, *extras) if finish else y_SF).astype(x_SD.dtype)
 
@@ -81,8 +80,8 @@ def _beyond(order_N, bounds, C: int, block: int):
 
 
 def _weighted(x_BD, up_DF, down_FD, weight_B):
-  h_BF = relu2(einsum_fp32("BD,DF->BF", x_BD, up_DF)).astype(x_BD.dtype)
-  y_BD = einsum_fp32("BF,FD->BD", h_BF, down_FD)
+  h_BF = relu2(products.einsum_fp32("BD,DF->BF", x_BD, up_DF)).astype(x_BD.dtype)
+  y_BD = products.einsum_fp32("BF,FD->BD", h_BF, down_FD)
   return (y_BD * weight_B[:, None].astype(jnp.float32)).astype(x_BD.dtype)
 
 
