@@ -25,12 +25,12 @@ from experiments import cascade, rl
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.sharing import each, held
-from experiments.stage import matmul_params
 from experiments.teaching import find, gather
 from nemocascade import comparison, evaluate, report
 from nemocascade.cascade import Record
 from nemocascade.errors import UserError, unknown
 from nemocascade.metrics import read_lines, write_json
+from nemocascade.model.hybrid import matmul_params
 from nemocascade.rollout import score
 
 BUDGETS = ("steps", "tokens", "flops")

@@ -2,6 +2,7 @@
 
   python -m experiments.bench SUITE
   python -m experiments.bench kernels --static
+  python -m experiments.bench gpu --table=TABLE.md
 
 A line is {"suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"}. Both sides of a
 ratio run in this process, on this machine, in turns. With --static, kernels are not run: the TPU
@@ -9,9 +10,12 @@ compiler's schedules of ours and of the peer's are compared.
 """
 
 import contextlib
+import datetime
 import importlib
 import json
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import jax
 
@@ -21,23 +25,48 @@ from nemocascade.errors import UserError, unknown
 # Suite -> the module whose `cases()` yields its lines without "suite" and "device".
 SUITES = {
   "convert": "experiments.bench_convert",
+  "gpu": "experiments.bench_gpu",
   "kernels": "experiments.bench_kernels",
   "rl": "experiments.bench_rl",
 }
 STATIC = "experiments.bench_schedules"  # Of the kernels, not run.
 
 
-def run(suite: str, static: bool = False) -> None:
+def run(suite: str, static: bool = False, table: str = "") -> None:
   if suite not in SUITES:
     raise unknown("suite", suite, SUITES)
   if static and suite != "kernels":
     raise UserError(f"--static is of the suite kernels, not of {suite}")
   module, out = importlib.import_module(STATIC if static else SUITES[suite]), sys.stdout
   device = "TPU v5p, compiled for" if static else jax.devices()[0].device_kind
+  lines = []
   with contextlib.redirect_stdout(sys.stderr):  # What is measured may print too.
     for line in module.cases():
-      print(json.dumps({"suite": suite, **line, "device": device}), file=out, flush=True)
+      lines.append({"suite": suite, **line, "device": device})
+      print(json.dumps(lines[-1]), file=out, flush=True)
+      if table:  # After every line, so that a run that is cut off leaves what it has.
+        Path(table).write_text(as_table(lines))
+
+
+def as_table(lines: list[dict]) -> str:
+  """The lines as a Markdown table under the device, the date and the versions that they were measured with."""
+  versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
+  head = [
+    f"{lines[0]['device']}, {datetime.date.today()}, {versions}. A ratio above 1 is better than the peer.",
+    "",
+    "| case | ours | peer | peer's name | unit | ratio |",
+    "|---|---|---|---|---|---|",
+  ]
+  rows = [
+    f"| {a['case']} | {a['ours']:.4g} | {a['peer']:.4g} | {a['peer_name']} | {a['unit']} | {a['ratio']:.3g} |"
+    for a in lines
+  ]
+  return "\n".join([*head, *rows]) + "\n"
 
 
 if __name__ == "__main__":
-  launch(run, config=False, positional="suite", static=(bool, False, "Compare the TPU compiler's schedules."))
+  launch(
+    run, config=False, positional="suite",
+    static=(bool, False, "Compare the TPU compiler's schedules."),
+    table=(str, "", "A file that gets the lines as a Markdown table."),
+  )  # fmt: skip

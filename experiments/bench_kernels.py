@@ -88,7 +88,7 @@ def peers() -> dict[str, Callable]:
   if importlib.util.find_spec("tokamax"):
     import tokamax
 
-    for name in ("xla", "triton", "mosaic_gpu"):
+    for name in ("xla", "triton", "mosaic"):
       found[f"tokamax {name}"] = functools.partial(tokamax.ragged_dot, implementation=name)
   return found
 

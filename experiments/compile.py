@@ -25,11 +25,12 @@ from ml_collections import ConfigDict
 from experiments import rl, sft
 from experiments.assembly import Assembly
 from experiments.launch import launch
-from experiments.stage import Spent, matmul_params
+from experiments.stage import Spent
 from experiments.teaching import scored_rows
 from nemocascade import advantage
 from nemocascade.errors import UserError, unknown
 from nemocascade.mesh import by_rows, first_rows, make_mesh, placed
+from nemocascade.model.hybrid import matmul_params
 from nemocascade.types import Batch, Prompts, Rollout
 
 GIB = 1 << 30

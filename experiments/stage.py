@@ -6,17 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from experiments import loading
 from experiments.assembly import Assembly
 from nemocascade.checkpoint import Store
-from nemocascade.config import ModelConfig
 from nemocascade.mesh import alike, placed, whole
-from nemocascade.model.hybrid import active_params
 from nemocascade.rollout.episode import Samples
+from nemocascade.step.optimizer import new_state
 from nemocascade.types import Params, TrainState
 
 
@@ -40,17 +38,11 @@ class Spent:
     """2 a parameter and token forward, 6 with the backward pass.
 
     Args:
-      matmul_params: of the model; the function of this name.
+      matmul_params: of the model; model.hybrid's function of this name.
 
     Attention's and the scan's own products are left out: they are few at these lengths.
     """
     return matmul_params * (2 * (self.sampled + self.prefilled + self.scored) + 6 * self.trained)
-
-
-def matmul_params(config: ModelConfig) -> int:
-  """Parameters that multiply every token: looking a token up in the embedding costs nothing."""
-  rows = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-  return active_params(config) - rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +54,6 @@ class Outcome:
   steps: int
   tokens: int  # Trained on or sampled, all steps.
   wall_s: float  # Of this process; a resumed stage adds what it had.
-
-
-def new_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
-  """Parameters under a new optimizer."""
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
 
 
 def abstract_state(tx: optax.GradientTransformation, template: Params, mesh: Mesh) -> TrainState:

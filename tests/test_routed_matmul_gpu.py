@@ -11,7 +11,7 @@ import pytest
 pytestmark = [
   pytest.mark.gpu,
   pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None or shutil.which("nvidia-smi") is None,
+    not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)) or shutil.which("nvidia-smi") is None,
     reason="needs an NVIDIA GPU: pip install 'nemocascade[cuda]' on a machine that has one",
   ),
 ]

@@ -396,3 +396,9 @@ def active_params(config: ModelConfig) -> int:
   unused = c.n_routed_experts - c.num_experts_per_tok
   idle = c.hybrid_override_pattern.count("E") * unused * 2 * L * c.moe_intermediate_size
   return count_params(config) - idle
+
+
+def matmul_params(config: ModelConfig) -> int:
+  """Parameters that multiply every token: looking a token up in the embedding costs nothing."""
+  rows = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+  return active_params(config) - rows

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nemocascade.errors import UserError, unknown
+from nemocascade.types import Params, TrainState
 
 # Moved by load, not by gradient (paper.md 1.4): no optimizer ever touches it.
 NEVER = ("e_score_correction_bias$",)
@@ -107,3 +108,8 @@ def make_optimizer(
 
   trained = adam(peak_lr, warmup_steps, total_steps, final_fraction)
   return optax.multi_transform({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+def new_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
+  """Parameters under a new optimizer."""
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
