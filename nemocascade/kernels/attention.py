@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from nemocascade.kernels.product import einsum_fp32
+from nemocascade.kernels.product import einsum, einsum_fp32
 
 PARTS = 4  # A row's queries are taken in so many parts, each with the keys up to its own end.
 QUERIES = 512  # Rows of the score matrix that exist at a time, where a part has more.
@@ -12,12 +12,12 @@ QUERIES = 512  # Rows of the score matrix that exist at a time, where a part has
 def attention_ref(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT):
   """The definition: softmax in fp32 over the tokens of one's own document up to oneself."""
   T, H = q_BTKRH.shape[1], q_BTKRH.shape[-1]
-  score_BKRTS = jnp.einsum("BTKRH,BSKH->BKRTS", q_BTKRH, k_BSKH).astype(jnp.float32) * H**-0.5
+  score_BKRTS = einsum("BTKRH,BSKH->BKRTS", q_BTKRH, k_BSKH).astype(jnp.float32) * H**-0.5
   see_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
   see_BTS &= jnp.tri(T, dtype=bool)[None]
   score_BKRTS = jnp.where(see_BTS[:, None, None], score_BKRTS, -1e30)
   prob_BKRTS = jax.nn.softmax(score_BKRTS, axis=-1).astype(v_BSKH.dtype)
-  return jnp.einsum("BKRTS,BSKH->BTKRH", prob_BKRTS, v_BSKH)
+  return einsum("BKRTS,BSKH->BTKRH", prob_BKRTS, v_BSKH)
 
 
 @jax.custom_vjp

@@ -12,6 +12,7 @@ from nemocascade.kernels import routed_matmul_tpu as tpu
 from nemocascade.kernels import routed_mlp_padded as padded
 from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_bounds, row_experts
+from nemocascade.kernels.product import einsum
 
 # Below this many rows for each expert every expert does every row on a CPU: a few wasted products
 # cost less than sorting.
@@ -22,7 +23,7 @@ Tile = tpu.Tile | gpu.Tile
 
 def routed_matmul_ref(x_ND, w_EDF, expert_N):
   """The definition: y[n] = x[n] @ w[expert[n]]."""
-  return jnp.einsum("ND,NDF->NF", x_ND, w_EDF[expert_N])
+  return einsum("ND,NDF->NF", x_ND, w_EDF[expert_N])
 
 
 def routed_matmul(
@@ -80,7 +81,7 @@ def _defined_weight_product(x_ND, dy_NF, bounds, dtype):
   E = bounds.shape[0] - 1
   expert_N, inside_N = row_experts(bounds, x_ND.shape[0])
   x_ND, dy_NF = (jnp.where(inside_N[:, None], a, 0).astype(jnp.float32) for a in (x_ND, dy_NF))
-  outer_NDF = jnp.einsum("ND,NF->NDF", x_ND, dy_NF)
+  outer_NDF = einsum("ND,NF->NDF", x_ND, dy_NF)
   return jax.ops.segment_sum(outer_NDF, expert_N, E).astype(dtype)
 
 
@@ -186,6 +187,6 @@ def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
   E = up_EDF.shape[0]
   chosen_TXE = expert_TX[..., None] == jnp.arange(E)[None, None]
   weight_TE = jnp.sum(jnp.where(chosen_TXE, weight_TX[..., None], 0), axis=1)
-  h_TEF = jnp.einsum("TD,EDF->TEF", x_TD, up_EDF)
+  h_TEF = einsum("TD,EDF->TEF", x_TD, up_EDF)
   h_TEF = jnp.square(jax.nn.relu(h_TEF)) * weight_TE[..., None].astype(h_TEF.dtype)
-  return jnp.einsum("TEF,EFD->TD", h_TEF, down_EFD), jnp.sum(chosen_TXE, dtype=jnp.int32)
+  return einsum("TEF,EFD->TD", h_TEF, down_EFD), jnp.sum(chosen_TXE, dtype=jnp.int32)

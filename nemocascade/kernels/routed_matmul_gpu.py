@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from nemocascade.kernels.groups import group_tiles, with_strangers
-from nemocascade.kernels.pallas_product import as_it_is, like, precision
+from nemocascade.kernels.pallas_product import as_it_is, like
+from nemocascade.kernels.product import precision
 
 
 @dataclasses.dataclass(frozen=True)

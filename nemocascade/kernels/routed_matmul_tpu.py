@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nemocascade.errors import UserError
 from nemocascade.kernels.groups import tile_visits, with_strangers
-from nemocascade.kernels.pallas_product import as_it_is, like, precision
+from nemocascade.kernels.pallas_product import as_it_is, like
+from nemocascade.kernels.product import precision
 
 LANES = 128
 VMEM = 56 << 20  # Bytes that a kernel may use: the smallest of v5p, v5e, v6e and v7x has 64 MiB.

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nemocascade.kernels.product import einsum_fp32
+from nemocascade.kernels.product import einsum, einsum_fp32
 from nemocascade.segments import segment_starts
 
 UNROLLED = 4  # Chunks that the scan between them takes at a time: each is little work.
@@ -19,7 +19,7 @@ def ssd_step(state_BMPN, x_BMP, log_decay_BM, b_BMN, c_BMN):
   """One more token: (state, token) -> (state, y_BMP). Decoding is this, repeated. All fp32."""
   state_BMPN = jnp.exp(log_decay_BM)[..., None, None] * state_BMPN
   state_BMPN += x_BMP[..., None] * b_BMN[:, :, None, :]
-  return state_BMPN, jnp.einsum("BMPN,BMN->BMP", state_BMPN, c_BMN, precision="highest")
+  return state_BMPN, einsum("BMPN,BMN->BMP", state_BMPN, c_BMN)
 
 
 def ssd_ref(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, initial_state=None):
@@ -67,8 +67,9 @@ def _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT):
 def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial_state=None):
   """The same in chunks of at most `chunk` tokens: products inside a chunk, a scan over chunks between.
 
-  Any T: a last partial chunk is padded. Memory is T x chunk a head, not T x T. Products are in b's dtype, their
-  sums, the decays and the states in fp32.
+  Any T: a last partial chunk is padded. Memory is T x chunk a head, not T x T. The products of pairs of tokens,
+  of tokens with a chunk's state, and their gradients, are in b's dtype with sums in fp32, as in Mamba-2's own
+  kernels. The running sums of decays, the decays, the states and what is summed by head are fp32 throughout.
   Source: Mamba-2 (Dao and Gu, 2024), section 6.
   """
   B, T, M, P = x_BTMP.shape
@@ -104,7 +105,7 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
 
 def _running_sum(v):
   """Of the last axis. As a product: XLA's cumsum on CPUs slows down whatever reads it, pair by pair."""
-  return jnp.einsum("...j,ji->...i", v, jnp.triu(jnp.ones((v.shape[-1],) * 2, v.dtype)), precision="highest")
+  return einsum("...j,ji->...i", v, jnp.triu(jnp.ones((v.shape[-1],) * 2, v.dtype)))
 
 
 def _decays(a, doc):
@@ -150,12 +151,27 @@ def _by_head(v, weight):
 
 def _sum_by_head(v, R):
   """[..., Q] -> [..., R], as a product: XLA's sums of short rows are slow on CPUs."""
-  return v @ jnp.repeat(jnp.eye(R, dtype=v.dtype), v.shape[-1] // R, axis=0)
+  return einsum("...q,qr->...r", v, jnp.repeat(jnp.eye(R, dtype=v.dtype), v.shape[-1] // R, axis=0))
 
 
 def _added(b, x, to_end):
   """[B, U, Z, N, Q]: what a chunk adds to the state, its tokens of the document that is open at its end."""
-  return _dot("buzjn,buzjq->buznq", b, _by_head(x, to_end), b.dtype)
+  return _outer(b, _by_head(x, to_end))
+
+
+@jax.custom_vjp
+def _outer(b, x):
+  """The sum of b_j x_j over a chunk's tokens j, [B, U, Z, N, Q] fp32; its gradients' products are in b's dtype too."""
+  return _dot("buzjn,buzjq->buznq", b, x, b.dtype)
+
+
+def _outer_backward(saved, d):
+  b, x = saved
+  db, dx = _dot("buzjq,buznq->buzjn", x, d, b.dtype), _dot("buzjn,buznq->buzjq", b, d, b.dtype)
+  return db.astype(b.dtype), dx.astype(x.dtype)
+
+
+_outer.defvjp(lambda b, x: (_outer(b, x), (b, x)), _outer_backward)
 
 
 def _scan(first, whole, added, *, reverse=False):

@@ -178,7 +178,8 @@ class Hybrid(nn.Module):
       self.lm_head = self.param("lm_head", normal(c, "embed", "vocab"), (D, V), c.param_dtype)
 
   def _embed(self, tokens):
-    return constrain_rows(self.embedding.astype(self.config.dtype)[tokens], self.mesh)
+    # Cast after the look-up: the gradients of a token's many rows are then summed in the parameter's dtype.
+    return constrain_rows(self.embedding[tokens].astype(self.config.dtype), self.mesh)
 
   def head(self):
     head = self.embedding.T if self.config.tie_word_embeddings else self.lm_head

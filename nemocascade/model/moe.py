@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
-from nemocascade.kernels.product import product
+from nemocascade.kernels.product import einsum, product
 from nemocascade.mesh import on_own_rows
 from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
@@ -21,7 +21,7 @@ def route(x_TD, gate_DE, bias_E, c: ModelConfig):
 
   The bias takes part in the choice alone; weights come from the unbiased scores.
   """
-  logits_TE = x_TD.astype(jnp.float32) @ gate_DE.astype(jnp.float32)
+  logits_TE = einsum("TD,DE->TE", x_TD.astype(jnp.float32), gate_DE.astype(jnp.float32))
   score_TE = jax.nn.sigmoid(logits_TE)
   choice_TE = jax.lax.stop_gradient(score_TE) + jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None]
   if c.n_group > 1:  # Only experts of the best groups, by the sum of a group's two best.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
+from nemocascade.kernels.product import einsum
 from nemocascade.model.hybrid import Hybrid, axes_of
 from nemocascade.model.layers import constant
 from nemocascade.types import Params
@@ -28,7 +29,7 @@ class RewardModel(nn.Module):
     h_BTD, _ = self.backbone.hidden(tokens_BT, segment_ids_BT)
     last_B11 = (jnp.sum(segment_ids_BT > 0, axis=1) - 1)[:, None, None]
     h_BD = jnp.take_along_axis(h_BTD, jnp.maximum(last_B11, 0), axis=1)[:, 0]
-    return jnp.einsum("BD,D->B", h_BD.astype(jnp.float32), self.reward_head)
+    return einsum("BD,D->B", h_BD.astype(jnp.float32), self.reward_head)
 
 
 @functools.partial(jax.jit, static_argnums=0)

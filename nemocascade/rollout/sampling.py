@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from nemocascade.kernels.product import einsum
+
 
 def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.Array:
   """A key for each row and place, so that a sample does not depend on its neighbours."""
@@ -51,7 +53,7 @@ def _invert(weight_BC, uniform_B):
   Rounding never lets it be one of weight 0.
   """
   C = weight_BC.shape[1]
-  sum_BC = weight_BC @ jnp.triu(jnp.ones((C, C), weight_BC.dtype))
+  sum_BC = einsum("BC,CD->BD", weight_BC, jnp.triu(jnp.ones((C, C), weight_BC.dtype)))
   possible_BC = weight_BC > 0
   hit_BC = possible_BC & (sum_BC > (uniform_B * sum_BC[:, -1])[:, None])
   last_B = C - 1 - jnp.argmax(possible_BC[:, ::-1], axis=1)

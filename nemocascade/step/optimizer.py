@@ -41,6 +41,22 @@ def decayed(params):
   return jax.tree_util.tree_map_with_path(shrinks, params)
 
 
+def norm(tree) -> jax.Array:
+  """Of all numbers of the tree together; fp32, whatever their dtype."""
+  return optax.tree.norm(jax.tree.map(lambda a: a.astype(jnp.float32), tree))
+
+
+def clip_by_norm(most: float) -> optax.GradientTransformation:
+  """optax.clip_by_global_norm with the norm and the division in fp32, also of bf16 gradients."""
+  clip = optax.clip_by_global_norm(most)
+
+  def update(updates, state, params=None):
+    clipped, state = clip.update(jax.tree.map(lambda g: g.astype(jnp.float32), updates), state, params)
+    return jax.tree.map(lambda c, g: c.astype(g.dtype), clipped, updates), state
+
+  return optax.GradientTransformation(clip.init, update)
+
+
 def make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, *, schedule: str):
   """Linear warm-up from 1 / warmup_steps of the peak, then the named decay to its fraction.
 
@@ -92,7 +108,7 @@ def make_optimizer(
       peak_lr, warmup_steps, total_steps, final_fraction, schedule=schedule
     )
     return optax.chain(
-      optax.clip_by_global_norm(clip_norm),
+      clip_by_norm(clip_norm),
       optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
     )
 

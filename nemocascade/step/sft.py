@@ -9,6 +9,7 @@ import optax
 from nemocascade.errors import UserError
 from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.loss import sft_loss
+from nemocascade.step.optimizer import norm
 from nemocascade.types import Batch, Metrics, ScoreFn, TrainState
 
 
@@ -46,9 +47,9 @@ def apply_gradients(state: TrainState, tx: optax.GradientTransformation, grads):
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {
-    "norm/grad": optax.tree.norm(grads),
-    "norm/update": optax.tree.norm(updates),
-    "norm/param": optax.tree.norm(params),
+    "norm/grad": norm(grads),
+    "norm/update": norm(updates),
+    "norm/param": norm(params),
   }
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
