@@ -14,6 +14,7 @@ import datetime
 import importlib
 import json
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,11 +40,12 @@ def run(suite: str, static: bool = False, table: str = "") -> None:
     raise UserError(f"--static is of the suite kernels, not of {suite}")
   module, out = importlib.import_module(STATIC if static else SUITES[suite]), sys.stdout
   device = "TPU v5p, compiled for" if static else jax.devices()[0].device_kind
-  lines = []
+  lines, began = [], time.time()
   with contextlib.redirect_stdout(sys.stderr):  # What is measured may print too.
     for line in module.cases():
       lines.append({"suite": suite, **line, "device": device})
       print(json.dumps(lines[-1]), file=out, flush=True)
+      print(f"{time.time() - began:.0f} s", file=sys.stderr, flush=True)
       if table:  # After every line, so that a run that is cut off leaves what it has.
         Path(table).write_text(as_table(lines))
 

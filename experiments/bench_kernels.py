@@ -139,11 +139,11 @@ def _rates(forms: dict[str, Callable], args: tuple, work: float) -> dict[str, fl
       compiled.pop(name, None)
   for _ in range(REPEATS):
     for name, act in compiled.items():
-      best[name] = min(best.get(name, float("inf")), _seconds(lambda act=act: act(*args)))
+      best[name] = min(best.get(name, float("inf")), seconds_of(lambda act=act: act(*args)))
   return {name: work / seconds for name, seconds in best.items()}
 
 
-def _seconds(act: Callable[[], object]) -> float:
+def seconds_of(act: Callable[[], object]) -> float:
   began = time.perf_counter()
   jax.block_until_ready(act())
   return time.perf_counter() - began
