@@ -1,5 +1,6 @@
 """A line of a benchmark has the contract's keys, and an unknown suite is refused by name."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench, bench_convert, bench_kernels, bench_rl, bench_schedules
+from experiments import bench, bench_convert, bench_gpu, bench_kernels, bench_rl, bench_schedules
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
 
@@ -135,3 +136,30 @@ def test_without_trl_bench_rl_says_what_to_install(monkeypatch):
   monkeypatch.delitem(sys.modules, "experiments.bench_trl", raising=False)
   with pytest.raises(UserError, match=r"TRL.*pip install 'nemocascade\[bench\]'"):
     bench.run("rl")
+
+
+def test_the_benchmark_of_a_card_runs_its_cases_at_tiny_sizes(tmp_path, monkeypatch, capsys):
+  """In the interpreter: correctness must pass, and the table has every line."""
+  monkeypatch.setattr(bench_gpu, "REPEATS", 1)
+  bench.run("gpu", table=str(tmp_path / "table.md"))
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  checks = [line for line in lines if line["peer_name"] == "tolerance"]
+  assert len(checks) == 12 and all(line["ratio"] > 1 for line in checks)
+  assert {line["case"] for line in lines} >= {"sft_step_0.00B", "decode_2_rows"}
+  assert len((tmp_path / "table.md").read_text().splitlines()) == len(lines) + 4
+
+
+def test_a_nan_anywhere_fails_the_cards_check():
+  ones = np.ones(3, np.float32)
+  error = bench_gpu._relative_error((ones, ones * np.nan), (ones, ones))
+  assert bench_gpu._error_line("a case", error, 1.0)["ratio"] == 0.0
+
+
+def test_a_wrong_kernel_fails_the_cards_check(monkeypatch):
+  """A product that is off by a percent is told by a ratio below 1."""
+  true = bench_gpu.routed_matmul
+  off = lambda *args, form, **how: true(*args, form=form, **how) * (1.01 if form == "gpu" else 1.0)
+  monkeypatch.setattr(bench_gpu, "routed_matmul", off)
+  sizes = dataclasses.replace(bench_gpu.TINY, kernel_shapes=(("float32", 40, 16, 24, 3),))
+  products = [line for line in bench_gpu.correct(sizes) if line["case"].startswith("product")]
+  assert len(products) == 3 and all(line["ratio"] < 1 for line in products)
