@@ -11,7 +11,7 @@ from nemocascade.types import Rollout
 Verdicts = list[list[Verdict]]  # [Q][G]
 
 # Overlong: what becomes of completions that met the limit. (rewards_QG; finished_QG, bool; room_QG,
-# tokens that were left of the limit) -> (rewards_QG, kept_QG).
+# tokens that were left of the sampler's limit) -> (rewards_QG, kept_QG).
 
 
 def zero(rewards_QG, finished_QG, room_QG):
