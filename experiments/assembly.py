@@ -80,13 +80,19 @@ class Assembly:
   def _method(self, name: str):
     return lambda params, *args: self.model.apply({"params": params}, *args, method=name)
 
-  def score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None):
-    return self._apply(self.model, params, "score", tokens_BT, segment_ids_BT, wanted_BT, distance, after)
+  def score_fn(
+    self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None, temperature=1.0
+  ):
+    rows = tokens_BT, segment_ids_BT, wanted_BT
+    return self._apply(self.model, params, "score", *rows, distance, after, temperature)
 
-  def balanced_score_fn(self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None):
+  def balanced_score_fn(
+    self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, temperature=1.0
+  ):
     """score_fn with the routers' balance loss."""
     model = Hybrid(dataclasses.replace(self.model_config, router_loss=True), self.mesh)
-    return self._apply(model, params, "score", tokens_BT, segment_ids_BT, wanted_BT, distance)
+    rows = tokens_BT, segment_ids_BT, wanted_BT
+    return self._apply(model, params, "score", *rows, distance, None, temperature)
 
   def take_in_fn(self, params, prompts):
     return self._apply(self.model, params, "take_in", prompts)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -134,9 +135,9 @@ def _sft_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
 def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
   r, p, struct = c.rollout, c.packing, jax.ShapeDtypeStruct
   engine = a.engine(r.prompt_tokens, r.total_tokens)
-  Q, B = r.prompts, r.prompts * r.completions
+  Q, B, temperature = r.prompts, r.prompts * r.completions, np.float32(r.temperature)
   prompts = _rows(a, (struct((Q, r.prompt_tokens), jnp.int32), struct((Q,), jnp.int32)))
-  prefill = functools.cache(lambda: engine.start_fn.trace(a.template, *prompts, r.completions))
+  prefill = functools.cache(lambda: engine.start_fn.trace(a.template, *prompts, r.completions, r.top_p < 1))
   yield (
     "prefill", prefill, Spent(prefilled=Q * r.prompt_tokens),
     f"fewer prompts than rollout.prompts={Q}, or shorter ones than rollout.prompt_tokens={r.prompt_tokens}",
@@ -154,7 +155,7 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
   if c.advantage in advantage.TAUGHT or c.kl_weight:
     n = scored_rows(a)
     scored = _rows(a, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
-    yield "score", lambda: a.score.trace(a.template, *scored), Spent(scored=n * r.total_tokens), shorter
+    yield "score", lambda: a.score.trace(a.template, *scored, temperature=temperature), Spent(scored=n * r.total_tokens), shorter
 
   state, step_fn, proximal_fn = rl.step_program(c, a)
   rows, count = _taught_rows(c, Q, r.completions, r.total_tokens)
@@ -164,9 +165,9 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
   prompts = Prompts(*prompts) if p.shared_prompts else None
   tokens = p.rows * p.row_tokens + (Q * r.prompt_tokens if p.shared_prompts else 0)
   if c.updates > 1:
-    yield "proximal_logprobs", lambda: proximal_fn.trace(a.template, dict(rows), prompts), Spent(scored=tokens), pieces
+    yield "proximal_logprobs", lambda: proximal_fn.trace(a.template, dict(rows), prompts, temperature), Spent(scored=tokens), pieces
     rows["proximal"] = rows["behaviour"]
-  yield "rl_step", lambda: step_fn.trace(state, rows, count, None, prompts), Spent(trained=tokens), pieces
+  yield "rl_step", lambda: step_fn.trace(state, rows, count, None, prompts, temperature), Spent(trained=tokens), pieces
 
 
 def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):
@@ -176,6 +177,7 @@ def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):
   rollout = Rollout(
     tokens_QGT=of(jnp.int32, *QGT), segment_ids_QGT=of(jnp.int32, *QGT), loss_mask_QGT=of(bool, *QGT),
     behaviour_logprobs_QGT=of(f32, *QGT), rewards_QG=of(f32, Q, G), valid_QG=of(bool, Q, G),
+    drawn_logprobs_QGT=of(f32, *QGT) if c.rollout.top_p < 1 else None,
     teacher_logprobs_QGT=of(f32, *QGT) if c.advantage in advantage.TAUGHT else None,
     reference_logprobs_QGT=of(f32, *QGT) if c.kl_weight else None,
   )  # fmt: skip

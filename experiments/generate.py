@@ -91,11 +91,12 @@ def complete(
     B = min(BATCH, 1 << (len(numbers) - 1).bit_length())
     for part in rows_lib.batches(numbers, B, desc=f"generate after {P}"):
       filled = part + [part[-1]] * (B - len(part))
-      d = engine.start(params, [prompts[i] for i in filled], 1)
+      d = engine.start(params, [prompts[i] for i in filled], 1, drawn=top_p < 1)
       limit_B = np.array([len(prompts[i]) + max_new_tokens for i in filled], np.int32)
       d = d.replace(row_id_B=np.array(filled, np.int32), limit_B=limit_B)
       d = engine.decode(params, d, key, temperature, top_p)
-      d = jax.device_get((d.tokens_BT, d.behaviour_logprobs_BT, d.known_B))
+      drawn_BT = d.behaviour_logprobs_BT if d.drawn_logprobs_BT is None else d.drawn_logprobs_BT
+      d = jax.device_get((d.tokens_BT, drawn_BT, d.known_B))
       for b, i in enumerate(part):
         tokens, logprobs = (a_BT[b, len(prompts[i]) : int(d[2][b])].tolist() for a_BT in d[:2])
         stopped = tokens[-1] in engine.stop_ids

@@ -98,6 +98,11 @@ def check(c: ConfigDict) -> None:
       f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"
       " documents; balance by the bias, or repeat the prompts"
     )
+  if c.rollout.top_p < 1 and c.correction == "none":
+    raise UserError(
+      f"rollout.top_p={c.rollout.top_p} with correction='none': tokens of the nucleus would weigh up to"
+      f" 1 / {c.rollout.top_p} times too much; give correction tis, icepop or sequence_mask, or top_p=1"
+    )
   if c.updates < 1:
     raise UserError(f"updates={c.updates}: a batch is learned from at least once")
   if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
@@ -193,6 +198,8 @@ def run(
   if c.kl_weight:
     reference = loading.load(init_from, a.template)
   r = c.rollout
+  # One for all: sampler, trainer, teachers and reference take softmax(logits / temperature).
+  temperature = np.float32(r.temperature)
   # A stage that was killed after its last step has nothing left to do.
   ended, step = first > 0 and watch(first, state.params, spent), first - 1
 
@@ -205,7 +212,7 @@ def run(
         samples = a.collect(
           state.params, jax.random.fold_in(key, step * 100 + round_), rows,
           prompt_tokens=r.prompt_tokens, total_tokens=r.total_tokens,
-          completions=r.completions, temperature=r.temperature, top_p=r.top_p,
+          completions=r.completions, temperature=temperature, top_p=r.top_p,
           completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
         )  # fmt: skip
         phases.end("rollout")
@@ -224,14 +231,15 @@ def run(
         rollout = score.dynamic_filter(rollout, verdicts)
       phases.end("verdict")
       if c.advantage in advantage.TAUGHT:
-        rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples))
+        rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples, temperature))
       if by_states:
         rollout = rollout.replace(**teacher_states(a, teachers, samples))
       elif c.distillation_weight:
-        rollout = rollout.replace(**teacher_likeliest(a, teachers, samples, topk(c)))
+        rollout = rollout.replace(**teacher_likeliest(a, teachers, samples, topk(c), temperature))
       if c.kl_weight:
         everyone = list(range(len(samples.rows)))
-        rollout = rollout.replace(reference_logprobs_QGT=score_rows(a, reference, samples, everyone))
+        said_QGT = score_rows(a, reference, samples, everyone, temperature)
+        rollout = rollout.replace(reference_logprobs_QGT=said_QGT)
       phases.end("score")
       rows, count, of_rollout = rows_fn(rollout)
       packed, prompts = arrange(c, rows)
@@ -240,9 +248,9 @@ def run(
       if learns := bool(packed["mask"].any()):
         packed, prompts, count = a.put((packed, prompts, count))
         if c.updates > 1:
-          packed["proximal"] = proximal_fn(state.params, packed, prompts)
+          packed["proximal"] = proximal_fn(state.params, packed, prompts, temperature)
         for _ in range(c.updates):
-          state, of_step = step_fn(state, packed, count, heads, prompts)
+          state, of_step = step_fn(state, packed, count, heads, prompts, temperature)
       else:  # Every sample was left out: no update, not even by the optimizer's momentum.
         state, of_step = state.replace(step=state.step + c.updates), {}
       metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts

@@ -58,7 +58,7 @@ def gather(a: Assembly, teachers: list[Teacher], keep: int) -> Teachers:
   registry = Teachers(
     lambda checkpoint: loading.load(checkpoint, a.template), a.score,
     vocab_size=a.model_config.vocab_size, tokenizer=a.tokenizer.fingerprint, keep=keep,
-    tokens_BT=probe_tokens(a) if teachers else None,
+    tokens_BT=probe_tokens(a) if teachers else None, dtype=a.model_config.dtype,
   )  # fmt: skip
   for teacher in teachers:
     registry.register(teacher)
@@ -98,9 +98,10 @@ def over_rows(a: Assembly, program: Callable, samples: Samples, q: list[int]) ->
   return tuple(array.reshape(len(q), G, *array.shape[1:]) for array in whole)
 
 
-def score_rows(a: Assembly, params: Params, samples: Samples, q: list[int]) -> np.ndarray:
-  """logprobs [len(q), G, T] of the sampled tokens of these prompts; 0 elsewhere."""
-  return over_rows(a, lambda *rows: (a.score(params, *rows).logprobs_BT,), samples, q)[0]
+def score_rows(a: Assembly, params: Params, samples: Samples, q: list[int], temperature) -> np.ndarray:
+  """logprobs [len(q), G, T] of the sampled tokens of these prompts at a temperature; 0 elsewhere."""
+  program = lambda *rows: (a.score(params, *rows, temperature=temperature).logprobs_BT,)  # noqa: E731
+  return over_rows(a, program, samples, q)[0]
 
 
 def by_teachers(a: Assembly, teachers: Teachers, samples: Samples, program: Callable) -> list[np.ndarray]:
@@ -118,14 +119,15 @@ def by_teachers(a: Assembly, teachers: Teachers, samples: Samples, program: Call
   return out
 
 
-def teacher_logprobs(a: Assembly, teachers: Teachers, samples: Samples) -> np.ndarray:
-  """logprobs_QGT, each prompt's under the teacher of its domain."""
-  return by_teachers(a, teachers, samples, lambda *args: (a.score(*args).logprobs_BT,))[0]
+def teacher_logprobs(a: Assembly, teachers: Teachers, samples: Samples, temperature) -> np.ndarray:
+  """logprobs_QGT, each prompt's under the teacher of its domain, at the samples' temperature."""
+  program = lambda *args: (a.score(*args, temperature=temperature).logprobs_BT,)  # noqa: E731
+  return by_teachers(a, teachers, samples, program)[0]
 
 
-def teacher_likeliest(a: Assembly, teachers: Teachers, samples: Samples, k: int) -> dict:
+def teacher_likeliest(a: Assembly, teachers: Teachers, samples: Samples, k: int, temperature) -> dict:
   """The k tokens that each prompt's teacher finds likeliest at every place, as fields of a Rollout."""
-  tokens, logprobs = by_teachers(a, teachers, samples, lambda *args: a.likeliest(*args, k))
+  tokens, logprobs = by_teachers(a, teachers, samples, lambda *args: a.likeliest(*args, k, temperature))
   return dict(top_tokens_QGTK=tokens, top_logprobs_QGTK=logprobs)
 
 

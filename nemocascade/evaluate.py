@@ -17,7 +17,7 @@ class DomainScore:
   mean: float  # avg@k: over the completions that got a verdict.
   low: float  # 95% interval of the mean, over prompts.
   high: float
-  best: float  # pass@k: share of prompts with at least one success.
+  best: float  # pass@k: share of prompts with at least one full verdict.
   prompts: int
   masked: int  # Completions without a verdict; not in the mean.
   unfinished: int
@@ -49,7 +49,7 @@ def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], samples: Samples | 
     rewards = [v.reward for v in verdicts_G if not v.masked]
     if rewards:
       means.append(float(np.mean(rewards)))
-      best.append(float(max(rewards) > 0))
+      best.append(float(any(v.success for v in verdicts_G)))
   low, high = mean_interval(np.asarray(means))
   return DomainScore(
     mean=float(np.mean(means)) if means else 0.0,

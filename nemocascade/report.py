@@ -188,7 +188,7 @@ def _samples(workdir: Path, stage: str, count: int = 6) -> str:
   parts = [f"<h3>{html.escape(stage)}</h3>"]
   for line in lines:
     verdict = line["verdict"]
-    tone = "quiet" if line["masked"] else "good" if verdict > 0 else "bad"
+    tone = "quiet" if line["masked"] else "good" if verdict >= 1 else "bad"
     parts.append(
       f'<p><b>{html.escape(line["domain"])}</b>, step {line["step"]}: <span class={tone}>'
       f"{verdict:g} ({html.escape(str(line['reason'])[:200])})</span></p>"

@@ -60,15 +60,15 @@ class Scores:
   """What a model says of given tokens."""
 
   logprobs_BT: jax.Array  # fp32; 0 on padding and on the first token of a document.
-  entropy_BT: jax.Array  # fp32, nats; of the distribution that token t was drawn from.
+  entropy_BT: jax.Array  # fp32, nats; of the distribution that logprobs_BT[b, t] is of.
   routing: Routing | None = None  # None where nothing is routed.
   distance_BT: jax.Array | None = None  # fp32, nats; from a teacher, only where it is asked for.
 
 
 # What the policy predicts tokens from and with (x_BTD, head_DV), and which are wanted -> distance_BT.
 DistanceFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn or None[, (Prefix, length_Q)]]) -> Scores;
-# tokens not wanted get 0.
+# (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn or None[, (Prefix, length_Q)]], *,
+# temperature=1.0) -> Scores of softmax(logits / temperature); tokens not wanted get 0.
 ScoreFn = Callable[..., Scores]
 # (params, Prompts) -> (Prefix, Routing or None)
 TakeInFn = Callable[[Params, Prompts], tuple[Prefix, Routing | None]]
@@ -81,9 +81,10 @@ class Rollout:
   tokens_QGT: jax.Array  # int32; prompt, completion, tool responses, then padding.
   segment_ids_QGT: jax.Array  # int32; 1 on tokens, 0 on padding.
   loss_mask_QGT: jax.Array  # bool; true on the tokens that the policy chose.
-  behaviour_logprobs_QGT: jax.Array  # fp32; under the policy that sampled, as it sampled.
+  behaviour_logprobs_QGT: jax.Array  # fp32; under the policy that sampled, of softmax(logits / temperature).
   rewards_QG: jax.Array  # fp32
   valid_QG: jax.Array  # bool; false where there is no verdict, or the sample is filtered out.
+  drawn_logprobs_QGT: jax.Array | None = None  # fp32; of the nucleus that was drawn from, where top_p < 1.
   teacher_logprobs_QGT: jax.Array | None = None  # fp32; only when an advantage reads them.
   reference_logprobs_QGT: jax.Array | None = None  # fp32; only when a stage pays a KL.
   # Only when a stage pays its distance from teachers: what they predict each token from, and whose

@@ -77,14 +77,15 @@ def test_a_program_is_a_line_and_one_that_does_not_fit_is_said_with_what_to_chan
   assert line["peak_gib"] >= line["temp_gib"] > 0
 
 
-def test_a_step_behind_shared_prompts_takes_their_tokens_once(slice_of_cpus, monkeypatch):
+@pytest.mark.parametrize("top_p, correction", [(1.0, "none"), (0.95, "icepop")])
+def test_a_step_behind_shared_prompts_takes_their_tokens_once(slice_of_cpus, monkeypatch, top_p, correction):
   def traced(trace):
     assert trace().jaxpr.eqns
     return {"peak_gib": 1.0, "argument_gib": 1.0, "temp_gib": 0.0}
 
   monkeypatch.setattr(compile_lib, "measure", traced)
   c = rl.get_config("smoke")
-  c.mesh, c.updates = dict(data=8, expert=1), 2
+  c.mesh, c.updates, c.rollout.top_p, c.correction = dict(data=8, expert=1), 2, top_p, correction
   c.rollout.update(prompts=8, completions=4, prompt_tokens=32, total_tokens=80)
   c.packing.update(rows=32, row_tokens=48, pieces=2, shared_prompts=True)
   lines = {line["program"]: line for line in compile_lib.run(c, "v5e:2x4")}

@@ -51,30 +51,54 @@ def test_constant_length_divides_every_sequence_by_the_most_there_can_be():
 
 
 ROW_MEAN = lambda x_BT: jnp.broadcast_to(jnp.mean(x_BT, axis=1, keepdims=True), x_BT.shape)  # noqa: E731
-RATIO_1T = jnp.array([[0.0, 0.49, 0.5, 1.0, 2.0, 2.01, 1e9]])
+RATIO_1T = np.array([[1e-30, 0.49, 0.5, 1.0, 2.0, 2.01, 1e9]])
+
+
+def corrected(correction, ratio_BT, drawn_BT=None, **options):
+  """The weights of ratios to the sampler's distribution, and to what it drew from where that is another."""
+  gap_BT, drawn_gap_BT = (jnp.log(jnp.asarray(r, jnp.float32)) for r in (ratio_BT, ratio_BT if drawn_BT is None else drawn_BT))
+  return correction(gap_BT, drawn_gap_BT, ROW_MEAN, **options)
 
 
 def test_icepop_is_a_mask_and_not_a_clamp():
   expected = [[0.0, 0.0, 0.5, 1.0, 2.0, 0.0, 0.0]]
-  np.testing.assert_array_equal(loss.icepop(RATIO_1T, ROW_MEAN), jnp.array(expected))
-  np.testing.assert_array_equal(loss.icepop(RATIO_1T, ROW_MEAN, low=0.9, high=1.1)[0, 2:5], [0, 1, 0])
+  np.testing.assert_allclose(corrected(loss.icepop, RATIO_1T), expected, rtol=1e-6)
+  np.testing.assert_array_equal(corrected(loss.icepop, RATIO_1T, low=0.9, high=1.1)[0, 2:5], [0, 1, 0])
 
 
 def test_tis_is_a_clamp_and_not_a_mask():
-  got_1T = loss.tis(RATIO_1T, ROW_MEAN, low=0.2, high=2.0)
-  np.testing.assert_allclose(got_1T, [[0.2, 0.49, 0.5, 1, 2, 2, 2]])
+  got_1T = corrected(loss.tis, RATIO_1T, low=0.2, high=2.0)
+  np.testing.assert_allclose(got_1T, [[0.2, 0.49, 0.5, 1, 2, 2, 2]], rtol=1e-6)
 
 
 def test_sequence_mask_keeps_or_drops_a_completion_by_its_geometric_mean():
   # Geometric means: 1, 1.1, and one that is not a number of this world.
-  ratio_BT = jnp.array([[0.5, 2.0], [1.1, 1.1], [1.0, jnp.inf]])
+  ratio_BT = [[0.5, 2.0], [1.1, 1.1], [1.0, jnp.inf]]
   expected = [[0.5, 2.0], [0, 0], [0, 0]]
-  np.testing.assert_allclose(loss.sequence_mask(ratio_BT, ROW_MEAN), expected)
-  np.testing.assert_allclose(loss.sequence_mask(ratio_BT, ROW_MEAN, high=1.2)[1], [1.1, 1.1])
+  np.testing.assert_allclose(corrected(loss.sequence_mask, ratio_BT), expected, rtol=1e-6)
+  np.testing.assert_allclose(corrected(loss.sequence_mask, ratio_BT, high=1.2)[1], [1.1, 1.1], rtol=1e-6)
+
+
+def test_a_nucleus_weighs_what_is_kept_and_does_not_decide_what_is():
+  # A tenth of the probability was cut off: mu is pi / 0.9. The trainer itself is the sampler to a thousandth.
+  ratio_BT, drawn_BT = np.array([[1.0, 1.001], [3.0, 3.0]]), np.array([[0.9, 0.9009], [2.7, 2.7]])
+  of = lambda correction, **how: corrected(correction, ratio_BT, drawn_BT, **how)  # noqa: E731
+  np.testing.assert_allclose(of(loss.icepop, low=0.95, high=2.9), [[0.9, 0.9009], [0, 0]], rtol=1e-6)
+  np.testing.assert_allclose(of(loss.sequence_mask), [[0.9, 0.9009], [0, 0]], rtol=1e-6)
+  np.testing.assert_allclose(of(loss.tis), [[0.9, 0.9009], [2, 2]], rtol=1e-6)
+
+
+def test_a_correction_makes_an_average_over_the_nucleus_that_of_the_whole_distribution_there():
+  """The sum over the nucleus of mu c f is that of pi f, which without a correction is 1 / 0.8 of it."""
+  pi_V, kept_V = np.array([0.5, 0.3, 0.15, 0.05]), np.array([True, True, False, False])
+  mu_V, f_V = np.where(kept_V, pi_V / 0.8, 0.0), np.array([3.0, -1.0, 2.0, 5.0])
+  for correction in (loss.tis, loss.icepop, loss.sequence_mask):
+    c_V = corrected(correction, np.ones((1, 2)), np.full((1, 2), 0.8))[0]
+    np.testing.assert_allclose(np.sum(mu_V[:2] * c_V * f_V[:2]), np.sum((pi_V * f_V)[kept_V]), rtol=1e-6)
 
 
 def test_no_correction_weighs_all_ratios_alike():
-  np.testing.assert_array_equal(loss.no_correction(jnp.array([[0.1, 1.0, 9.0]]), ROW_MEAN), [[1, 1, 1]])
+  np.testing.assert_array_equal(corrected(loss.no_correction, [[0.1, 1.0, 9.0]]), [[1, 1, 1]])
 
 
 def gain_and_slope(form, ratio_T, a_T, **options):

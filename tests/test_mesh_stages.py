@@ -17,6 +17,7 @@ from experiments.stage import start
 from experiments.teaching import score_rows
 from nemocascade.errors import UserError
 from nemocascade.rollout.episode import Samples
+from nemocascade.teachers import TOLERANCES, check_probe, take_probe
 from nemocascade.types import Batch, Prompts
 
 GRIDS = [(2, 4), (8, 1), (1, 8)]
@@ -164,6 +165,26 @@ def test_an_rl_step_in_bf16_is_nearly_that_of_one_device(root):
   assert one @ several / np.linalg.norm(one) / np.linalg.norm(several) > 0.995
 
 
+def test_a_probe_holds_on_another_mesh_in_bf16_and_finds_other_weights():
+  def made(data, expert):
+    c = config(data, expert)
+    c.model.update(dtype="bfloat16", hybrid_override_pattern="M*EM*E")
+    a = Assembly(c, Path("."), NoText())
+    put = lambda seed: jax.device_put(a.fresh_params(jax.random.key(seed)), jax.tree.map(lambda p: p.sharding, a.template))
+    return a.score, put
+
+  tokens_BT = np.random.default_rng(2).integers(0, V, (4, 16))
+  (score, put), (score_there, put_there) = made(1, 1), made(2, 4)
+  probe, how = take_probe(score, put(1), tokens_BT), dict(vocab_size=V, name="of 'math'", dtype="bfloat16")
+  there = take_probe(score_there, put_there(1), tokens_BT)
+  # The case is one where it matters: a tolerance of fp32 would refuse it.
+  assert np.abs(np.subtract(there.logprobs, probe.logprobs)).mean() > TOLERANCES["float32"]
+  check_probe(score_there, put_there(1), probe, **how)
+  for changed in (put_there(2), jax.tree.map(lambda x: 1.1 * x, put_there(1))):
+    with pytest.raises(UserError, match="at most 0.2 in bfloat16"):
+      check_probe(score_there, changed, probe, **how)
+
+
 def test_parameters_and_moments_are_cut_over_all_devices(root):
   a = assembly(2, 4)
   _, state, _ = sft.program(a.c, a)
@@ -178,8 +199,8 @@ def said_and_sampled(data, expert):
   a = assembly(data, expert)
   params = jax.device_put(a.fresh_params(jax.random.key(1)), jax.tree.map(lambda p: p.sharding, a.template))
   x = {name: row.reshape(4, 4, T) for name, row in arrays().items()}
-  samples = Samples([], [], x["tokens"], x["segment_ids"], x["mask"], x["behaviour"], [])
-  scored = score_rows(a, params, samples, [0, 2])
+  samples = Samples([], [], x["tokens"], x["segment_ids"], x["mask"], x["behaviour"], np.full((4, 4), T), [])
+  scored = score_rows(a, params, samples, [0, 2], np.float32(0.7))
   engine = a.engine(6, 16)
   d = engine.start(params, [[3, 4, 5], [6] * 6, [7], [8, 9]], 2)
   d = engine.decode(params, d, jax.random.key(2), 1.0, 1.0)

@@ -26,7 +26,7 @@ HEADS_ZDV = jax.random.normal(jax.random.key(5), (2, 3, V))  # Of two teachers.
 TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
 
 
-def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None):
+def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None, temperature=1.0):
   """A bigram model over rows of documents: the table is its head, the token before its state."""
   starts_BT = segment_starts(segment_ids_BT)
   x_BTD = jnp.pad(jax.nn.one_hot(tokens_BT[:, :-1], V), ((0, 0), (1, 0), (0, 0)))
@@ -36,7 +36,7 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, afte
     first = lambda a_QV: jnp.repeat(a_QV, tokens_BT.shape[0] // length_Q.shape[0], axis=0)  # noqa: E731
     starts_BT = starts_BT.at[:, 0].set(False)
     x_BTD, logits_BTV = x_BTD.at[:, 0].set(first(*prefix.units)), logits_BTV.at[:, 0].set(first(prefix.last_QD))
-  logprobs_BTV = jax.nn.log_softmax(logits_BTV)
+  logprobs_BTV = jax.nn.log_softmax(logits_BTV / temperature)
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[..., None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
   only = lambda a_BT: jnp.where((segment_ids_BT > 0) & ~starts_BT, a_BT, 0.0)  # noqa: E731

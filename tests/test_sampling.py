@@ -13,10 +13,15 @@ draw = jax.jit(sample)
 
 
 def draws(temperature, top_p, logits_V=LOGITS_V, rows=N):
+  """Tokens, and the log-probability that each was drawn with."""
+  tokens_B, _, drawn_B = both(temperature, top_p, logits_V, rows)
+  return tokens_B, drawn_B
+
+
+def both(temperature, top_p, logits_V=LOGITS_V, rows=N):
   key_B = row_keys(jax.random.key(0), jnp.arange(rows), jnp.zeros(rows, jnp.int32))
   logits_BV = jnp.tile(logits_V[None], (rows, 1))
-  tokens_B, logprobs_B = draw(key_B, logits_BV, temperature=temperature, top_p=top_p)
-  return np.asarray(tokens_B), np.asarray(logprobs_B)
+  return [np.asarray(a) for a in draw(key_B, logits_BV, temperature=temperature, top_p=top_p)]
 
 
 def softmax(logits_V, temperature=1.0):
@@ -56,6 +61,14 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_renormalised(top_p):
   np.testing.assert_allclose(logprobs_B, np.log(prob_V[tokens_B]), atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.0, 0.8), (0.6, 0.95), (1.7, 0.5)])
+def test_beside_the_nucleus_the_whole_tempered_distribution_is_told(temperature, top_p):
+  tokens_B, logprobs_B, drawn_B = both(temperature, top_p, rows=500)
+  prob_V = softmax(LOGITS_V, temperature)
+  np.testing.assert_allclose(logprobs_B, np.log(prob_V[tokens_B]), atol=1e-5)
+  np.testing.assert_allclose(drawn_B, np.log(nucleus(prob_V, top_p)[tokens_B]), atol=1e-5)
+
+
 def test_of_equally_likely_tokens_the_nucleus_keeps_only_as_many_as_it_needs():
   tokens_B, logprobs_B = draws(1.0, 0.5, jnp.zeros(8))
   assert set(tokens_B.tolist()) == {0, 1, 2, 3}
@@ -84,6 +97,7 @@ def test_a_sample_depends_on_its_row_and_place_and_not_on_its_neighbours():
   )
   np.testing.assert_array_equal(apart[0], together[0][order])
   np.testing.assert_allclose(apart[1], together[1][order], rtol=1e-6)
+  np.testing.assert_array_equal(together[1], together[2])  # Nothing is cut off at top_p = 1.
 
 
 def test_rows_and_places_have_keys_of_their_own():

@@ -44,6 +44,7 @@ def samples(contents_QG, *, names=None, finished=True):
     segment_ids_QGT=np.ones_like(tokens_QGT),
     loss_mask_QGT=np.broadcast_to(np.arange(T) >= 1, tokens_QGT.shape),
     behaviour_logprobs_QGT=np.zeros(tokens_QGT.shape, np.float32),
+    limit_QG=np.full((Q, G), T, np.int32),
     completions=completions,
   )
 
@@ -120,6 +121,7 @@ def test_the_soft_penalty_grows_with_every_token_of_the_last_few():
     s,
     tokens_QGT=np.zeros((1, 5, 10), np.int32),
     segment_ids_QGT=(np.arange(10) < lengths_G[:, None])[None].astype(np.int32),
+    limit_QG=np.full((1, 5), 10, np.int32),
   )
   rollout, _ = score.to_rollout(s, verdicts, overlong=functools.partial(score.soft, tokens=4))
   np.testing.assert_allclose(rollout.rewards_QG, [[1, 1, 0.5, -1, 0]])

@@ -24,7 +24,11 @@ STAGES = dict(
   ),
   # Table 9 filters here too, and the text does not.
   long_context_rl=dict(mixture=dict(long_context=1.0), steps=30, overlong="filter", prompt_tokens=32_768),
-  code_rl=dict(mixture=dict(code=1.0), steps=22, overlong="filter", total_tokens=118_784, top_p=0.95),
+  # Samples of a nucleus need a correction: each weighs by its probability under the whole distribution over
+  # the one it was drawn with. Which one the report used is not told; MOPD's.
+  code_rl=dict(
+    mixture=dict(code=1.0), steps=22, overlong="filter", total_tokens=118_784, top_p=0.95, correction="icepop",
+  ),
   # Loss is masked for prompts without a reward above 0.5, which dynamic filtering does here.
   swe_rl=dict(mixture=dict(swe=1.0), steps=45, total_tokens=98_304, prompt_tokens=32_768),
   # 200 turns; steps are not told: one pass over the 3,612 tasks of the card.

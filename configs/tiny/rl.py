@@ -15,8 +15,8 @@ def fields() -> ConfigDict:
     completions=8,  # a prompt.
     prompt_tokens=48,
     total_tokens=80,  # Prompt, completion and tool responses.
-    temperature=1.0,
-    top_p=1.0,
+    temperature=1.0,  # Above 0; of sampler, trainer, teachers and reference alike.
+    top_p=1.0,  # Below 1 only with a correction.
   )
   c.packing = dict(  # Completions are packed for the step; one shape for all stages, one compilation.
     rows=128,

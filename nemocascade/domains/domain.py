@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,30 @@ class Completion:
     return "".join(parts)
 
 
+NOT_FINITE = "the reward is not a finite number"
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """A reward and its reason. `masked`: nothing could be said, so the sample is not trained on."""
+  """A reward and its reason. `masked`: nothing could be said, so the sample is not trained on.
+
+  A reward that is not finite says nothing: it becomes 0, masked, for the reason NOT_FINITE. Statistics of a
+  group or a batch can then never meet one.
+  """
 
   reward: float
   reason: str
   masked: bool = False
+
+  def __post_init__(self):
+    if not math.isfinite(self.reward):
+      for name, value in (("reward", 0.0), ("reason", NOT_FINITE), ("masked", True)):
+        object.__setattr__(self, name, value)
+
+  @property
+  def success(self) -> bool:
+    """All of the reward that there is: what pass@k counts. A part of it is no success."""
+    return not self.masked and self.reward >= 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,7 @@ class BradleyTerryJudge:
 
   With p = sigmoid(reward_1 - reward_2), the model's probability that the first is preferred, the
   scores are 1 + 4p and 5 - 4p and the ranking is 6 - 5p: equal rewards give 3, 3 and 3.5.
+  The matches of an answer whose reward is not finite have scores of NaN.
   `reward_fn(prompts, answers) -> rewards` is called once for a whole list of matches, with every
   (prompt, answer) once, however many matches it plays.
   """
@@ -83,9 +84,7 @@ class BradleyTerryJudge:
     rewards = np.asarray(self._reward_fn(list(prompts), list(answers)), np.float64)
     if rewards.shape != (len(answers),):
       raise ValueError(f"{len(answers)} answers got rewards of shape {rewards.shape}")
-    if not np.isfinite(rewards).all():
-      raise ValueError(f"the reward model gave {rewards[~np.isfinite(rewards)][0]} for an answer")
-    return rewards
+    return np.where(np.isfinite(rewards), rewards, np.nan)
 
   def compare(self, prompt: Prompt, first: str, second: str) -> Comparison:
     return self.compare_many([Match(prompt, first, second)])[0]
@@ -235,15 +234,20 @@ def answer_of(completion: Completion) -> str | None:
 def base_scores(
   seats: Sequence[tuple[int, int]], comparisons: Sequence[Comparison], G: int
 ) -> np.ndarray:
-  """The mean of an answer's scores over its matches; a tie in scores is moved by the ranking."""
+  """The mean of an answer's scores over its matches; a tie in scores is moved by the ranking.
+
+  A match whose scores are not finite counts for neither side; an answer without another match gets NaN.
+  """
   total_G, count_G = np.zeros(G), np.zeros(G)
   for (i, j), (score_1, score_2, ranking) in zip(seats, comparisons, strict=True):
+    if not np.isfinite((score_1, score_2, ranking)).all():
+      continue
     edge = EVEN_RANKING - ranking if score_1 == score_2 else 0.0
     total_G[i] += score_1 + edge
     total_G[j] += score_2 - edge
     count_G[i] += 1
     count_G[j] += 1
-  return total_G / count_G
+  return np.divide(total_G, count_G, out=np.full(G, np.nan), where=count_G > 0)
 
 
 def length_weights(tokens_G: Sequence[int]) -> np.ndarray:
@@ -265,8 +269,9 @@ def concise(
   of one length stand or fall together, so that their order in the group makes no difference.
   """
   best = max(1, math.floor(len(base_G) * (1.0 - quantile) + 1e-9))
-  threshold = np.sort(base_G)[::-1][best - 1]
-  runs_G = present_G & (tokens_G > 0)
+  judged_G = np.isfinite(base_G)
+  threshold = np.sort(np.where(judged_G, base_G, -np.inf))[::-1][best - 1]
+  runs_G = present_G & judged_G & (tokens_G > 0)
   if not runs_G.any():
     return np.zeros_like(present_G)
   return runs_G & (tokens_G == tokens_G[runs_G].min()) & (base_G >= threshold)
@@ -290,7 +295,8 @@ def batch_rewards(
   reward = base score + lambda_think w_think + lambda_answer w_answer + bonuses, where w are the
   centred length weights, and the shortest thoughts and the shortest answer earn a bonus each if
   their base score is in the group's top. A completion without an answer loses every match
-  unjudged, and passes for the longest of its group: brevity is no merit in silence.
+  unjudged, and passes for the longest of its group: brevity is no merit in silence. One of whose
+  matches no score is finite gets NaN, which masks it.
   """
   if pairs not in PAIRINGS:
     raise errors.unknown("pairing", pairs, PAIRINGS)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nemocascade.domains import domain
-from nemocascade.domains.judge import Judge, Match, Prompt, answer_of, first_wins
+from nemocascade.domains.judge import Comparison, Judge, Match, Prompt, answer_of, first_wins
 
 STYLE = domain.Style("ponder", "dash")
 
@@ -160,12 +160,15 @@ class Preference(domain.Domain):
         )
         return [verdict or failed for verdict in verdicts]
       verdicts = [
-        _verdict(first_wins(next(compared))) if verdict is None else verdict for verdict in verdicts
+        _verdict(next(compared)) if verdict is None else verdict for verdict in verdicts
       ]
     return verdicts
 
 
-def _verdict(won: bool) -> domain.Verdict:
+def _verdict(comparison: Comparison) -> domain.Verdict:
+  if not np.isfinite(comparison).all():
+    return domain.Verdict(float("nan"), domain.NOT_FINITE)
+  won = first_wins(comparison)
   return domain.Verdict(float(won), "preferred to the reference" if won else "not preferred")
 
 

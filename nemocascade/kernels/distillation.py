@@ -2,7 +2,8 @@
 
 A teacher sends what its distribution can be made from again: the states that it predicts tokens
 from (D numbers a token, and its head once), or its K likeliest tokens with their log-probabilities.
-No gradient goes to it.
+No gradient goes to it. Both distributions are softmax(logits / temperature), the one that completions are
+sampled from.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def forward_kl_ref(policy_NO, teacher_NO):
 
 
 def kl_to_states(
-  kl: KL, x_BTD, head_DV, wanted_BT, states_BTC, teacher_BT, heads_ZCV, *, chunk=2048
+  kl: KL, x_BTD, head_DV, wanted_BT, states_BTC, teacher_BT, heads_ZCV, temperature=1.0, *, chunk=2048
 ):
   """kl_BT over the whole vocabulary where wanted, 0 elsewhere; `chunk` tokens at a time.
 
@@ -42,6 +43,7 @@ def kl_to_states(
     x_BTD: what the policy predicts token t from; its logits are x @ head.
     states_BTC, heads_ZCV: the teachers' same; C is their width, Z how many there are.
     teacher_BT: int32, whose states they are.
+    temperature: scalar above 0, of policy and teachers.
   """
   states_BTC, heads_ZCV = jax.lax.stop_gradient((states_BTC, heads_ZCV))
 
@@ -49,7 +51,7 @@ def kl_to_states(
   @jax.checkpoint
   def of_teacher(z, head_CV):
     def part(x_ND, states_NC):
-      return (kl(_logprobs(x_ND, head_DV), _logprobs(states_NC, head_CV)),)
+      return (kl(_logprobs(x_ND, head_DV, temperature), _logprobs(states_NC, head_CV, temperature)),)
 
     return over_wanted(part, (x_BTD, states_BTC), wanted_BT & (teacher_BT == z), chunk=chunk)[0]
 
@@ -60,12 +62,16 @@ def kl_to_states(
   return jax.lax.scan(add, zero_BT, (jnp.arange(len(heads_ZCV)), heads_ZCV))[0]
 
 
-def kl_to_top(kl: KL, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, *, chunk=2048):
+def kl_to_top(
+  kl: KL, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, temperature=1.0, *, chunk=2048
+):
   """kl_BT over K tokens and, as one outcome more, all others; where wanted, 0 elsewhere.
 
   Args:
     kl: of log-probabilities, [N, K + 1] each.
-    tokens_BTK: the teacher's likeliest, all different; logprobs_BTK: of its whole distribution.
+    tokens_BTK: the teacher's likeliest, all different.
+    logprobs_BTK: of its whole distribution, at the same temperature.
+    temperature: scalar above 0, of the policy.
 
   At most the KL over the vocabulary, and equal to it where K = V. Without the last outcome a policy
   could lower the reverse KL by leaving all of the K alone.
@@ -73,24 +79,24 @@ def kl_to_top(kl: KL, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, *, ch
   logprobs_BTK = jax.lax.stop_gradient(logprobs_BTK)
 
   def part(x_ND, tokens_NK, logprobs_NK):
-    own_NK = jnp.take_along_axis(_logprobs(x_ND, head_DV), tokens_NK, axis=-1)
+    own_NK = jnp.take_along_axis(_logprobs(x_ND, head_DV, temperature), tokens_NK, axis=-1)
     return (kl(_with_rest(own_NK), _with_rest(logprobs_NK)),)
 
   return over_wanted(part, (x_BTD, tokens_BTK, logprobs_BTK), wanted_BT, chunk=chunk)[0]
 
 
-def top_logprobs(x_BTD, head_DV, wanted_BT, *, k, chunk=2048):
+def top_logprobs(x_BTD, head_DV, wanted_BT, temperature=1.0, *, k, chunk=2048):
   """(tokens_BTK, logprobs_BTK) of the k likeliest, the likeliest first; 0 where not wanted."""
 
   def part(x_ND):
-    logprobs_NK, tokens_NK = jax.lax.top_k(_logprobs(x_ND, head_DV), k)
+    logprobs_NK, tokens_NK = jax.lax.top_k(_logprobs(x_ND, head_DV, temperature), k)
     return tokens_NK, logprobs_NK
 
   return over_wanted(part, (x_BTD,), wanted_BT, chunk=chunk)
 
 
-def _logprobs(x_ND, head_DV):
-  return jax.nn.log_softmax(product(x_ND, head_DV, 1, jnp.float32), axis=-1)
+def _logprobs(x_ND, head_DV, temperature):
+  return jax.nn.log_softmax(product(x_ND, head_DV, 1, jnp.float32) / temperature, axis=-1)
 
 
 def _with_rest(logprobs_NK):

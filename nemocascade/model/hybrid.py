@@ -225,12 +225,14 @@ class Hybrid(nn.Module):
     return constrain_rows(h_BTD, self.mesh), _all_blocks(routings)
 
   def score(
-    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None, after=None
-  ) -> Scores:
-    """log p(token t | the document before t), without a [B, T, V] array.
+    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None, after=None,
+    temperature=1.0,
+  ) -> Scores:  # fmt: skip
+    """log p(token t | the document before t) with p = softmax(logits / temperature), without a [B, T, V] array.
 
     `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
     `after`: (Prefix, length_Q) of the prompts that the rows' first documents go on from.
+    `temperature`: scalar above 0, traced or not; of log-probabilities and entropy. `distance` has its own.
     """
     if after is None:
       x_BTD, routing = self.states(tokens_BT, segment_ids_BT)
@@ -238,16 +240,16 @@ class Hybrid(nn.Module):
       x_BTD, routing = self.states_after(*after, tokens_BT, segment_ids_BT)
     scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=after is not None)
     # Each device has the whole head for its own rows: its gradient is then summed once.
-    logprob = on_own_rows(token_logprob, self.mesh, shared=[1])
-    logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT)
+    logprob = on_own_rows(token_logprob, self.mesh, shared=[1, 4])
+    logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT, jnp.float32(temperature))
     distance_BT = distance(x_BTD, self.head(), scored_BT) if distance else None
     return Scores(logprob_BT, entropy_BT, routing, distance_BT)
 
-  def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int):
+  def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int, temperature=1.0):
     """(tokens_BTK, logprobs_BTK) of the k tokens that are likeliest to stand at t; 0 where not wanted."""
     x_BTD, _ = self.states(tokens_BT, segment_ids_BT)
-    top = on_own_rows(functools.partial(top_logprobs, k=k), self.mesh, shared=[1])
-    return top(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT))
+    top = on_own_rows(functools.partial(top_logprobs, k=k), self.mesh, shared=[1, 3])
+    return top(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT), jnp.float32(temperature))
 
   def _next(self, x_BD):
     """fp32 logits_BV of the token after."""

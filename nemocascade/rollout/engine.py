@@ -22,12 +22,13 @@ class Decoding:
   logits_BV: jax.Array  # fp32; of the token after the last one taken in.
   tokens_BT: jax.Array  # int32
   sampled_BT: jax.Array  # bool; chosen by the policy.
-  behaviour_logprobs_BT: jax.Array  # fp32; 0 on given tokens.
+  behaviour_logprobs_BT: jax.Array  # fp32; of softmax(logits / temperature), 0 on given tokens.
   known_B: jax.Array  # int32
   taken_B: jax.Array  # int32
   limit_B: jax.Array  # int32; tokens that may be known at most.
   done_B: jax.Array  # bool
   row_id_B: jax.Array  # int32; names the row's random numbers.
+  drawn_logprobs_BT: jax.Array | None = None  # fp32; of the nucleus drawn from, only if asked for at the start.
 
 
 class Engine:
@@ -57,19 +58,21 @@ class Engine:
       raise UserError(f"{prompt_tokens=} must be positive and less than {total_tokens=}")
     self.P, self.T, self.stop_ids = prompt_tokens, total_tokens, tuple(stop_ids)
     self.start_fn = jax.jit(
-      functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=3
+      functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=(3, 4)
     )
     self.decode_fn = jax.jit(
       functools.partial(_decode, step_fn, place_fn, self.stop_ids), donate_argnums=1
     )
 
   def start(
-    self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None
-  ) -> Decoding:
+    self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None,
+    drawn: bool = False,
+  ) -> Decoding:  # fmt: skip
     """Takes in each prompt once, for G rows of it.
 
     Args:
       width: what prompts are padded to where that is less than P; each width compiles once.
+      drawn: record drawn_logprobs_BT too, which differ from behaviour_logprobs_BT where top_p < 1.
 
     Raises:
       UserError: a prompt is empty or too long.
@@ -83,7 +86,7 @@ class Engine:
         )
       tokens_QP[q, : len(prompt)] = prompt
     length_Q = np.array([len(prompt) for prompt in prompts], np.int32)
-    return self.start_fn(params, tokens_QP, length_Q, G)
+    return self.start_fn(params, tokens_QP, length_Q, G, drawn)
 
   def decode(self, params: Params, d: Decoding, key: jax.Array, temperature: float, top_p: float):
     """Every row goes on until it stops or meets its limit. `d` is used up."""
@@ -106,7 +109,9 @@ class Engine:
     return d.replace(tokens_BT=as_(tokens_BT), known_B=as_(known_B), done_B=as_(done_B))
 
 
-def _start(prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q, G: int) -> Decoding:
+def _start(
+  prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q, G: int, drawn: bool
+) -> Decoding:
   logits_QV, state = prefill_fn(params, tokens_QP, length_Q, T)
   B = tokens_QP.shape[0] * G
   repeat = lambda a: jnp.repeat(a, G, axis=0)  # noqa: E731
@@ -123,6 +128,7 @@ def _start(prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q,
     limit_B=jnp.full((B,), T, jnp.int32),
     done_B=jnp.zeros((B,), bool),
     row_id_B=jnp.arange(B, dtype=jnp.int32),
+    drawn_logprobs_BT=jnp.zeros((B, T), jnp.float32) if drawn else None,
   )
   return place_fn(d, B)
 
@@ -136,12 +142,12 @@ def _decode(step_fn, place_fn, stop_ids, params, d: Decoding, key, temperature, 
     place_B = d.taken_B
     new_B = ~d.done_B & (place_B == d.known_B)
     key_B = row_keys(key, d.row_id_B, place_B)
-    drawn_B, logprobs_B = sample(key_B, d.logits_BV, temperature=temperature, top_p=top_p)
+    token_B, logprobs_B, drawn_B = sample(key_B, d.logits_BV, temperature=temperature, top_p=top_p)
 
     def put(a_BT, value_B):  # Where a token was sampled; out of range is dropped.
       return put_row(a_BT, jnp.where(new_B, place_B, a_BT.shape[1]), value_B)
 
-    tokens_BT = put(d.tokens_BT, drawn_B)
+    tokens_BT = put(d.tokens_BT, token_B)
     known_B = d.known_B + new_B.astype(jnp.int32)
     here_B = jnp.take_along_axis(
       tokens_BT, jnp.minimum(place_B, tokens_BT.shape[1] - 1)[:, None], axis=1
@@ -159,6 +165,7 @@ def _decode(step_fn, place_fn, stop_ids, params, d: Decoding, key, temperature, 
       known_B=known_B,
       taken_B=d.taken_B + active_B.astype(jnp.int32),
       done_B=d.done_B | stop_B | (new_B & (known_B >= d.limit_B)),
+      drawn_logprobs_BT=None if d.drawn_logprobs_BT is None else put(d.drawn_logprobs_BT, drawn_B),
     )
     return place_fn(d, B)
 

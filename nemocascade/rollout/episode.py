@@ -21,13 +21,20 @@ class Samples:
   tokens_QGT: np.ndarray
   segment_ids_QGT: np.ndarray
   loss_mask_QGT: np.ndarray  # bool; sampled by the policy.
-  behaviour_logprobs_QGT: np.ndarray
+  behaviour_logprobs_QGT: np.ndarray  # fp32; of softmax(logits / temperature).
+  limit_QG: np.ndarray  # int32; tokens, prompt included, at which the sampler ends a completion.
   completions: list[list[Completion]]  # [Q][G]
+  drawn_logprobs_QGT: np.ndarray | None = None  # fp32; of the nucleus drawn from; None at top_p = 1.
 
   def take(self, q: Iterable[int]) -> "Samples":
     """The prompts of these numbers."""
     q = list(q)
-    pick = lambda value: value[q] if isinstance(value, np.ndarray) else [value[i] for i in q]  # noqa: E731
+
+    def pick(value):
+      if value is None:
+        return None
+      return value[q] if isinstance(value, np.ndarray) else [value[i] for i in q]
+
     return Samples(**{f.name: pick(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
   @classmethod
@@ -36,6 +43,8 @@ class Samples:
 
     def join(name):
       values = [getattr(part, name) for part in parts]
+      if values[0] is None:
+        return None
       return np.concatenate(values) if isinstance(values[0], np.ndarray) else sum(values, [])
 
     return cls(**{f.name: join(f.name) for f in dataclasses.fields(cls)})
@@ -78,7 +87,7 @@ def collect(
     )[0]
     for row, think in zip(rows, thinks, strict=True)
   ]  # fmt: skip
-  d = engine.start(params, prompts, G)
+  d = engine.start(params, prompts, G, drawn=top_p < 1)
   if completion_tokens is not None:
     d = d.replace(limit_B=np.minimum(d.limit_B, np.asarray(d.known_B) + np.int32(completion_tokens)))
   B = len(rows) * G
@@ -119,6 +128,8 @@ def collect(
     segment_ids_QGT=real_BT.astype(np.int32).reshape(shape),
     loss_mask_QGT=np.asarray(d.sampled_BT).reshape(shape),
     behaviour_logprobs_QGT=np.asarray(d.behaviour_logprobs_BT).reshape(shape),
+    limit_QG=np.asarray(d.limit_B).reshape(shape[:2]),
+    drawn_logprobs_QGT=None if d.drawn_logprobs_BT is None else np.asarray(d.drawn_logprobs_BT).reshape(shape),
     completions=[
       [Completion(tuple(turns[q * G + g]), worlds[q * G + g]) for g in range(G)]
       for q in range(len(rows))

@@ -1,4 +1,4 @@
-"""One token a row from its logits, and the log-probability with which it was drawn."""
+"""One token a row from its logits, and its log-probabilities before and after top_p cut the distribution."""
 
 import math
 
@@ -15,22 +15,28 @@ def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.
 
 
 def sample(key_B, logits_BV, *, temperature, top_p):
-  """(tokens_B int32, logprobs_B fp32).
+  """(tokens_B int32, logprobs_B fp32, drawn_B fp32).
+
+  `logprobs_B` is of softmax(logits / temperature), which a trainer can score again. `drawn_B` is of the
+  distribution that the token was drawn from: the nucleus of the former, renormalised; they are equal at
+  top_p = 1.
 
   Args:
     key_B: a key a row.
     logits_BV: fp32.
-    temperature: scalar, traced; 0 takes the likeliest token, whose log-probability is then that
+    temperature: scalar, traced; 0 takes the likeliest token, whose log-probabilities are then those
       at temperature 1.
-    top_p: scalar, traced; the log-probability is that of the renormalised nucleus.
+    top_p: scalar, traced.
   """
   greedy_B = jnp.argmax(logits_BV, axis=-1)
   is_greedy = temperature <= 0
   scaled_BV = logits_BV / jnp.where(is_greedy, 1.0, temperature)
-  logprobs_BV = _nucleus(jax.nn.log_softmax(scaled_BV, axis=-1), jnp.where(is_greedy, 1.0, top_p))
-  drawn_B = _draw(key_B, jnp.exp(logprobs_BV))
+  logprobs_BV = jax.nn.log_softmax(scaled_BV, axis=-1)
+  nucleus_BV = _nucleus(logprobs_BV, jnp.where(is_greedy, 1.0, top_p))
+  drawn_B = _draw(key_B, jnp.exp(nucleus_BV))
   tokens_B = jnp.where(is_greedy, greedy_B, drawn_B).astype(jnp.int32)
-  return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
+  of_tokens = lambda a_BV: jnp.take_along_axis(a_BV, tokens_B[:, None], axis=-1)[:, 0]  # noqa: E731
+  return tokens_B, of_tokens(logprobs_BV), of_tokens(nucleus_BV)
 
 
 def _draw(key_B, prob_BV):

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from nemocascade.domains.domain import Domain, Verdict
+from nemocascade.domains.domain import NOT_FINITE, Domain, Verdict
 from nemocascade.rollout.episode import Samples
 from nemocascade.types import Rollout
 
 Verdicts = list[list[Verdict]]  # [Q][G]
 
 # Overlong: what becomes of completions that met the limit. (rewards_QG; finished_QG, bool; room_QG,
-# tokens that were left of the limit) -> (rewards_QG, kept_QG).
+# tokens that were left of the sampler's limit) -> (rewards_QG, kept_QG).
 
 
 def zero(rewards_QG, finished_QG, room_QG):
@@ -62,17 +62,26 @@ def to_rollout(
 
   Args:
     overlong: one of OVERLONG.
-    rewards_QG: in the place of the verdicts', where rewards compare a group's completions.
+    rewards_QG: in the place of the verdicts', where rewards compare a group's completions. One that is not
+      finite masks its sample.
   """
   finished_QG = np.array([[c.finished for c in group] for group in samples.completions])
   masked_QG = np.array([[v.masked for v in group] for group in verdicts])
   verdict_QG = np.array([[v.reward for v in group] for group in verdicts], np.float32)
-  rewards_QG = verdict_QG if rewards_QG is None else np.asarray(rewards_QG, np.float32)
-  room_QG = samples.tokens_QGT.shape[-1] - (samples.segment_ids_QGT > 0).sum(-1)
+  nonfinite_QG = np.array([[v.reason == NOT_FINITE for v in group] for group in verdicts])
+  if rewards_QG is None:
+    rewards_QG = verdict_QG
+  else:
+    rewards_QG = np.asarray(rewards_QG, np.float32)
+    nonfinite_QG |= ~np.isfinite(rewards_QG)
+    rewards_QG = np.where(np.isfinite(rewards_QG), rewards_QG, np.float32(0))
+  masked_QG |= nonfinite_QG
+  room_QG = samples.limit_QG - (samples.segment_ids_QGT > 0).sum(-1)
   rewards_QG, kept_QG = overlong(rewards_QG, finished_QG, room_QG)
   valid_QG = ~masked_QG & kept_QG
   counts = {
     "rollout/masked": float(masked_QG.mean()),
+    "rollout/nonfinite_reward": float(nonfinite_QG.mean()),
     "rollout/unfinished": float(1 - finished_QG.mean()),
     "rollout/verdict": float(verdict_QG[~masked_QG].mean()) if (~masked_QG).any() else 0.0,
     "rollout/tokens": float(samples.loss_mask_QGT.sum(-1).mean()),
@@ -83,6 +92,7 @@ def to_rollout(
     segment_ids_QGT=samples.segment_ids_QGT,
     loss_mask_QGT=samples.loss_mask_QGT,
     behaviour_logprobs_QGT=samples.behaviour_logprobs_QGT,
+    drawn_logprobs_QGT=samples.drawn_logprobs_QGT,
     rewards_QG=rewards_QG,
     valid_QG=valid_QG,
   )

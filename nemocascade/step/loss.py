@@ -48,38 +48,59 @@ def constant_length(mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 AGGREGATIONS = dict(token_mean=token_mean, sequence_mean=sequence_mean, constant_length=constant_length)
 
 
-# Correction: pi_train / pi_inf of a token -> its weight, at least 0.
+EXPONENT = 20.0  # e^20 = 4.9e8: a policy that is still any good has no ratio near it.
+
+
+def bounded_exp(x: jax.Array) -> jax.Array:
+  """exp(x) up to x = 20, and from there on its tangent: finite in value and slope for any finite x.
+
+  The tangent and not a constant: a constant has no slope, and a k3 whose exponential stopped sloping
+  would push the policy away from its reference.
+  """
+  top = jnp.exp(jnp.float32(EXPONENT))
+  return jnp.exp(jnp.minimum(x, EXPONENT)) + top * jnp.maximum(x - EXPONENT, 0.0)
+
+
+# Correction: (log pi_train - log pi_inf, log pi_train - log mu) of a token -> its weight, at least 0.
+# pi_inf is the sampler's softmax(logits / temperature), mu what it drew from: pi_inf cut to its nucleus
+# and renormalised, the same at top_p = 1. The first gap tells how far the two programs are apart and
+# decides what is masked; the second is the importance weight of a token that was drawn from mu.
 
 MeanOf = Callable[[jax.Array], jax.Array]
 
 
-def no_correction(ratio_BT: jax.Array, mean_of: MeanOf) -> jax.Array:
+def no_correction(gap_BT: jax.Array, drawn_gap_BT: jax.Array, mean_of: MeanOf) -> jax.Array:
   """The sampler is taken at its word."""
-  del mean_of
-  return jnp.ones_like(ratio_BT)
+  del drawn_gap_BT, mean_of
+  return jnp.ones_like(gap_BT)
 
 
-def tis(ratio_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.0, high: float = 2.0) -> jax.Array:
-  """The ratio clamped to [low, high]: truncated importance sampling (Yao et al., 2025; paper.md 5.4)."""
-  del mean_of
-  return jnp.clip(ratio_BT, low, high)
+def tis(
+  gap_BT: jax.Array, drawn_gap_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.0, high: float = 2.0
+) -> jax.Array:
+  """pi_train / mu clamped to [low, high]: truncated importance sampling (Yao et al., 2025; paper.md 5.4)."""
+  del gap_BT, mean_of
+  return jnp.clip(bounded_exp(drawn_gap_BT), low, high)
 
 
-def icepop(ratio_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.5, high: float = 2.0) -> jax.Array:
-  """The ratio where it lies in [low, high], else 0 (paper.md 5.1, eq. 3): a mask, not a clamp.
+def icepop(
+  gap_BT: jax.Array, drawn_gap_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.5, high: float = 2.0
+) -> jax.Array:
+  """pi_train / mu where pi_train / pi_inf lies in [low, high], else 0 (paper.md 5.1, eq. 3): no clamp.
 
   Such tokens still count in the normaliser, as the equation is printed.
   """
   del mean_of
-  return jnp.where((ratio_BT >= low) & (ratio_BT <= high), ratio_BT, 0.0)
+  ratio_BT = bounded_exp(gap_BT)
+  return jnp.where((ratio_BT >= low) & (ratio_BT <= high), bounded_exp(drawn_gap_BT), 0.0)
 
 
 def sequence_mask(
-  ratio_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.999, high: float = 1.002
+  gap_BT: jax.Array, drawn_gap_BT: jax.Array, mean_of: MeanOf, *, low: float = 0.999, high: float = 1.002
 ) -> jax.Array:
-  """The ratio, or 0 for a whole completion whose geometric mean of ratios is outside (paper.md 5.4)."""
-  mean_BT = jnp.exp(mean_of(jnp.log(ratio_BT)))
-  return jnp.where((mean_BT >= low) & (mean_BT <= high), ratio_BT, 0.0)
+  """pi_train / mu, or 0 for a completion whose geometric mean of pi_train / pi_inf is outside (paper.md 5.4)."""
+  mean_BT = bounded_exp(mean_of(gap_BT))
+  return jnp.where((mean_BT >= low) & (mean_BT <= high), bounded_exp(drawn_gap_BT), 0.0)
 
 
 CORRECTIONS = dict(none=no_correction, tis=tis, icepop=icepop, sequence_mask=sequence_mask)
@@ -102,7 +123,7 @@ def token_clip(
 ):
   """min(r a, clip(r, 1 - low, 1 + high) a) (PPO, arXiv 1707.06347, eq. 7; two bounds: DAPO, 2503.14476)."""
   del mean_of
-  return _clipped(jnp.exp(logprobs_BT - proximal_BT), a_BT, low, high)
+  return _clipped(bounded_exp(logprobs_BT - proximal_BT), a_BT, low, high)
 
 
 def dual_clip(
@@ -123,7 +144,7 @@ def gspo(
   has its own gradient, so that advantages may differ from token to token.
   """
   sequence_BT = jax.lax.stop_gradient(mean_of(logprobs_BT - proximal_BT))
-  ratio_BT = jnp.exp(sequence_BT + logprobs_BT - jax.lax.stop_gradient(logprobs_BT))
+  ratio_BT = bounded_exp(sequence_BT + (logprobs_BT - jax.lax.stop_gradient(logprobs_BT)))
   return _clipped(ratio_BT, a_BT, low, high)
 
 
@@ -135,7 +156,7 @@ def cispo(
   The clip bounds a token's weight and drops none. With low = 1 there is no lower bound.
   """
   del mean_of
-  ratio_BT = jax.lax.stop_gradient(jnp.exp(logprobs_BT - proximal_BT))
+  ratio_BT = jax.lax.stop_gradient(bounded_exp(logprobs_BT - proximal_BT))
   bounded_BT = jnp.clip(ratio_BT, 1 - low, 1 + high)
   return bounded_BT * a_BT * logprobs_BT, ratio_BT != bounded_BT
 
@@ -167,7 +188,7 @@ def k2(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
 def k3(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
   """No bias, and never negative."""
   gap_BT = reference_BT - logprobs_BT
-  return jnp.exp(gap_BT) - gap_BT - 1.0
+  return bounded_exp(gap_BT) - gap_BT - 1.0
 
 
 KLS = dict(k1=k1, k2=k2, k3=k3)
@@ -175,36 +196,35 @@ KLS = dict(k1=k1, k2=k2, k3=k3)
 
 # Distillation: how far the policy is from its teacher at each learned token, over all that could
 # have stood there and not just what was sampled -> kl_BT, nats. `x_BTD` and `head_DV` are what the
-# policy predicts tokens from and with; rows carry what the teacher sent. The gradient is that of
-# this distance at the states the policy visited, held fixed, and exact where `mopd`'s is one sample.
+# policy predicts tokens from and with; rows carry what the teacher sent. Both distributions are
+# softmax(logits / temperature), as those that are sampled from. The gradient is that of this distance
+# at the states the policy visited, held fixed, and exact where `mopd`'s is one sample.
 
 
-def reverse_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV):
+def reverse_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature):
   """KL(policy || teacher): its gradient is what `mopd`'s is in expectation (MiniLLM, arXiv 2306.08543)."""
-  return kl_to_states(
-    reverse_kl_ref, x_BTD, head_DV, wanted_BT, rows["teacher_states"], rows["teacher"], heads_ZDV
-  )
+  sent = rows["teacher_states"], rows["teacher"], heads_ZDV
+  return kl_to_states(reverse_kl_ref, x_BTD, head_DV, wanted_BT, *sent, temperature)
 
 
-def forward_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV):
+def forward_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature):
   """KL(teacher || policy): covers all that the teacher might say (GKD, arXiv 2306.13649, on policy)."""
-  return kl_to_states(
-    forward_kl_ref, x_BTD, head_DV, wanted_BT, rows["teacher_states"], rows["teacher"], heads_ZDV
-  )
+  sent = rows["teacher_states"], rows["teacher"], heads_ZDV
+  return kl_to_states(forward_kl_ref, x_BTD, head_DV, wanted_BT, *sent, temperature)
 
 
-def reverse_kl_topk(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, *, k: int = 16):
+def reverse_kl_topk(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature, *, k: int = 16):
   """`reverse_kl` over the teacher's k likeliest tokens and all others as one: a lower bound of it."""
   del heads_ZDV
   tokens_BTK, logprobs_BTK = (rows[name][..., :k] for name in ("top_tokens", "top_logprobs"))
-  return kl_to_top(reverse_kl_ref, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK)
+  return kl_to_top(reverse_kl_ref, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, temperature)
 
 
-def forward_kl_topk(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, *, k: int = 16):
+def forward_kl_topk(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature, *, k: int = 16):
   """`forward_kl` over the teacher's k likeliest tokens and all others as one: a lower bound of it."""
   del heads_ZDV
   tokens_BTK, logprobs_BTK = (rows[name][..., :k] for name in ("top_tokens", "top_logprobs"))
-  return kl_to_top(forward_kl_ref, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK)
+  return kl_to_top(forward_kl_ref, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, temperature)
 
 
 DISTILLATIONS = dict(

@@ -30,13 +30,16 @@ def policy_gradient_step(
   add_to_bias: AddToBias | None = None,
   take_in_fn: TakeInFn | None = None,
 ):
-  """Returns step(state, rows, count, heads_ZDV=None, prompts=None) -> (state, metrics), pure and ready to jit.
+  """Returns step(state, rows, count, heads_ZDV=None, prompts=None, temperature=1.0) -> (state, metrics).
 
-  Rows and count are those of rows.to_rows, packed or not.
+  Pure and ready to jit.
+
+  Rows and count are those of rows.to_rows, packed or not. `temperature`, a scalar, is what the rows were
+  sampled at: the policy's distribution is softmax(logits / temperature) wherever the loss reads it.
 
   The proximal policy is rows["proximal"] where the batch is learned from more than once, and else
-  the policy itself. The correction is of that policy against the sampler, the ratio of the policy
-  against it. Clipping is judged by a token's advantage, so weights of the correction are at least 0.
+  the policy itself. The correction is of that policy against the sampler and, where rows have "drawn",
+  against the nucleus that it drew from; the ratio is of the policy against the proximal one. Clipping is judged by a token's advantage, so weights of the correction are at least 0.
 
   `accumulate` pieces of the rows one after another equal the whole; a piece that teaches nothing
   costs nothing. Tokens of samples that are not valid learn nothing and count nowhere, rows of which
@@ -48,28 +51,29 @@ def policy_gradient_step(
   would lie in two parts, must then be without weight.
   """
 
-  def part(params, after, rows: Rows, scale: jax.Array, heads_ZDV):
+  def part(params, after, rows: Rows, scale: jax.Array, heads_ZDV, temperature):
     """`after`: None, or (Prefix, length_Q) of the prompts; gradients are of the parameters and of the prefix."""
     prefix, length_Q = after or (None, None)
     # In fp32 while the pieces add theirs.
     prefix_32 = jax.tree.map(lambda a: a.astype(jnp.float32), prefix)
 
     def distance(x_BTD, head_DV, wanted_BT):
-      return distillation(x_BTD, head_DV, wanted_BT, rows, heads_ZDV)
+      return distillation(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature)
 
     def loss_fn(params, prefix_32):
       own = jax.tree.map(lambda a, like: a.astype(like.dtype), prefix_32, prefix)
       scores = score_fn(
         params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(distillation_weight),
-        **({"after": (own, length_Q)} if after else {}),
+        **({"after": (own, length_Q)} if after else {}), temperature=temperature,
       )  # fmt: skip
       logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
       # Without gradient, and the sampler's own where nothing is learned.
       own_BT = jax.lax.stop_gradient(logprobs_BT)
       proximal_BT = jnp.where(mask_BT, rows["proximal"], own_BT) if "proximal" in rows else own_BT
-      gap_BT = sampler_gap(proximal_BT, rows)
+      gap_BT = sampler_gap(proximal_BT, rows, "behaviour")
+      drawn_gap_BT = sampler_gap(proximal_BT, rows, "drawn") if "drawn" in rows else gap_BT
       mean_of = lambda x_BT: document_mean(x_BT, mask_BT, rows["segment_ids"])  # noqa: E731
-      ratios_BT = correction(jnp.exp(gap_BT), mean_of)
+      ratios_BT = correction(gap_BT, drawn_gap_BT, mean_of)
       a_BT = jax.lax.stop_gradient(ratios_BT * rows["advantages"])
       gain_BT, clipped_BT = ratio(logprobs_BT, proximal_BT, a_BT, mean_of)
       loss_BT = -gain_BT
@@ -102,8 +106,9 @@ def policy_gradient_step(
     return (sums, *grads), gap_max
 
   def step(
-    state: TrainState, rows: Rows, count: jax.Array, heads_ZDV=None, prompts: Prompts | None = None
-  ) -> tuple[TrainState, Metrics]:
+    state: TrainState, rows: Rows, count: jax.Array, heads_ZDV=None, prompts: Prompts | None = None,
+    temperature: float | jax.Array = 1.0,
+  ) -> tuple[TrainState, Metrics]:  # fmt: skip
     taught_B1 = jnp.any(rows["mask"], axis=1, keepdims=True)
     rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
     real, after = real_tokens(rows["segment_ids"]), None
@@ -112,7 +117,7 @@ def policy_gradient_step(
       real += jnp.sum(after[1], dtype=jnp.float32)
     scale = count / jnp.maximum(real, 1.0)
     ((total, tokens, sums, routing), grads, dprefix), gap_max = sum_over_parts(
-      lambda rows: part(state.params, after, rows, scale, heads_ZDV), rows, accumulate,
+      lambda rows: part(state.params, after, rows, scale, heads_ZDV, temperature), rows, accumulate,
       worth=lambda rows: jnp.any(rows["mask"]),
     )  # fmt: skip
     if prompts is not None:
@@ -125,7 +130,7 @@ def policy_gradient_step(
     metrics |= {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
     metrics |= {
       "loss/policy": total / count,
-      "policy/ratio_max": jnp.exp(jnp.max(gap_max)),
+      "policy/ratio_max": loss.bounded_exp(jnp.max(gap_max)),
       "tokens/learned": tokens,
     }
     return state, metrics | routing_metrics(routing, real)
@@ -141,9 +146,9 @@ def rollout_metrics(r: Rollout) -> Metrics:
   }
 
 
-def sampler_gap(proximal_BT: jax.Array, rows: Rows) -> jax.Array:
-  """log(pi_train / pi_inf) of each learned token, without gradient; 0 elsewhere."""
-  return jnp.where(rows["mask"], proximal_BT - rows["behaviour"], 0.0)
+def sampler_gap(proximal_BT: jax.Array, rows: Rows, name: str) -> jax.Array:
+  """log pi_train of each learned token less the sampler's rows[name], without gradient; 0 elsewhere."""
+  return jnp.where(rows["mask"], proximal_BT - rows[name], 0.0)
 
 
 def reference_kl(logprobs_BT: jax.Array, rows: Rows, kl: Callable) -> jax.Array:
@@ -163,16 +168,16 @@ def _take_in(take_in_fn: TakeInFn, params: Params, prompts: Prompts):
 
 
 def proximal_logprobs(
-  score_fn: ScoreFn, params: Params, rows: Rows, prompts: Prompts | None = None, *,
-  accumulate: int, take_in_fn: TakeInFn | None = None,
+  score_fn: ScoreFn, params: Params, rows: Rows, prompts: Prompts | None = None,
+  temperature: float | jax.Array = 1.0, *, accumulate: int, take_in_fn: TakeInFn | None = None,
 ) -> jax.Array:  # fmt: skip
   """logprobs_BT of the learned tokens under the policy before its first update of this batch."""
-  after = {}
+  how = {"temperature": temperature}
   if prompts is not None:
-    after = {"after": (take_in_fn(params, prompts)[0], prompts.length_Q)}
+    how["after"] = (take_in_fn(params, prompts)[0], prompts.length_Q)
 
   def part(piece: Rows):
-    return (), score_fn(params, piece["tokens"], piece["segment_ids"], piece["mask"], **after).logprobs_BT
+    return (), score_fn(params, piece["tokens"], piece["segment_ids"], piece["mask"], **how).logprobs_BT
 
   _, logprobs = sum_over_parts(part, rows, accumulate)
   return logprobs.swapaxes(0, 1).reshape(rows["tokens"].shape)

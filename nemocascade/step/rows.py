@@ -34,6 +34,8 @@ def to_rows(
     "behaviour": flat(r.behaviour_logprobs_QGT),
     "advantages": jnp.where(mask_BT, flat(jax.lax.stop_gradient(advantages_QGT)), 0.0),
   }
+  if r.drawn_logprobs_QGT is not None:
+    rows["drawn"] = flat(r.drawn_logprobs_QGT)
   if r.reference_logprobs_QGT is not None:
     rows["reference"] = flat(r.reference_logprobs_QGT)
   learned = lambda a: jnp.where(mask_BT[..., None], flat(a), 0)  # noqa: E731
