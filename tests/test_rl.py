@@ -11,6 +11,7 @@ import pytest
 from configs.tiny import if_rl
 from experiments import rl, teaching
 from experiments.assembly import Assembly
+from experiments.mixture import Mixture
 from experiments.teaching import gather
 from nemocascade.checkpoint import Store, load_params
 from nemocascade.errors import UserError
@@ -213,7 +214,8 @@ def test_states_and_likeliest_tokens_are_those_of_each_prompts_own_teacher(stage
   other = a.fresh_params(jax.random.key(1))
   Store(root / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
   other = str(root / "other" / "checkpoints" / "1")
-  rows = rl.draw(a, {"instruction": 1.0, "math": 1.0}, 0, {}, 4)
+  shares = {"instruction": 1.0, "math": 1.0}
+  rows, *_ = Mixture(a.domains, shares, seed=0, tokenizer=a.tokenizer, limit=48, state={}).draw(4)
   params = a.fresh_params(jax.random.key(2))
   r = c.rollout
   samples = a.collect(
