@@ -21,6 +21,9 @@ GO_ON = "go on from its checkpoint by init_from in another --workdir"
 
 def check(c: ConfigDict) -> None:
   """Refuses settings of supervision that cannot be, before anything is computed."""
+  for name in ("guards", "max_nonfinite"):
+    if name not in c:
+      raise UserError(f"{name} is missing: add the fields of configs/guards.py")
   guards.check(c.guards)
   if not isinstance(c.max_nonfinite, int) or c.max_nonfinite < 1:
     raise UserError(f"max_nonfinite={c.max_nonfinite!r}: must be a whole number of at least 1")
