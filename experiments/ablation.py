@@ -59,6 +59,8 @@ def check(c: ConfigDict) -> None:
     raise unknown("budget.unit", c.budget.unit, BUDGETS)
   if not 1 <= c.compared.prompts <= c.evaluation.prompts:
     raise UserError(f"compared.prompts={c.compared.prompts}: give 1 to evaluation.prompts={c.evaluation.prompts}")
+  if long := sorted(set(c.compared.domains) & set(c.evaluation.long_domains)):
+    raise UserError(f"compared.domains: {long} are in evaluation.long_domains, whose prompts have no room here")
   for name in c.search.arms:
     if name not in c.arms:
       raise unknown("arm in search.arms", name, c.arms)

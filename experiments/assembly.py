@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +16,6 @@ from experiments import loading
 from experiments.processes import first_alone
 from nemocascade import evaluate
 from nemocascade import mesh as mesh_lib
-from nemocascade.checkpoint import load_params
 from nemocascade.config import ModelConfig
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -168,7 +168,7 @@ class Assembly:
 
   def use_judge_from(self, checkpoint: str) -> None:
     """The same, from a reward model's checkpoint."""
-    self.use_judge(load_params(checkpoint, self.reward_template))
+    self.use_judge(loading.load(checkpoint, self.reward_template))
 
   def use_judge(self, params) -> None:
     """Rebuilds the domains with the Bradley-Terry judge of these parameters."""
@@ -240,20 +240,39 @@ class Assembly:
   @functools.cached_property
   def heldout(self) -> dict[str, list]:
     """The held-out rows of each domain, all prompts different."""
-    rows = {}
-    for name, domain in self.domains.items():
-      seen: dict[str, dict] = {}
-      start = 0
-      while len(seen) < self.c.evaluation.prompts:
-        for row in domain_lib.rows(domain, "heldout", self.c.seed, start, self.c.evaluation.prompts):
-          seen.setdefault(json.dumps(domain_lib.prompt_messages(row)), row)
-        start += self.c.evaluation.prompts
-        if start > 100 * self.c.evaluation.prompts:
-          raise UserError(
-            f"domain {name!r} has only {len(seen)} held-out prompts: lower evaluation.prompts"
-          )
-      rows[name] = list(seen.values())[: self.c.evaluation.prompts]
-    return rows
+    return {name: self._heldout(name) for name in self.domains}
+
+  def _heldout(self, name: str) -> list:
+    """A domain's; prompts that are too long for its evaluation are left out, and said on stderr."""
+    e, domain = self.c.evaluation, self.domains[name]
+    field = "long_prompt_tokens" if name in e.long_domains else "prompt_tokens"
+    fits: dict[str, dict] = {}
+    too_long: dict[str, int] = {}  # Text -> tokens.
+    start = 0
+    while len(fits) < e.prompts:
+      for row in domain_lib.rows(domain, "heldout", self.c.seed, start, e.prompts):
+        text = json.dumps(domain_lib.prompt_messages(row))
+        if text in fits or text in too_long or len(fits) == e.prompts:
+          continue
+        tokens = len(episode.prompt_of(row, domain, self.tokenizer))
+        if tokens <= e[field]:
+          fits[text] = row
+        else:
+          too_long[text] = tokens
+      start += e.prompts
+      if start > 100 * e.prompts or len(too_long) > 10 * e.prompts:
+        others = f" of at most evaluation.{field}={e[field]} tokens, and {len(too_long)} longer" if too_long else ""
+        raise UserError(
+          f"domain {name!r} has only {len(fits)} held-out prompts{others}: lower evaluation.prompts"
+          f"{f', or raise evaluation.{field}' if too_long else ''}"
+        )
+    if too_long:
+      print(
+        f"domain {name!r}: left out {len(too_long)} held-out prompts of more than"
+        f" evaluation.{field}={e[field]} tokens; the longest has {max(too_long.values())}",
+        file=sys.stderr,
+      )  # fmt: skip
+    return list(fits.values())
 
   def evaluate(self, params, *, temperature: float, completions: int = 1) -> dict:
     """DomainScore of every domain; the same prompts and random numbers at every call."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import guards
 from configs.tiny import rl as tiny_rl
 from experiments import convert, rl
 from experiments.assembly import Assembly, model_alone
@@ -91,6 +92,7 @@ def make_tokenizer(size: int) -> HuggingFaceTokenizer:
 def config(**model) -> ConfigDict:
   """GRPO as both sides compute it: on policy, one update, a mean over the batch's tokens, no KL."""
   c = tiny_rl.fields()
+  c.update(guards.fields())
   c.seed, c.steps = 0, STEPS
   c.model = ConfigDict(MODEL | model)
   c.domains, c.mixture = (Initials.name,), {Initials.name: 1.0}

@@ -45,6 +45,8 @@ def check(c: ConfigDict) -> None:
     other = stage.kind == "sft" and loading.is_checkpoint(begin)  # Such as a base model's hf:DIR.
     if begin not in ("", "previous") and begin not in c.order[:i] and not other:
       raise unknown(f"stages.{name}.init_from", begin, ["previous", *c.order[:i]])
+    if stage.kind == "reward_model":
+      reward_model.check(flat(c, name))
     if stage.kind == "sft":
       for domain in stage.conversations:
         if domain not in c.domains:
@@ -85,6 +87,8 @@ def run(c: ConfigDict, workdir: Path) -> Record:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   record, began = Record.open(workdir), time.time()
   a = Assembly(c, workdir)
+  if any((record.stage(name) or {}).get("status") != "done" for name in c.order):
+    _ = a.heldout  # Prompts that evaluation has no room for are said before the first step.
   main_line = [name for name in c.order if name not in c.side_line]
 
   for name in c.order:

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from experiments import processes
 from nemocascade import host_memory
-from nemocascade.errors import UserError
+from nemocascade.errors import StageStopped, UserError
 
 
 def launch(
@@ -85,6 +85,6 @@ def _report(error: BaseException, code: int, debug: bool) -> None:
   if debug:
     traceback.print_exception(error)
   else:
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (UserError, StageStopped)) else f"{type(error).__name__}: "
     print(f"error: {kind}{_one_line(error)}", file=sys.stderr)
   sys.exit(code)

@@ -5,6 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from nemocascade import checkpoint as checkpoint_lib
 from nemocascade.config import ModelConfig
 from nemocascade.data.tokenizer import load_tokenizer
@@ -33,14 +36,11 @@ def find(checkpoint: str) -> Found:
   if checkpoint.startswith(hf.PREFIX):
     path = Path(checkpoint.removeprefix(hf.PREFIX))
     source = hf.open_source(path)
-    return Found(
-      source.config, tokenizer_of(path, source.config), lambda template: hf.load_params(source, template)
-    )
+    read = lambda template: finite(hf.load_params(source, template), checkpoint)  # noqa: E731
+    return Found(source.config, tokenizer_of(path, source.config), read)
   files = model_files(checkpoint)
   config = read_config(files)
-  return Found(
-    config, tokenizer_of(files, config), lambda template: checkpoint_lib.load_params(checkpoint, template)
-  )
+  return Found(config, tokenizer_of(files, config), lambda template: load(checkpoint, template))
 
 
 def is_checkpoint(name: str) -> bool:
@@ -49,10 +49,35 @@ def is_checkpoint(name: str) -> bool:
 
 
 def load(checkpoint: str, template: Params) -> Params:
-  """The parameters of `hf:DIR` or of a checkpoint of ours, for a model that is known already."""
+  """The parameters of `hf:DIR` or of a checkpoint of ours, for a model that is known already.
+
+  Raises:
+    UserError: there is none, it is damaged or of another model, or a value is not finite.
+  """
   if checkpoint.startswith(hf.PREFIX):
-    return hf.load_params(hf.open_source(checkpoint.removeprefix(hf.PREFIX)), template)
-  return checkpoint_lib.load_params(checkpoint, template)
+    params = hf.load_params(hf.open_source(checkpoint.removeprefix(hf.PREFIX)), template)
+  else:
+    params = checkpoint_lib.load_params(checkpoint, template)
+  return finite(params, checkpoint)
+
+
+def finite(tree, what: str):
+  """The tree itself.
+
+  Raises:
+    UserError: an array of it holds a value that is not finite; the first such array is named.
+  """
+  flags = jax.device_get(_finite(tree))
+  for path, fine in jax.tree_util.tree_leaves_with_path(flags):
+    if not fine:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise UserError(f"{what}: {name} holds values that are not finite; give another checkpoint")
+  return tree
+
+
+@jax.jit
+def _finite(tree):
+  return jax.tree.map(lambda array: jnp.all(jnp.isfinite(array)), tree)
 
 
 def model_files(checkpoint: str) -> Path:

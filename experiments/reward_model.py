@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loading
+from experiments import loading, supervision
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.stage import Outcome, abstract_state, jit_step, start
+from experiments.supervision import Supervisor
 from nemocascade.domains.preference import preference_pairs
 from nemocascade.mesh import whole
 from nemocascade.metrics import MetricsWriter, progress
@@ -26,8 +27,14 @@ from nemocascade.step.reward_model import reward_model_step
 from nemocascade.types import Params
 
 
+def check(c: ConfigDict) -> None:
+  """Refuses a stage that cannot run, before anything is compiled."""
+  supervision.check(c)
+
+
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
   """Trains to c.steps; the last line of metrics.jsonl holds the accuracy on held-out pairs."""
+  check(c)
   began = time.time()
   model = RewardModel(a.model_config, a.mesh)
 
@@ -45,7 +52,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   state, record, store = start(
     a, stage_dir, tx, init_from, lambda key: init_reward_params(a.model_config, key), a.reward_template, on_top_of
   )
-  first = int(state.step)
+  first, supervisor = int(state.step), Supervisor(c, stage_dir, record.get("supervisor", {}))
   pairs = preference_pairs(a.c.seed, c.pairs * c.steps, "train")
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
@@ -57,10 +64,12 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
         metrics["heldout/accuracy"] = accuracy(
           jax.jit(reward_fn, out_shardings=whole(a.mesh)), state.params, rows, preference_pairs(a.c.seed, c.heldout_pairs, "heldout"), c.pairs
         )
-      writer.write(step, metrics)
       bar.update(1, loss=float(metrics["loss/reward_model"]))
-      if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-        store.save(step + 1, state, {})
+      due = (step + 1) % c.save_every == 0 or step + 1 == c.steps
+      supervisor.write(writer, step, metrics, to_save=state if due else None)
+      if due or supervisor.stopping:
+        store.save(step + 1, state, {"supervisor": supervisor.record()})
+        supervisor.end(store.path_of(step + 1))
     bar.close()
   store.wait()
   tokens = 2 * c.steps * c.pairs * c.row_tokens
@@ -84,6 +93,7 @@ def accuracy(reward, params, rows, pairs, batch: int) -> float:
 
 
 def main(c: ConfigDict, workdir: Path) -> None:
+  check(c)
   claim(c, workdir)
   run(c, workdir / "reward_model", Assembly(c, workdir), c.init_from)
 

@@ -23,11 +23,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loading
+from experiments import loading, supervision
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
+from experiments.mixture import Mixture
 from experiments.processes import refuse_several
 from experiments.stage import Outcome, Spent, abstract_state, jit_step, start
+from experiments.supervision import Supervisor
 from experiments.teaching import (
   find,
   gather,
@@ -36,6 +38,7 @@ from experiments.teaching import (
   teacher_likeliest,
   teacher_logprobs,
   teacher_states,
+  uniform_share,
 )
 from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
@@ -54,6 +57,7 @@ from nemocascade.step.policy_gradient import (
   rollout_metrics,
 )
 from nemocascade.step.rows import after_prompts, pack_rows, rows_needed, to_rows
+from nemocascade.step.update import SKIPPED
 from nemocascade.teachers import Teachers
 from nemocascade.types import Params, Prompts
 
@@ -89,6 +93,7 @@ def check(c: ConfigDict) -> None:
         f"{' and '.join(taught(c))}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
   _check_packing(c)
+  supervision.check(c)
   if c.advantage in advantage.GROUPED and c.rollout.completions < 2:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
@@ -152,21 +157,6 @@ def settings_of(function: Callable) -> list[str]:
   return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
-def draw(a: Assembly, mixture: dict[str, float], seed: int, frontier: dict[str, int], prompts: int):
-  """The step's training rows by largest remainder of the mixture's shares; moves the frontier."""
-  total = sum(mixture.values())
-  want = {name: prompts * share / total for name, share in mixture.items()}
-  count = {name: int(share) for name, share in want.items()}
-  for name in sorted(want, key=lambda n: count[n] - want[n])[: prompts - sum(count.values())]:
-    count[name] += 1
-  rows = []
-  for name, n in count.items():
-    begin = frontier.get(name, 0)
-    rows += domain_lib.rows(a.domains[name], "train", seed, begin, n)
-    frontier[name] = begin + n
-  return rows
-
-
 def pairwise_rewards(a: Assembly, samples: Samples) -> np.ndarray:
   """rewards_QG: each group's answers compared in pairs, with length control (paper.md 4.4)."""
   count = lambda text: len(a.tokenizer.encode(text or ""))  # noqa: E731
@@ -192,7 +182,7 @@ def run(
   _, step_fn, proximal_fn = step_program(c, a)
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
-  frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
+  spent = Spent(**record.get("spent", {}))
   by_states = c.distillation_weight and c.distillation not in loss.TOPK
   heads = teacher_heads(a, teachers) if by_states else None
   if c.kl_weight:
@@ -200,17 +190,26 @@ def run(
   r = c.rollout
   # One for all: sampler, trainer, teachers and reference take softmax(logits / temperature).
   temperature = np.float32(r.temperature)
+  mixture = Mixture(
+    a.domains, c.mixture.to_dict(), seed=a.c.seed, tokenizer=a.tokenizer, limit=r.prompt_tokens,
+    state=record.get("mixture", {}),
+  )  # fmt: skip
+  # Verdicts that agree teach nothing only where it is they that are compared.
+  compares = c.advantage in advantage.GROUPED and c.reward == "verdict"
+  without = () if compares else ("few_signals",)
+  supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}), without=without)
   # A stage that was killed after its last step has nothing left to do.
   ended, step = first > 0 and watch(first, state.params, spent), first - 1
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
     for step in range(first, first if ended else c.steps):
-      phases, rounds = Phases(), []
+      phases, rounds, too_long = Phases(), [], 0
       for round_ in range(c.refill_rounds):
-        rows = draw(a, c.mixture.to_dict(), a.c.seed, frontier, r.prompts)
+        rows, given, left_out = mixture.draw(r.prompts)
+        too_long += left_out
         samples = a.collect(
-          state.params, jax.random.fold_in(key, step * 100 + round_), rows,
+          state.params, jax.random.fold_in(key, step * 100 + round_), rows, prompts=given,
           prompt_tokens=r.prompt_tokens, total_tokens=r.total_tokens,
           completions=r.completions, temperature=temperature, top_p=r.top_p,
           completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
@@ -240,6 +239,8 @@ def run(
         everyone = list(range(len(samples.rows)))
         said_QGT = score_rows(a, reference, samples, everyone, temperature)
         rollout = rollout.replace(reference_logprobs_QGT=said_QGT)
+      if taught(c):
+        counts |= uniform_share(rollout, samples.domains, a.model_config.vocab_size, heads)
       phases.end("score")
       rows, count, of_rollout = rows_fn(rollout)
       packed, prompts = arrange(c, rows)
@@ -249,10 +250,14 @@ def run(
         packed, prompts, count = a.put((packed, prompts, count))
         if c.updates > 1:
           packed["proximal"] = proximal_fn(state.params, packed, prompts, temperature)
+        skipped = []
         for _ in range(c.updates):
           state, of_step = step_fn(state, packed, count, heads, prompts, temperature)
+          skipped.append(of_step[SKIPPED])
+        skipped = jax.device_get(skipped)
+        of_step[SKIPPED] = sum(skipped)
       else:  # Every sample was left out: no update, not even by the optimizer's momentum.
-        state, of_step = state.replace(step=state.step + c.updates), {}
+        state, of_step, skipped = state.replace(step=state.step + c.updates), {}, []
       metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts
       phases.end("update")
       metrics |= {f"time/{phase}": seconds for phase, seconds in phases.seconds.items()}
@@ -260,14 +265,17 @@ def run(
         scored=int((samples.segment_ids_QGT > 0).sum()) * (len(taught(c)) + (c.kl_weight != 0)),
         trained=trained,
       )
-      metrics |= {"rollout/rounds": len(rounds), "rollout/skipped": not learns}
-      writer.write(step, metrics)
+      metrics |= {"rollout/rounds": len(rounds), "rollout/skipped": not learns, "rollout/too_long_prompts": too_long}
+      due = (step + 1) % c.save_every == 0
+      supervisor.write(writer, step, metrics, skipped=skipped, to_save=state if due else None)
       ended = watch(step + 1, state.params, spent) or step + 1 == c.steps
       if step % c.samples_every == 0 or ended:
         writer.write_samples(step, sample_lines(samples, verdicts, rollout, c.samples))
       bar.update(1, reward=metrics["reward/mean"], tokens=spent.sampled)
-      if (step + 1) % c.save_every == 0 or ended:
-        store.save(step + 1, state, {"frontier": frontier, "spent": dataclasses.asdict(spent)})
+      if due or ended or supervisor.stopping:
+        parts = {"mixture": mixture.get_state(), "spent": dataclasses.asdict(spent), "supervisor": supervisor.record()}
+        store.save(step + 1, state, parts)
+        supervisor.end(store.path_of(step + 1))
       if ended:
         break
     bar.close()

@@ -11,10 +11,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from experiments import supervision
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.processes import first_alone
 from experiments.stage import Outcome, abstract_state, jit_step, start
+from experiments.supervision import Supervisor
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
 from nemocascade.mesh import check_rows
@@ -27,6 +29,7 @@ from nemocascade.step.sft import sft_step
 def check(c: ConfigDict) -> None:
   """Refuses a stage that cannot run, before anything is compiled."""
   RouterBalance(**c.router_balance)
+  supervision.check(c)
 
 
 def demonstrations(a: Assembly, c: ConfigDict):
@@ -71,23 +74,31 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   if record.get("iterator"):
     batches.set_state(record["iterator"])
 
-  tokens, metrics = record.get("tokens", 0), {}
+  supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}))
+  tokens = record.get("tokens", 0)
   with MetricsWriter(stage_dir, start_step=first) as writer:
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
+
+    def finish(step: int, metrics, to_save=None) -> None:
+      """Waits for the step, and writes what it says."""
+      metrics = jax.device_get(metrics)
+      bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens)
+      supervisor.write(writer, step, metrics, to_save=to_save)
+
     pending = None
     for step in range(first, c.steps):
       batch = next(batches)
       state, metrics = step_fn(state, a.put(batch))  # Sent, not awaited.
       tokens += int((batch.segment_ids_BT > 0).sum())
       if pending is not None:
-        writer.write(step - 1, jax.device_get(pending))
-        bar.update(1, loss=float(pending["loss/sft"]), tokens=tokens)
+        finish(step - 1, pending)
       pending = metrics
-      if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-        writer.write(step, jax.device_get(pending))
-        bar.update(1, loss=float(pending["loss/sft"]), tokens=tokens)
+      if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
+        finish(step, pending, to_save=state)
         pending = None
-        store.save(step + 1, state, {"iterator": batches.get_state(), "tokens": tokens})
+        parts = {"iterator": batches.get_state(), "tokens": tokens, "supervisor": supervisor.record()}
+        store.save(step + 1, state, parts)
+        supervisor.end(store.path_of(step + 1))
     bar.close()
   store.wait()
   return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)

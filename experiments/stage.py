@@ -81,6 +81,9 @@ def start(
   Args:
     init_params, template: in the place of the assembly's own, for another model.
     load: (checkpoint, template) -> its parameters.
+
+  Raises:
+    UserError: nothing can be read there, or a value is not finite.
   """
   init_params, template = init_params or a.fresh_params, template or a.template
   state = abstract_state(tx, template, a.mesh)
@@ -88,11 +91,13 @@ def start(
   make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
   store = Store(stage_dir / "checkpoints")
   if store.latest() is not None:
-    return *store.restore(state), store
+    restored, record = store.restore(state)
+    return loading.finite(restored, f"{store.directory}, after {int(restored.step)} updates"), record, store
   a.save_model_files(stage_dir)
   under_new_optimizer = functools.partial(new_state, tx)
   if init_from:
     make = functools.partial(make, donate_argnums=0)  # The parameters are there once.
     return make(under_new_optimizer)(load(init_from, template)), {}, store
   key = jax.random.key(a.c.seed)
-  return make(lambda key: under_new_optimizer(init_params(key)))(key), {}, store
+  state = make(lambda key: under_new_optimizer(init_params(key)))(key)
+  return loading.finite(state, "fresh parameters"), {}, store

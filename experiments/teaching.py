@@ -15,13 +15,14 @@ from nemocascade.domains import domain as domain_lib
 from nemocascade.errors import UserError, unknown
 from nemocascade.rollout.episode import Samples
 from nemocascade.teachers import Teacher, Teachers, best_checkpoints, of_stage, take_probe
-from nemocascade.types import Params
+from nemocascade.types import Params, Rollout
 
 BEST = "best"  # In a config: the cascade's best checkpoint for the domain so far (paper.md 5.2).
 # Rows that a teacher or reference scores at a time, or one a device: one compiled shape for any share
 # of a batch.
 SCORED_ROWS = 64
 PROBE_ROWS, PROBE_TOKENS = 4, 16
+SEEN = 64  # Tokens of a domain by which a teacher is judged, where its whole distribution has to be made.
 
 
 def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
@@ -142,3 +143,34 @@ def teacher_states(a: Assembly, teachers: Teachers, samples: Samples) -> dict:
 def teacher_heads(a: Assembly, teachers: Teachers) -> jax.Array:
   """heads_ZDV of all teachers, in the order that `teacher_Q` counts in."""
   return jnp.stack([a.head(teachers.params(domain)) for domain in teachers.checkpoints().values()])
+
+
+def uniform_share(rollout: Rollout, domains: list[str], vocab_size: int, heads_ZDV: jax.Array | None = None) -> dict:
+  """{"teacher/uniform": share of learned tokens on which a teacher is within a nat of 1 / vocab_size}.
+
+  Judged by the sampled token's log-probability, or by the likeliest token's where those were asked for;
+  of the domain whose share is largest. Of teachers whose states the rollout carries, SEEN tokens a domain.
+  """
+  learned_QGT = np.asarray(rollout.loss_mask_QGT & rollout.valid_QG[..., None])
+  shares = []
+  for name in dict.fromkeys(domains):
+    q = [i for i, other in enumerate(domains) if other == name]
+    learned = learned_QGT[q]
+    if not learned.any():
+      continue
+    if rollout.teacher_states_QGTD is not None:
+      seen_ND = np.asarray(rollout.teacher_states_QGTD)[q][learned]
+      seen_ND = seen_ND[np.linspace(0, len(seen_ND) - 1, SEEN).astype(int)]  # One shape: of few, some twice.
+      logprobs = np.asarray(_top_logprobs(seen_ND, heads_ZDV, int(rollout.teacher_Q[q[0]])))
+    elif rollout.top_logprobs_QGTK is not None:
+      logprobs = np.asarray(rollout.top_logprobs_QGTK)[q].max(-1)[learned]
+    else:
+      logprobs = np.asarray(rollout.teacher_logprobs_QGT)[q][learned]
+    shares.append(np.mean(np.abs(logprobs + np.log(vocab_size)) < 1.0))
+  return {"teacher/uniform": float(max(shares))} if shares else {}
+
+
+@jax.jit
+def _top_logprobs(x_ND, heads_ZDV, z):
+  logits_NV = jnp.einsum("ND,DV->NV", x_ND, heads_ZDV[z], preferred_element_type=jnp.float32)
+  return jnp.max(jax.nn.log_softmax(logits_NV), axis=-1)

@@ -8,6 +8,10 @@ class UserError(Exception):
   """A bad request (config, data, checkpoint or command). Commands print it and exit with 2."""
 
 
+class StageStopped(Exception):
+  """A stage that goes wrong was ended: one line with stage, step and what to do. Commands exit with 1."""
+
+
 def unknown(what: str, name: object, choices: Iterable[object]) -> UserError:
   """The error for a name that is not one of `choices`, with the nearest one."""
   choices = sorted(str(choice) for choice in choices)

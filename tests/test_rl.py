@@ -11,9 +11,11 @@ import pytest
 from configs.tiny import if_rl
 from experiments import rl, teaching
 from experiments.assembly import Assembly
+from experiments.mixture import Mixture
 from experiments.teaching import gather
 from nemocascade.checkpoint import Store, load_params
-from nemocascade.errors import UserError
+from nemocascade.domains.domain import Domain, Style, Verdict, make_prompt
+from nemocascade.errors import StageStopped, UserError
 from nemocascade.teachers import Teacher
 from nemocascade.types import TrainState
 
@@ -101,6 +103,29 @@ def test_stages_that_learn_alike_share_a_program_whatever_their_advantage():
   assert '"high": 9.0' in rl.step_settings(other)
 
 
+VOWELS = frozenset("aeiou")
+
+
+class Vowels(Domain):
+  """Paid by the share of vowels in what is said: any policy has groups that differ, and every token counts."""
+
+  name, thinking, style = "instruction", False, Style("", "")
+
+  def make_row(self, rng):
+    return make_prompt(self.name, f"say {rng.integers(1000)}")
+
+  def judge(self, row, completion):
+    text = completion.text
+    return Verdict(sum(c in VOWELS for c in text) / max(len(text), 1), "share of vowels")
+
+
+def vowels_alone(a, *names):
+  """The assembly with this domain in the place of the named ones."""
+  for name in names:
+    a.domains[name] = Vowels()
+    a.domains[name].name = name
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
   """A stage of four steps from fresh parameters, with a checkpoint after every second."""
@@ -110,17 +135,32 @@ def stage(tmp_path_factory):
     c.steps, c.save_every, c.dynamic_filtering, c.overlong = 4, 2, False, "keep"
     c.rollout.update(prompts=4, completions=2)
     c.packing.update(rows=8, pieces=2)
+    c.guards.window = 2  # So that histories matter in so few steps.
+    c.optimizer.warmup_steps = 0
   a = Assembly(c, root)
+  vowels_alone(a, "instruction")
   params = a.fresh_params(jax.random.key(0))
   Store(root / "start" / "checkpoints").save(1, TrainState(np.int32(0), params, {}), {})
   start = str(root / "start" / "checkpoints" / "1")
-  rl.run(c, root / "whole" / "if_rl", a, start)
+  outcome = rl.run(c, root / "whole" / "if_rl", a, start)
+  assert moved(outcome, start) and all(line["reward/mean"] > 0 for line in lines(root / "whole" / "if_rl"))
   return c, a, root, start
+
+
+def moved(outcome, start):
+  """Whether the outcome has learned anything since its start, by more than rounding."""
+  before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
+  changes = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), outcome.params, before)
+  return max(jax.tree.leaves(changes)) > 1e-4
 
 
 def lines(stage_dir):
   rows = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()]
   return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def record(stage_dir):
+  return json.loads((stage_dir / "checkpoints" / "4" / "record" / "metadata").read_text())
 
 
 def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
@@ -132,6 +172,8 @@ def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
   expected = load_params(whole / "checkpoints" / "4", jax.eval_shape(lambda p: p, outcome.params))
   jax.tree.map(np.testing.assert_array_equal, outcome.params, expected)
   assert lines(cut) == lines(whole)
+  assert any(line.get("guard/reward_collapse") is not None for line in lines(cut))
+  assert record(cut) == record(whole)
   assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
@@ -143,7 +185,7 @@ def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_re
   with shared.unlocked():
     shared.steps = 1
     shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
-  rl.run(shared, root / "shared" / "if_rl", a, start)
+  assert moved(rl.run(shared, root / "shared" / "if_rl", a, start), start)
   assert asked["completion_tokens"] == shared.packing.row_tokens  # No completion is longer than its row.
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
   # The routers' loads are others: they count a prompt once.
@@ -157,16 +199,19 @@ def test_several_updates_a_batch_are_counted_as_one_step_and_all_learn(stage):
   with twice.unlocked():
     twice.updates, twice.steps, twice.ratio = 2, 1, "token_clip"
   outcome = rl.run(twice, root / "twice", a, start)
+  (line,) = lines(root / "twice")
+  assert moved(outcome, start) and line["policy/clipped"] > 0 and line["step/skipped_nonfinite"] == 0
   assert outcome.steps == 1 and len(lines(root / "twice")) == 1
   assert int(Store(root / "twice" / "checkpoints").latest()) == 1
   assert rl.run(twice, root / "twice", a, start).steps == 1  # Finished: nothing is done again.
 
 
-def test_a_batch_of_which_everything_is_left_out_is_counted_and_changes_no_parameter(stage):
+def test_a_batch_of_which_everything_is_left_out_is_counted_and_changes_no_parameter(stage, monkeypatch):
   c, a, root, start = stage
   none = c.copy_and_resolve_references()
   with none.unlocked():
-    none.steps, none.dynamic_filtering = 2, True  # Fresh parameters solve nothing: all verdicts are 0.
+    none.steps, none.dynamic_filtering = 2, True
+  monkeypatch.setattr(Vowels, "judge", lambda *_: Verdict(0.25, "all alike"))
   outcome = rl.run(none, root / "none", a, start)
   assert [line["rollout/skipped"] for line in lines(root / "none")] == [1, 1]
   before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
@@ -201,6 +246,11 @@ def test_a_policy_that_is_its_own_teacher_is_at_no_distance_and_stays(stage, nam
     own.options, own.teachers = {name: options}, dict.fromkeys(c.mixture, start)
     own.optimizer.update(peak_lr=1e-3, warmup_steps=0, eps=1.0)  # So that a gradient of 0 moves nothing.
   teachers = gather(a, [Teacher(domain, start, 0.0, "") for domain in c.mixture], keep=1)
+  other = a.fresh_params(jax.random.key(1))
+  Store(root / name / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
+  stranger = str(root / name / "other" / "checkpoints" / "1")
+  strangers = gather(a, [Teacher(domain, stranger, 0.0, "") for domain in c.mixture], keep=1)
+  assert moved(rl.run(own, root / f"{name}_of_another", a, start, strangers), start)  # From whom it learns.
   outcome = rl.run(own, root / name, a, start, teachers)
   (line,) = lines(root / name)
   assert abs(line["policy/teacher_kl"]) < 1e-6 and line["norm/grad"] < 1e-4
@@ -213,7 +263,8 @@ def test_states_and_likeliest_tokens_are_those_of_each_prompts_own_teacher(stage
   other = a.fresh_params(jax.random.key(1))
   Store(root / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
   other = str(root / "other" / "checkpoints" / "1")
-  rows = rl.draw(a, {"instruction": 1.0, "math": 1.0}, 0, {}, 4)
+  shares = {"instruction": 1.0, "math": 1.0}
+  rows, *_ = Mixture(a.domains, shares, seed=0, tokenizer=a.tokenizer, limit=48, state={}).draw(4)
   params = a.fresh_params(jax.random.key(2))
   r = c.rollout
   samples = a.collect(
@@ -236,3 +287,77 @@ def test_a_step_learns_from_what_the_trainer_itself_would_have_sampled(stage):
   _, _, root, _ = stage
   for line in lines(root / "whole" / "if_rl"):
     assert abs(line["policy/sampler_kl"]) < 1e-4 and line["policy/sampler_error"] < 1e-4
+
+
+def test_a_reward_rises_on_a_task_that_twenty_steps_can_learn(stage):
+  c, a, root, start = stage
+  longer = c.copy_and_resolve_references()
+  with longer.unlocked():
+    longer.steps, longer.save_every = 20, 20
+    longer.optimizer.peak_lr = 1e-2
+  rl.run(longer, root / "learns" / "if_rl", a, start)
+  rewards = [line["reward/mean"] for line in lines(root / "learns" / "if_rl")]
+  assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.1, rewards
+
+
+def test_one_bad_batch_is_passed_over_and_so_many_in_a_row_end_the_stage(stage, monkeypatch):
+  c, a, root, start = stage
+  to_rollout, bad = rl.score.to_rollout, {1}
+  calls = []
+
+  def poisoned(*args, **how):
+    rollout, counts = to_rollout(*args, **how)
+    calls.append(len(calls))
+    if calls[-1] in bad:
+      rollout = rollout.replace(rewards_QG=np.full_like(rollout.rewards_QG, np.nan))
+    return rollout, counts
+
+  monkeypatch.setattr(rl.score, "to_rollout", poisoned)
+  outcome = rl.run(c, root / "one_bad" / "if_rl", a, start)
+  assert [line["step/skipped_nonfinite"] for line in lines(root / "one_bad" / "if_rl")] == [0, 1, 0, 0]
+  assert moved(outcome, start) and all(np.isfinite(p).all() for p in jax.tree.leaves(outcome.params))
+
+  bad.update(range(10))
+  with pytest.raises(StageStopped, match=r"^if_rl, step 2: 3 updates in a row .*max_nonfinite=3"):
+    calls.clear()
+    rl.run(c, root / "all_bad" / "if_rl", a, start)
+  # The count is in the record: a stage that is started again and again does not begin to count anew.
+  with pytest.raises(StageStopped, match=r"^if_rl, step 2: 3 updates in a row"):
+    rl.run(c, root / "all_bad" / "if_rl", a, start)
+  kept = load_params(root / "all_bad" / "if_rl" / "checkpoints" / "2", jax.eval_shape(lambda p: p, outcome.params))
+  before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
+  jax.tree.map(np.testing.assert_array_equal, kept, before)
+
+
+def test_a_guard_that_stops_saves_says_why_and_lets_nothing_go_on_there(stage, capsys):
+  c, a, root, start = stage
+  guarded = c.copy_and_resolve_references()
+  guarded.guards.entropy_collapse.update(action="stop", threshold=100.0)
+  guarded.guards.length_explosion.update(action="warn", threshold=0.0)
+  for words in ("^if_rl, step 1: entropy_collapse: policy/entropy is .* saved as .*/2; go on", "ended by entropy_collapse"):
+    with pytest.raises(StageStopped, match=words):
+      rl.run(guarded, root / "guarded" / "if_rl", a, start)
+  # Judged at the second step, where the window is full: that step's checkpoint is there, and no later one.
+  found = lines(root / "guarded" / "if_rl")
+  assert [line.get("guard/entropy_collapse") for line in found] == [None, 1]
+  assert Store(root / "guarded" / "if_rl" / "checkpoints").latest() == 2
+  assert capsys.readouterr().err.count("warning: if_rl, step 1: length_explosion") == 1
+
+
+def test_prompts_that_are_too_long_are_counted_and_met_once(stage, monkeypatch):
+  c, a, root, start = stage
+  make_row = Vowels.make_row
+
+  def sometimes_long(self, rng):
+    row = make_row(self, rng)
+    if rng.random() < 0.3:
+      row["responses_create_params"]["input"][0]["content"] += " and again" * 40
+    return row
+
+  monkeypatch.setattr(Vowels, "make_row", sometimes_long)
+  rl.run(c, root / "long" / "if_rl", a, start)
+  whole = lines(root / "long" / "if_rl")
+  assert sum(line["rollout/too_long_prompts"] for line in whole) > 0
+  shutil.rmtree(root / "long" / "if_rl" / "checkpoints" / "4")
+  rl.run(c, root / "long" / "if_rl", a, start)
+  assert lines(root / "long" / "if_rl") == whole

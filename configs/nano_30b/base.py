@@ -7,6 +7,7 @@ parameter, 7.4 GiB a chip on 64 chips. Products are bf16.
 
 from ml_collections import ConfigDict
 
+from configs import guards
 from configs.nano_30b import meshes, model
 
 # A Hugging Face folder: the model that SFT starts from, and the tokenizer of every stage.
@@ -40,6 +41,7 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
     greedy=(),
   )
   c.sandbox = dict(mode="bubblewrap", workers=64)
+  c.update(guards.fields())
   if smoke:  # The same stage with a small model, on what devices there are.
     c.model.update(
       vocab_size=1024, hidden_size=64, hybrid_override_pattern="M*EME", num_attention_heads=4, head_dim=16,

@@ -6,6 +6,8 @@ of 30B-A3B. Sizes from a feasibility study on two cores.
 
 from ml_collections import ConfigDict
 
+from configs import guards
+
 # Every domain, in the order of the report's columns.
 DOMAINS = (
   "instruction", "math", "stem", "structured", "tools",
@@ -63,6 +65,8 @@ def get_config(arg: str = "") -> ConfigDict:
   )
 
   c.sandbox = dict(mode="bubblewrap", workers=2)
+
+  c.update(guards.fields())
 
   if arg == "smoke":
     c.model.hybrid_override_pattern = "M*E"  # Each kind once: nearly all of its time is compilation.

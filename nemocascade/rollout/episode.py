@@ -55,6 +55,15 @@ def row_domain(row: Row) -> str:
   return row["agent_ref"]["name"]
 
 
+def prompt_of(row: Row, domain: Domain, tokenizer, thinking: bool | None = None) -> list[int]:
+  """The tokens of a row's prompt, up to where the assistant begins; `thinking` as in `collect`."""
+  pieces = chat.render(
+    prompt_messages(row), tools=prompt_tools(row) or None,
+    enable_thinking=domain.thinking if thinking is None else thinking, add_generation_prompt=True,
+  )  # fmt: skip
+  return chat.tokenize(pieces, tokenizer)[0]
+
+
 def collect(
   engine: Engine,
   params: Params,
@@ -64,6 +73,7 @@ def collect(
   *,
   tokenizer,
   G: int,
+  prompts: Sequence[list[int]] | None = None,
   completion_tokens: int | None = None,
   temperature: float = 1.0,
   top_p: float = 1.0,
@@ -72,21 +82,14 @@ def collect(
   """Samples G episodes of every row.
 
   Args:
+    prompts: what `prompt_of` gives for the rows, where it is known already.
     completion_tokens: most tokens behind a prompt, tool results included, where that is not all there is room for.
     thinking: whether the assistant thinks; None leaves it to each row's domain.
   """
   of_row = [domains[row_domain(row)] for row in rows]
   thinks = [domain.thinking if thinking is None else thinking for domain in of_row]
-  prompts = [
-    chat.tokenize(
-      chat.render(
-        prompt_messages(row), tools=prompt_tools(row) or None, enable_thinking=think,
-        add_generation_prompt=True,
-      ),
-      tokenizer,
-    )[0]
-    for row, think in zip(rows, thinks, strict=True)
-  ]  # fmt: skip
+  if prompts is None:
+    prompts = [prompt_of(row, domain, tokenizer, thinking) for row, domain in zip(rows, of_row, strict=True)]
   d = engine.start(params, prompts, G, drawn=top_p < 1)
   if completion_tokens is not None:
     d = d.replace(limit_B=np.minimum(d.limit_B, np.asarray(d.known_B) + np.int32(completion_tokens)))

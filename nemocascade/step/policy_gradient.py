@@ -10,7 +10,8 @@ from nemocascade.segments import document_mean, masked_mean
 from nemocascade.step import loss
 from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.rows import Rows
-from nemocascade.step.sft import apply_gradients, real_tokens, sum_over_parts
+from nemocascade.step.sft import real_tokens, sum_over_parts
+from nemocascade.step.update import apply_gradients
 from nemocascade.types import Metrics, Params, Prompts, Rollout, ScoreFn, TakeInFn, TrainState
 
 
@@ -125,11 +126,11 @@ def policy_gradient_step(
       routing = jax.tree.map(jnp.add, routing, of_prompts)
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-    state, metrics = apply_gradients(state, tx, grads)
-    state = state.replace(params=balance.move(state.params, routing, add_to_bias))
+    move = lambda params: balance.move(params, routing, add_to_bias)  # noqa: E731
+    state, metrics = apply_gradients(state, tx, grads, mean := total / count, move)
     metrics |= {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
     metrics |= {
-      "loss/policy": total / count,
+      "loss/policy": mean,
       "policy/ratio_max": loss.bounded_exp(jnp.max(gap_max)),
       "tokens/learned": tokens,
     }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nemocascade.step.sft import apply_gradients
+from nemocascade.step.update import apply_gradients
 from nemocascade.types import Metrics, TrainState
 
 Rows = tuple[jax.Array, jax.Array]  # tokens_BT, segment_ids_BT.
@@ -32,7 +32,7 @@ def reward_model_step(reward_fn: Callable, tx: optax.GradientTransformation):
       return total / count, jnp.mean((chosen_B > rejected_B).astype(jnp.float32))
 
     (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state, metrics = apply_gradients(state, tx, grads)
+    state, metrics = apply_gradients(state, tx, grads, value)
     return state, metrics | {"loss/reward_model": value, "pairs/accuracy": accuracy}
 
   return step

@@ -9,7 +9,7 @@ import optax
 from nemocascade.errors import UserError
 from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.loss import sft_loss
-from nemocascade.step.optimizer import norm
+from nemocascade.step.update import apply_gradients
 from nemocascade.types import Batch, Metrics, ScoreFn, TrainState
 
 
@@ -40,18 +40,6 @@ def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | No
     return jax.lax.cond(worth(piece), add, lambda total, _: (total, nothing), total, piece)
 
   return jax.lax.scan(add_if_worth if worth else add, zero, parts)
-
-
-def apply_gradients(state: TrainState, tx: optax.GradientTransformation, grads):
-  """(the next state, norms of gradient, update and parameters)."""
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics = {
-    "norm/grad": norm(grads),
-    "norm/update": norm(updates),
-    "norm/param": norm(params),
-  }
-  return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def real_tokens(segment_ids_BT: jax.Array) -> jax.Array:
@@ -90,9 +78,9 @@ def sft_step(
     ((total, routing), grads), _ = sum_over_parts(part, batch, accumulate)
     learned = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / learned.astype(g.dtype), grads)
-    state, metrics = apply_gradients(state, tx, grads)
-    state = state.replace(params=balance.move(state.params, routing, add_to_bias))
-    metrics |= {"loss/sft": total / learned, "tokens/learned": learned}
+    move = lambda params: balance.move(params, routing, add_to_bias)  # noqa: E731
+    state, metrics = apply_gradients(state, tx, grads, loss := total / learned, move)
+    metrics |= {"loss/sft": loss, "tokens/learned": learned}
     return state, metrics | routing_metrics(routing, real)
 
   return step

@@ -1,0 +1,78 @@
+"""The training prompts of a stage: which domain's come next, and which of them fit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemocascade.domains import domain as domain_lib
+from nemocascade.domains.domain import Domain, Row
+from nemocascade.errors import UserError
+from nemocascade.rollout.episode import prompt_of
+
+TRIES = 200  # Prompts of a domain, one after another, that may be too long; then it has none that fits.
+
+
+def next_domain(shares: Mapping[str, float], given: Mapping[str, int]) -> str:
+  """The domain of the next prompt: Balinski and Young's quota method (1975).
+
+  After any number of prompts each domain has had its share of them, rounded up or down.
+  """
+  n, total = sum(given.get(name, 0) for name in shares) + 1, sum(shares.values())
+  # A domain that has its share already waits; 1e-9 is for the rounding of the shares.
+  due = [name for name in sorted(shares) if given.get(name, 0) < shares[name] / total * n - 1e-9]
+  return max(due or sorted(shares), key=lambda name: shares[name] / (given.get(name, 0) + 1))
+
+
+class Mixture:
+  """Draws rows by shares. Its state is plain JSON and says all that later draws depend on."""
+
+  def __init__(
+    self, domains: Mapping[str, Domain], shares: Mapping[str, float], *, seed: int, tokenizer, limit: int,
+    state: Mapping[str, Any],
+  ):  # fmt: skip
+    """
+    Args:
+      limit: the tokens that a prompt may have at most, rollout.prompt_tokens.
+      state: of `get_state`, or empty.
+
+    Raises:
+      UserError: a domain has no prompt that fits.
+    """
+    self._domains, self._shares, self._seed = domains, dict(shares), seed
+    self._tokenizer, self._limit = tokenizer, limit
+    self._frontier = dict(state.get("frontier", {}))  # Domain -> the number of its next row.
+    self._given = dict(state.get("given", self._frontier))  # Domain -> rows drawn, without those left out.
+    for name in (name for name, share in self._shares.items() if share > 0):
+      self._next(name)
+
+  def get_state(self) -> dict[str, Any]:
+    return {"frontier": dict(self._frontier), "given": dict(self._given)}
+
+  def draw(self, count: int) -> tuple[list[Row], list[list[int]], int]:
+    """(`count` rows, those of a domain side by side; the tokens of their prompts; how many were too long).
+
+    Too long prompts are passed over for good: the next row of the same domain takes their place.
+    """
+    names = []
+    for _ in range(count):
+      names.append(next_domain(self._shares, self._given))
+      self._given[names[-1]] = self._given.get(names[-1], 0) + 1
+    rows, prompts, too_long = [], [], 0
+    for name in sorted(names, key=list(self._shares).index):
+      row, tokens, number = self._next(name)
+      too_long += number - self._frontier.get(name, 0)
+      self._frontier[name] = number + 1
+      rows.append(row)
+      prompts.append(tokens)
+    return rows, prompts, too_long
+
+  def _next(self, name: str) -> tuple[Row, list[int], int]:
+    """(row, tokens of its prompt, its number) of the domain's next row that fits."""
+    domain, begin = self._domains[name], self._frontier.get(name, 0)
+    for number in range(begin, begin + TRIES):
+      (row,) = domain_lib.rows(domain, "train", self._seed, number, 1)
+      if len(tokens := prompt_of(row, domain, self._tokenizer)) <= self._limit:
+        return row, tokens, number
+    raise UserError(
+      f"rollout.prompt_tokens={self._limit}: domain {name!r} has no prompt of so few tokens among {TRIES}"
+      f" (rows {begin} and on); raise it, or take the domain out of mixture"
+    )

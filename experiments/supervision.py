@@ -1,0 +1,119 @@
+"""What a stage's loop does about a run that goes wrong: says it once, or saves, says it and ends."""
+
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from nemocascade import guards
+from nemocascade.errors import StageStopped, UserError
+from nemocascade.metrics import MetricsWriter
+from nemocascade.step.update import SKIPPED
+from nemocascade.types import TrainState
+
+GO_ON = "go on from its checkpoint by init_from in another --workdir"
+
+
+def check(c: ConfigDict) -> None:
+  """Refuses settings of supervision that cannot be, before anything is computed."""
+  for name in ("guards", "max_nonfinite"):
+    if name not in c:
+      raise UserError(f"{name} is missing: add the fields of configs/guards.py")
+  guards.check(c.guards)
+  if not isinstance(c.max_nonfinite, int) or c.max_nonfinite < 1:
+    raise UserError(f"max_nonfinite={c.max_nonfinite!r}: must be a whole number of at least 1")
+
+
+class Supervisor:
+  """Reads each step's metrics on their way to the file.
+
+  Attributes: stopping, whether a guard has asked for the end; the loop then saves and calls `end`.
+  """
+
+  def __init__(self, c: ConfigDict, stage_dir: Path, record: Mapping[str, Any], *, without: Iterable[str] = ()):
+    """
+    Args:
+      record: what `record` gave for the checkpoint that the stage goes on from, or empty.
+      without: guards that mean nothing for the stage.
+
+    Raises:
+      StageStopped: the checkpoint is one with which a guard ended the stage.
+    """
+    self._dir, self._max_nonfinite = stage_dir, c.max_nonfinite
+    self._settings = c.guards.to_dict()
+    for name in without:
+      self._settings[name] = self._settings[name] | {"action": "off"}
+    self._histories = guards.from_json(record.get("histories", {}))
+    self._warned = list(record.get("warned", ()))
+    self._nonfinite = record.get("nonfinite", 0)  # Updates in a row that were not applied.
+    self._stop = ""
+    for finding in guards.standing(self._histories, self._settings):
+      if finding.action == "stop":
+        raise StageStopped(f"{stage_dir.name} was ended by {finding.line}; {GO_ON}")
+
+  @property
+  def stopping(self) -> bool:
+    return bool(self._stop)
+
+  def record(self) -> dict[str, Any]:
+    """Plain JSON, for the stage's checkpoints."""
+    return {"histories": guards.to_json(self._histories), "warned": self._warned, "nonfinite": self._nonfinite}
+
+  def write(
+    self, writer: MetricsWriter, step: int, metrics: Mapping[str, Any], *,
+    skipped: Sequence[float] | None = None, to_save: TrainState | None = None,
+  ) -> None:  # fmt: skip
+    """The step's line of metrics, with those of the guards.
+
+    Args:
+      skipped: of each update of the step, whether it was not applied; else what the metrics say of the one.
+      to_save: the state, where this step ends in a checkpoint: then the disk is measured.
+
+    Raises:
+      StageStopped: max_nonfinite updates in a row were not applied.
+    """
+    metrics = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    if skipped is None:
+      skipped = [metrics[SKIPPED]] if SKIPPED in metrics else []
+    room = {} if to_save is None else {"disk/checkpoints": room_for(to_save, self._dir)}
+    self._histories, findings, flags = guards.observe(self._histories, metrics | room, self._settings)
+    writer.write(step, metrics | flags)
+    self._react(step, findings)
+    for refused in skipped:
+      self._nonfinite = self._nonfinite + 1 if refused else 0
+      if self._nonfinite >= self._max_nonfinite:
+        raise StageStopped(
+          f"{self._dir.name}, step {step}: {self._nonfinite} updates in a row were not finite, and not applied"
+          f" (max_nonfinite={self._max_nonfinite}); lower optimizer.peak_lr, and start in another --workdir"
+        )
+
+  def end(self, checkpoint: Path) -> None:
+    """Raises StageStopped where a guard has asked for it; `checkpoint` is what was saved."""
+    if self._stop:
+      raise StageStopped(f"{self._stop}; saved as {checkpoint}; {GO_ON}")
+
+  def _react(self, step: int, findings: list[guards.Finding]) -> None:
+    for finding in findings:
+      line = f"{self._dir.name}, step {step}: {finding.line}"
+      if finding.action == "stop":
+        self._stop = self._stop or line
+      elif finding.guard not in self._warned:
+        self._warned.append(finding.guard)
+        if jax.process_index() == 0:
+          print(f"warning: {line}", file=sys.stderr)
+
+
+def room_for(state: TrainState, directory: Path) -> float:
+  """How many checkpoints of the state still fit on the disk; the first process's count for all."""
+  size = sum(array.nbytes for array in jax.tree.leaves(state))
+  fit = np.float32(shutil.disk_usage(directory).free / max(size, 1))
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    fit = multihost_utils.broadcast_one_to_all(fit)
+  return float(fit)

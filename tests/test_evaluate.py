@@ -1,0 +1,73 @@
+"""Laws of held-out scores: whose verdicts count, how often, and in which domain."""
+
+import numpy as np
+import pytest
+
+from nemocascade.data.chat import Turn
+from nemocascade.domains.domain import Completion, Verdict, make_prompt
+from nemocascade.evaluate import evaluate, mean_interval, score_verdicts
+from nemocascade.rollout.episode import Samples
+
+
+def verdicts(*rewards):
+  return [Verdict(r or 0.0, "", masked=r is None) for r in rewards]
+
+
+def samples_of(rows, G=2):
+  """Each completion has as many sampled tokens as its row's number says, and is unfinished where that is odd."""
+  n_Q = np.array([row["number"] for row in rows])
+  mask_QGT = np.arange(16)[None, None] < np.broadcast_to(n_Q[:, None, None], (len(rows), G, 1))
+  turn = lambda n: Turn(reasoning=None, content=str(n), tool_calls=(), error=None, finished=n % 2 == 0)  # noqa: E731
+  return Samples(
+    rows=list(rows), domains=[row["agent_ref"]["name"] for row in rows],
+    tokens_QGT=mask_QGT.astype(np.int32), segment_ids_QGT=mask_QGT.astype(np.int32), loss_mask_QGT=mask_QGT,
+    behaviour_logprobs_QGT=np.zeros(mask_QGT.shape, np.float32),
+    completions=[[Completion((turn(n),)) for _ in range(G)] for n in n_Q],
+  )  # fmt: skip
+
+
+def test_a_mean_is_over_prompts_and_what_has_no_verdict_is_in_none():
+  # Prompts of 1, 1/2 and 0; the fourth has no verdict at all, and the second only one of two.
+  score = score_verdicts([verdicts(1.0, 1.0), verdicts(1.0, 0.0), verdicts(None, 0.0), verdicts(None, None)])
+  assert score.mean == pytest.approx(0.5)
+  assert (score.prompts, score.masked) == (4, 3)
+  assert score.low < 0.5 < score.high
+
+
+def test_no_verdicts_at_all_are_a_mean_of_0_that_may_be_anything():
+  score = score_verdicts([verdicts(None)])
+  assert (score.mean, score.low, score.high, score.masked) == (0.0, 0.0, 1.0, 1)
+
+
+@pytest.mark.parametrize("n, successes", [(10, 0), (10, 10), (256, 64)])
+def test_the_interval_of_shares_is_wilsons(n, successes):
+  from scipy.stats import binomtest
+
+  found = mean_interval(np.r_[np.ones(successes), np.zeros(n - successes)])
+  expected = binomtest(successes, n).proportion_ci(method="wilson")
+  np.testing.assert_allclose(found, (expected.low, expected.high), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
+def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
+  rows = {
+    name: [make_prompt(name, f"{name} {i}", number=i + 1) for i in range(count)]
+    for name, count in (("a", 5), ("b", 3), ("c", 0))
+  }
+  asked = []
+
+  def collect(chunk, index):
+    assert len(chunk) == batch  # One compiled shape.
+    asked.append((index, len(chunk)))
+    return samples_of(chunk)
+
+  def judge(samples):
+    return [verdicts(float(row["number"] == 1), 0.0) for row in samples.rows]
+
+  scores = evaluate(rows, collect, judge, batch=batch)
+  assert set(scores) == {"a", "b"}  # What has no rows has no score.
+  assert [i for i, _ in asked] == list(range(0, 8, batch))
+  assert (scores["a"].prompts, scores["b"].prompts) == (5, 3)
+  assert scores["a"].mean == pytest.approx(0.5 / 5) and scores["b"].mean == pytest.approx(0.5 / 3)
+  assert (scores["a"].tokens, scores["b"].tokens) == (2 * 15, 2 * 6)
+  assert (scores["a"].unfinished, scores["b"].unfinished) == (2 * 3, 2 * 2)

@@ -1,0 +1,164 @@
+"""What keeps a stage from going wrong unseen: SFT and the reward model, by the command line and in place."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoint
+
+from configs.tiny import reward_model as judge_config
+from configs.tiny import sft as sft_config
+from experiments import loading, reward_model, sft, supervision
+from experiments.assembly import Assembly
+from nemocascade.checkpoint import Store, load_params
+from nemocascade.errors import StageStopped, UserError
+from nemocascade.types import TrainState
+
+ROOT = Path(__file__).parent.parent
+
+
+def lines(stage_dir):
+  return [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_rate_that_ruins_the_parameters_ends_the_command_with_one_line_and_good_checkpoints(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.sft", "--config=configs/tiny/sft.py:smoke", f"--workdir={tmp_path}",
+     "--config.optimizer.peak_lr=1e30", "--config.save_every=1"],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr
+  said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert said == [done.stderr.splitlines()[-1]] and len(said[0]) < 200 and "Traceback" not in done.stderr
+  for word in ("sft, step 2", "3 updates in a row", "max_nonfinite=3", "optimizer.peak_lr"):
+    assert word in said[0]
+  assert [line["step/skipped_nonfinite"] for line in lines(tmp_path / "sft")] == [1, 1, 1]
+  store = Store(tmp_path / "sft" / "checkpoints")
+  a = Assembly(sft_config.get_config("smoke"), tmp_path)
+  assert store.latest() == 2
+  saved = load_params(store.path_of(2), a.template)
+  jax.tree.map(np.testing.assert_array_equal, saved, a.fresh_params(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory):
+  root = tmp_path_factory.mktemp("stages")
+  c = sft_config.get_config("smoke")
+  with c.unlocked():
+    c.steps, c.save_every, c.rows, c.row_tokens = 4, 2, 2, 256
+    c.domains, c.conversations = ("instruction", "preference"), dict(instruction=40)
+    c.tokenizer.conversations = 60
+  return c, Assembly(c, root), root
+
+
+@pytest.fixture(scope="module")
+def fine(assembled):
+  c, a, root = assembled
+  sft.run(c, root / "fine" / "sft", a)
+  return lines(root / "fine" / "sft")
+
+
+def poisoned_at(module, monkeypatch, bad):
+  """The stage's own step, whose loss comes out as NaN in these steps: the gradient with it."""
+  jit_step, seen = module.jit_step, []
+
+  def make(step, state, mesh):
+    compiled = jit_step(step, state, mesh)
+
+    def run(state, *batch):
+      seen.append(len(seen))
+      if seen[-1] in bad:
+        state = state.replace(params=jax.tree.map(lambda p: p + jnp.nan, params := state.params))
+        after, metrics = compiled(state, *batch)
+        return after.replace(params=params), metrics
+      return compiled(state, *batch)
+
+    return run
+
+  monkeypatch.setattr(module, "jit_step", make)
+  return seen
+
+
+def test_sft_passes_over_a_bad_step_and_ends_after_so_many_in_a_row(assembled, fine, monkeypatch):
+  c, a, root = assembled
+  bad = {1}
+  seen = poisoned_at(sft, monkeypatch, bad)
+  sft.run(c, root / "one" / "sft", a)
+  found = lines(root / "one" / "sft")
+  assert [line["step/skipped_nonfinite"] for line in found] == [0, 1, 0, 0]
+  assert found[0]["loss/sft"] == fine[0]["loss/sft"] and found[1]["loss/sft"] is None
+  assert np.isfinite([line["loss/sft"] for line in found[2:]]).all()
+  bad.update(range(9))
+  for _ in range(2):  # Two of three are in the record of the checkpoint of step 2.
+    seen.clear()
+    with pytest.raises(StageStopped, match=r"^sft, step 2: 3 updates in a row"):
+      sft.run(c, root / "all" / "sft", a)
+  assert Store(root / "all" / "sft" / "checkpoints").latest() == 2
+
+
+def test_the_reward_model_does_too(assembled, monkeypatch):
+  _, a, root = assembled
+  c = judge_config.get_config("smoke")
+  c.steps, c.save_every, c.pairs, c.heldout_pairs, c.max_nonfinite = 3, 1, 8, 8, 2
+  bad = {0}
+  seen = poisoned_at(reward_model, monkeypatch, bad)
+  outcome = reward_model.run(c, root / "judge" / "one", a)
+  assert [line["step/skipped_nonfinite"] for line in lines(root / "judge" / "one")] == [1, 0, 0]
+  assert all(np.isfinite(p).all() for p in jax.tree.leaves(outcome.params))
+  bad.update(range(9))
+  seen.clear()
+  with pytest.raises(StageStopped, match=r"^all, step 1: 2 updates in a row"):
+    reward_model.run(c, root / "judge" / "all", a)
+
+
+def test_a_disk_with_no_room_for_the_next_checkpoints_ends_the_stage_after_saving(assembled, fine, monkeypatch):
+  c, a, root = assembled
+  usage = shutil.disk_usage(root)
+  monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+  with pytest.raises(StageStopped, match=r"^sft, step 1: disk_full: .*guards.disk_full.*saved as .*/2;"):
+    sft.run(c, root / "full" / "sft", a)
+  assert lines(root / "full" / "sft")[-1]["guard/disk_full"] == 1
+  monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage)
+  assert sft.run(c, root / "full" / "sft", a).steps == 4  # Where there is room again it goes on.
+  drop = lambda found: [{k: v for k, v in line.items() if not k.startswith("guard/")} for line in found]  # noqa: E731
+  assert drop(lines(root / "full" / "sft")) == drop(fine)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_with_a_value_that_is_not_finite_is_refused_by_its_name(tmp_path, value):
+  tiny_checkpoint.make(tmp_path)
+  a = tiny_checkpoint.assembly(tmp_path)
+  params = a.fresh_params(jax.random.key(0))
+  params["lm_head"] = params["lm_head"].at[3, 5].set(value)
+  Store(tmp_path / "checkpoints").save(2, TrainState(jnp.int32(0), params, {}), {})
+  with pytest.raises(UserError, match="checkpoints/2: lm_head holds values that are not finite"):
+    loading.load(str(tmp_path / "checkpoints" / "2"), a.template)
+  with pytest.raises(UserError, match="lm_head"):
+    loading.find(str(tmp_path / "checkpoints" / "2")).load(a.template)
+  loading.load(str(tmp_path / "checkpoints" / "1"), a.template)
+
+
+def test_heldout_prompts_without_room_are_left_out_and_said_or_named_where_too_few_remain(assembled, capsys):
+  c, a, root = assembled
+  limit = lambda tokens: c.copy_and_resolve_references()  # noqa: E731
+  lengths = [len(a.tokenizer.encode(json.dumps(row))) for row in a.heldout["instruction"]]
+  assert lengths and "left out" not in capsys.readouterr().err
+  short = limit(0)
+  from nemocascade.rollout import episode
+
+  prompts = sorted(len(episode.prompt_of(row, a.domains["instruction"], a.tokenizer)) for row in a.heldout["instruction"])
+  assert prompts[0] < prompts[-1] <= c.evaluation.prompt_tokens
+  short.evaluation.prompt_tokens, short.evaluation.prompts = prompts[len(prompts) // 2], 8
+  b = Assembly(short, root)
+  fit = [len(episode.prompt_of(row, b.domains["instruction"], b.tokenizer)) for row in b._heldout("instruction")]
+  assert len(fit) == 8 and max(fit) <= short.evaluation.prompt_tokens
+  assert "domain 'instruction': left out" in capsys.readouterr().err
+  short.evaluation.prompt_tokens = 3
+  with pytest.raises(UserError, match=r"domain 'instruction' has only 0 .*evaluation.prompt_tokens=3"):
+    Assembly(short, root)._heldout("instruction")
