@@ -252,7 +252,7 @@ def test_released_rows_are_judged_or_masked_by_the_names_that_are_unknown(name):
   for line in (GYM / f"{name}.jsonl").read_text().splitlines():
     row = json.loads(line)
     known = set(row["instruction_id_list"]) <= set(instructions.CHECKERS)
-    verdict = judge(row, "No.")
+    verdict = judge(row, "No.\nNo.")
     assert verdict.masked == (not known), verdict
     assert verdict.reward == 0.0
     if name == "instruction_following":

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import ToolCall, Turn
-from nemocascade.domains import domain, structured
+from nemocascade.domains import domain, limited, structured
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 SCHEMA = {
@@ -43,6 +43,15 @@ def test_the_text_must_be_json_that_validates(content, reward):
 def test_a_bad_schema_gives_no_verdict_and_fetches_nothing(schema):
   verdict = judge({**ROW, "schema_str": schema}, "{}")
   assert (verdict.masked, verdict.cause) == (True, "row")
+
+
+def test_an_array_whose_items_take_too_long_to_compare_masks_the_sample(monkeypatch):
+  monkeypatch.setattr(limited.call, "__kwdefaults__", {"limit_s": 1.0})
+  row = {**ROW, "schema_str": json.dumps({"type": "array", "uniqueItems": True})}
+  many = [{"a": {"b": place}} for place in range(12_000)]
+  verdict = judge(row, json.dumps(many))
+  assert (verdict.masked, verdict.cause, verdict.reward) == (True, "time", 0.0)
+  assert judge(row, json.dumps(many[:3])).reward == 1.0
 
 
 def test_the_draft_that_the_schema_names_is_followed():

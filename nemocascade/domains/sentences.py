@@ -17,7 +17,7 @@ def words(text: str) -> list[str]:
 
 def punkt(text: str) -> list[str]:
   """Sentences by Punkt (Kiss and Strunk, 2006), whose model knows abbreviations such as Dr. and Inc."""
-  return [str(sentence) for sentence in _punkt().tokenize(text)]
+  return _punkt().tokenize(text)
 
 
 def tokens(text: str) -> list[str]:
@@ -27,9 +27,17 @@ def tokens(text: str) -> list[str]:
 
 @functools.cache
 def _punkt() -> Any:
+  """NLTK's tokenizer with the model of its own data `punkt_tab`, which another package ships."""
   import punkt as package
+  from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
-  return package.PunktSentenceTokenizer(package.load_model("english"))
+  model, parameters = package.load_model("english"), PunktParameters()
+  parameters.abbrev_types = set(model.abbrev_types)
+  parameters.collocations = {tuple(pair) for pair in model.collocations}
+  parameters.sent_starters = set(model.sent_starters)
+  for word, contexts in model.ortho_context.items():
+    parameters.add_ortho_context(word, int(contexts))
+  return PunktSentenceTokenizer(parameters)
 
 
 @functools.cache
