@@ -17,7 +17,7 @@ from configs.tiny import if_rl
 from experiments import rl
 from nemocascade.advantage import ADVANTAGES, TAUGHT, grpo, mopd, mopd_clipped, reinforce_pp
 from nemocascade.data.tokenizer import IM_END
-from nemocascade.domains.domain import NOT_FINITE, Verdict
+from nemocascade.domains.domain import NONFINITE, Verdict
 from nemocascade.domains.judge import BradleyTerryJudge, batch_rewards
 from nemocascade.domains.preference import Preference
 from nemocascade.errors import UserError
@@ -160,7 +160,7 @@ def test_a_reward_that_is_no_number_masks_its_sample_and_changes_no_other(case, 
   finite_G = np.isfinite(rewards_G)
   np.testing.assert_array_equal(rollout_.valid_QG, finite_G[None])
   assert np.isfinite(rollout_.rewards_QG).all() and all(np.isfinite(value) for value in counts.values())
-  assert counts["rollout/nonfinite_reward"] == counts["rollout/masked"] == pytest.approx(1 - finite_G.mean())
+  assert counts["rollout/masked_nonfinite"] == counts["rollout/masked"] == pytest.approx(1 - finite_G.mean())
   as_jax = lambda r: jax.tree.map(jnp.asarray, r)  # noqa: E731
   got_G = np.asarray(advantage(as_jax(rollout_)))[0, :, 0]
   assert not got_G[~finite_G].any()
@@ -172,7 +172,7 @@ def test_a_reward_that_is_no_number_masks_its_sample_and_changes_no_other(case, 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
 def test_a_verdict_of_no_number_is_none_and_makes_no_signal(reward):
   verdict = Verdict(reward, "half right")
-  assert (verdict.reward, verdict.masked, verdict.reason) == (0.0, True, NOT_FINITE)
+  assert (verdict.reward, verdict.masked, verdict.cause) == (0.0, True, NONFINITE)
   assert scoring.informative([[[verdict, Verdict(1.0, ""), Verdict(1.0, "")]]]) == [[]]
   assert not verdict.success and score_verdicts([[verdict]]).masked == 1
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 
 NOBODY = "65534"
 WORK = "/tmp"
@@ -21,11 +22,13 @@ def bubblewraps() -> list[str]:
   return found
 
 
-def arguments(executable: str, *, folder_bytes: int) -> list[str]:
+def arguments(
+  executable: str, *, folder_bytes: int, packages: Sequence[str] = ()
+) -> list[str]:
   """For bubblewrap: all that is to be seen is this interpreter and the system's libraries.
 
   Not /proc (a program needs none, and within containers it often cannot be mounted), not /etc,
-  no installed package. Only WORK can be written to.
+  no installed package but those in the folders `packages`. Only WORK can be written to.
   """
   found = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"]
   found += ["--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
@@ -48,9 +51,11 @@ def arguments(executable: str, *, folder_bytes: int) -> list[str]:
     if os.path.exists(path) and not path.startswith(("/usr/lib/", "/usr/lib64/")):
       found += ["--ro-bind", path, path]
   for path in dict.fromkeys(seen):
-    for packages in (f"{path}/site-packages", f"{path}/dist-packages"):
-      if os.path.isdir(packages):
-        found += ["--tmpfs", packages]
+    for hidden in (f"{path}/site-packages", f"{path}/dist-packages"):
+      if os.path.isdir(hidden):
+        found += ["--tmpfs", hidden]
   found += ["--ro-bind", "/dev/null", "/dev/null", "--setenv", "LD_LIBRARY_PATH", libraries]
   found += ["--size", str(folder_bytes), "--tmpfs", WORK, "--chdir", WORK]
+  for path in dict.fromkeys(packages):
+    found += ["--ro-bind", path, path]
   return [*found, "--remount-ro", "/"]

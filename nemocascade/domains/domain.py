@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemocascade import errors
+from nemocascade.domains import limited
 
 if TYPE_CHECKING:
   from nemocascade.data.chat import Turn
@@ -59,24 +60,29 @@ class Completion:
     return "".join(parts)
 
 
-NOT_FINITE = "the reward is not a finite number"
+NONFINITE = "nonfinite"  # The cause of a mask: the reward is NaN or infinite.
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
   """A reward and its reason. `masked`: nothing could be said, so the sample is not trained on.
 
-  A reward that is not finite says nothing: it becomes 0, masked, for the reason NOT_FINITE. Statistics of a
-  group or a batch can then never meet one.
+  `cause` is one word for why it is masked, by which such samples are counted: those of
+  limited.NoAnswer ("time", "memory", "crash", "error"), "unknown" for a mode, format or id that
+  this verifier lacks, "row" for a row that cannot be judged, NONFINITE, "" for others.
+
+  A reward that is not finite says nothing: it becomes 0, masked. Statistics of a group or a batch
+  can then never meet one.
   """
 
   reward: float
   reason: str
   masked: bool = False
+  cause: str = ""
 
   def __post_init__(self):
     if not math.isfinite(self.reward):
-      for name, value in (("reward", 0.0), ("reason", NOT_FINITE), ("masked", True)):
+      for name, value in (("reward", 0.0), ("masked", True), ("cause", NONFINITE)):
         object.__setattr__(self, name, value)
 
   @property
@@ -146,14 +152,21 @@ class Domain:
     return None
 
 
+def no_verdict(cause: str, reason: str) -> Verdict:
+  """A masked verdict."""
+  return Verdict(0.0, reason[:200], masked=True, cause=cause)
+
+
 def guarded(
   judge: Callable[[Row, Completion], Verdict], row: Row, completion: Completion
 ) -> Verdict:
   """`judge`'s verdict, or a masked one where it raises."""
   try:
     return judge(row, completion)
+  except limited.NoAnswer as error:
+    return no_verdict(error.cause, f"no answer: {error}")
   except Exception as error:  # noqa: BLE001  Nothing a completion provokes may stop a run.
-    return Verdict(0.0, f"verifier failed: {type(error).__name__}: {error}"[:200], masked=True)
+    return no_verdict("error", f"verifier failed: {type(error).__name__}: {error}")
 
 
 def prompt_messages(row: Row) -> list[Message]:

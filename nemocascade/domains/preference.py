@@ -167,7 +167,7 @@ class Preference(domain.Domain):
 
 def _verdict(comparison: Comparison) -> domain.Verdict:
   if not np.isfinite(comparison).all():
-    return domain.Verdict(float("nan"), domain.NOT_FINITE)
+    return domain.Verdict(float("nan"), "the judge's reward is not a finite number")
   won = first_wins(comparison)
   return domain.Verdict(float(won), "preferred to the reference" if won else "not preferred")
 

@@ -1,10 +1,11 @@
 """Verdicts to rewards: what is judged, what is left out, and how much of each."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from nemocascade.domains.domain import NOT_FINITE, Domain, Verdict
+from nemocascade.domains.domain import NONFINITE, Domain, Verdict
 from nemocascade.rollout.episode import Samples
 from nemocascade.types import Rollout
 
@@ -62,28 +63,30 @@ def to_rollout(
 
   Args:
     overlong: one of OVERLONG.
-    rewards_QG: in the place of the verdicts', where rewards compare a group's completions. One that is not
+    rewards_QG: in the place of the verdicts, where rewards compare a group's completions. Then a masked
+      verdict leaves nothing out: it says that the row cannot be judged by itself. A reward that is not
       finite masks its sample.
   """
   finished_QG = np.array([[c.finished for c in group] for group in samples.completions])
   masked_QG = np.array([[v.masked for v in group] for group in verdicts])
   verdict_QG = np.array([[v.reward for v in group] for group in verdicts], np.float32)
-  nonfinite_QG = np.array([[v.reason == NOT_FINITE for v in group] for group in verdicts])
+  verdicted_QG = ~masked_QG
+  causes = collections.Counter(v.cause or "other" for group in verdicts for v in group if v.masked)
   if rewards_QG is None:
     rewards_QG = verdict_QG
   else:
     rewards_QG = np.asarray(rewards_QG, np.float32)
-    nonfinite_QG |= ~np.isfinite(rewards_QG)
-    rewards_QG = np.where(np.isfinite(rewards_QG), rewards_QG, np.float32(0))
-  masked_QG |= nonfinite_QG
+    masked_QG = ~np.isfinite(rewards_QG)
+    causes = collections.Counter({NONFINITE: int(masked_QG.sum())})
+    rewards_QG = np.where(masked_QG, np.float32(0), rewards_QG)
   room_QG = samples.limit_QG - (samples.segment_ids_QGT > 0).sum(-1)
   rewards_QG, kept_QG = overlong(rewards_QG, finished_QG, room_QG)
   valid_QG = ~masked_QG & kept_QG
   counts = {
     "rollout/masked": float(masked_QG.mean()),
-    "rollout/nonfinite_reward": float(nonfinite_QG.mean()),
+    **{f"rollout/masked_{cause}": n / masked_QG.size for cause, n in sorted(causes.items()) if n},
     "rollout/unfinished": float(1 - finished_QG.mean()),
-    "rollout/verdict": float(verdict_QG[~masked_QG].mean()) if (~masked_QG).any() else 0.0,
+    "rollout/verdict": float(verdict_QG[verdicted_QG].mean()) if verdicted_QG.any() else 0.0,
     "rollout/tokens": float(samples.loss_mask_QGT.sum(-1).mean()),
     "rollout/groups_with_signal": float(np.mean([bool(i) for i in _signal(verdicts)])),
   }
