@@ -37,6 +37,7 @@ LINE = ("def ", " ( a , b ) : return a ", " b")  # A function is name and operat
 INPUTS = ((7, 2), (9, 4), (3, 12), (-5, 3))
 
 NO_TESTS = "the repository's environment is not available"
+REPAIR = "eval"  # The only `mode` of a row that is judged here, and that of a row without one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,9 @@ class Swe(domain.Domain):
 
   def _draft(self, row: domain.Row, completion: domain.Completion) -> Program | domain.Verdict:
     """A program whose result decides, or the verdict where none is needed."""
+    mode = row.get("mode", REPAIR)
+    if mode != REPAIR:  # As "repro-gen": a script that shows the bug, judged in the repository.
+      return domain.Verdict(0.0, f"no verifier of {mode=}"[:200], masked=True)
     try:
       files = self.repaired(row, completion)
       if not has_tests(row):
