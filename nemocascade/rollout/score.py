@@ -62,11 +62,15 @@ def to_rollout(
 
   Args:
     overlong: one of OVERLONG.
-    rewards_QG: in the place of the verdicts', where rewards compare a group's completions.
+    rewards_QG: in the place of the verdicts, where rewards compare a group's completions. Then a
+      masked verdict leaves nothing out: it says that the row cannot be judged by itself.
   """
   finished_QG = np.array([[c.finished for c in group] for group in samples.completions])
   masked_QG = np.array([[v.masked for v in group] for group in verdicts])
   verdict_QG = np.array([[v.reward for v in group] for group in verdicts], np.float32)
+  verdicted_QG = ~masked_QG
+  if rewards_QG is not None:
+    masked_QG = np.zeros_like(masked_QG)
   rewards_QG = verdict_QG if rewards_QG is None else np.asarray(rewards_QG, np.float32)
   room_QG = samples.tokens_QGT.shape[-1] - (samples.segment_ids_QGT > 0).sum(-1)
   rewards_QG, kept_QG = overlong(rewards_QG, finished_QG, room_QG)
@@ -74,7 +78,7 @@ def to_rollout(
   counts = {
     "rollout/masked": float(masked_QG.mean()),
     "rollout/unfinished": float(1 - finished_QG.mean()),
-    "rollout/verdict": float(verdict_QG[~masked_QG].mean()) if (~masked_QG).any() else 0.0,
+    "rollout/verdict": float(verdict_QG[verdicted_QG].mean()) if verdicted_QG.any() else 0.0,
     "rollout/tokens": float(samples.loss_mask_QGT.sum(-1).mean()),
     "rollout/groups_with_signal": float(np.mean([bool(i) for i in _signal(verdicts)])),
   }
