@@ -89,6 +89,16 @@ def test_a_completion_without_a_verdict_is_never_trained_on(overlong):
   assert counts["rollout/verdict"] == 0.5  # Over those that have one.
 
 
+def test_masked_samples_are_counted_by_their_cause():
+  s, _ = judged([[1, 0, 0, 0]])
+  masked = [Verdict(0.0, "", masked=True, cause=cause) for cause in ("time", "time", "")]
+  _, counts = score.to_rollout(s, [[Verdict(1.0, ""), *masked]], overlong=score.keep)
+  found = {name: n for name, n in counts.items() if name.startswith("rollout/masked")}
+  assert found == {
+    "rollout/masked": 0.75, "rollout/masked_time": 0.5, "rollout/masked_other": 0.25,
+  }  # fmt: skip
+
+
 def test_a_batch_without_any_verdict_still_counts():
   s, verdicts = judged([[9, 9]])
   rollout, counts = score.to_rollout(s, verdicts, overlong=score.keep)

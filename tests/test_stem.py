@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import domain, stem
+from nemocascade.domains import domain, limited, stem
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 ROW = {
@@ -26,7 +26,7 @@ def judge(row, content):
   ("content", "reward"),
   [("\\boxed{B}", 1), ("It is \\boxed{ B }.", 1), ("\\boxed{A} no, \\boxed{B}", 1),
    ("\\boxed{B} no, \\boxed{A}", 0), ("\\boxed{b}", 0), ("\\boxed{AB}", 0), ("\\boxed{E}", 0),
-   ("\\boxed{\\text{B}}", 0), ("\\boxed{iron}", 0), ("B", 0), ("\\boxed{}", 0), ("\\boxed{B", 0)],
+   ("\\boxed{\\text{B}}", 1), ("\\boxed{iron}", 0), ("B", 0), ("\\boxed{}", 0), ("\\boxed{B", 0)],
 )  # fmt: skip
 def test_strict_mode_takes_one_capital_letter_of_an_option(content, reward):
   assert judge(ROW, content) == domain.Verdict(reward, judge(ROW, content).reason)
@@ -41,8 +41,23 @@ def test_lenient_mode_takes_the_letter_in_wrappings_or_the_option_itself(content
   assert judge({**ROW, "grading_mode": "lenient_boxed"}, content).reward == reward
 
 
-def test_an_unknown_grading_mode_gives_no_verdict():
-  assert judge({**ROW, "grading_mode": "by taste"}, "\\boxed{B}").masked
+def test_an_unknown_grading_mode_gives_no_verdict_and_is_named():
+  verdict = judge({**ROW, "grading_mode": "by taste"}, "\\boxed{B}")
+  assert (verdict.masked, verdict.cause) == (True, "unknown") and "by taste" in verdict.reason
+
+
+def test_a_pattern_of_the_row_that_never_ends_masks_the_sample_and_not_the_next(monkeypatch):
+  monkeypatch.setattr(limited.call, "__kwdefaults__", {"limit_s": 0.5})
+  row = {**ROW, "template_metadata": {"output_regex": "(a+)+$"}}
+  verdict = judge(row, "a" * 60 + "!")
+  assert (verdict.masked, verdict.cause, verdict.reward) == (True, "time", 0.0)
+  assert judge(row, "\\boxed{B}").reward == 1
+
+
+@pytest.mark.parametrize("expected", [None, "", " "])
+def test_a_row_without_an_expected_letter_gives_no_verdict(expected):
+  verdict = judge({**ROW, "expected_answer": expected}, "\\boxed{B}")
+  assert (verdict.masked, verdict.cause) == (True, "row")
 
 
 def test_exactly_one_option_belongs_to_the_asked_category():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemocascade import errors
+from nemocascade.domains import limited
 
 if TYPE_CHECKING:
   from nemocascade.data.chat import Turn
@@ -60,11 +61,17 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """A reward and its reason. `masked`: nothing could be said, so the sample is not trained on."""
+  """A reward and its reason. `masked`: nothing could be said, so the sample is not trained on.
+
+  `cause` is one word for why it is masked, by which such samples are counted: those of
+  limited.NoAnswer ("time", "memory", "crash", "error"), "unknown" for a mode, format or id that
+  this verifier lacks, "row" for a row that cannot be judged, "" for others.
+  """
 
   reward: float
   reason: str
   masked: bool = False
+  cause: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +135,21 @@ class Domain:
     return None
 
 
+def no_verdict(cause: str, reason: str) -> Verdict:
+  """A masked verdict."""
+  return Verdict(0.0, reason[:200], masked=True, cause=cause)
+
+
 def guarded(
   judge: Callable[[Row, Completion], Verdict], row: Row, completion: Completion
 ) -> Verdict:
   """`judge`'s verdict, or a masked one where it raises."""
   try:
     return judge(row, completion)
+  except limited.NoAnswer as error:
+    return no_verdict(error.cause, f"no answer: {error}")
   except Exception as error:  # noqa: BLE001  Nothing a completion provokes may stop a run.
-    return Verdict(0.0, f"verifier failed: {type(error).__name__}: {error}"[:200], masked=True)
+    return no_verdict("error", f"verifier failed: {type(error).__name__}: {error}")
 
 
 def prompt_messages(row: Row) -> list[Message]:

@@ -1,15 +1,14 @@
-"""Multiple-choice questions of knowledge: the letter of the right option, boxed."""
+"""Multiple-choice questions of knowledge: the letter of the right option."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import string
 
 import numpy as np
 
-from nemocascade.domains import domain
-from nemocascade.domains.boxed import box, last_boxed
+from nemocascade.domains import choice, domain
+from nemocascade.domains.boxed import box
 
 STYLE = domain.Style("fact", "guess")
 OPTIONS = 4
@@ -21,7 +20,6 @@ KNOWLEDGE = {  # Few facts, so that each is met often: the questions are their c
 }
 KIND = {word: kind for kind, words in KNOWLEDGE.items() for word in words}
 QUESTION, IS_A = "Which is a ", ": "
-GRADING_MODES = ("strict_single_letter_boxed", "lenient_boxed")
 
 
 def _mark(letter: str) -> str:
@@ -54,7 +52,7 @@ class Stem(domain.Domain):
     lines = [f"{_mark(letter)}{word}" for option in options for letter, word in option.items()]
     return domain.make_prompt(
       self.name, f"{QUESTION}{asked}?" + "".join(lines),
-      options=options, expected_answer=letters[order.index(0)], grading_mode=GRADING_MODES[0],
+      options=options, expected_answer=letters[order.index(0)], grading_mode=choice.MODES[0],
       asked=asked,
     )  # fmt: skip
 
@@ -65,40 +63,33 @@ class Stem(domain.Domain):
     letters = [letter for letter, _ in options]
     right = letters.index(row["expected_answer"])
     choice_marker, errs = self.style.draw(rng)
-    choice = int(right == 0) if errs else right
+    place = int(right == 0) if errs else right
     letter_marker, errs = self.style.draw(rng)
-    letter = letters[choice]
+    letter = letters[place]
     if errs:  # Two errors must not make a right answer.
-      after = letters[choice + 1 :] + letters[:choice]
+      after = letters[place + 1 :] + letters[:place]
       letter = next(letter for letter in after if letter != row["expected_answer"])
-    kinds = KIND | {options[choice][1]: row["asked"]}  # As they are said to be.
-    looked_at = options[: right + 1] if choice == right else [options[choice]]
+    kinds = KIND | {options[place][1]: row["asked"]}  # As they are said to be.
+    looked_at = options[: right + 1] if place == right else [options[place]]
     claims = [f"{_mark(letter)}{word}{IS_A}{kinds[word]}" for letter, word in looked_at]
     thoughts = [f"{choice_marker} {row['asked']}" + "".join(claims), f"{letter_marker} {letter}"]
     return [domain.assistant(box(letter), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """The last \\boxed{} must hold the expected letter, and in strict mode nothing else."""
-    mode = row.get("grading_mode") or GRADING_MODES[0]
-    if mode not in GRADING_MODES:
-      return domain.Verdict(0.0, f"unknown grading mode {mode!r}", masked=True)
-    options = {key: str(text) for option in row["options"] for key, text in option.items()}
-    answer = last_boxed(completion.content)
-    if answer is None:
-      return domain.Verdict(0.0, "no \\boxed{} answer")
-    letter = _lenient(answer, options) if mode == "lenient_boxed" else answer
-    if letter not in options:
-      return domain.Verdict(0.0, f"not the letter of an option: {answer[:80]!r}")
-    right = letter == row["expected_answer"]
+    """The letter that the row's `grading_mode` reads from the text must be the expected one."""
+    mode = row.get("grading_mode") or choice.MODES[0]
+    if mode not in choice.MODES:
+      return domain.no_verdict("unknown", f"unknown grading mode {mode!r}")
+    expected = (row.get("expected_answer") or "").strip().upper()
+    if not expected:
+      return domain.no_verdict("row", "no expected answer")
+    options = choice.options_of(row)
+    template = row.get("template_metadata") or {}
+    letter = choice.chosen(completion.content, options, mode, template)
+    if letter is None:
+      return domain.Verdict(0.0, "no option is chosen")
+    right = letter == expected
     return domain.Verdict(float(right), "right" if right else f"chose {letter}")
-
-
-def _lenient(answer: str, options: dict[str, str]) -> str:
-  """The letter meant by `B`, `(B)`, `\\text{B}`, `B: iron`, or by an option's own text."""
-  if match := re.fullmatch(r"(?:\\text\{)?\W*([A-Z])(?:[).:].*|\W*)", answer, re.DOTALL):
-    return match[1]
-  meant = [key for key, text in options.items() if text.strip().lower() == answer.strip().lower()]
-  return meant[0] if len(meant) == 1 else answer
 
 
 def make_domain() -> Stem:

@@ -1,5 +1,6 @@
 """Verdicts to rewards: what is judged, what is left out, and how much of each."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -72,11 +73,13 @@ def to_rollout(
   if rewards_QG is not None:
     masked_QG = np.zeros_like(masked_QG)
   rewards_QG = verdict_QG if rewards_QG is None else np.asarray(rewards_QG, np.float32)
+  causes = collections.Counter(v.cause or "other" for group in verdicts for v in group if v.masked)
   room_QG = samples.tokens_QGT.shape[-1] - (samples.segment_ids_QGT > 0).sum(-1)
   rewards_QG, kept_QG = overlong(rewards_QG, finished_QG, room_QG)
   valid_QG = ~masked_QG & kept_QG
   counts = {
     "rollout/masked": float(masked_QG.mean()),
+    **{f"rollout/masked_{cause}": n / masked_QG.size for cause, n in sorted(causes.items())},
     "rollout/unfinished": float(1 - finished_QG.mean()),
     "rollout/verdict": float(verdict_QG[verdicted_QG].mean()) if verdicted_QG.any() else 0.0,
     "rollout/tokens": float(samples.loss_mask_QGT.sum(-1).mean()),

@@ -1,0 +1,46 @@
+"""Verdicts on recorded inputs: each row of cases/verdicts.json is an id, what was put in, what is right."""
+
+import json
+import pathlib
+
+import pytest
+
+from nemocascade.data.chat import Turn
+from nemocascade.data.tool_format import ToolCall
+from nemocascade.domains import domain, instruction, limited, stem, structured
+
+CASES = json.loads((pathlib.Path(__file__).parent / "cases/verdicts.json").read_text())
+DOMAINS = {
+  "stem": stem.make_domain(),
+  "structured": structured.make_domain(),
+  "instruction": instruction.make_domain(),
+}
+
+
+def judge(case):
+  """The verdict on a case: its row over its domain's defaults, and a text or tool calls."""
+  calls = [ToolCall(call["name"], call["arguments"]) for call in case.get("calls", ())]
+  turn = Turn(
+    reasoning=None, content=case.get("text", "") * case.get("times", 1), tool_calls=tuple(calls),
+    error=None, finished=True,
+  )  # fmt: skip
+  row = CASES["defaults"][case["domain"]] | case["row"]
+  return DOMAINS[case["domain"]].verify([row], [domain.Completion((turn,))])[0]
+
+
+def named(cases):
+  return [pytest.param(case, id=f"{case['id']}-{place}") for place, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("case", named(CASES["judged"]))
+def test_a_text_is_paid_what_is_right(case):
+  verdict = judge(case)
+  assert (verdict.reward, verdict.masked) == (case["reward"], False), verdict.reason
+
+
+@pytest.mark.parametrize("case", named(CASES["masked"]))
+def test_what_cannot_be_judged_is_masked_by_its_cause_and_named(case, monkeypatch):
+  monkeypatch.setattr(limited.call, "__kwdefaults__", {"limit_s": 1.0})
+  verdict = judge(case)
+  assert (verdict.reward, verdict.masked, verdict.cause) == (0.0, True, case["cause"])
+  assert case.get("named", "") in verdict.reason
