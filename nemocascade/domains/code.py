@@ -123,7 +123,7 @@ class Code(domain.Domain):
       try:
         tests[i] = make_tests(row, solution or "")
       except (KeyError, TypeError, ValueError, zlib.error) as error:  # Of the row.
-        verdicts[i] = domain.Verdict(0.0, f"no test to judge by: {error!r}", masked=True)
+        verdicts[i] = domain.no_verdict("row", f"no test to judge by: {error!r}")
         continue
       if any(tag in completion.content for tag in THINK_TAGS):
         verdicts[i] = domain.Verdict(0.0, "a tag of thoughts in the answer")
@@ -238,7 +238,7 @@ def _prints(expected: str, result: Result) -> bool:
 
 def _failure(result: Result, passes: Callable[[Result], bool]) -> domain.Verdict | None:
   if result.status == "unstarted":
-    return domain.Verdict(0.0, f"the sandbox failed: {result.reason}", masked=True)
+    return domain.no_verdict("crash", f"the sandbox failed: {result.reason}")
   if passes(result):
     return None
   ended = result.status == "passed"
