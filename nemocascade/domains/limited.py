@@ -136,7 +136,7 @@ def _start(module: str) -> _Worker:
   the kernel has it.
   """
   complaints = []
-  for prefix in _prefixes():
+  for prefix in _prefixes(module):
     try:
       worker = _Worker(prefix, module)
     except OSError as error:
@@ -154,24 +154,34 @@ def _start(module: str) -> _Worker:
 
 
 @functools.cache
-def _prefixes() -> list[list[str]]:
-  packages = [str(pathlib.Path(_ROOT) / __package__.split(".")[0]), *_packages()]
+def _prefixes(module: str) -> list[list[str]]:
+  """The ways to confine a process. It sees this package, the module's, and what is installed."""
+  packages = [*_source(module), *_source(__name__), *_packages()]
   seen = confinement.arguments(_executable(), folder_bytes=FOLDER_BYTES, packages=packages)
   return [*([bwrap, *seen] for bwrap in confinement.bubblewraps()), []]
+
+
+def _source(module: str) -> list[str]:
+  """The file, or the folder of the package, that a module of this process is part of."""
+  top = sys.modules.get(module.split(".")[0])
+  if top is None:
+    return []
+  path = os.path.abspath(top.__file__)
+  return [os.path.dirname(path) if os.path.basename(path) == "__init__.py" else path]
 
 
 def _executable() -> str:
   return os.path.realpath(sys._base_executable)
 
 
-def _path() -> list[str]:
-  """Where the process finds modules: this package, the standard library, and what is installed.
-
-  Not the folder of a script or of the caller, which may hold anything.
+def _path(module: str) -> list[str]:
+  """Where the process finds modules: the grader's and this package, the standard library, and what
+  is installed. Not the folder of a script or of the caller, which may hold anything.
   """
-  own = (sys.base_prefix, sys.base_exec_prefix)
-  standard = [path for path in sys.path if path.startswith(own) and path not in _packages()]
-  return [_ROOT, *standard, *_packages()]
+  bases = (sys.base_prefix, sys.base_exec_prefix)
+  standard = [path for path in sys.path if path.startswith(bases) and path not in _packages()]
+  own = [os.path.dirname(path) for path in _source(module)]
+  return [*own, _ROOT, *standard, *_packages()]
 
 
 def _packages() -> list[str]:
@@ -189,7 +199,7 @@ class _Worker:
     self._ids = itertools.count(1)
     self._socket, theirs = socket.socketpair()
     with theirs:
-      arguments = json.dumps([_path(), theirs.fileno(), module])
+      arguments = json.dumps([_path(module), theirs.fileno(), module])
       try:
         self.process = subprocess.Popen(
           [*prefix, _executable(), "-I", "-S", "-B", "-X", "utf8", "-c", _BOOT, arguments],

@@ -76,6 +76,9 @@ def grade(dataset: str, entry_json: str, answer: str) -> float | None:
     scorer = _scorer(dataset)
   except ValueError:
     return None
+  if dataset == "game_of_life_halting":  # Its scorer pays for any text: it asks for bool(answer).
+    truth = str(json.loads(entry_json)["answer"])
+    return float(answer.strip().lower() == truth.strip().lower())
   try:
     found = float(scorer(answer=answer, entry=json.loads(entry_json)))
   except Exception:  # noqa: BLE001  As in NeMo Gym: an answer that breaks the scorer is wrong.
