@@ -98,6 +98,8 @@ def check(c: ConfigDict) -> None:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
     )
+  if c.reward == "pairwise" and c.dynamic_filtering:
+    raise UserError("dynamic_filtering=True under reward='pairwise': it reads verdicts, which pairs have none of; give False")
   if RouterBalance(**c.router_balance).has_loss and c.packing.shared_prompts:
     raise UserError(
       f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"

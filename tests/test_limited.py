@@ -113,7 +113,7 @@ def test_a_confined_grader_sees_no_files_but_code_and_can_change_none(tmp_path):
 
 
 def test_without_bubblewrap_the_limits_hold_too(monkeypatch):
-  monkeypatch.setattr(limited, "_prefixes", lambda: [["/no/such/bwrap"], []])
+  monkeypatch.setattr(limited, "_prefixes", lambda module: [["/no/such/bwrap"], []])
   worker = limited._start("graders")
   try:
     assert worker.ask("echo", [1], 20) == [1, 1]

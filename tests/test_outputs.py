@@ -36,9 +36,9 @@ def test_a_value_without_end_is_no_value():
     ("1\n2\n", "1\n2", True), ("1 2 \n\n", "1 2\n", True), ("1\n2", "1 2", False),
     ("1\n\n2", "1\n2", False), ("", "", True), ("", "0", False), ("1", "1 2", False),
     ("1  2", "1 2", True), ("YES", "yes", False), (" 1", "1", True),
-    ("3", "3.0", False), ("3", "3.0000001", False), ("3.0", "3", True), ("0.333333", "0.3333334", True),
+    ("3", "3.0", True), ("3", "3.0000001", False), ("3.0", "3", True), ("0.333333", "0.3333334", True),
     ("0.5", "0.6", False), ("1e9", "1000000000", True), ("0.5", "nan", False), ("0.5", "x", False),
-    ("1.5 a\n2", "1.50 a\n2", True), ("1.0", "1_0", False),
+    ("1.5 a\n2", "1.50 a\n2", False), ("1.0", "1_0", False),
   ],
 )  # fmt: skip
 def test_texts_are_equal_but_for_blanks_and_rounding(expected, given, same):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import builtins
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import operator
+import re
+import textwrap
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +25,21 @@ from nemocascade.domains.sandbox import Call, Program, Result, Sandbox
 STYLE = domain.Style("exact", "rush", error_rate=0.65)
 THREE_STEPS_SHARE = 0.3
 MOST_TESTS = 50  # Of one row, as in the paper's predecessor; the first to fail ends the run.
+RECURSION = 50_000  # Frames that a solution may nest, as in LiveCodeBench.
+
+# LiveCodeBench imports these before a solution, in this order: first all names of each, then the
+# modules themselves.
+STARRED = (
+  "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
+  "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing",
+)  # fmt: skip
+IMPORTED = tuple(name for name in STARRED if name not in ("builtins", "typing"))
+# `sys` has names that come and go, so those that solutions use are listed.
+OF_SYS = ("argv", "exit", "maxsize", "setrecursionlimit", "stderr", "stdin", "stdout")
+THINK_TAGS = ("<think>", "</think>")
+_FENCE = re.compile(r"^\s*```|```\w*\s*$")
+_TILDES = re.compile(r"^\s*~~~")
+_WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 OPENING = "Write f ( x ) :"
 THEN = " then "
@@ -100,12 +121,14 @@ class Code(domain.Domain):
     for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
       solution = last_block(completion.content)
       try:
-        tests[i] = make_tests(row, "" if solution is None else solution)
-      except (KeyError, TypeError, ValueError) as error:  # Of the row: no fault of the completion.
-        verdicts[i] = domain.Verdict(0.0, f"no test to judge by: {error!r}", masked=True)
+        tests[i] = make_tests(row, solution or "")
+      except (KeyError, TypeError, ValueError, zlib.error) as error:  # Of the row.
+        verdicts[i] = domain.no_verdict("row", f"no test to judge by: {error!r}")
         continue
-      if solution is None:
-        verdicts[i] = domain.Verdict(0.0, "no ```python block")
+      if any(tag in completion.content for tag in THINK_TAGS):
+        verdicts[i] = domain.Verdict(0.0, "a tag of thoughts in the answer")
+      elif not solution:
+        verdicts[i] = domain.Verdict(0.0, "no block of code")
     start, count = 0, 1
     while pending := [i for i in range(len(rows)) if i not in verdicts]:
       asked = [(i, test) for i in pending for test in tests[i][start : start + count]]
@@ -130,13 +153,14 @@ def make_tests(row: domain.Row, solution: str) -> list[Test]:
   A row with `fn_name` has its arguments and value as JSON, an argument a line; one without has
   stdin and stdout.
   """
-  unit_tests = row["verifier_metadata"]["unit_tests"]
+  unit_tests = _unpacked(row["verifier_metadata"]["unit_tests"])
   pairs = list(zip(unit_tests["inputs"], unit_tests["outputs"], strict=True))[:MOST_TESTS]
   if not pairs:
     raise ValueError("the row has no unit tests")
-  if "fn_name" not in unit_tests:
+  source = prelude(solution) + solution
+  if unit_tests.get("fn_name") is None:
     return [
-      (Program({"main.py": solution}, stdin=given), functools.partial(_prints, expected))
+      (Program({"main.py": source}, stdin=given), functools.partial(_prints, expected))
       for given, expected in pairs
     ]
   calls = tuple(
@@ -144,7 +168,42 @@ def make_tests(row: domain.Row, solution: str) -> list[Test]:
     for given, _ in pairs
   )
   expected = [json.loads(text) for _, text in pairs]
-  return [(Program({"solution.py": solution}, calls=calls), functools.partial(returns, expected))]
+  return [(Program({"solution.py": source}, calls=calls), functools.partial(returns, expected))]
+
+
+def _unpacked(unit_tests: dict[str, Any]) -> dict[str, Any]:
+  """The tests of a row that may keep its inputs and outputs compressed, under `packed`."""
+  if "packed" not in unit_tests:
+    return unit_tests
+  tests = json.loads(zlib.decompress(base64.b64decode(unit_tests["packed"])))
+  return {**tests, "fn_name": unit_tests.get("fn_name")}
+
+
+def prelude(solution: str) -> str:
+  """What LiveCodeBench imports before a solution, as far as the solution may use it; one line.
+
+  Each import costs a start of the interpreter some milliseconds, so only names that stand in the
+  text are imported.
+  """
+  if "__future__" in solution:  # Which must come first.
+    return ""
+  words = set(_WORD.findall(solution))
+  modules = [name for name in IMPORTED if name in words]
+  names = sorted(word for word in words & _starred().keys() if word not in modules)
+  imports = [f"from {_starred()[name]} import {name}" for name in names]
+  imports += [f"import {name}" for name in modules]
+  return "; ".join([*imports, f"import sys; sys.setrecursionlimit({RECURSION})"]) + "\n"
+
+
+@functools.cache
+def _starred() -> dict[str, str]:
+  """The module that each name of LiveCodeBench's `from module import *` comes from, the last first."""
+  found: dict[str, str] = {}
+  for name in STARRED:
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", [n for n in vars(module) if n[0] != "_"])
+    found.update(dict.fromkeys(OF_SYS if name == "sys" else public, name))
+  return {name: module for name, module in found.items() if module != builtins.__name__}
 
 
 def returns(expected: Sequence[Any], result: Result) -> bool:
@@ -156,17 +215,21 @@ def returns(expected: Sequence[Any], result: Result) -> bool:
 
 
 def last_block(content: str) -> str | None:
-  """The text of the last closed ```python block."""
-  block, lines = None, None
-  for line in content.split("\n"):
-    fence = line.strip()
-    if lines is None and fence.lower() in ("```python", "```python3", "```py"):
-      lines = []
-    elif lines is not None and fence == "```":
-      block, lines = "\n".join(lines), None
-    elif lines is not None:
-      lines.append(line)
-  return block
+  """The lines between the last two fences, as in LiveCodeBench; None where there are not two.
+
+  A fence is a line that begins or ends with three backticks and a language; tildes count where no
+  backticks do. A block that is indented as a whole is moved to the margin.
+  """
+  lines = content.split("\n")
+  for fence in (_FENCE, _TILDES):
+    places = [i for i, line in enumerate(lines) if fence.search(line)]
+    if len(places) >= 2:
+      block = lines[places[-2] + 1 : places[-1]]
+      first = next((line for line in block if line.strip()), "")
+      text = "\n".join(block)
+      # Otherwise left alone: `dedent` also empties blank lines, which a string may hold.
+      return textwrap.dedent(text) if first[:1].isspace() else text
+  return None
 
 
 def _prints(expected: str, result: Result) -> bool:
@@ -175,7 +238,7 @@ def _prints(expected: str, result: Result) -> bool:
 
 def _failure(result: Result, passes: Callable[[Result], bool]) -> domain.Verdict | None:
   if result.status == "unstarted":
-    return domain.Verdict(0.0, f"the sandbox failed: {result.reason}", masked=True)
+    return domain.no_verdict("crash", f"the sandbox failed: {result.reason}")
   if passes(result):
     return None
   ended = result.status == "passed"

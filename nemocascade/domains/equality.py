@@ -1,32 +1,46 @@
-"""Mathematical equality, decided in a process of its own that can be stopped at any moment."""
+"""Mathematical equality by math-verify, in a process of its own that is ended at a time limit."""
 
 from __future__ import annotations
 
-import atexit
 import functools
-import json
-import os
-import pathlib
-import queue
 import re
-import subprocess
-import sys
-import threading
 
-LIMIT_S = 5.0  # For one question; what takes longer is not an answer.
-START_S = 60.0  # For the process to import its libraries, once.
-MEMORY_BYTES = 4 << 30
+from nemocascade.domains import limited
+
+LIMIT_S = 5.0  # For one question.
 MAX_CHARS = 300  # A longer answer is wrong, unless the expected one is about as long.
+MOST_SIDES = 8  # Of one equation.
 
-_INTEGER = re.compile(r"-?\d{1,18}")
+_INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 # Powers of powers and factorials that no memory holds: not worth the wait for the limit.
 _HUGE = re.compile(r"\^\s*\{[^{}]*[\^!]|\^\s*\{?\s*\d{5,}|\d{4,}\s*!|!\s*!|\*\*")
-_CALL = re.compile(r"([^\W\d]\w*|[)\]'\"])\s*\(")
-_FUNCTIONS = {"sin", "cos", "tan", "exp", "log", "ln", "sqrt"}
+_EQUALS = re.compile(r"(?<![<>!:\\])=")
+_SEPARATOR = re.compile(r",|;|\\text\{\s*(?:,|and|or)\s*\}|\\(?:quad|qquad|lor|land)\b|\b(?:and|or)\b")
+_BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+
+# What an equation may be solved for. A product or a function of unknowns is no name: x^2 = 5 does
+# not say that x is 5.
+_LETTER = (
+  r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa"
+  r"|lambda|mu|nu|xi|pi|rho|sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi"
+  r"|Pi|Sigma|Phi|Psi|Omega|ell))"
+)
+_STYLED = r"\\(?:text|mathrm|mathbf|mathit|mathcal|operatorname|overline|vec|hat|bar|overrightarrow)"
+_SUBSCRIPT = r"(?:'|_\w|_\{[^{}=]*\})*"
+_SYMBOL = rf"(?:{_LETTER}|{_STYLED}\s*\{{[^{{}}=]*\}}|[A-Z]{{2,4}}|[A-Za-z]{{4,}}){_SUBSCRIPT}"
+_ARGUMENTS = r"(?:\\left)?\((?:[^()=]|\([^()=]*\))*(?:\\right)?\)"
+_APPLIED = rf"(?:[fghpqduFGHPQEVSTAR]|{_STYLED}\s*\{{[^{{}}=]*\}}|\\(?:phi|varphi|psi|sigma|tau|pi|mu|Gamma|Phi)){_SUBSCRIPT}\s*{_ARGUMENTS}"
+_OF_FIGURE = r"(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*[A-Za-z]{1,4}|\|[A-Z]{2}\||\[[A-Z]{3,}\]"
+_NAME = rf"(?:{_APPLIED}|{_OF_FIGURE}|{_SYMBOL}|(?:sum|max|min))"
+_NAMES = re.compile(rf"\s*(?:{_NAME}|(?:\\left)?\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*(?:\\right)?\))\s*")
 
 
 def equal(expected: str, answer: str) -> bool | None:
-  """Whether the answer equals the expected one; None where the expected one cannot be read."""
+  """Whether the answer equals the expected one; None where the expected one cannot be read.
+
+  Raises:
+    NoAnswer: the comparison came to no end within LIMIT_S.
+  """
   answer, expected = answer.strip(), expected.strip()
   if not answer or len(answer) > max(MAX_CHARS, 4 * len(expected)):
     return False
@@ -34,19 +48,40 @@ def equal(expected: str, answer: str) -> bool | None:
     return True
   if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(expected):
     return int(answer) == int(expected)
-  if _HUGE.search(answer) and not _HUGE.search(expected) or _claims_too_much(expected, answer):
+  if _HUGE.search(answer) and not _HUGE.search(expected):
     return False
-  return _ask("equal", expected, answer)
+  return _ask(expected, answer)
 
 
-def score(dataset: str, entry_json: str, answer: str) -> float | None:
-  """reasoning-gym's own score of an answer, in [0, 1]; None where it has no such dataset.
+def claims(expected: str, answer: str) -> list[tuple[str, str]] | None:
+  """Pairs of the sides of the answer's equations that must be equal; None where one says too much.
 
-  Some scorers evaluate the answer as a Python expression, so calls are refused unread.
+  `26 = 25` is not 25 and `x^2 = 5` is not 5: beside the last side of an equation stand only names
+  of what is sought, and sides that equal it. An expected equation may be answered by any other.
   """
-  if len(answer) > max(MAX_CHARS, 4 * len(entry_json)) or _calls(answer):
-    return 0.0
-  return _ask("score", dataset, entry_json, answer)
+  if _EQUALS.search(expected):
+    return []
+  pairs = []
+  for part in _parts(answer):
+    *sides, last = _EQUALS.split(part.replace("&", ""))
+    if len(sides) >= MOST_SIDES or sides and not last.strip():
+      return None
+    while sides and _NAMES.fullmatch(sides[0]):
+      sides = sides[1:]
+    pairs += [(last, side) for side in sides]
+  return pairs if all(side.strip() for pair in pairs for side in pair) else None
+
+
+def _parts(text: str) -> list[str]:
+  """The text cut at the separators that stand in no brackets."""
+  depth, depths = 0, []
+  for i, sign in enumerate(text):
+    depths.append(depth)
+    # \text{ and } is no pair of brackets here; \{ is a bracket as { is.
+    depth = max(0, depth + _BRACKETS.get(sign, 0))
+  cuts = [match.span() for match in _SEPARATOR.finditer(text) if depths[match.start()] == 0]
+  starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
+  return [text[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def _undelimited(text: str) -> str:
@@ -54,118 +89,52 @@ def _undelimited(text: str) -> str:
   return re.sub(r"\s+|\\[()\[\]]|\$", "", text)
 
 
-def _calls(answer: str) -> bool:
-  return "__" in answer or any(call[1] not in _FUNCTIONS for call in _CALL.finditer(answer))
-
-
-def _claims_too_much(expected: str, answer: str) -> bool:
-  """`26 = 25` is not 25: an equation answers a number only as `name = value`."""
-  if "=" not in answer or "=" in expected:
-    return False
-  left, _, right = answer.partition("=")
-  return "=" in right or not re.fullmatch(r"\s*\\?[^\W\d][\w\\{}()\s]*", left)
-
-
 @functools.lru_cache(maxsize=1 << 16)
-def _ask(*question: str) -> bool | float | None:
-  """The worker's answer to one question. None when it has no answer, False when out of time."""
-  return _worker().ask(list(question))
+def _ask(expected: str, answer: str) -> bool | None:
+  """The answer of the process; none is remembered where there was none."""
+  return limited.call(compare, expected, answer, limit_s=LIMIT_S)
 
 
-class _Worker:
-  """A child that answers JSON lines. After a timeout it is killed, and the next one is started."""
-
-  def __init__(self):
-    self.process: subprocess.Popen | None = None
-    self.lock = threading.Lock()
-
-  def start(self) -> None:
-    root = str(pathlib.Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    self.process = subprocess.Popen(
-      [sys.executable, "-c", "from nemocascade.domains import equality; equality.serve()"],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-      encoding="utf-8", env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    self.lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_pump, args=(self.process.stdout, self.lines), daemon=True).start()
-    if not self.lines.get(timeout=START_S):
-      raise RuntimeError("the process that compares answers does not start: is math-verify there?")
-
-  def stop(self) -> None:
-    process, self.process = self.process, None
-    if process is not None:
-      process.kill()
-      process.wait()
-      process.stdin.close()
-
-  def ask(self, question: list[str]) -> bool | float | None:
-    with self.lock:
-      if self.process is None or self.process.poll() is not None:
-        self.stop()
-        self.start()
-      try:
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        line = self.lines.get(timeout=LIMIT_S)
-      except (queue.Empty, OSError):
-        line = ""
-      if not line:  # Out of time, out of memory, or out of stack.
-        self.stop()
-        return False
-      return json.loads(line)
+# ---- in the process
 
 
-def _pump(stream, lines: queue.Queue[str]) -> None:
-  for line in stream:
-    lines.put(line)
-  lines.put("")  # The end, so that nobody waits for the dead.
+def prepare() -> None:
+  """Imports math-verify, with a parser in the place of the one that would evaluate text."""
+  from nemocascade.domains import arithmetic
+
+  arithmetic.stand_in_for_sympy()  # First: math-verify takes the parser when it is imported.
+  import math_verify  # noqa: F401
 
 
-@functools.cache
-def _worker() -> _Worker:
-  worker = _Worker()
-  atexit.register(worker.stop)
-  return worker
-
-
-def serve() -> None:
-  """The child: one JSON answer for each JSON question, until the input ends."""
-  import logging
-  import resource
-
-  resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-  logging.disable(logging.CRITICAL)
-  import math_verify  # noqa: F401  The slow import, before the clock of a question runs.
-
-  out, sys.stdout = sys.stdout, sys.stderr  # No library may write between the answers.
-  print("ready", file=out, flush=True)
-  for line in sys.stdin:
-    kind, *question = json.loads(line)
-    try:
-      answer = {"equal": _equal, "score": _score}[kind](*question)
-    except Exception:  # noqa: BLE001  What cannot be compared is not equal.
-      answer = False
-    print(json.dumps(answer), file=out, flush=True)
-
-
-def _equal(expected: str, answer: str) -> bool | None:
-  import math_verify
-
-  # Its own limits are signals, which only work in a main thread: the process is the limit here.
-  truth = math_verify.parse(f"\\boxed{{{expected}}}", parsing_timeout=None)
-  truth = truth or math_verify.parse(expected, parsing_timeout=None)
+def compare(expected: str, answer: str) -> bool | None:
+  """math-verify's word on the answer, and on the claims that it makes."""
+  pairs = claims(expected, answer)
+  if pairs is None:
+    return False
+  truth = _parsed(_bare(expected)) or _parsed(expected, boxed=False)
   if not truth:
     return None
-  given = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+  return _same(truth, _parsed(answer)) and all(
+    _same(_parsed(last), _parsed(side)) for last, side in pairs
+  )
+
+
+def _bare(text: str) -> str:
+  """An expected answer without the delimiters around it, with which it is not read."""
+  for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$")):
+    if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
+      text = text[len(opening) : -len(closing)].strip()
+  return text
+
+
+def _parsed(text: str, *, boxed: bool = True) -> list:
+  import math_verify
+
+  # Its own limits are signals, which would leave SymPy in any state: the process has the limit.
+  return math_verify.parse(f"\\boxed{{{text}}}" if boxed else text, parsing_timeout=None)
+
+
+def _same(truth: list, given: list) -> bool:
+  import math_verify
+
   return bool(given) and bool(math_verify.verify(truth, given, timeout_seconds=None))
-
-
-def _score(dataset: str, entry_json: str, answer: str) -> float | None:
-  import reasoning_gym
-
-  try:
-    scorer = reasoning_gym.get_score_answer_fn(dataset)
-  except ValueError:
-    return None
-  return min(1.0, max(0.0, float(scorer(answer=answer, entry=json.loads(entry_json)))))

@@ -33,6 +33,9 @@ MEMORY_BYTES = 4 << 30
 MAX_REPLY_BYTES = 1 << 20
 FOLDER_BYTES = 1 << 20  # What a confined process may write to its empty folder.
 WORKERS = 2
+HARMLESS = ("error", "evaluation")  # Causes after which a process may go on.
+# Libraries that write code of their own, from nothing but numbers and their own fields' names.
+GENERATORS = ("collections", "dataclasses", "sympy.polys.monomials")
 
 _ROOT = str(pathlib.Path(__file__).resolve().parents[2])
 _BOOT = (
@@ -46,7 +49,8 @@ class NoAnswer(Exception):
 
   Attributes:
     cause: "time" (over the limit), "memory", "crash" (the process ended or did not start), or
-      "error" (the grader raised). Masked samples are counted by it.
+      "error" (the grader raised), "evaluation" (it was about to run what it read). Masked samples
+      are counted by it.
   """
 
   def __init__(self, cause: str, text: str):
@@ -120,7 +124,7 @@ def _ask(name: tuple[str, str], arguments: Sequence[Any], limit_s: float) -> Any
   try:
     return worker.ask(function, arguments, limit_s)
   except NoAnswer as error:
-    if error.cause != "error":  # After the others, nobody knows what the process would say next.
+    if error.cause not in HARMLESS:  # After the others, nobody knows what the process would say next.
       worker.stop()
     raise
 
@@ -132,7 +136,7 @@ def _start(module: str) -> _Worker:
   the kernel has it.
   """
   complaints = []
-  for prefix in _prefixes():
+  for prefix in _prefixes(module):
     try:
       worker = _Worker(prefix, module)
     except OSError as error:
@@ -150,18 +154,42 @@ def _start(module: str) -> _Worker:
 
 
 @functools.cache
-def _prefixes() -> list[list[str]]:
-  seen = confinement.arguments(_executable(), folder_bytes=FOLDER_BYTES, packages=_path())
+def _prefixes(module: str) -> list[list[str]]:
+  """The ways to confine a process. It sees this package, the module's, and what is installed."""
+  packages = [*_source(module), *_source(__name__), *_packages()]
+  seen = confinement.arguments(_executable(), folder_bytes=FOLDER_BYTES, packages=packages)
   return [*([bwrap, *seen] for bwrap in confinement.bubblewraps()), []]
+
+
+def _source(module: str) -> list[str]:
+  """The file, or the folder of the package, that a module of this process is part of."""
+  top = sys.modules.get(module.split(".")[0])
+  if top is None:
+    return []
+  path = os.path.abspath(top.__file__)
+  return [os.path.dirname(path) if os.path.basename(path) == "__init__.py" else path]
 
 
 def _executable() -> str:
   return os.path.realpath(sys._base_executable)
 
 
-def _path() -> list[str]:
-  """Where modules are found, this package first, as folders that do not depend on the cwd."""
-  return [_ROOT, *(os.path.abspath(path) for path in sys.path if path and os.path.isdir(path))]
+def _path(module: str) -> list[str]:
+  """Where the process finds modules: the grader's and this package, the standard library, and what
+  is installed. Not the folder of a script or of the caller, which may hold anything.
+  """
+  bases = (sys.base_prefix, sys.base_exec_prefix)
+  standard = [path for path in sys.path if path.startswith(bases) and path not in _packages()]
+  own = [os.path.dirname(path) for path in _source(module)]
+  return [*own, _ROOT, *standard, *_packages()]
+
+
+def _packages() -> list[str]:
+  return [
+    os.path.abspath(path)
+    for path in sys.path
+    if os.path.basename(path) in ("site-packages", "dist-packages") and os.path.isdir(path)
+  ]
 
 
 class _Worker:
@@ -171,7 +199,7 @@ class _Worker:
     self._ids = itertools.count(1)
     self._socket, theirs = socket.socketpair()
     with theirs:
-      arguments = json.dumps([_path(), theirs.fileno(), module])
+      arguments = json.dumps([_path(module), theirs.fileno(), module])
       try:
         self.process = subprocess.Popen(
           [*prefix, _executable(), "-I", "-S", "-B", "-X", "utf8", "-c", _BOOT, arguments],
@@ -246,7 +274,9 @@ def serve(fd: int, name: str) -> None:
       getattr(module, "prepare", lambda: None)()
     except Exception as error:  # noqa: BLE001
       failure = _failure("error", error)
-    _filter()  # Libraries may do on import what it denies, so it comes after.
+    # Libraries may do on import what these deny, so they come after.
+    _filter()
+    sys.addaudithook(_refuse_evaluation)
     for line in lines:
       request = json.loads(line)
       reply = failure or _answer(module, request)
@@ -267,11 +297,38 @@ def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
   try:
     value = getattr(module, request["function"])(*request["arguments"])
     json.dumps(value)
-    return {"value": value}
+    return {"cause": "evaluation", "text": _refused[0]} if _refused else {"value": value}
   except MemoryError as error:
     return _failure("memory", error)
   except Exception as error:  # noqa: BLE001  Whatever a text provokes, the next one is judged.
-    return _failure("error", error)
+    return _failure("evaluation" if _refused else "error", error)
+  finally:
+    _refused.clear()
+
+
+_refused: list[str] = []  # Since the question came.
+
+
+def _refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
+  """Stops eval, exec and unpickling, however a library comes to them; imports of files go on.
+
+  The library may catch what is raised here, so it is noted too.
+  """
+  if event == "exec":
+    caller = sys._getframe(1).f_globals.get("__name__")
+    if os.path.isabs(arguments[0].co_filename) or caller in GENERATORS or _importing():
+      return
+  elif event != "pickle.find_class":
+    return
+  _refused.append(f"the grader would have evaluated what it read ({event})")
+  raise RuntimeError(_refused[-1])
+
+
+def _importing() -> bool:
+  frame = sys._getframe()
+  while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+    frame = frame.f_back
+  return frame is not None
 
 
 def _failure(cause: str, error: Exception) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 
 import numpy as np
 
-from nemocascade.domains import domain, equality
-from nemocascade.domains.boxed import box, last_boxed
+from nemocascade.domains import domain, equality, scorers
+from nemocascade.domains.boxed import BOXED, FBOX, box, last_boxed
 
 STYLE = domain.Style("sum", "about", error_rate=0.65)
 INSTRUCTION = "Solve it and put the answer inside \\boxed{}:"
@@ -58,19 +57,28 @@ class Math(domain.Domain):
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
     """The last \\boxed{} must equal the expected answer, or please the scorer of its dataset."""
-    answer = last_boxed(completion.content)
-    if answer is None and "expected_answer" in row:
+    content = completion.content
+    answer = last_boxed(content, (BOXED, FBOX))
+    if "expected_answer" not in row:
+      return _scored(row, scorers.tagged(content) or answer or content.strip())
+    if not answer:
       return domain.Verdict(0.0, "no \\boxed{} answer")
-    if "expected_answer" in row:
-      reward = equality.equal(str(row["expected_answer"]), answer)
-    else:  # reasoning-gym's rows ask for their own formats, mostly without a box.
-      entry = {key: row.get(key) for key in ("question", "answer", "metadata")}
-      answer = completion.content.strip() if answer is None else answer
-      dataset = str(entry["metadata"]["source_dataset"])
-      reward = equality.score(dataset, json.dumps(entry, sort_keys=True), answer)
-    if reward is None:
-      return domain.Verdict(0.0, "the expected answer cannot be read", masked=True)
-    return domain.Verdict(float(reward), "equal" if reward == 1 else f"not equal: {answer[:80]}")
+    same = equality.equal(str(row["expected_answer"]), answer)
+    if same is None:
+      return domain.no_verdict("row", "the expected answer cannot be read")
+    return domain.Verdict(float(same), "equal" if same else f"not equal: {answer[:80]}")
+
+
+def _scored(row: domain.Row, answer: str) -> domain.Verdict:
+  """A row of reasoning-gym: it asks for a format of its own, in a tag, a box, or neither."""
+  entry = {key: row.get(key) for key in ("question", "answer", "metadata")}
+  if not (entry["metadata"] or {}).get("source_dataset"):
+    return domain.no_verdict("row", "neither expected_answer nor metadata.source_dataset")
+  score = scorers.score(entry, answer)
+  if score is None:
+    dataset = entry["metadata"]["source_dataset"]
+    return domain.no_verdict("unknown", f"reasoning-gym has no dataset {dataset!r}")
+  return domain.Verdict(score, f"score {score:g}: {answer[:80]}")
 
 
 def running_totals(expression: str) -> list[int]:

@@ -1,10 +1,19 @@
-"""When what a program gave is what was expected of it: values of functions, lines of text."""
+"""When what a program gave is what was expected of it: values of functions, lines of text.
 
+As LiveCodeBench judges: whole numbers and words are exact, and only where a fractional number is
+expected may the answer differ from it a little.
+"""
+
+import decimal
 import math
+import re
 from typing import Any
 
-TOLERANCE = 1e-6  # Of floats, relative and absolute; whole numbers are exact.
+VALUE_RELATIVE, VALUE_ABSOLUTE = 1e-5, 1e-8  # Of a function's floats.
+TEXT_TOLERANCE = decimal.Decimal("1e-6")  # Of printed numbers: absolute, and relative above 1.
 DEEPEST = 50
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,6})?", re.ASCII)
 
 
 def same_value(expected: Any, given: Any, depth: int = 0) -> bool:
@@ -14,9 +23,7 @@ def same_value(expected: Any, given: Any, depth: int = 0) -> bool:
   if isinstance(expected, bool) or isinstance(given, bool):
     return expected is given
   if isinstance(expected, int | float) and isinstance(given, int | float):
-    if isinstance(expected, int) and isinstance(given, int):
-      return expected == given
-    return _close(expected, given)
+    return expected == given or isinstance(expected, float) and _close(expected, given)
   if isinstance(expected, list | tuple) and isinstance(given, list | tuple):
     return len(expected) == len(given) and all(
       same_value(*pair, depth + 1) for pair in zip(expected, given, strict=True)
@@ -29,36 +36,42 @@ def same_value(expected: Any, given: Any, depth: int = 0) -> bool:
 
 
 def same_text(expected: str, given: str) -> bool:
-  """Equality line by line, but for spaces at their ends, blank lines at the end, and rounding."""
+  """Equality line by line, but for blanks around the text and each line.
+
+  Lines that consist of numbers are equal number by number, however they are spaced or written.
+  """
   expected_lines, given_lines = _lines(expected), _lines(given)
   return len(expected_lines) == len(given_lines) and all(
-    e == g or _same_words(e.split(), g.split())
+    e == g or _same_numbers(e.split(), g.split())
     for e, g in zip(expected_lines, given_lines, strict=True)
   )
 
 
 def _lines(text: str) -> list[str]:
-  return [line.rstrip() for line in text.rstrip().split("\n")]
+  return [line.strip() for line in text.strip().split("\n")]
 
 
-def _same_words(expected: list[str], given: list[str]) -> bool:
-  """Words of which only fractional numbers may differ, and those little."""
+def _same_numbers(expected: list[str], given: list[str]) -> bool:
   return len(expected) == len(given) and all(
-    e == g or _same_fraction(e, g) for e, g in zip(expected, given, strict=True)
+    _NUMBER.fullmatch(e) and _NUMBER.fullmatch(g) and _same_number(e, g)
+    for e, g in zip(expected, given, strict=True)
   )
 
 
-def _same_fraction(expected: str, given: str) -> bool:
+def _same_number(expected: str, given: str) -> bool:
+  e, g = decimal.Decimal(expected), decimal.Decimal(given)
+  if e == g:
+    return True
   if "." not in expected and "e" not in expected.lower():
     return False
   try:
-    return _close(float(expected), float(given))
-  except ValueError:
+    return abs(e - g) <= TEXT_TOLERANCE * max(abs(e), 1)
+  except decimal.DecimalException:  # Numbers beyond the range of decimals.
     return False
 
 
 def _close(expected: float, given: float) -> bool:
   try:
-    return math.isclose(expected, given, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    return abs(expected - given) <= VALUE_ABSOLUTE + VALUE_RELATIVE * abs(expected) < math.inf
   except OverflowError:  # An integer that no float can hold.
     return False

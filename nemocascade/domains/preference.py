@@ -143,9 +143,9 @@ class Preference(domain.Domain):
     for row, completion in zip(rows, completions, strict=True):
       answer, reference = answer_of(completion), row.get("reference")
       if self.preference_judge is None:
-        verdicts.append(domain.Verdict(0.0, "no judge", masked=True))
+        verdicts.append(domain.no_verdict("row", "no judge"))
       elif reference is None:
-        verdicts.append(domain.Verdict(0.0, "no reference to compare with", masked=True))
+        verdicts.append(domain.no_verdict("row", "no reference to compare with"))
       elif answer is None:
         verdicts.append(domain.Verdict(0.0, "no answer: malformed or unfinished"))
       else:
@@ -155,9 +155,7 @@ class Preference(domain.Domain):
       try:
         compared = iter(self.preference_judge.compare_many(matches))
       except Exception as error:  # A judge that fails has said nothing of any answer.
-        failed = domain.Verdict(
-          0.0, f"judge failed: {type(error).__name__}: {error}"[:200], masked=True
-        )
+        failed = domain.no_verdict("error", f"judge failed: {type(error).__name__}: {error}")
         return [verdict or failed for verdict in verdicts]
       verdicts = [
         _verdict(next(compared)) if verdict is None else verdict for verdict in verdicts

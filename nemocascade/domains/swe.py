@@ -37,6 +37,7 @@ LINE = ("def ", " ( a , b ) : return a ", " b")  # A function is name and operat
 INPUTS = ((7, 2), (9, 4), (3, 12), (-5, 3))
 
 NO_TESTS = "the repository's environment is not available"
+REPAIR = "eval"  # The only `mode` of a row that is judged here, and that of a row without one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Swe(domain.Domain):
     for i, result in zip(wanted, results, strict=True):
       failed = failed_tests(result, wanted_tests(rows[i]))
       if result.status == "unstarted":
-        drafts[i] = domain.Verdict(0.0, f"the sandbox failed: {result.reason}", masked=True)
+        drafts[i] = domain.no_verdict("crash", f"the sandbox failed: {result.reason}")
       elif failed:
         why = f" ({result.status}: {result.reason})" if result.reason else ""
         drafts[i] = domain.Verdict(0.0, f"failed: {', '.join(failed)}{why}"[:200])
@@ -114,18 +115,23 @@ class Swe(domain.Domain):
 
   def _draft(self, row: domain.Row, completion: domain.Completion) -> Program | domain.Verdict:
     """A program whose result decides, or the verdict where none is needed."""
+    mode = row.get("mode", REPAIR)
+    if mode != REPAIR:  # As "repro-gen": a script that shows the bug, judged in the repository.
+      return domain.no_verdict("unknown", f"no verifier of {mode=}")
     try:
       files = self.repaired(row, completion)
       if not has_tests(row):
-        return domain.Verdict(0.0, NO_TESTS, masked=True)
+        return domain.no_verdict("row", NO_TESTS)
       return tests_program(files, wanted_tests(row))
     except edits.UnknownFile as error:
       # The rows that were released show only some of a repository's files.
-      return domain.Verdict(0.0, str(error), masked=not has_tests(row))
+      return (
+        domain.Verdict(0.0, str(error)) if has_tests(row) else domain.no_verdict("row", str(error))
+      )
     except edits.EditError as error:
       return domain.Verdict(0.0, str(error))
     except Exception as error:  # Of the row: what a completion may do to it is handled above.
-      return domain.Verdict(0.0, f"no test to judge by: {error!r}"[:200], masked=True)
+      return domain.no_verdict("row", f"no test to judge by: {error!r}")
 
 
 class Agentless(Swe):
