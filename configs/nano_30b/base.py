@@ -39,7 +39,7 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
     long_batch=128,
     greedy=(),
   )
-  c.sandbox = dict(mode="bubblewrap", workers=64)
+  c.sandbox = dict(workers=64)
   if smoke:  # The same stage with a small model, on what devices there are.
     c.model.update(
       vocab_size=1024, hidden_size=64, hybrid_override_pattern="M*EME", num_attention_heads=4, head_dim=16,

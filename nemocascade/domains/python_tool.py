@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nemocascade.domains import python_session
-from nemocascade.domains.sandbox import MB, Limits, Program, Sandbox
+from nemocascade.domains.program import Limits, Program
+from nemocascade.domains.sandbox import Sandbox
+from nemocascade.domains.worker import MB
 from nemocascade.errors import UserError
 
 NAME = "stateful_python_code_exec"
@@ -110,7 +112,7 @@ class _Session:
         ours.callback(os.close, fd)
       for fd in (stdin, stdout, control):
         theirs.callback(os.close, fd)
-      worker.start(Program({"main.py": _SOURCE}), [stdin, stdout, stdout, control])
+      worker.start(Program({"main.py": _SOURCE}), [stdout, stdout, control], stdin=stdin)
       kept = ours.pop_all()
     self.close = weakref.finalize(self, kept.close)
     output, ended = self._until_done(b"", START_S, lambda: False)
