@@ -56,8 +56,7 @@ class Assembly:
     self.mesh = mesh or mesh_lib.make_mesh(**c.mesh)
     if "E" in self.model_config.hybrid_override_pattern:
       check_experts(self.model_config.n_routed_experts, self.mesh)
-    # Only domains run code: a model alone is of use where a sandbox is not to be had.
-    self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers) if c.domains else None
+    self.sandbox = self._sandbox()
     self.domains = registry.build(c.domains, tasks=c.tasks, sandbox=self.sandbox)
     # None where there are no domains either: such a model is given tokens.
     self.tokenizer = tokenizer or (self._tokenizer() if c.domains else None)
@@ -191,6 +190,14 @@ class Assembly:
 
     self.judge = BradleyTerryJudge(rewards)
     self.domains = registry.build(self.c.domains, tasks=self.c.tasks, sandbox=self.sandbox, judge=self.judge)
+
+  def _sandbox(self) -> Sandbox | None:
+    """None where no domain runs code: such a model is of use where no program can be confined too."""
+    running = registry.that_need("sandbox", self.c.domains)
+    try:
+      return Sandbox(workers=self.c.sandbox.workers) if running else None
+    except UserError as error:
+      raise UserError(f"domains={','.join(running)}: {error}") from error
 
   def answer_rows(self, prompts: list, answers: list[str], B: int, T: int):
     """Prompts with final answers as [B, T] tokens and segment ids; cut at T, unused rows padded.

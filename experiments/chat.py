@@ -19,7 +19,7 @@ from experiments.launch import launch
 from nemocascade.data.chat_parse import Delta, Turn
 from nemocascade.data.tool_format import ToolCall
 from nemocascade.domains.python_tool import PythonTool
-from nemocascade.domains.sandbox import MODES, Sandbox
+from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError, unknown
 from nemocascade.rollout.conversation import Conversation
 
@@ -37,15 +37,14 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 def run(
   checkpoint: str, thinking: bool, temperature: float, top_p: float, max_new_tokens: int,
-  context: int, seed: int, system: str, tools: str, sandbox: str,
+  context: int, seed: int, system: str, tools: str,
 ) -> None:  # fmt: skip
   check_sampling(temperature, top_p, max_new_tokens)
   if context < 2:
     raise UserError(f"--context={context}: must be at least 2")
-  for name, value, allowed in (("--tools", tools, TOOLS), ("--sandbox", sandbox, MODES)):
-    if value not in allowed:
-      raise unknown(name, value, allowed)
-  tool = Tools(sandbox)
+  if tools not in TOOLS:
+    raise unknown("--tools", tools, TOOLS)
+  tool = Tools()
   offered = tool.offer(tools)
   a, params = from_checkpoint(model_alone(), Path.cwd(), checkpoint)
   if a.tokenizer is None:
@@ -63,8 +62,8 @@ def run(
 class Tools:
   """What the model may call."""
 
-  def __init__(self, sandbox_mode: str):
-    self.name, self._mode = "none", sandbox_mode
+  def __init__(self):
+    self.name = "none"
     self._python: PythonTool | None = None
 
   def offer(self, name: str) -> list[dict]:
@@ -72,7 +71,7 @@ class Tools:
     if name not in TOOLS:
       raise unknown("tool", name, TOOLS)
     if name == "python" and self._python is None:
-      self._python = PythonTool(Sandbox(mode=self._mode, workers=1))
+      self._python = PythonTool(Sandbox(workers=1))
     self.name = name
     return [self._python.schema] if name == "python" else []
 
@@ -258,5 +257,4 @@ if __name__ == "__main__":
     seed=(int, 0, "Of the sampling."),
     system=(str, "", "The system turn; empty is the family's own."),
     tools=(str, "none", "none or python."),
-    sandbox=(str, "bubblewrap", "How Python is confined; unconfined only limits its resources."),
   )

@@ -10,7 +10,8 @@ import pytest
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains import code, domain
-from nemocascade.domains.sandbox import Program, Result, Sandbox
+from nemocascade.domains.program import Program, Result
+from nemocascade.domains.sandbox import Sandbox
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym/code_gen.jsonl"
 

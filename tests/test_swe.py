@@ -9,7 +9,8 @@ import pytest
 
 from nemocascade.data.chat import ToolCall, Turn
 from nemocascade.domains import domain, edits, repository, swe
-from nemocascade.domains.sandbox import Result, Sandbox
+from nemocascade.domains.program import Result
+from nemocascade.domains.sandbox import Sandbox
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 COUNT = 200

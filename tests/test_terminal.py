@@ -116,7 +116,6 @@ def test_a_conversation_at_a_pseudo_terminal(checkpoint):
     (["--tools=pyhton"], "unknown --tools 'pyhton': did you mean 'python'?"),
     (["--context=1"], "--context=1"),
     (["--top_p=2"], "--top_p=2.0"),
-    (["--sandbox=none"], "unknown --sandbox 'none'"),
     ([], "--checkpoint=''"),
   ],
 )
@@ -136,7 +135,7 @@ def typed(monkeypatch, capsys):
   """Runs a terminal on lines; returns what it showed."""
 
   def run(lines, *answers, **settings):
-    conversation, tools = Scripted(**settings), chat.Tools("bubblewrap")
+    conversation, tools = Scripted(**settings), chat.Tools()
     conversation.to_say = [spell(*answer) for answer in answers]
     line = iter(lines)
 
@@ -209,7 +208,7 @@ def test_what_a_model_writes_does_not_steer_the_terminal():
   assert chat.shown("a\x1b[2J\r\x07\x7f\x9b\n\té") == "a␛[2J␍␇␡\ufffd\n\té"
 
 
-def test_python_needs_a_sandbox_or_a_word_for_none():
+def test_a_tool_that_there_is_not_is_refused_and_none_needs_no_sandbox():
   with pytest.raises(UserError, match="unknown tool 'bash'"):
-    chat.Tools("bubblewrap").offer("bash")
-  assert chat.Tools("bubblewrap").offer("none") == []
+    chat.Tools().offer("bash")
+  assert chat.Tools().offer("none") == []

@@ -40,7 +40,7 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
     long_batch=128,
     greedy=(),
   )
-  c.sandbox = dict(mode="bubblewrap", workers=64)
+  c.sandbox = dict(workers=64)
   c.update(guards.fields())
   if smoke:  # The same stage with a small model, on what devices there are.
     c.model.update(

@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     greedy=("sft", "swe_agentic_rl"),  # Stages that are scored greedily too, beside temperature 1.
   )
 
-  c.sandbox = dict(mode="bubblewrap", workers=2)
+  c.sandbox = dict(workers=2)
 
   c.update(guards.fields())
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from nemocascade.domains import domain
 from nemocascade.domains.outputs import same_text, same_value
-from nemocascade.domains.sandbox import Call, Program, Result, Sandbox
+from nemocascade.domains.program import Call, Program, Result
+from nemocascade.domains.sandbox import Sandbox
 
 STYLE = domain.Style("exact", "rush", error_rate=0.65)
 THREE_STEPS_SHARE = 0.3

@@ -2,11 +2,14 @@
 
 import glob
 import importlib.util
+import json
 import os
+import pathlib
 import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
+from typing import IO
 
 NOBODY = "65534"
 WORK = "/tmp"
@@ -49,6 +52,8 @@ def arguments(
     seen += glob.glob(f"{glob.escape(libraries)}/{name}")
   for path in dict.fromkeys(seen):
     if os.path.exists(path) and not path.startswith(("/usr/lib/", "/usr/lib64/")):
+      for parent in [*pathlib.PurePath(path).parents][-2::-1]:  # Else some are for root's eyes only.
+        found += ["--dir", str(parent)]
       found += ["--ro-bind", path, path]
   for path in dict.fromkeys(seen):
     for hidden in (f"{path}/site-packages", f"{path}/dist-packages"):
@@ -59,3 +64,24 @@ def arguments(
   for path in dict.fromkeys(packages):
     found += ["--ro-bind", path, path]
   return [*found, "--remount-ro", "/"]
+
+
+def map_users(told: IO[bytes]) -> None:
+  """Gives a namespace the users root and nobody, root's own and nobody's of this machine.
+
+  Args:
+    told: the pipe of bubblewrap's --info-fd; it waits at its --userns-block-fd until this is done.
+
+  Raises:
+    OSError: bubblewrap ended, or this process may not do so.
+  """
+  text = b""
+  while not text.rstrip().endswith(b"}"):
+    part = told.read(4096)
+    if not part:
+      raise OSError("bubblewrap ended before it made a namespace")
+    text += part
+  pid = json.loads(text)["child-pid"]
+  for kind in ("uid", "gid"):
+    with open(f"/proc/{pid}/{kind}_map", "wb", 0) as file:
+      file.write(f"0 0 1\n{NOBODY} {NOBODY} 1\n".encode())

@@ -1,9 +1,16 @@
-"""What runs inside the sandbox: a process that forks once a program, so that each starts in 2 ms.
+"""What runs inside the sandbox: processes that fork, so that a program starts in a few milliseconds.
 
-The child is the program's, which may do to it as it likes: nothing here judges, and no expected
-value ever comes here. The parent is out of its reach: the first process of a namespace of its own,
-or at least one that the filter lets no program send signals to.
+There are three, each of the one before. The first learns nothing of any program, so that its copies
+hold nothing of an earlier one. Its copy, the attendant, makes a new file system for one program and
+new process numbers, takes in the program's files, waits for its end and ends. The attendant's copy is
+the program's, which may do to it as it likes: nothing here judges, and no expected value ever comes
+here. Both others are out of the program's reach, in an outer namespace of processes.
 """
+
+FOLDER, PAGE = b"/tmp", 4096
+NOBODY = 65534
+NEW_MOUNTS, NEW_PROCESSES = 0x20000, 0x20000000  # Flags of unshare.
+NO_SETUID, NO_DEVICES, NO_EXECUTABLES = 2, 4, 8  # Flags of mount.
 
 
 def encode(value, quote):
@@ -36,25 +43,52 @@ def call(module, function, arguments):
   return getattr(namespace, function)(*arguments)
 
 
-def install_filter(code):
-  """Takes on a seccomp filter, for good."""
+def new_folder(libc, content_bytes, files):
+  """A file system of this process and its children alone, mounted on FOLDER; it ends with them.
+
+  All of its files, names, attributes and times, its mode and its numbers of files begin anew.
+  """
   import ctypes
 
-  libc = ctypes.CDLL(None, use_errno=True)
+  if libc.unshare(NEW_MOUNTS | NEW_PROCESSES):
+    raise OSError(ctypes.get_errno(), "no namespaces of a program's own")
+  options = f"mode=700,uid={NOBODY},gid={NOBODY},size={content_bytes},nr_inodes={files}".encode()
+  flags = NO_SETUID | NO_DEVICES | NO_EXECUTABLES
+  if libc.mount(b"tmpfs", FOLDER, b"tmpfs", flags, options):
+    raise OSError(ctypes.get_errno(), "no file system of a program's own")
 
-  class Filter(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+
+def drop_privileges(libc):
+  """Makes this process nobody's, without the privileges that mounting took."""
+  import ctypes
+  import os
+  import struct
+
+  if os.getuid() != NOBODY:
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+  version, this_process = 0x20080522, 0
+  if libc.capset(struct.pack("Ii", version, this_process), bytes(24)):
+    raise OSError(ctypes.get_errno(), "the privileges are not given up")
+
+
+def install_filter(libc, code):
+  """Takes on a seccomp filter, for good."""
+  import ctypes
+  import struct
 
   no_new_privileges, set_seccomp, filter_mode = 38, 22, 2
-  program = Filter(len(code) // 8, code)
+  instructions = ctypes.create_string_buffer(code, len(code))
+  program = struct.pack("HP", len(code) // 8, ctypes.addressof(instructions))
   zero = ctypes.c_ulong(0)
   if libc.prctl(no_new_privileges, ctypes.c_ulong(1), zero, zero, zero) or libc.prctl(
-    set_seccomp, ctypes.c_ulong(filter_mode), ctypes.byref(program), zero, zero
+    set_seccomp, ctypes.c_ulong(filter_mode), program, zero, zero
   ):
     raise OSError(ctypes.get_errno(), "the seccomp filter is refused")
 
 
-def become(fds, channel, limits, code):
+def become(fds, channel, limits, libc, code):
   """Makes the forked process a program's: its streams, its limits, its filter. Returns control."""
   import os
   import resource
@@ -69,14 +103,12 @@ def become(fds, channel, limits, code):
   sys.stdin = sys.__stdin__ = open(0, closefd=False, errors="surrogateescape")
   sys.stdout = sys.__stdout__ = open(1, "w", closefd=False, errors="surrogateescape")
   sys.stderr = sys.__stderr__ = open(2, "w", 1, closefd=False, errors="backslashreplace")
-  for name, soft, hard in limits:
+  for name, value in limits:
     limit = getattr(resource, name)
     _, most = resource.getrlimit(limit)  # What is stricter already stays so.
-    if most != resource.RLIM_INFINITY:
-      soft, hard = min(soft, most), min(hard, most)
-    resource.setrlimit(limit, (soft, hard))
-  if code is not None:
-    install_filter(code)
+    value = value if most == resource.RLIM_INFINITY else min(value, most)
+    resource.setrlimit(limit, (value, value))
+  install_filter(libc, code)
   return 3
 
 
@@ -116,69 +148,123 @@ def run(argv, calls, control, quote):
 
 
 def put(files):
-  """Writes the files; returns what undoes it, in order."""
+  """Writes the files into the program's folder."""
   import os
 
-  made = []
   for path, content in files:
-    folders = path.split("/")[:-1]
-    for depth in range(1, len(folders) + 1):
-      folder = "/".join(folders[:depth])
-      if not os.path.isdir(folder):
-        os.mkdir(folder)
-        made.append((os.rmdir, folder))
+    folder, _, _ = path.rpartition("/")
+    if folder:
+      os.makedirs(folder, exist_ok=True)
     with open(path, "wb") as file:
       file.write(content)
-    made.append((os.unlink, path))
-  return made[::-1]
 
 
-def serve(place, limits, code):
-  """Runs the programs that come over the socket, one at a time, and answers with wait statuses.
+def readable(content):
+  """A descriptor to read the content from: of a file without a name, within the program's limits."""
+  import os
 
-  Ends when the socket does, or where a program left anything behind: the next one gets a new
-  process in a new folder.
+  name = ".stdin"  # Gone before the program begins.
+  with open(name, "xb") as file:
+    file.write(content)
+  fd = os.open(name, os.O_RDONLY)
+  os.unlink(name)
+  return fd
+
+
+def ended(child, limits):
+  """The wait status of a program. One that used up its CPU time ends as if by SIGXCPU.
+
+  The program is the first process of its namespace, which SIGXCPU does not end: SIGKILL does, at the
+  hard limit.
+  """
+  import os
+  import signal
+
+  _, status, usage = os.wait4(child, 0)
+  most = dict(limits)["RLIMIT_CPU"] - 0.1  # The kernel rounds where it reports.
+  if status == signal.SIGKILL and usage.ru_utime + usage.ru_stime >= most:
+    status = int(signal.SIGXCPU)
+  return status
+
+
+def attend(channel, taken, libc, limits, code, folder_bytes, most_files):
+  """Serves one program. Returns in its process, with what `run` takes; the attendant ends here.
+
+  It writes to `taken` when it has a request, and answers with the program's wait status. Where no
+  program could be started, it says why on the program's stderr and answers with a status of 1;
+  `control` was told nothing then.
+  """
+  import marshal
+  import os
+  import signal
+  import socket
+
+  message, fds, _, _ = socket.recv_fds(channel, 1, 5)
+  if not message:
+    os._exit(0)
+  os.write(taken, message)
+  os.close(taken)
+  status = 1 << 8
+  signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # Ignored, it would take the program's status away.
+  try:
+    with open(fds.pop(0), "rb") as file:
+      files, argv, calls, stdin = marshal.load(file)
+    contents = [stdin or b"", *(content for _, content in files)]
+    own = sum(len(content) + PAGE for content in contents)
+    new_folder(libc, folder_bytes + own, most_files)
+    drop_privileges(libc)
+    os.chdir(FOLDER)
+    put(files)
+    if stdin is not None:
+      fds.insert(0, readable(stdin))
+    child = os.fork()
+    if child:
+      for fd in fds:  # The trainer waits for their end.
+        os.close(fd)
+      status = ended(child, limits)
+  except BaseException as error:
+    os.write(fds[-2], str(error).encode())
+  else:
+    if not child:
+      return argv, calls, become(fds, channel, limits, libc, code)
+  channel.sendall(status.to_bytes(4, "little"))
+  os._exit(0)
+
+
+def serve(place, limits, code, folder_bytes, most_files):
+  """Forks an attendant for each program that comes over the socket. Ends when the socket does.
+
+  The next attendant is there before the program of this one has ended: a start waits for one fork.
   """
   import _sitebuiltins
   import builtins
+  import ctypes
   import gc
-  import marshal
+  import marshal  # noqa: F401  (This and others are loaded for the copies.)
   import os
-  import resource  # noqa: F401  (Loaded for the children.)
+  import resource  # noqa: F401
   import signal
   import socket
+  import struct  # noqa: F401
   import sys
   from _json import encode_basestring_ascii as quote
 
-  if code is not None:
-    import ctypes  # noqa: F401
   for name in ("exit", "quit"):  # Else made by `site`, which is left out to start faster.
     setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
-  # The first process of a namespace takes no signal that it has no handler for.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
+  signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nothing is to be learnt from an attendant's end.
+  libc = ctypes.CDLL(None, use_errno=True)
   channel = socket.socket(fileno=place)
-  sys.path.insert(0, os.getcwd())
+  sys.path.insert(0, FOLDER.decode())
   gc.collect()
   gc.freeze()
   while True:
-    message, fds, _, _ = socket.recv_fds(channel, 1, 5)
+    ready, taken = os.pipe()
+    if not os.fork():
+      os.close(ready)
+      return run(*attend(channel, taken, libc, limits, code, folder_bytes, most_files), quote)
+    os.close(taken)
+    message = os.read(ready, 1)
+    os.close(ready)
     if not message:
-      return
-    with open(fds.pop(0), "rb") as file:
-      files, argv, calls = marshal.load(file)
-    made = put(files)
-    child = os.fork()
-    if not child:
-      run(argv, calls, become(fds, channel, limits, code), quote)
-    for fd in fds:
-      os.close(fd)
-    _, status = os.waitpid(child, 0)
-    try:
-      for undo, path in made:
-        undo(path)
-      left = bool(os.listdir("."))
-    except OSError:  # It took away what is its own, or barred the door.
-      left = True
-    channel.sendall(status.to_bytes(4, "little") + bytes([left]))
-    if left:
       return

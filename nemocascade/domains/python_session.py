@@ -1,10 +1,17 @@
 """What runs inside the sandbox for the Python tool: code comes, runs in one namespace, and is answered.
 
-DONE on the control file says that it is ready. A request is 8 bytes of length, then the code; the
-answer is all that the code wrote, and DONE again. The code may do to this process as it likes: the one outside believes nothing.
+A request is 8 bytes of a name that was drawn for it, 8 bytes of length, then the code. The answer is
+all that the code wrote; a line on the control file that holds the request's name says that it is
+complete. The code may do to this process as it likes: the one outside believes nothing.
 """
 
-CONTROL, DONE = 3, b"."
+CONTROL, NAME_BYTES = 3, 8
+READY = b"\0" * NAME_BYTES  # The name of what was asked for at first: to begin.
+
+
+def reply(name):
+  """What the control file is told when the request of this name is answered: a line of its own."""
+  return b"\n" + name.hex().encode() + b"\n"
 
 
 def run(code, name, namespace):
@@ -60,17 +67,18 @@ def serve():
   module = type(sys)("__main__")
   sys.modules["__main__"] = module
   number = 0
-  os.write(CONTROL, DONE)
-  while header := read(requests, 8):
+  os.write(CONTROL, reply(READY))
+  while name := read(requests, NAME_BYTES):
     number += 1
-    code = read(requests, int.from_bytes(header, "little")).decode("utf-8", "replace")
+    size = int.from_bytes(read(requests, 8), "little")
+    code = read(requests, size).decode("utf-8", "replace")
     sys.stdin = open(0, closefd=False)  # exit() closes it.
     run(code, f"<call {number}>", module.__dict__)
     try:
       sys.stdout.flush()
     except (OSError, ValueError):  # The code closed it: what it wrote is lost, its state is not.
       sys.stdout = sys.stderr = open(1, "w", closefd=False)
-    os.write(CONTROL, DONE)
+    os.write(CONTROL, reply(name))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nemocascade.domains import python_session
-from nemocascade.domains.sandbox import MB, Limits, Program, Sandbox
+from nemocascade.domains.program import Limits, Program
+from nemocascade.domains.sandbox import Sandbox
+from nemocascade.domains.worker import MB
 from nemocascade.errors import UserError
 
 NAME = "stateful_python_code_exec"
@@ -110,10 +112,10 @@ class _Session:
         ours.callback(os.close, fd)
       for fd in (stdin, stdout, control):
         theirs.callback(os.close, fd)
-      worker.start(Program({"main.py": _SOURCE}), [stdin, stdout, stdout, control])
+      worker.start(Program({"main.py": _SOURCE}), [stdout, stdout, control], stdin=stdin)
       kept = ours.pop_all()
     self.close = weakref.finalize(self, kept.close)
-    output, ended = self._until_done(b"", START_S, lambda: False)
+    output, ended = self._until_done(python_session.READY, b"", START_S, lambda: False)
     if ended:
       self.close()
       raise OSError(f"it did not start: {ended} {output.strip()[-200:]}".strip())
@@ -121,14 +123,17 @@ class _Session:
   def run(self, code: str, timeout_s: float, stopped: Callable[[], bool]) -> tuple[str, str]:
     """(output, why the session is at its end: "" if it is not)."""
     data = code.encode("utf-8", "replace")
-    return self._until_done(len(data).to_bytes(8, "little") + data, timeout_s, stopped)
+    # No code of an earlier request knows this name, so none can have answered to it.
+    name = os.urandom(python_session.NAME_BYTES)
+    request = name + len(data).to_bytes(8, "little") + data
+    return self._until_done(name, request, timeout_s, stopped)
 
   def _until_done(
-    self, data: bytes, timeout_s: float, stopped: Callable[[], bool]
+    self, name: bytes, data: bytes, timeout_s: float, stopped: Callable[[], bool]
   ) -> tuple[str, str]:
-    """Sends the data, and reads until the other side says that it is done or must be ended."""
+    """Sends the data, and reads until the other side answers to the name or must be ended."""
     deadline = time.monotonic() + timeout_s
-    request = memoryview(data)
+    request, awaited, control = memoryview(data), python_session.reply(name), b""
     output, ended = b"", ""
     with selectors.DefaultSelector() as selector:
       if request:
@@ -149,7 +154,9 @@ class _Session:
               selector.unregister(key.fd)  # Closed by the code: its control is still there.
           else:
             told = _read(key.fd)
-            done = told is not None and python_session.DONE in told
+            control += told or b""
+            done = awaited in control
+            control = control[-len(awaited) :]
             ended = "the process ended" if told == b"" else ""
         if len(output) > _OUTPUT_BYTES:
           ended = f"the code wrote over {_OUTPUT_BYTES} bytes"

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from nemocascade import errors
 from nemocascade.domains.domain import Domain, Style
 
 
-def _factory(file: str, *needs: str, make: str = "make_domain") -> Callable[..., Domain]:
-  """A factory that picks what its domain needs of what is offered (`sandbox`, `judge`)."""
+@dataclasses.dataclass(frozen=True)
+class _Factory:
+  """Picks what its domain needs of what is offered (`sandbox`, `judge`)."""
 
-  def factory(**offered: object) -> Domain:
-    module = importlib.import_module(f"nemocascade.domains.{file}")
-    return getattr(module, make)(**{need: offered.get(need) for need in needs})
+  file: str
+  needs: tuple[str, ...] = ()
+  make: str = "make_domain"
 
-  return factory
+  def __call__(self, **offered: object) -> Domain:
+    module = importlib.import_module(f"nemocascade.domains.{self.file}")
+    return getattr(module, self.make)(**{need: offered.get(need) for need in self.needs})
 
 
-DOMAINS: dict[str, Callable[..., Domain]] = {
-  "instruction": _factory("instruction"),
-  "math": _factory("math"),
-  "stem": _factory("stem"),
-  "structured": _factory("structured"),
-  "tools": _factory("tools"),
-  "preference": _factory("preference", "judge"),
-  "long_context": _factory("long_context"),
-  "code": _factory("code", "sandbox"),
-  "swe": _factory("swe", "sandbox"),
-  "swe_agentic": _factory("swe", "sandbox", make="make_agentic_domain"),
+DOMAINS: dict[str, _Factory] = {
+  "instruction": _Factory("instruction"),
+  "math": _Factory("math"),
+  "stem": _Factory("stem"),
+  "structured": _Factory("structured"),
+  "tools": _Factory("tools"),
+  "preference": _Factory("preference", ("judge",)),
+  "long_context": _Factory("long_context"),
+  "code": _Factory("code", ("sandbox",)),
+  "swe": _Factory("swe", ("sandbox",)),
+  "swe_agentic": _Factory("swe", ("sandbox",), make="make_agentic_domain"),
 }
+
+
+def that_need(what: str, names: Iterable[str]) -> list[str]:
+  """Those of the named domains that need what may be offered to `build`."""
+  return [name for name in names if name in DOMAINS and what in DOMAINS[name].needs]
 
 
 def build(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemocascade.domains.outputs import same_value
-from nemocascade.domains.sandbox import Call, Program, Result
+from nemocascade.domains.program import Call, Program, Result
 
 # {name: {"path", "fn_name", "inputs": [[argument, ...], ...], "outputs": [...]}}
 Tests = Mapping[str, Mapping[str, Any]]

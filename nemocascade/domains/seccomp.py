@@ -1,57 +1,92 @@
-"""The system calls that an untrusted program may not make, as a filter that Linux runs."""
+"""The system calls that an untrusted program may make, as a filter that Linux runs.
+
+What is not listed is refused, what Linux does not have yet included. A program is one process: it
+may start threads but no processes and no other programs, reaches no other process, watches and locks
+no file that another program sees too, and makes nothing whose memory no limit of the process counts.
+"""
 
 import platform
 import struct
 
-# A program is one process: it may start threads but no processes and no other programs, open no
-# sockets, reach no other process, and make nothing whose memory no limit of the process counts.
-_X86_64 = {
-  "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "setsid": 112, "setpgid": 109,
-  "socket": 41,
-  "kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
-  "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312,
-  "setpriority": 141, "sched_setaffinity": 203, "sched_setscheduler": 144, "sched_setparam": 142,
-  "sched_setattr": 314, "ioprio_set": 251, "migrate_pages": 256, "move_pages": 279,
-  "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240, "memfd_create": 319,
-  "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161,
-  "add_key": 248, "request_key": 249, "keyctl": 250, "bpf": 321, "perf_event_open": 298,
-  "userfaultfd": 323, "name_to_handle_at": 303, "open_by_handle_at": 304, "personality": 135,
-  "modify_ldt": 154, "iopl": 172, "ioperm": 173, "syslog": 103, "acct": 163, "reboot": 169,
-  "swapon": 167, "swapoff": 168, "quotactl": 179, "init_module": 175, "finit_module": 313,
-  "delete_module": 176, "kexec_load": 246, "kexec_file_load": 320,
+# By name: the number on x86-64, and on arm64 (None: it has no such call).
+_ALLOWED = {
+  # Files: only those of the read-only system and of the program's folder are to be seen.
+  "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
+  "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "open": (2, None),
+  "openat": (257, 56), "creat": (85, None), "close": (3, 57), "close_range": (436, 436),
+  "lseek": (8, 62), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
+  "newfstatat": (262, 79), "statx": (332, 291), "statfs": (137, 43), "fstatfs": (138, 44),
+  "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
+  "readlink": (89, None), "readlinkat": (267, 78), "getdents": (78, None),
+  "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50),
+  "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "rename": (82, None),
+  "renameat": (264, 38), "renameat2": (316, 276), "link": (86, None), "linkat": (265, 37),
+  "unlink": (87, None), "unlinkat": (263, 35), "symlink": (88, None), "symlinkat": (266, 36),
+  "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "utimensat": (280, 88),
+  "utimes": (235, None), "utime": (132, None), "truncate": (76, 45), "ftruncate": (77, 46),
+  "fallocate": (285, 47), "fsync": (74, 82), "fdatasync": (75, 83), "umask": (95, 166),
+  "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "fcntl": (72, 25), "ioctl": (16, 29),
+  "pipe": (22, None), "pipe2": (293, 59), "sendfile": (40, 71), "copy_file_range": (326, 285),
+  "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11),
+  "llistxattr": (195, 12), "flistxattr": (196, 13),
+  # Memory of its own, all of which RLIMIT_AS counts.
+  "mmap": (9, 222), "munmap": (11, 215), "mremap": (25, 216), "mprotect": (10, 226),
+  "brk": (12, 214), "madvise": (28, 233), "msync": (26, 227),
+  # Threads, and what a thread may know of itself.
+  "clone": (56, 220), "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293),
+  "exit": (60, 93), "exit_group": (231, 94), "gettid": (186, 178), "getpid": (39, 172),
+  "getppid": (110, 173), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
+  "sched_getparam": (143, 121), "sched_getscheduler": (145, 120),
+  "sched_get_priority_max": (146, 125), "sched_get_priority_min": (147, 126),
+  "getcpu": (309, 168), "restart_syscall": (219, 128),
+  # Signals to itself.
+  "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+  "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133),
+  "sigaltstack": (131, 132), "pause": (34, None), "alarm": (37, None), "setitimer": (38, 103),
+  "getitimer": (36, 102),
+  # Time and limits.
+  "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113),
+  "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, None),
+  "times": (100, 153), "getrusage": (98, 165), "getrlimit": (97, 163), "setrlimit": (160, 164),
+  "prlimit64": (302, 261),
+  # Who it is.
+  "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+  "getgroups": (115, 158), "getresuid": (118, 148), "getresgid": (120, 150),
+  "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156), "uname": (63, 160),
+  "getrandom": (318, 278),
+  # Waiting.
+  "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+  "epoll_create": (213, None), "epoll_create1": (291, 20), "epoll_ctl": (233, 21),
+  "epoll_wait": (232, None), "epoll_pwait": (281, 22),
+  # A pair of sockets, as asyncio makes one: nothing connects it, and no file can be sent over it.
+  "socketpair": (53, 199), "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210),
+  "getsockopt": (55, 209), "getsockname": (51, 204), "getpeername": (52, 205),
 }  # fmt: skip
-_AARCH64 = {
-  "execve": 221, "execveat": 281, "setsid": 157, "setpgid": 154,
-  "socket": 198,
-  "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240,
-  "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272,
-  "setpriority": 140, "sched_setaffinity": 122, "sched_setscheduler": 119, "sched_setparam": 118,
-  "sched_setattr": 274, "ioprio_set": 30, "migrate_pages": 238, "move_pages": 239,
-  "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180, "memfd_create": 279,
-  "unshare": 97, "setns": 268, "mount": 40, "umount2": 39, "pivot_root": 41, "chroot": 51,
-  "add_key": 217, "request_key": 218, "keyctl": 219, "bpf": 280, "perf_event_open": 241,
-  "userfaultfd": 282, "name_to_handle_at": 264, "open_by_handle_at": 265, "personality": 92,
-  "syslog": 116, "acct": 89, "reboot": 142, "swapon": 224, "swapoff": 225, "quotactl": 60,
-  "init_module": 105, "finit_module": 273, "delete_module": 106, "kexec_load": 104,
-  "kexec_file_load": 294,
-}  # fmt: skip
-_EVERYWHERE = {  # Newer calls have one number on all architectures.
-  "pidfd_send_signal": 424, "io_uring_setup": 425, "open_tree": 428, "move_mount": 429,
-  "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "pidfd_open": 434,
-  "pidfd_getfd": 438, "process_madvise": 440, "mount_setattr": 442, "memfd_secret": 447,
-}  # fmt: skip
-_CLONE3 = 435
-_MACHINES = {  # The architecture's audit word, the numbers of clone and prlimit64, the denied calls.
-  "x86_64": (0xC000003E, 56, 302, _X86_64),
-  "aarch64": (0xC00000B7, 220, 261, _AARCH64),
+# Calls that may be made only with one of these values of one argument: (which, values, error).
+_EPERM, _ENOTTY, _ENOSYS = 1, 25, 38
+_CHECKED = {
+  # The flags with which the C libraries start a thread: of a process they would be others.
+  "clone": (0, (0x3D0F00, 0x7D0F00), _EPERM),
+  "prlimit64": (0, (0,), _EPERM),  # One's own limits only.
+  "socketpair": (0, (1,), _EPERM),  # AF_UNIX.
+  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC and F_GETPIPE_SZ. Others lock files,
+  # send signals, watch folders or make pipes larger.
+  "fcntl": (1, (0, 1, 2, 3, 4, 1030, 1032), _EPERM),
+  # TCGETS (for isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX and TCGETS2.
+  "ioctl": (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A), _ENOTTY),
+  # Advice about one's own memory; others drop what is cached of files that all can read.
+  "madvise": (2, (0, 1, 2, 4, 8, 14, 15), _EPERM),
 }
+_CLONE3 = 435
+_FIRST_NEWER = 424  # From here on C libraries try calls, and do without where there are none.
+_MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # Audit word, column of numbers.
 _X32 = 0x40000000  # Numbers from here on reach the same calls by another door (x86-64 only).
-_CLONE_THREAD = 0x10000
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _JUMP, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x05, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-_EPERM, _ENOSYS = 1, 38
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # Offsets in the kernel's record of a call.
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # Offsets in the kernel's record of a call.
+
+Instructions = list[tuple[int, int, int, int]]
 
 
 def filter_program(machine: str | None = None) -> bytes | None:
@@ -61,29 +96,51 @@ def filter_program(machine: str | None = None) -> bytes | None:
   machine = platform.machine() if machine is None else machine
   if machine not in _MACHINES:
     return None
-  audit, clone, prlimit, denied = _MACHINES[machine]
+  audit, column = _MACHINES[machine]
   code = [
     (_LOAD, 0, 0, _ARCHITECTURE),
     (_EQUAL, 1, 0, audit),
     (_RETURN, 0, 0, _KILL),
     (_LOAD, 0, 0, _NUMBER),
-    (_AT_LEAST, 0, 1, _X32),
-    (_RETURN, 0, 0, _FAIL | _EPERM),
-  ]
-  for number in sorted({**denied, **_EVERYWHERE}.values()):
-    code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _FAIL | _EPERM)]
-  code += [
-    (_EQUAL, 0, 1, _CLONE3),  # Its flags lie in memory, out of reach: libc then uses clone.
-    (_RETURN, 0, 0, _FAIL | _ENOSYS),
-    (_EQUAL, 0, 3, clone),
-    (_LOAD, 0, 0, _FIRST_ARGUMENT),
-    (_ANY_BIT, 4, 0, _CLONE_THREAD),
-    (_RETURN, 0, 0, _FAIL | _EPERM),
-    (_EQUAL, 0, 3, prlimit),
-    (_LOAD, 0, 0, _FIRST_ARGUMENT),
-    (_EQUAL, 0, 2, 0),  # One's own limits only.
-    (_RETURN, 0, 0, _ALLOW),
-    (_RETURN, 0, 0, _ALLOW),
-    (_RETURN, 0, 0, _FAIL | _EPERM),
+    *_search(_ranges(column)),
   ]
   return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+
+
+def _ranges(column: int) -> list[tuple[int, Instructions]]:
+  """(first number, what is done from there to the next entry), in the order of the numbers."""
+  denied, unknown = ([(_RETURN, 0, 0, _FAIL | error)] for error in (_EPERM, _ENOSYS))
+  actions = {_CLONE3: unknown}  # Its flags lie in memory, out of reach: libc then uses clone.
+  for name, numbers in _ALLOWED.items():
+    if numbers[column] is not None:
+      actions[numbers[column]] = _checks(*_CHECKED[name]) if name in _CHECKED else _allow()
+  ranges: list[tuple[int, Instructions]] = []
+  edges = {0, _FIRST_NEWER, _X32, *actions, *(number + 1 for number in actions)}
+  for number in sorted(edges):
+    otherwise = unknown if _FIRST_NEWER <= number < _X32 else denied
+    action = actions.get(number, otherwise)
+    if not ranges or ranges[-1][1] != action:
+      ranges.append((number, action))
+  return ranges
+
+
+def _search(ranges: list[tuple[int, Instructions]]) -> Instructions:
+  """A binary search for the range of the number at hand: the kernel runs this at every call."""
+  if len(ranges) == 1:
+    return ranges[0][1]
+  middle = len(ranges) // 2
+  below, above = _search(ranges[:middle]), _search(ranges[middle:])
+  # A conditional jump reaches 255 instructions; the other kind reaches all.
+  return [(_AT_LEAST, 0, 1, ranges[middle][0]), (_JUMP, 0, 0, len(below)), *below, *above]
+
+
+def _checks(argument: int, values: tuple[int, ...], error: int) -> Instructions:
+  """Allows the call where the lower half of the argument, all that counts of it, is listed."""
+  code = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
+  for i, value in enumerate(values):
+    code.append((_EQUAL, len(values) - i, 0, value))
+  return [*code, (_RETURN, 0, 0, _FAIL | error), *_allow()]
+
+
+def _allow() -> Instructions:
+  return [(_RETURN, 0, 0, _ALLOW)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemocascade.domains import domain, edits
+from nemocascade.domains.program import Program
 from nemocascade.domains.repository import (
   REPLIES,
   Repository,
@@ -17,7 +18,7 @@ from nemocascade.domains.repository import (
   failed_tests,
   tests_program,
 )
-from nemocascade.domains.sandbox import Program, Sandbox
+from nemocascade.domains.sandbox import Sandbox
 
 if TYPE_CHECKING:
   from nemocascade.data.chat import Turn
