@@ -17,9 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nemocascade import arrays
+from nemocascade import arrays, checksums
 from nemocascade.arrays import Layout
-from nemocascade.checkpoint import write_checksums
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.hf import CONFIG, HEAD, Source
@@ -58,7 +57,7 @@ def from_hf(source: Source, target: Path) -> None:
       said = (f"{source.folder.tensors[own].file.name}: {own}" for own in broken)
       raise UserError(f"hf:{source.path}: NaN or infinity in {'; '.join(said)}")
     _write_model_files(source, layouts, partial / "model")
-    write_checksums(partial)
+    checksums.write(partial)
 
 
 def _layouts(source: Source) -> dict[str, Layout]:

@@ -14,7 +14,7 @@ FLOORS = [
   {"domains", "rollout"},
   {"advantage"},
   {"step"},
-  {"arrays", "checkpoint", "conversion", "teachers", "metrics", "evaluate", "cascade", "report", "statistics", "comparison"},
+  {"arrays", "checkpoint", "checksums", "state_files", "conversion", "teachers", "metrics", "evaluate", "cascade", "report", "statistics", "comparison"},
 ]
 FILES = [p for p in sorted((ROOT / "nemocascade").rglob("*.py")) if p.name != "__init__.py"]
 ALL = FILES + sorted((ROOT / "experiments").glob("*.py")) + sorted((ROOT / "configs").rglob("*.py"))
