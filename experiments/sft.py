@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.processes import first_alone
-from experiments.stage import Outcome, abstract_state, jit_step, start
+from experiments.stage import Outcome, abstract_state, jit_step, own_tokenizer, start
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
 from nemocascade.mesh import check_rows
@@ -95,8 +95,9 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
+  tokenizer = own_tokenizer(c, workdir / "sft", c.init_from)
   claim(c, workdir)
-  run(c, workdir / "sft", Assembly(c, workdir), c.init_from)
+  run(c, workdir / "sft", Assembly(c, workdir, tokenizer), c.init_from)
 
 
 if __name__ == "__main__":

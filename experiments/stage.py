@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from experiments import loading
 from experiments.assembly import Assembly
 from nemocascade.checkpoint import Store
 from nemocascade.config import ModelConfig
+from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.mesh import alike, placed, whole
 from nemocascade.model.hybrid import active_params
 from nemocascade.rollout.episode import Samples
+from nemocascade.state_files import check_shape
 from nemocascade.types import Params, TrainState
 
 
@@ -81,6 +84,41 @@ def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
   return jax.jit(step, donate_argnums=0, out_shardings=(places, whole(mesh)))
 
 
+COUNT = {"type": "integer", "minimum": 0}
+RECORD = {  # What a stage keeps in its checkpoints beside its state.
+  "type": "object",
+  "properties": {
+    "iterator": {"type": "object"},
+    "tokens": COUNT,
+    "frontier": {"type": "object", "additionalProperties": COUNT},
+    "spent": {
+      "type": "object",
+      "properties": {field.name: COUNT for field in dataclasses.fields(Spent)},
+      "additionalProperties": False,
+    },
+  },
+}
+
+
+def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer | None:
+  """The tokenizer of a stage that runs on its own: that of where it starts.
+
+  None where it starts from fresh parameters and the config names none: it is trained then.
+
+  Raises:
+    UserError: the config names another than that of the checkpoint.
+  """
+  if c.tokenizer.path:
+    tokenizer = load_tokenizer(c.tokenizer.path)
+    if init_from:
+      loading.same_tokenizer("init_from", init_from, tokenizer)
+    return tokenizer
+  if not init_from:
+    return None
+  begun = stage_dir / "model"  # A stage that is resumed goes on as it began, wherever its start is now.
+  return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from)
+
+
 def start(
   a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None,
   load=loading.load,
@@ -101,7 +139,14 @@ def start(
   make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
   store = Store(stage_dir / "checkpoints")
   if store.latest() is not None:
-    return *store.restore(state), store
+    latest = store.path_of(store.latest())
+    remedy = f"restore {a.workdir / 'tokenizer'}, or choose another --workdir"
+    loading.same_tokenizer("--workdir", str(latest), a.tokenizer, remedy)
+    state, record = store.restore(state)
+    check_shape(record, RECORD, f"{latest}/record", remedy="restore another checkpoint")
+    return state, record, store
+  if init_from:
+    loading.same_tokenizer("init_from", init_from, a.tokenizer)
   a.save_model_files(stage_dir)
   under_new_optimizer = functools.partial(new_state, tx)
   if init_from:

@@ -177,6 +177,14 @@ def load_params(path: str | Path, template: Params) -> Params:
     raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
 
 
+def check(path: Path, part: str = "") -> None:
+  """Raises UserError unless all files of a checkpoint, or of a folder in it, are as they were written."""
+  try:
+    checksums.verify(path, part)
+  except checksums.Damage as error:
+    raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
+
+
 def _same_shapes(path: Path, part: str, template) -> None:
   """Raises UserError, naming every array that is absent or of another shape."""
   with ocp.StandardCheckpointer() as checkpointer:

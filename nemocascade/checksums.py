@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nemocascade.errors import UserError
-from nemocascade.state_files import read_state
+from nemocascade.state_files import read_state, whole
 
 CHECKSUMS = "checksums.json"  # {file: [bytes, crc32 of each PIECE_BYTES of it]}
 PIECE_BYTES = 64 << 20  # Pieces of a large file are read side by side.
@@ -39,7 +39,8 @@ def write(folder: Path) -> None:
   sums = {name: [size] for name, size in zip(names, sizes, strict=True)}
   for name, crc32 in _sums(folder, dict(zip(names, sizes, strict=True))):
     sums[name].append(crc32)
-  (folder / CHECKSUMS).write_text(json.dumps(sums))
+  with whole(folder / CHECKSUMS) as partial:
+    partial.write_text(json.dumps(sums))
 
 
 def verify(folder: Path, part: str = "") -> None:

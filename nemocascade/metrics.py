@@ -17,17 +17,15 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
+from nemocascade.errors import UserError
+from nemocascade.state_files import check_shape, named, parsed, read_text, whole
 
-def write_json(path: str | Path, value: Any) -> None:
-  """Written under a temporary name, then renamed: the file is whole at every instant."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".tmp")
-  with partial.open("w", encoding="utf-8") as file:
-    file.write(json.dumps(value, indent=1) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  partial.rename(path)
+# Of each line of metrics.jsonl and samples.jsonl.
+LINE = {
+  "type": "object",
+  "required": ["step"],
+  "properties": {"step": {"type": "integer", "minimum": 0}},
+}
 
 
 class MetricsWriter:
@@ -67,8 +65,9 @@ class MetricsWriter:
       self._line("samples", {"step": step} | sample)
 
   def _line(self, name: str, value: dict[str, Any]) -> None:
-    self._files[name].write(_dumps(value) + "\n")
-    self._files[name].flush()
+    with named(Path(self._files[name].name)):
+      self._files[name].write(_dumps(value) + "\n")
+      self._files[name].flush()
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -85,28 +84,42 @@ def _dumps(value: Any) -> str:
   return json.dumps(value, ensure_ascii=True)
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-  """The whole lines of a .jsonl file; one cut off by a kill is left out. [] if there is none."""
+def read_lines(path: str | Path, shape: dict = LINE) -> list[dict[str, Any]]:
+  """The lines of a .jsonl file, without one at its end that a kill cut off. [] if there is none.
+
+  Args:
+    shape: a JSON schema of each.
+
+  Raises:
+    UserError: a line is not JSON, or of another shape; the file and the line are named.
+  """
   path, lines = Path(path), []
-  text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-  for line in text.split("\n"):  # Not splitlines: U+2028 and its like end no line of JSON.
-    try:
-      value = json.loads(line)
-    except json.JSONDecodeError:
+  if not os.path.lexists(path):
+    return []
+  remedy = "remove the line, or the file"
+  *whole, rest = read_text(path, remedy="remove it").split("\n")  # U+2028 and its like end no line of JSON.
+  for number, line in enumerate([*whole, rest], start=1):
+    if not line.strip():
       continue
-    if isinstance(value, dict):
-      lines.append(value)
+    where = f"{path}, line {number}"
+    try:
+      value = parsed(line, where, remedy=remedy)
+    except UserError:
+      if number > len(whole):
+        break
+      raise
+    check_shape(value, shape, where, remedy=remedy)
+    lines.append(value)
   return lines
 
 
 def _drop_from(path: Path, step: int) -> None:
   """Keeps the lines of earlier steps."""
-  if not path.exists():
+  if not os.path.lexists(path):
     return
-  kept = [line for line in read_lines(path) if line.get("step", step) < step]
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text("".join(_dumps(line) + "\n" for line in kept), encoding="utf-8")
-  partial.rename(path)
+  kept = [line for line in read_lines(path) if line["step"] < step]
+  with whole(path) as partial:
+    partial.write_text("".join(_dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 class Phases:

@@ -113,6 +113,7 @@ def stage(tmp_path_factory):
   a = Assembly(c, root)
   params = a.fresh_params(jax.random.key(0))
   Store(root / "start" / "checkpoints").save(1, TrainState(np.int32(0), params, {}), {})
+  a.save_model_files(root / "start")
   start = str(root / "start" / "checkpoints" / "1")
   rl.run(c, root / "whole" / "if_rl", a, start)
   return c, a, root, start
