@@ -331,7 +331,7 @@ def _same_config(path: Path, fields: dict) -> None:
   if difference := _difference(before, fields):
     name, there, here = difference
     raise UserError(
-      f"--workdir {path.parent} belongs to another config: {name} is {there!r} there and {here!r} here;"
+      f"--workdir {path.parent} belongs to another config: {name} is {there!r} in its config.json and {here!r} here;"
       " choose another --workdir"
     )
 

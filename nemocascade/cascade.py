@@ -45,10 +45,10 @@ STAGE = {
       "additionalProperties": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
     },
   },
-  "if": {"properties": {"status": {"const": "done"}}},
+  "if": {"required": ["status"], "properties": {"status": {"const": "done"}}},
   "then": {
     "required": ["steps", "checkpoint", "tokens", "train_s", "compilations"],
-    "if": {"properties": {"kind": {"not": {"const": "reward_model"}}}},
+    "if": {"required": ["kind"], "properties": {"kind": {"not": {"const": "reward_model"}}}},
     "then": {"required": list(SCORED)},
   },
 }

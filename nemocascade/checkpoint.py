@@ -17,7 +17,7 @@ from nemocascade.errors import UserError
 from nemocascade.state_files import named
 from nemocascade.types import Params, TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length.
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and raises what it logs as errors.
 
 # Orbax itself does not notice a changed byte: checksums are compared before it reads.
 # What Orbax raises on a folder with lost or changed files. Others (memory, permission) pass.

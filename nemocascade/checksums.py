@@ -62,11 +62,14 @@ def verify(folder: Path, part: str = "") -> None:
 
 
 def _verify(folder: Path, part: str) -> None:
-  if not os.path.lexists(folder / CHECKSUMS):
-    raise Damage(f"{CHECKSUMS} is missing")
   try:
+    os.lstat(folder / CHECKSUMS)  # Unlike `exists`, tells what is absent from what is out of reach.
     sums = read_state(folder / CHECKSUMS, SHAPE, remedy="")
+  except FileNotFoundError as error:
+    raise Damage(f"{CHECKSUMS} is missing") from error
   except UserError as error:
+    if isinstance(error.__cause__, OSError):
+      raise error.__cause__ from error
     raise Damage(str(error).removeprefix(f"{folder}/")) from error
   wanted = {name: of for name, of in sums.items() if not part or name.startswith(part + "/")}
   for name in sorted(set(_files(folder, part)) - wanted.keys()):

@@ -97,7 +97,7 @@ def write_json(path: str | Path, value: Any) -> None:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
   """A temporary path beside `path` to write to, then renamed to it; removed on an error."""
-  partial = path.with_name(path.name + ".tmp")
+  partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
     with named(path):
       yield partial

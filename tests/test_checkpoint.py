@@ -1,5 +1,6 @@
 """What was saved comes back bitwise; what is damaged is set aside or named, never used."""
 
+import errno
 import json
 import shutil
 import time
@@ -303,3 +304,30 @@ def test_a_save_of_a_tiny_state_is_quick(tmp_path):
     store.save(step, state(step), {})
     took.append(time.perf_counter() - began)
   assert min(took) < 1.0, took
+
+
+def test_a_file_that_may_not_be_read_is_named_and_its_checkpoint_is_not_set_aside(tmp_path, monkeypatch):
+  saved(tmp_path, 1, 2)
+  opened = checksums._crc32
+
+  def closed(file, start):
+    if file.parent.parent.name == "2":
+      raise PermissionError(errno.EACCES, "Permission denied", str(file))
+    return opened(file, start)
+
+  monkeypatch.setattr(checksums, "_crc32", closed)
+  with pytest.raises(UserError, match=f"{tmp_path / '2'}: .*: Permission denied; let this user read it"):
+    Store(tmp_path).restore(template())
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_where_memory_or_handles_are_short_no_checkpoint_is_blamed(tmp_path, monkeypatch):
+  saved(tmp_path, 1, 2)
+
+  def short(file, start):
+    raise OSError(errno.EMFILE, "Too many open files", str(file))
+
+  monkeypatch.setattr(checksums, "_crc32", short)
+  with pytest.raises(OSError, match="Too many open files"):
+    Store(tmp_path).restore(template())
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
