@@ -27,14 +27,35 @@ from experiments.launch import launch
 from experiments.sharing import each, held
 from experiments.teaching import find, gather
 from nemocascade import comparison, evaluate, report
-from nemocascade.cascade import Record
+from nemocascade.cascade import NUMBERS, Record
 from nemocascade.errors import UserError, unknown
-from nemocascade.metrics import read_lines, write_json
+from nemocascade.metrics import read_lines
 from nemocascade.model.hybrid import matmul_params
 from nemocascade.rollout import score
+from nemocascade.state_files import named, read_state, refused, write_json
 
+TURN = "turn"  # The lock of what one of the processes does for all.
 BUDGETS = ("steps", "tokens", "flops")
 OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "rate_of")
+EVALUATION = {  # Of a comparison.Line.
+  "type": "object",
+  "required": ["steps", "tokens", "flops", "score", "domains"],
+  "properties": {
+    **{name: {"type": "integer", "minimum": 0} for name in ("steps", "tokens", "flops")},
+    "score": {"type": "number"},
+    "domains": NUMBERS,
+  },
+}
+START = {
+  "type": "object",
+  "required": ["student", "teachers"],
+  "properties": {"student": EVALUATION, "teachers": NUMBERS},
+}
+DONE = {
+  "type": "object",
+  "required": ["steps", "wall_s"],
+  "properties": {"steps": {"type": "integer", "minimum": 1}, "wall_s": {"type": "number"}},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +174,7 @@ def line(c: ConfigDict, a: Assembly, params, spent: rl.Spent, steps: int, *, ful
 
 def watcher(c: ConfigDict, a: Assembly, path: Path, last_step: int) -> Callable:
   """Evaluates where the config says and at the end, once each, and ends an arm whose budget is spent."""
-  done = {entry["steps"] for entry in read_lines(path)}
+  done = {entry["steps"] for entry in read_lines(path, EVALUATION)}
 
   def watch(steps: int, params, spent: rl.Spent) -> bool:
     cost = {"steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(a.model_config))}
@@ -168,10 +189,11 @@ def watcher(c: ConfigDict, a: Assembly, path: Path, last_step: int) -> Callable:
 
 
 def append(path: Path, value: dict) -> None:
-  """One line more, on disk when this returns; a line that a kill cut off stays alone on its line."""
-  cut = path.exists() and not path.read_bytes().endswith(b"\n")
-  with path.open("a") as file:
-    file.write(("\n" if cut else "") + json.dumps(value) + "\n")
+  """One line more, on disk when this returns; a line that a kill cut off is made again."""
+  with named(path), path.open("ab+") as file:
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    file.write(json.dumps(value).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
@@ -187,7 +209,12 @@ def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directo
       arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps)
     )
     write_json(directory / "done.json", {"steps": outcome.steps, "wall_s": outcome.wall_s})
-  return [first, *sorted(read_lines(path), key=lambda entry: entry["steps"])]
+  steps = read_state(directory / "done.json", DONE, remedy=f"remove {directory}")["steps"]
+  lines = sorted(read_lines(path, EVALUATION), key=lambda entry: entry["steps"])
+  wanted = {step for step in (*c.compared.at, *c.compared.full_at, steps) if step <= steps}
+  if lacking := wanted - {entry["steps"] for entry in lines}:
+    raise refused(path, f"lacks the evaluations of steps {sorted(lacking)}", f"remove {directory}")
+  return [first, *lines]
 
 
 def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple[dict, dict]:
@@ -199,7 +226,7 @@ def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple
     of = {name: scores(c, a, load(name), full=True) for name in dict.fromkeys(c.teachers_of.values())}
     teachers = {domain: of[name][domain] for domain, name in c.teachers_of.items()}
     write_json(path, {"student": student, "teachers": teachers})
-  value = json.loads(path.read_text())
+  value = read_state(path, START, remedy="remove it")
   return value["student"], value["teachers"]
 
 
@@ -225,7 +252,7 @@ def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
   *_, found = each(c.search.seeds, place, ends)
   scores = {n: {str(r): [found[s][n][str(r)] for s in c.search.seeds] for r in c.search.rates} for n in c.search.arms}
   best = {name: float(max(of, key=lambda rate, of=of: np.mean(of[rate]))) for name, of in scores.items()}
-  with held(workdir, wait=True):
+  with held(workdir, wait=True, name=TURN):
     write_json(workdir / "search" / "search.json", {"scores": scores, "best": best})
   return best
 
@@ -257,7 +284,7 @@ def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[
     arms, pairs=c.compared.pairs, ends=c.compared.ends, steps=c.compared.full_at,
     reach=c.compared.reach,
   )  # fmt: skip
-  with held(workdir, wait=True):
+  with held(workdir, wait=True, name=TURN):
     comparison.write(workdir, out, arms, students=[s["domains"] for s in students], teachers=teachers, rates=rates)
   tqdm.write(f"{len(found)} of {len(c.seeds)} seeds done\n{comparison.table(out)}")
   return out
@@ -266,10 +293,11 @@ def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[
 def run(c: ConfigDict, workdir: Path) -> dict:
   """Runs what is left of the comparison; returns what ablation.json holds."""
   check(c)
+  cascade.check_outside(preparation(c, seed=0), workdir)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  with held(workdir, wait=True):  # Processes that share the work are started together.
-    claim(c, workdir)
+  with held(workdir, wait=True, name=TURN):  # Processes that share the work are started together.
+    claim(c, workdir, shared=True)
     a = Assembly(preparation(c, seed=0), workdir)
   best = search(c, a, workdir)
   own = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}

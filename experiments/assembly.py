@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 
 from experiments import loading
 from experiments.processes import first_alone
-from nemocascade import evaluate
+from experiments.sharing import own
+from nemocascade import checksums, evaluate
 from nemocascade import mesh as mesh_lib
 from nemocascade.config import ModelConfig
 from nemocascade.data import chat
@@ -24,7 +26,6 @@ from nemocascade.domains import registry
 from nemocascade.domains.judge import BradleyTerryJudge
 from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError
-from nemocascade.metrics import write_json
 from nemocascade.model.expert_parallel import check_experts
 from nemocascade.model.hybrid import (
   Hybrid,
@@ -36,6 +37,7 @@ from nemocascade.model.hybrid import (
 from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
 from nemocascade.rollout import episode, score
 from nemocascade.rollout.engine import Engine
+from nemocascade.state_files import read_state, write_json
 from nemocascade.step.balance import RouterBalance
 from nemocascade.types import Params
 
@@ -137,6 +139,7 @@ class Assembly:
     def write():
       write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
       self.tokenizer.save(stage_dir / "model")
+      checksums.write(stage_dir / "model")
 
     first_alone(write)
 
@@ -166,7 +169,8 @@ class Assembly:
   # Judge of the preference domain.
 
   def use_judge_from(self, checkpoint: str) -> None:
-    """The same, from a reward model's checkpoint."""
+    """The same, from a reward model's checkpoint; UserError where it reads tokens of another tokenizer."""
+    loading.same_tokenizer("judge", checkpoint, self.tokenizer)
     self.use_judge(loading.load(checkpoint, self.reward_template))
 
   def use_judge(self, params) -> None:
@@ -324,23 +328,42 @@ def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Asse
   return a, found.load(a.template)
 
 
-def claim(c: ConfigDict, workdir: Path) -> None:
-  """Makes the work directory this config's, or refuses one that belongs to another.
+CONFIG = {  # Of config.json.
+  "type": "object",
+  "required": ["config", "versions"],
+  "properties": {
+    "config": {"type": "object"},
+    "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+  },
+}
+
+
+def claim(c: ConfigDict, workdir: Path, *, shared: bool = False) -> None:
+  """Makes the work directory this config's and this process's, or refuses one that belongs to another.
+
+  Args:
+    shared: other processes of the same config may write there too, each where no other does.
 
   Raises:
-    UserError: config.json there differs; the message names the first differing field.
+    UserError: config.json there differs, the first differing field is named; or another process
+      writes there.
   """
   path = Path(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
+  _same_config(path, fields)
+  first_alone(lambda: own(workdir, shared=shared))
   first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
-  try:
-    before = json.loads(path.read_text())["config"]
-  except (json.JSONDecodeError, KeyError) as error:
-    raise UserError(f"{path} is damaged ({error}): choose another --workdir, or remove it") from error
+  _same_config(path, fields)
+
+
+def _same_config(path: Path, fields: dict) -> None:
+  if not os.path.lexists(path):
+    return
+  before = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")["config"]
   if difference := _difference(before, fields):
     name, there, here = difference
     raise UserError(
-      f"--workdir {workdir} belongs to another config: {name} is {there!r} there and {here!r} here;"
+      f"--workdir {path.parent} belongs to another config: {name} is {there!r} in its config.json and {here!r} here;"
       " choose another --workdir"
     )
 

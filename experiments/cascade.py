@@ -19,6 +19,7 @@ from experiments.teaching import BEST, find, gather, probe
 from nemocascade import report
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
+from nemocascade.data.tokenizer import load_tokenizer
 from nemocascade.domains import registry
 from nemocascade.errors import unknown
 from nemocascade.metrics import CompileCounter
@@ -59,6 +60,18 @@ def check(c: ConfigDict) -> None:
           raise unknown(f"stages.{name}.teachers.{domain}", teacher, [BEST, *c.order[:i]])
 
 
+def check_outside(c: ConfigDict, workdir: Path) -> None:
+  """Refuses checkpoints from outside the cascade whose tokenizer is not that which all its stages share."""
+  named = {f"stages.{name}.init_from": c.stages[name].init_from for name in c.order}
+  for name in c.order:
+    named |= {f"stages.{name}.teachers.{d}": t for d, t in c.stages[name].get("teachers", {}).items()}
+  outside = {name: value for name, value in named.items() if value not in ("", "previous", BEST, *c.order)}
+  place = c.tokenizer.path or workdir / "tokenizer" / "tokenizer.model"
+  tokenizer = load_tokenizer(place) if outside and (c.tokenizer.path or place.exists()) else None
+  for name, value in outside.items():
+    loading.same_tokenizer(name, value, tokenizer)
+
+
 def flat(c: ConfigDict, name: str) -> ConfigDict:
   """A stage's config as its own file would give it: the shared fields and its own."""
   shared = {k: v for k, v in c.items() if k not in ("stages", "order", "side_line")}
@@ -82,6 +95,7 @@ def scores(a: Assembly, c: ConfigDict, params, name: str) -> tuple[dict, dict]:
 def run(c: ConfigDict, workdir: Path) -> Record:
   """Runs what is left of the cascade; returns its record."""
   check(c)
+  check_outside(c, workdir)
   claim(c, workdir)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from experiments.assembly import check_completions, from_checkpoint
 from experiments.launch import launch
-from nemocascade.metrics import write_json
+from experiments.processes import first_alone
+from experiments.sharing import own
+from nemocascade.state_files import write_json
 
 
 def run(
@@ -20,6 +22,7 @@ def run(
   """Writes scores.json under the work directory and prints a table; returns the scores."""
   check_completions(c, "--completions", completions)
   a, params = from_checkpoint(c, workdir, checkpoint)
+  first_alone(lambda: own(workdir))
   if judge:
     a.use_judge_from(judge)
   elif "preference" in a.domains:

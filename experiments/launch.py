@@ -78,6 +78,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
+  if isinstance(error, OSError) and error.strerror:
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
   return " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
 
 
@@ -85,6 +87,6 @@ def _report(error: BaseException, code: int, debug: bool) -> None:
   if debug:
     traceback.print_exception(error)
   else:
-    kind = "" if isinstance(error, (UserError, StageStopped)) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (UserError, StageStopped, OSError)) else f"{type(error).__name__}: "
     print(f"error: {kind}{_one_line(error)}", file=sys.stderr)
   sys.exit(code)

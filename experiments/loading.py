@@ -1,7 +1,9 @@
 """What a --checkpoint names, ours or a Hugging Face folder: its model, its tokenizer, its parameters."""
 
 import dataclasses
-import json
+import os
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from nemocascade import checkpoint as checkpoint_lib
+from nemocascade import checksums
 from nemocascade.config import ModelConfig
-from nemocascade.data.tokenizer import load_tokenizer
+from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.errors import UserError
 from nemocascade.model import hf
+from nemocascade.state_files import read_state
 from nemocascade.types import Params
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -84,7 +88,8 @@ def model_files(checkpoint: str) -> Path:
   """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
   path = Path(checkpoint).resolve()
   for files in (path / "model", path.parent.parent / "model"):
-    if checkpoint and (files / "config.json").exists():
+    if checkpoint and os.path.lexists(files / "config.json"):
+      check_files(files)
       return files
   raise UserError(
     f"--checkpoint={checkpoint!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
@@ -92,13 +97,70 @@ def model_files(checkpoint: str) -> Path:
   )
 
 
+def check_files(files: Path) -> None:
+  """Raises UserError where a file of a folder `model` is not as it was written."""
+  if (files / checksums.CHECKSUMS).exists():  # Of a stage's; a converted checkpoint's are its own.
+    try:
+      checksums.verify(files)
+    except checksums.Damage as error:
+      raise UserError(f"{files}: can't be read ({error}); give another checkpoint") from error
+  elif (files.parent / checksums.CHECKSUMS).exists():
+    checkpoint_lib.check(files.parent, files.name)
+
+
 def read_config(files: Path) -> ModelConfig:
-  return ModelConfig.from_fields(json.loads((files / "config.json").read_text()))
+  fields = read_state(files / "config.json", SHAPE, remedy="give another checkpoint")
+  return ModelConfig.from_fields(fields)
+
+
+def _shape(kind) -> dict:
+  """The JSON schema of an annotation of ModelConfig's."""
+  if isinstance(kind, types.UnionType):
+    return {"anyOf": [_shape(choice) for choice in typing.get_args(kind)]}
+  if typing.get_origin(kind) is tuple:
+    parts = typing.get_args(kind)
+    return {"type": "array", "items": _shape(parts[0]), "minItems": len(parts), "maxItems": len(parts)}
+  names = {int: "integer", float: "number", bool: "boolean", str: "string", types.NoneType: "null"}
+  return {"type": names[kind]}
+
+
+SHAPE = {
+  "type": "object",
+  "properties": {name: _shape(kind) for name, kind in typing.get_type_hints(ModelConfig).items()},
+}
+
+
+def tokenizer_beside(checkpoint: str) -> Tokenizer | None:
+  """The tokenizer of a checkpoint of ours or an `hf:DIR`; None where it has none."""
+  files = _folder(checkpoint)
+  return load_tokenizer(files) if has_tokenizer(files) else None
+
+
+def same_tokenizer(name: str, checkpoint: str, tokenizer: Tokenizer | None, remedy: str = "") -> None:
+  """Raises UserError where a checkpoint was trained on the ids of another tokenizer.
+
+  Args:
+    name: the field or flag that names the checkpoint.
+    tokenizer: the run's; None where it is not known before it is trained.
+    remedy: in the place of naming the checkpoint's tokenizer in the config.
+  """
+  other = tokenizer_beside(checkpoint)
+  if other is None or (tokenizer is not None and other.fingerprint == tokenizer.fingerprint):
+    return
+  raise UserError(
+    f"{name}={checkpoint}: its tokenizer ({other.fingerprint[:12]}) is not this run's"
+    f" ({tokenizer.fingerprint[:12] if tokenizer else 'yet to be trained'}):"
+    f" {remedy or f'give --config.tokenizer.path={_folder(checkpoint)}'}"
+  )
+
+
+def _folder(checkpoint: str) -> Path:
+  return Path(checkpoint.removeprefix(hf.PREFIX)) if checkpoint.startswith(hf.PREFIX) else model_files(checkpoint)
 
 
 def tokenizer_of(files: Path, config: ModelConfig):
   """The tokenizer of a folder, or None; its ids must be rows of the model's embedding."""
-  if not any((files / name).exists() for name in TOKENIZER_FILES):
+  if not has_tokenizer(files):
     return None
   tokenizer = load_tokenizer(files)
   if tokenizer.vocab_size > config.vocab_size:
@@ -107,3 +169,8 @@ def tokenizer_of(files: Path, config: ModelConfig):
       " the embedding (vocab_size of config.json)"
     )
   return tokenizer
+
+
+def has_tokenizer(files: Path) -> bool:
+  """Whether the folder holds one."""
+  return any(os.path.lexists(files / name) for name in TOKENIZER_FILES)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from experiments import loading, supervision
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
-from experiments.stage import Outcome, abstract_state, jit_step, start
+from experiments.stage import Outcome, abstract_state, jit_step, own_tokenizer, start
 from experiments.supervision import Supervisor
 from nemocascade.domains.preference import preference_pairs
 from nemocascade.mesh import whole
@@ -94,8 +94,9 @@ def accuracy(reward, params, rows, pairs, batch: int) -> float:
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
+  tokenizer = own_tokenizer(c, workdir / "reward_model", c.init_from)
   claim(c, workdir)
-  run(c, workdir / "reward_model", Assembly(c, workdir), c.init_from)
+  run(c, workdir / "reward_model", Assembly(c, workdir, tokenizer), c.init_from)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.mixture import Mixture
 from experiments.processes import refuse_several
-from experiments.stage import Outcome, Spent, abstract_state, jit_step, start
+from experiments.stage import Outcome, Spent, abstract_state, jit_step, own_tokenizer, start
 from experiments.supervision import Supervisor
 from experiments.teaching import (
   find,
@@ -387,10 +387,13 @@ def _number(name: str) -> int:
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
   teachers = find(c)
-  claim(c, workdir)
   if c.init_from in ("", "previous"):
     raise UserError("init_from names no checkpoint: give --config.init_from=CKPT (a checkpoint directory)")
-  a = Assembly(c, workdir)
+  tokenizer = own_tokenizer(c, workdir / "rl", c.init_from)
+  for domain, name in c.teachers.items():
+    loading.same_tokenizer(f"teachers.{domain}", name, tokenizer)
+  claim(c, workdir)
+  a = Assembly(c, workdir, tokenizer)
   run(c, workdir / "rl", a, c.init_from, gather(a, teachers, c.teachers_in_memory))
 
 

@@ -1,7 +1,6 @@
 """JSON lines in and out: conversations or tokens, checked whole before anything is compiled."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from nemocascade.data.sources import numbered_jsonl
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
 from nemocascade.metrics import progress
+from nemocascade.state_files import whole
 
 Row = dict[str, Any]
 FEWEST = 32  # Tokens of the smallest bucket.
@@ -68,9 +68,8 @@ def write_rows(path: str, rows: Sequence[Row]) -> None:
   """Written under a temporary name, then renamed: the file is whole at every instant."""
   target = Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-  partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  partial.rename(target)
+  with whole(target) as partial:
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_output(path: str) -> None:

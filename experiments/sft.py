@@ -15,7 +15,7 @@ from experiments import supervision
 from experiments.assembly import Assembly, claim
 from experiments.launch import launch
 from experiments.processes import first_alone
-from experiments.stage import Outcome, abstract_state, jit_step, start
+from experiments.stage import Outcome, abstract_state, jit_step, own_tokenizer, start
 from experiments.supervision import Supervisor
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
@@ -106,8 +106,9 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
+  tokenizer = own_tokenizer(c, workdir / "sft", c.init_from)
   claim(c, workdir)
-  run(c, workdir / "sft", Assembly(c, workdir), c.init_from)
+  run(c, workdir / "sft", Assembly(c, workdir, tokenizer), c.init_from)
 
 
 if __name__ == "__main__":

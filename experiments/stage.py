@@ -8,12 +8,15 @@ from pathlib import Path
 import jax
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from experiments import loading
 from experiments.assembly import Assembly
 from nemocascade.checkpoint import Store
+from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.mesh import alike, placed, whole
 from nemocascade.rollout.episode import Samples
+from nemocascade.state_files import check_shape
 from nemocascade.step.optimizer import new_state
 from nemocascade.types import Params, TrainState
 
@@ -68,6 +71,50 @@ def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
   return jax.jit(step, donate_argnums=0, out_shardings=(places, whole(mesh)))
 
 
+COUNT = {"type": "integer", "minimum": 0}
+COUNTS = {"type": "object", "additionalProperties": COUNT}
+RECORD = {  # What a stage keeps in its checkpoints beside its state.
+  "type": "object",
+  "properties": {
+    "iterator": {"type": "object"},
+    "tokens": COUNT,
+    "mixture": {"type": "object", "additionalProperties": COUNTS},  # Of a Mixture.
+    "supervisor": {
+      "type": "object",
+      "properties": {
+        "histories": {"type": "object"},
+        "warned": {"type": "array", "items": {"type": "string"}},
+        "nonfinite": COUNT,
+      },
+    },
+    "spent": {
+      "type": "object",
+      "properties": {field.name: COUNT for field in dataclasses.fields(Spent)},
+      "additionalProperties": False,
+    },
+  },
+}
+
+
+def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer | None:
+  """The tokenizer of a stage that runs on its own: that of where it starts.
+
+  None where it starts from fresh parameters and the config names none: it is trained then.
+
+  Raises:
+    UserError: the config names another than that of the checkpoint.
+  """
+  if c.tokenizer.path:
+    tokenizer = load_tokenizer(c.tokenizer.path)
+    if init_from:
+      loading.same_tokenizer("init_from", init_from, tokenizer)
+    return tokenizer
+  if not init_from:
+    return None
+  begun = stage_dir / "model"  # A stage that is resumed goes on as it began, wherever its start is now.
+  return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from)
+
+
 def start(
   a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None,
   load=loading.load,
@@ -91,8 +138,14 @@ def start(
   make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
   store = Store(stage_dir / "checkpoints")
   if store.latest() is not None:
-    restored, record = store.restore(state)
-    return loading.finite(restored, f"{store.directory}, after {int(restored.step)} updates"), record, store
+    latest = store.path_of(store.latest())
+    remedy = f"restore {a.workdir / 'tokenizer'}, or choose another --workdir"
+    loading.same_tokenizer("--workdir", str(latest), a.tokenizer, remedy)
+    state, record = store.restore(state)
+    check_shape(record, RECORD, f"{latest}/record", remedy="restore another checkpoint")
+    return loading.finite(state, f"{store.directory}, after {int(state.step)} updates"), record, store
+  if init_from:
+    loading.same_tokenizer("init_from", init_from, a.tokenizer)
   a.save_model_files(stage_dir)
   under_new_optimizer = functools.partial(new_state, tx)
   if init_from:

@@ -1,12 +1,74 @@
 """The record of a cascade, cascade.json: what each stage did, and where the next one starts."""
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 
 from nemocascade.errors import UserError, unknown
 from nemocascade.evaluate import DomainScore
-from nemocascade.metrics import write_json
+from nemocascade.state_files import read_state, refused, write_json
+
+REMEDY = "remove it: finished stages are scored anew from their checkpoints"
+NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
+SCORED = ("scores_after", "scores_intervals_after", "n_eval", "probe")  # Of each model but a judge.
+STAGE = {
+  "type": "object",
+  "required": ["name", "kind", "status", "start", "domains", "wall_s"],
+  "properties": {
+    "name": {"type": "string"},
+    "kind": {"enum": ["sft", "rl", "reward_model"]},
+    "status": {"enum": ["running", "done"]},
+    "start": {"type": "string"},
+    "domains": {"type": "array", "items": {"type": "string"}},
+    "wall_s": {"type": "number"},
+    "train_s": {"type": "number"},
+    "eval_s_after": {"type": "number"},
+    "steps": {"type": "integer", "minimum": 0},
+    "tokens": {"type": "integer", "minimum": 0},
+    "compilations": {"type": "integer", "minimum": 0},
+    "checkpoint": {"type": "string", "minLength": 1},
+    "probe": {
+      "type": "object",
+      "required": ["tokens", "logprobs", "entropy"],
+      "properties": {
+        "tokens": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        "logprobs": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+        "entropy": {"type": "number"},
+      },
+    },
+    "n_eval": {"type": "object", "additionalProperties": {"type": "integer"}},
+  },
+  "patternProperties": {
+    "^(scores|greedy)_(before|after)$": NUMBERS,
+    "^(scores|greedy)_intervals_(before|after)$": {
+      "type": "object",
+      "additionalProperties": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+    },
+  },
+  "if": {"required": ["status"], "properties": {"status": {"const": "done"}}},
+  "then": {
+    "required": ["steps", "checkpoint", "tokens", "train_s", "compilations"],
+    "if": {"required": ["kind"], "properties": {"kind": {"not": {"const": "reward_model"}}}},
+    "then": {"required": list(SCORED)},
+  },
+}
+SHAPE = {
+  "type": "object",
+  "required": ["stages", "teachers"],
+  "properties": {
+    "stages": {"type": "array", "items": STAGE},
+    "teachers": {
+      "type": "object",
+      "additionalProperties": {
+        "type": "object",
+        "required": ["checkpoint", "score", "stage"],
+        "properties": {
+          "checkpoint": {"type": "string"}, "score": {"type": "number"}, "stage": {"type": "string"},
+        },
+      },
+    },
+  },
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -20,13 +82,12 @@ class Record:
   @classmethod
   def open(cls, workdir: Path) -> "Record":
     path = Path(workdir) / "cascade.json"
-    if not path.exists():
+    if not os.path.lexists(path):
       return cls(path, [], {})
-    try:
-      value = json.loads(path.read_text())
-      return cls(path, value["stages"], value["teachers"])
-    except (json.JSONDecodeError, KeyError) as error:
-      raise UserError(f"{path} is damaged ({error}): remove it to start the cascade anew") from error
+    value = read_state(path, SHAPE, remedy=REMEDY)
+    if len({entry["name"] for entry in value["stages"]}) < len(value["stages"]):
+      raise refused(path, "a stage stands there twice", REMEDY)
+    return cls(path, value["stages"], value["teachers"])
 
   def save(self) -> None:
     write_json(self.path, {"stages": self.stages, "teachers": self.teachers})

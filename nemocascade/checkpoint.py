@@ -1,25 +1,45 @@
 """Orbax checkpoints of a training state with a JSON record; parameters alone for everyone else."""
 
-import json
+import asyncio
 import logging
+import shutil
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.path import atomicity
 
+from nemocascade import checksums
 from nemocascade.errors import UserError
+from nemocascade.state_files import named
 from nemocascade.types import Params, TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at length.
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and raises what it logs as errors.
 
-CHECKSUMS = "checksums.json"  # Beside the arrays: Orbax itself does not notice a changed byte.
-# Above this many bytes only sizes are compared: reading a large checkpoint twice costs minutes.
-CHECKED_BYTES = 1 << 30
+# Orbax itself does not notice a changed byte: checksums are compared before it reads.
 # What Orbax raises on a folder with lost or changed files. Others (memory, permission) pass.
 DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
+
+
+class _Summed(atomicity.AtomicRenameTemporaryPath):
+  """A checkpoint under a temporary name; the rename that commits it comes after its checksums.
+
+  Orbax calls `finalize` in the first process, when all have written.
+  """
+
+  async def finalize(self) -> None:
+    final = self._final_path
+    if atomicity.TMP_DIR_SUFFIX in final.parent.name:  # A part of a checkpoint, which has the sums of all.
+      return await super().finalize()
+    # Orbax still writes files here. Its suffix marks the folder as one to be cleaned up after a kill.
+    self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}-whole")
+    await super().finalize()
+    whole, self._final_path = self._final_path, final
+    await asyncio.to_thread(checksums.write, Path(whole))
+    Path(whole).rename(final)
 
 
 class Store:
@@ -29,29 +49,37 @@ class Store:
     self.directory = Path(directory).resolve()
     self.directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
+      max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True,
+      temporary_path_class=_Summed,
+    )  # fmt: skip
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-    """Written whole (temporary name, then renamed) when this returns.
+    """Written whole, checksums included (temporary name, then renamed) when this returns.
 
     The record: anything JSON that the stage needs to go on (data position, prompt frontier, ...).
+
+    Raises:
+      OSError: it can't be written, such as on a full disk; nothing of it is left, the others stay.
     """
     if step in self._manager.all_steps():  # Left by a run that was restored from before it.
       self._manager.delete(step)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        record=ocp.args.JsonSave(record),
-      ),
-      force=True,
-    )
-    self._manager.wait_until_finished()
-    if jax.process_index() == 0:
-      write_checksums(self.path_of(step))
+    try:
+      with named(self.path_of(step), needed=_bytes(state)):
+        self._manager.save(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            record=ocp.args.JsonSave(record),
+          ),
+          force=True,
+        )
+        self._manager.wait_until_finished()
+    except OSError:
+      for partial in self.directory.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+      raise
 
   def wait(self) -> None:
     """Returns when everything saved is on disk."""
@@ -59,7 +87,11 @@ class Store:
 
   def latest(self) -> int | None:
     """The newest finished step; an unfinished save does not count."""
-    return self._manager.latest_step()
+    return max(self.steps(), default=None)
+
+  def steps(self) -> list[int]:
+    """All finished steps, damaged ones too."""
+    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
 
   def path_of(self, step: int) -> Path:
     return self.directory / str(step)
@@ -73,7 +105,7 @@ class Store:
     Raises:
       UserError: there is none, none can be read, or it is of another model or optimizer.
     """
-    steps = [step] if step is not None else sorted(self._manager.all_steps(), reverse=True)
+    steps = [step] if step is not None else self.steps()[::-1]
     damaged: dict[int, str] = {}
     for i in steps:
       try:
@@ -88,15 +120,15 @@ class Store:
     if not damaged:
       raise UserError(f"no checkpoint to restore in {self.directory}: the stage has saved none yet")
     first, why = next(iter(damaged.items()))
-    other = [i for i in self._manager.all_steps() if i not in damaged]
+    other = [i for i in self.steps() if i not in damaged]
     remedy = f"restore one of the steps {sorted(other)}" if other else "remove it to start the stage anew"
     raise UserError(f"no checkpoint to restore: {self.path_of(first)} can't be read ({why}); {remedy}")
 
   def _restore(self, template: TrainState, step: int) -> tuple[TrainState, dict]:
     path = self.path_of(step)
     if not path.is_dir():
-      raise FileNotFoundError("no such checkpoint")
-    _verify(path)
+      raise FileNotFoundError("not a folder" if path.exists() else "no such checkpoint")
+    checksums.verify(path)
     rest = {"step": template.step, "opt_state": template.opt_state}
     for part, wanted in (("params", template.params), ("rest", rest)):
       _same_shapes(path, part, wanted)
@@ -114,13 +146,16 @@ class Store:
     return state, found["record"]
 
   def _set_aside(self, step: int) -> None:
-    """Out of the way under a name that is no step, so that the step can be saved again."""
-    target = self.directory / f"damaged-{step}"
-    for i in range(2, 100):
-      if not target.exists():
-        break
-      target = self.directory / f"damaged-{step}-{i}"
-    self.path_of(step).rename(target)
+    """Renames a damaged checkpoint, so that its step can be saved again."""
+    if jax.process_index() == 0:
+      target = self.directory / f"damaged-{step}"
+      for i in range(2, 100):
+        if not target.exists():
+          break
+        target = self.directory / f"damaged-{step}-{i}"
+      self.path_of(step).rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("set aside")
     self._manager.reload()
 
 
@@ -134,11 +169,19 @@ def load_params(path: str | Path, template: Params) -> Params:
   if not (path / "params").is_dir():
     raise UserError(f"checkpoint {path}: not found, or without parameters; give STAGE/checkpoints/STEP")
   try:
-    _verify(path, part="params")
+    checksums.verify(path, part="params")
     _same_shapes(path, "params", template)
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(path / "params", _placed(template))
   except DAMAGE as error:
+    raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
+
+
+def check(path: Path, part: str = "") -> None:
+  """Raises UserError unless all files of a checkpoint, or of a folder in it, are as they were written."""
+  try:
+    checksums.verify(path, part)
+  except checksums.Damage as error:
     raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
 
 
@@ -172,41 +215,8 @@ def _placed(template):
   return jax.tree.map(place, template)
 
 
-def write_checksums(path: Path) -> None:
-  """{file: [bytes, crc32 or null]} of a checkpoint, renamed into place after Orbax has committed.
-
-  A kill before this leaves a whole checkpoint that is only less well guarded.
-  """
-  files = sorted(p for p in path.rglob("*") if p.is_file())
-  small = sum(p.stat().st_size for p in files) <= CHECKED_BYTES
-  sums = {str(p.relative_to(path)): [p.stat().st_size, _crc32(p) if small else None] for p in files}
-  partial = path / (CHECKSUMS + ".tmp")
-  partial.write_text(json.dumps(sums))
-  partial.rename(path / CHECKSUMS)
-
-
-def _verify(path: Path, part: str = "") -> None:
-  """Raises ValueError on the first file (of `part`, a folder) that is not as it was written."""
-  if not (path / CHECKSUMS).exists():
-    return
-  for name, (size, crc32) in json.loads((path / CHECKSUMS).read_text()).items():
-    if not name.startswith(part):
-      continue
-    file = path / name
-    if not file.exists():
-      raise ValueError(f"{name} is missing")
-    if file.stat().st_size != size:
-      raise ValueError(f"{name} has {file.stat().st_size} bytes and was written with {size}")
-    if crc32 is not None and _crc32(file) != crc32:
-      raise ValueError(f"{name} has changed since it was written")
-
-
-def _crc32(path: Path) -> int:
-  value = 0
-  with path.open("rb") as file:
-    while block := file.read(1 << 22):
-      value = zlib.crc32(block, value)
-  return value
+def _bytes(tree) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from nemocascade import statistics
-from nemocascade.metrics import write_json
+from nemocascade.state_files import whole, write_json
 
 # One evaluation: {"steps", "tokens", "flops", "score", "domains": {name: score}}.
 Line = dict[str, Any]
@@ -303,7 +303,5 @@ def table(found: dict) -> str:
 
 
 def _csv(path: Path, header: list[str], rows: list[list]) -> None:
-  partial = path.with_name(path.name + ".tmp")
-  with partial.open("w", newline="") as file:
+  with whole(path) as partial, partial.open("w", newline="") as file:
     csv.writer(file).writerows([header, *rows])
-  partial.rename(path)

@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nemocascade import arrays
+from nemocascade import arrays, checksums
 from nemocascade.arrays import Layout
-from nemocascade.checkpoint import write_checksums
+from nemocascade.checkpoint import check
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.hf import CONFIG, HEAD, Source
@@ -27,11 +27,25 @@ from nemocascade.model.hf_config import config_fields
 from nemocascade.model.hf_layout import Named, Place, Tree, layout
 from nemocascade.model.hybrid import init_params
 from nemocascade.model.tensor_files import DTYPES, Stretch, finite, write_all, write_shards
+from nemocascade.state_files import check_shape, parsed, read_state, read_text
 
 # In a checkpoint's `model` folder, beside config.json and the tokenizer.
 THEIR_CONFIG, RECORD = "hf_config.json", "hf.json"
-OURS = (CONFIG, THEIR_CONFIG, RECORD)
+OURS = (CONFIG, THEIR_CONFIG, RECORD, checksums.CHECKSUMS)
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+AGAIN = "convert the folder again"
+RECORD_SHAPE = {
+  "type": "object",
+  "required": ["tree", "dtypes"],
+  "properties": {
+    "tree": {
+      "type": "object",
+      "properties": {"prefix": {"enum": ["backbone", "model"]}, "stacked": {"type": "boolean"}},
+      "additionalProperties": False,
+    },
+    "dtypes": {"type": "object", "additionalProperties": {"enum": list(DTYPES)}},
+  },
+}
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}  # paper.md 1.2
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -58,7 +72,7 @@ def from_hf(source: Source, target: Path) -> None:
       said = (f"{source.folder.tensors[own].file.name}: {own}" for own in broken)
       raise UserError(f"hf:{source.path}: NaN or infinity in {'; '.join(said)}")
     _write_model_files(source, layouts, partial / "model")
-    write_checksums(partial)
+    checksums.write(partial)
 
 
 def _layouts(source: Source) -> dict[str, Layout]:
@@ -164,9 +178,10 @@ def to_hf(checkpoint: Path, model: Path, config: ModelConfig, target: Path) -> N
     UserError: naming every tensor that holds NaN or infinity; nothing is left at the target.
   """
   params = checkpoint / "params"
+  check(checkpoint, "params")
   record = {"tree": dataclasses.asdict(Tree()), "dtypes": {}}
   if (model / RECORD).exists():
-    record = json.loads((model / RECORD).read_text())
+    record = read_state(model / RECORD, RECORD_SHAPE, remedy=AGAIN)
   tensors = layout(config, Tree(**record["tree"]))
   opened = functools.lru_cache(lambda leaf: arrays.open_array(params, leaf))
   dtype_of = lambda named: record["dtypes"].get(
@@ -214,8 +229,9 @@ def _pieces(params: Path, named: Named, opened) -> Iterator[np.ndarray | Stretch
 def _write_their_files(model: Path, config: ModelConfig, target: Path) -> None:
   original = None
   if (model / THEIR_CONFIG).exists():
-    text = (model / THEIR_CONFIG).read_text()
-    original = json.loads(text)
+    text = read_text(model / THEIR_CONFIG, remedy=AGAIN)
+    original = parsed(text, model / THEIR_CONFIG, remedy=AGAIN)
+    check_shape(original, {"type": "object"}, model / THEIR_CONFIG, remedy=AGAIN)
   fields = config_fields(config, original)
   if fields == original:  # Nothing to say anew: the file itself.
     (target / CONFIG).write_text(text)

@@ -1,9 +1,12 @@
 """What a run leaves to be read: metrics.jsonl, samples.jsonl, TensorBoard events, a progress bar."""
 
+import contextlib
 import io
+import itertools
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -14,20 +17,19 @@ import jax
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from nemocascade.errors import UserError
+from nemocascade.state_files import check_shape, named, parsed, read_text, whole
 
-def write_json(path: str | Path, value: Any) -> None:
-  """Written under a temporary name, then renamed: the file is whole at every instant."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".tmp")
-  with partial.open("w", encoding="utf-8") as file:
-    file.write(json.dumps(value, indent=1) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  partial.rename(path)
+_numbers = itertools.count()  # Of the event files of this process.
+# Of each line of metrics.jsonl and samples.jsonl.
+LINE = {
+  "type": "object",
+  "required": ["step"],
+  "properties": {"step": {"type": "integer", "minimum": 0}},
+}
 
 
 class MetricsWriter:
@@ -37,7 +39,7 @@ class MetricsWriter:
   """
 
   def __init__(self, directory: str | Path, *, start_step: int = 0):
-    self._files, self._events = {}, None
+    self._files = {}
     if jax.process_index() > 0:
       return
     directory = Path(directory)
@@ -45,21 +47,26 @@ class MetricsWriter:
     files = {name: directory / f"{name}.jsonl" for name in ("metrics", "samples")}
     for path in files.values():
       _drop_from(path, start_step)
+    steps = {line["step"] for line in read_lines(files["metrics"])}
+    if lost := set(range(start_step)) - steps:
+      print(f"{files['metrics']} lacks steps {min(lost)} to {max(lost)}: the stage goes on without them", file=sys.stderr)
     self._files = {name: path.open("a", encoding="utf-8") for name, path in files.items()}
-    self._events = EventFileWriter(str(directory))
+    # The name by which TensorBoard finds its files, in their order.
+    name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+    self._files["events"] = (directory / name).open("wb")
+    self._event(file_version="brain.Event:2")
     # TensorBoard forgets what an earlier process wrote from this step on.
-    restart = SessionLog(status=SessionLog.START)
-    self._events.add_event(Event(wall_time=time.time(), step=start_step, session_log=restart))
+    self._event(step=start_step, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """"part/quantity" -> number; one that is not finite is null in the file."""
-    if self._events is None:
+    if not self._files:
       return
     numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
     finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
     self._line("metrics", {"step": step} | finite)
     values = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
-    self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+    self._event(step=step, summary=Summary(value=values))
 
   def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
     """Prompts, completions and verdicts of one step, a line each."""
@@ -67,17 +74,24 @@ class MetricsWriter:
       self._line("samples", {"step": step} | sample)
 
   def _line(self, name: str, value: dict[str, Any]) -> None:
-    self._files[name].write(_dumps(value) + "\n")
-    self._files[name].flush()
+    with named(Path(self._files[name].name)):
+      self._files[name].write(_dumps(value) + "\n")
+      self._files[name].flush()
+
+  def _event(self, **fields: Any) -> None:
+    """Written at once: TensorBoard's own writer fails in a thread of its own where the disk is full."""
+    file = self._files["events"]
+    with named(Path(file.name)):
+      RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
+      file.flush()
 
   def __enter__(self) -> "MetricsWriter":
     return self
 
   def __exit__(self, *_) -> None:
-    for file in self._files.values():
-      file.close()
-    if self._events is not None:
-      self._events.close()
+    for file in self._files.values():  # All is written; what is left after an error can't be.
+      with contextlib.suppress(OSError):
+        file.close()
 
 
 def _dumps(value: Any) -> str:
@@ -85,28 +99,42 @@ def _dumps(value: Any) -> str:
   return json.dumps(value, ensure_ascii=True)
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-  """The whole lines of a .jsonl file; one cut off by a kill is left out. [] if there is none."""
+def read_lines(path: str | Path, shape: dict = LINE) -> list[dict[str, Any]]:
+  """The lines of a .jsonl file, without one at its end that a kill cut off. [] if there is none.
+
+  Args:
+    shape: a JSON schema of each.
+
+  Raises:
+    UserError: a line is not JSON, or of another shape; the file and the line are named.
+  """
   path, lines = Path(path), []
-  text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-  for line in text.split("\n"):  # Not splitlines: U+2028 and its like end no line of JSON.
-    try:
-      value = json.loads(line)
-    except json.JSONDecodeError:
+  if not os.path.lexists(path):
+    return []
+  remedy = "remove the line, or the file"
+  *whole, rest = read_text(path, remedy="remove it").split("\n")  # U+2028 and its like end no line of JSON.
+  for number, line in enumerate([*whole, rest], start=1):
+    if not line.strip():
       continue
-    if isinstance(value, dict):
-      lines.append(value)
+    where = f"{path}, line {number}"
+    try:
+      value = parsed(line, where, remedy=remedy)
+    except UserError:
+      if number > len(whole):
+        break
+      raise
+    check_shape(value, shape, where, remedy=remedy)
+    lines.append(value)
   return lines
 
 
 def _drop_from(path: Path, step: int) -> None:
   """Keeps the lines of earlier steps."""
-  if not path.exists():
+  if not os.path.lexists(path):
     return
-  kept = [line for line in read_lines(path) if line.get("step", step) < step]
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text("".join(_dumps(line) + "\n" for line in kept), encoding="utf-8")
-  partial.rename(path)
+  kept = [line for line in read_lines(path) if line["step"] < step]
+  with whole(path) as partial:
+    partial.write_text("".join(_dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 class Phases:

@@ -4,7 +4,6 @@ import base64
 import csv
 import html
 import io
-import json
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from nemocascade.metrics import read_lines
+from nemocascade.cascade import Record
+from nemocascade.metrics import LINE, read_lines
+from nemocascade.state_files import named, whole
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-weight:600}h2{margin-top:2em;border-bottom:1px solid #ddd;padding-bottom:.2em}img{max-width:100%}
@@ -22,14 +23,22 @@ table{border-collapse:collapse;font-size:14px}td,th{padding:.25em .7em;border-bo
 td:first-child,th:first-child{text-align:left}pre{background:#f6f6f4;padding:.7em;white-space:pre-wrap;margin:.2em 0}
 .good{color:#1a7f37}.bad{color:#b42318}.quiet{color:#777}"""
 
+SAMPLE = LINE | {
+  "required": ["step", "domain", "prompt", "completion", "verdict", "reason", "masked"],
+  "properties": LINE["properties"] | {
+    "domain": {"type": "string"}, "completion": {"type": "string"},
+    "verdict": {"type": "number"}, "masked": {"type": "boolean"},
+  },
+}  # fmt: skip
+
 
 def write(workdir: str | Path) -> Path:
   """Writes report/index.html with its PNGs and CSVs; works on a run that is half done."""
   workdir = Path(workdir)
   out = workdir / "report"
   out.mkdir(parents=True, exist_ok=True)
-  record = json.loads((workdir / "cascade.json").read_text())
-  scored = [s for s in record["stages"] if s["status"] == "done" and "scores_after" in s]
+  record = Record.open(workdir)
+  scored = [s for s in record.stages if s["status"] == "done" and "scores_after" in s]
   parts = ["<h1>nemocascade: what the cascade did</h1>"]
   if scored:
     parts += ["<h2>Held-out scores, temperature 1</h2>", _picture(heat_map(scored, "scores"), out / "scores.png")]
@@ -37,17 +46,17 @@ def write(workdir: str | Path) -> Path:
       parts += ["<h2>Held-out scores, greedy</h2>", _picture(heat_map(greedy, "greedy"), out / "greedy.png")]
     parts += ["<h2>From SFT to the end</h2>", _first_and_last(scored, out / "first_and_last.csv")]
     _scores_csv(scored, out / "scores.csv")
-  if record["teachers"] and any(s["name"] == "mopd" for s in scored):
+  if record.teachers and any(s["name"] == "mopd" for s in scored):
     parts += ["<h2>MOPD: the gap to each teacher</h2>", _gaps(record, scored, out / "gaps.csv")]
-  curves = learning_curves(workdir, record["stages"])
+  curves = learning_curves(workdir, record.stages)
   if curves is not None:
     parts += ["<h2>Learning curves</h2>", _picture(curves, out / "curves.png")]
-  parts += ["<h2>Time and tokens</h2>", _costs(record["stages"], out / "costs.csv")]
-  parts += ["<h2>Samples</h2>", *(_samples(workdir, s["name"]) for s in record["stages"])]
+  parts += ["<h2>Time and tokens</h2>", _costs(record.stages, out / "costs.csv")]
+  parts += ["<h2>Samples</h2>", *(_samples(workdir, s["name"]) for s in record.stages)]
   page = f"<!doctype html><meta charset=utf-8><title>nemocascade</title><style>{_STYLE}</style>"
-  partial = out / "index.html.tmp"
-  partial.write_text(page + "\n".join(parts))
-  return partial.rename(out / "index.html")
+  with whole(out / "index.html") as partial:
+    partial.write_text(page + "\n".join(parts))
+  return out / "index.html"
 
 
 def heat_map(stages: list[dict], kind: str):
@@ -119,13 +128,14 @@ def _picture(figure, path: Path) -> str:
   data = io.BytesIO()
   figure.savefig(data, format="png", dpi=130)
   plt.close(figure)
-  path.write_bytes(data.getvalue())
+  with named(path):
+    path.write_bytes(data.getvalue())
   return f'<img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def _table(path: Path, header: list[str], rows: list[list]) -> str:
   """The rows as a CSV file, and as HTML."""
-  with path.open("w", newline="") as file:
+  with named(path), path.open("w", newline="") as file:
     csv.writer(file).writerows([header, *rows])
   cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
   line = lambda tag, row: "<tr>" + "".join(cell(tag, value) for value in row) + "</tr>"
@@ -150,10 +160,10 @@ def _first_and_last(scored: list[dict], path: Path) -> str:
   return _table(path, header, rows)
 
 
-def _gaps(record: dict, scored: list[dict], path: Path) -> str:
+def _gaps(record: Record, scored: list[dict], path: Path) -> str:
   mopd = next(s for s in scored if s["name"] == "mopd")
   rows = []
-  for domain, teacher in record["teachers"].items():
+  for domain, teacher in record.teachers.items():
     before, after = mopd["scores_before"][domain], mopd["scores_after"][domain]
     gap = teacher["score"] - before
     closed = f"{(after - before) / gap:.0%}" if gap > 0.02 else "none to close"
@@ -182,7 +192,7 @@ def _costs(stages: list[dict], path: Path) -> str:
 
 def _samples(workdir: Path, stage: str, count: int = 6) -> str:
   """The stage's last samples. Completions are hostile text: everything is escaped."""
-  lines = read_lines(workdir / stage / "samples.jsonl")[-count:]
+  lines = read_lines(workdir / stage / "samples.jsonl", SAMPLE)[-count:]
   if not lines:
     return ""
   parts = [f"<h3>{html.escape(stage)}</h3>"]

@@ -1,11 +1,13 @@
 """The whole cascade at smoke size: it finishes, it resumes, it refuses what it cannot run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import chaos
 import pytest
 from refusals import assert_refused
 
@@ -104,18 +106,29 @@ def test_the_quickstart_notebook_runs(finished, monkeypatch):
   assert "thinking=True" in printed and "thinking=False" in printed
 
 
-def test_a_killed_cascade_goes_on_where_it_was(tmp_path):
-  """kill -9 in the middle of the first stage: its checkpoint is used, the stage ends as it should."""
-  words = [sys.executable, "-m", "experiments.reward_model",
-           "--config=configs/tiny/reward_model.py:smoke", f"--workdir={tmp_path}"]  # fmt: skip
-  run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  deadline = time.time() + 300
-  while not (tmp_path / "reward_model" / "checkpoints" / "3").exists():
+def test_a_stage_that_is_killed_in_a_save_and_resumed_is_the_undisturbed_one_to_the_last_bit(tmp_path):
+  """kill -9 while the first checkpoint, or the one after, is written."""
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  words = [sys.executable, "-m", "experiments.reward_model", "--config=configs/tiny/reward_model.py:smoke"]
+  start = lambda workdir: subprocess.Popen(
+    [*words, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  assert start(whole).wait() == 0
+  run, checkpoints, deadline = start(cut), cut / "reward_model" / "checkpoints", time.time() + 300
+  while not (checkpoints.is_dir() and any("orbax-checkpoint-tmp" in p.name for p in checkpoints.iterdir())):
     assert run.poll() is None and time.time() < deadline
-    time.sleep(0.05)  # Waits for another process, as the only thing to do.
+    time.sleep(0.001)  # Waits for another process, as the only thing to do.
   run.kill()
   run.wait()
-  done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr[-2000:]
-  lines = (tmp_path / "reward_model" / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["step"] for line in lines] == list(range(6))
+  assert not (checkpoints / "6").exists()
+  assert start(cut).wait() == 0
+  assert chaos.stage_differences(whole / "reward_model", cut / "reward_model") == []
+
+  # What is compared is seen to differ.
+  (cut / "reward_model" / "checkpoints" / "3").rename(tmp_path / "3")
+  shutil.copytree(cut / "reward_model" / "checkpoints" / "6", cut / "reward_model" / "checkpoints" / "3")
+  lines = (cut / "reward_model" / "metrics.jsonl").read_text()
+  (cut / "reward_model" / "metrics.jsonl").write_text(lines.replace('"step": 5', '"step": 4'))
+  found = chaos.stage_differences(whole / "reward_model", cut / "reward_model")
+  for what in ("metrics.jsonl", "checkpoint 3: params/backbone", "checkpoint 3: rest/step"):
+    assert any(difference.startswith(what) for difference in found), (what, found)

@@ -1,5 +1,7 @@
 """What was saved comes back bitwise; what is damaged is set aside or named, never used."""
 
+import errno
+import json
 import shutil
 import time
 
@@ -10,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nemocascade import checkpoint
+from nemocascade import checksums
 from nemocascade.checkpoint import Store, load_params
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
@@ -45,7 +47,7 @@ def flip(path):
 
 
 def files(folder):
-  return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != checkpoint.CHECKSUMS)
+  return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != checksums.CHECKSUMS)
 
 
 def test_a_state_and_its_record_come_back_bitwise(tmp_path):
@@ -108,10 +110,121 @@ def test_an_unfinished_save_is_ignored(tmp_path):
   assert store.latest() == 2
 
 
-def test_a_kill_before_the_checksums_leaves_a_whole_checkpoint(tmp_path):
+def test_a_kill_between_the_arrays_and_the_checksums_leaves_no_checkpoint(tmp_path, monkeypatch):
+  """What Orbax would have committed is not there for anyone, and its step is saved again."""
   store = saved(tmp_path, 1)
-  (store.path_of(1) / checkpoint.CHECKSUMS).unlink()
-  chex.assert_trees_all_equal(Store(tmp_path).restore(template())[0], state(1))
+
+  def kill(folder):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(checksums, "write", kill)
+    store.save(2, state(2), {})
+  assert len(list(tmp_path.iterdir())) == 2
+  store = Store(tmp_path)
+  assert store.latest() == 1
+  store.save(2, state(2), {})
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # What the kill left is gone.
+  assert int(Store(tmp_path).restore(template())[0].step) == 2
+
+
+def empty(step):
+  for path in step.iterdir():
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def add(step):
+  (step / "params" / "extra").write_text("x")
+
+
+def without_sums(step):
+  (step / checksums.CHECKSUMS).unlink()
+
+
+def with_sizes_alone(step):
+  """As checkpoints above one GiB once were."""
+  sums = json.loads((step / checksums.CHECKSUMS).read_text())
+  (step / checksums.CHECKSUMS).write_text(json.dumps({name: [of[0]] for name, of in sums.items()}))
+
+
+def sums_of_nothing(step):
+  (step / checksums.CHECKSUMS).write_text("{}")
+
+
+def sums_of_another_shape(step):
+  (step / checksums.CHECKSUMS).write_text('[{"params": null}]')
+
+
+def one_sum_less(step):
+  sums = json.loads((step / checksums.CHECKSUMS).read_text())
+  del sums[next(name for name in sums if name.startswith("params/"))]
+  (step / checksums.CHECKSUMS).write_text(json.dumps(sums))
+
+
+def a_file(step):
+  shutil.rmtree(step)
+  step.write_text("")
+
+
+def broken_link(step):
+  file = files(step / "params")[0]
+  file.unlink()
+  file.symlink_to(step / "nowhere")
+
+
+def link_to_itself(step):
+  file = files(step / "params")[0]
+  file.unlink()
+  file.symlink_to(file)
+
+
+def folder_in_its_place(step):
+  file = files(step / "params")[0]
+  file.unlink()
+  file.mkdir()
+
+
+HARMS = [
+  empty, add, without_sums, with_sizes_alone, sums_of_nothing, sums_of_another_shape, one_sum_less, a_file,
+  broken_link, link_to_itself, folder_in_its_place,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+def test_a_checkpoint_of_another_make_is_named_and_the_one_before_is_used(tmp_path, capsys, harm):
+  saved(tmp_path, 1, 2)
+  harm(tmp_path / "2")
+  assert Store(tmp_path).latest() == 2
+  restored, record = Store(tmp_path).restore(template())
+  assert (int(restored.step), record) == (1, {"at": 1})
+  assert f"checkpoint {tmp_path / '2'} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+def test_parameters_of_another_make_are_refused(tmp_path, harm):
+  saved(tmp_path, 1)
+  harm(tmp_path / "1")
+  with pytest.raises(UserError, match=f"checkpoint {tmp_path / '1'}: "):
+    load_params(tmp_path / "1", template().params)
+
+
+def test_every_piece_of_a_large_file_is_compared(tmp_path, monkeypatch):
+  monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
+  (tmp_path / "sub").mkdir()
+  data = bytes(range(256)) * 40
+  for name, size in (("whole", 5000), ("rest", 5001), ("none", 0)):
+    (tmp_path / "sub" / name).write_bytes(data[:size])
+  checksums.write(tmp_path)
+  checksums.verify(tmp_path)
+  for name, place in [("whole", i) for i in range(0, 5000, 999)] + [("rest", 5000)]:
+    changed = bytearray((tmp_path / "sub" / name).read_bytes())
+    changed[place] ^= 1
+    (tmp_path / "sub" / name).write_bytes(changed)
+    with pytest.raises(checksums.Damage, match=f"sub/{name} has changed"):
+      checksums.verify(tmp_path, part="sub")
+    changed[place] ^= 1
+    (tmp_path / "sub" / name).write_bytes(changed)
+  checksums.verify(tmp_path)
 
 
 @pytest.mark.parametrize("harm", [lambda p: p.unlink(), truncate, flip], ids=["lost", "cut", "flipped"])
@@ -191,3 +304,30 @@ def test_a_save_of_a_tiny_state_is_quick(tmp_path):
     store.save(step, state(step), {})
     took.append(time.perf_counter() - began)
   assert min(took) < 1.0, took
+
+
+def test_a_file_that_may_not_be_read_is_named_and_its_checkpoint_is_not_set_aside(tmp_path, monkeypatch):
+  saved(tmp_path, 1, 2)
+  opened = checksums._crc32
+
+  def closed(file, start):
+    if file.parent.parent.name == "2":
+      raise PermissionError(errno.EACCES, "Permission denied", str(file))
+    return opened(file, start)
+
+  monkeypatch.setattr(checksums, "_crc32", closed)
+  with pytest.raises(UserError, match=f"{tmp_path / '2'}: .*: Permission denied; let this user read it"):
+    Store(tmp_path).restore(template())
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_where_memory_or_handles_are_short_no_checkpoint_is_blamed(tmp_path, monkeypatch):
+  saved(tmp_path, 1, 2)
+
+  def short(file, start):
+    raise OSError(errno.EMFILE, "Too many open files", str(file))
+
+  monkeypatch.setattr(checksums, "_crc32", short)
+  with pytest.raises(OSError, match="Too many open files"):
+    Store(tmp_path).restore(template())
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]

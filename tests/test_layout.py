@@ -7,14 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-  {"types", "segments", "config", "errors", "mesh", "host_memory"},
+  {"types", "segments", "config", "errors", "mesh", "host_memory", "state_files"},
   {"kernels"},
   {"data"},
   {"model"},
   {"domains", "rollout"},
   {"advantage"},
   {"step"},
-  {"arrays", "checkpoint", "conversion", "teachers", "metrics", "evaluate", "cascade", "report", "statistics", "comparison", "guards"},
+  {"arrays", "checkpoint", "checksums", "conversion", "teachers", "metrics", "evaluate", "cascade", "report", "statistics", "comparison", "guards"},
 ]
 FILES = [p for p in sorted((ROOT / "nemocascade").rglob("*.py")) if p.name != "__init__.py"]
 ALL = FILES + sorted((ROOT / "experiments").glob("*.py")) + sorted((ROOT / "configs").rglob("*.py"))

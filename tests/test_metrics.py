@@ -15,8 +15,8 @@ from nemocascade.metrics import (
   Phases,
   Progress,
   read_lines,
-  write_json,
 )
+from nemocascade.state_files import write_json
 
 
 def test_resumed_steps_are_written_once(tmp_path):

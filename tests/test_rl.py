@@ -141,6 +141,7 @@ def stage(tmp_path_factory):
   vowels_alone(a, "instruction")
   params = a.fresh_params(jax.random.key(0))
   Store(root / "start" / "checkpoints").save(1, TrainState(np.int32(0), params, {}), {})
+  a.save_model_files(root / "start")
   start = str(root / "start" / "checkpoints" / "1")
   outcome = rl.run(c, root / "whole" / "if_rl", a, start)
   assert moved(outcome, start) and all(line["reward/mean"] > 0 for line in lines(root / "whole" / "if_rl"))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import sentencepiece
 
 from nemocascade.errors import UserError
+from nemocascade.state_files import whole
 
 PAD, EOS = 0, 2
 IM_START, IM_END = 10, 11
@@ -81,9 +82,8 @@ class Tokenizer(abc.ABC):
     path = pathlib.Path(path)
     path = path / self.file_name if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(self._data)
-    os.replace(partial, path)
+    with whole(path) as partial:
+      partial.write_bytes(self._data)
 
 
 class SentencePieceTokenizer(Tokenizer):

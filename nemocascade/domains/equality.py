@@ -75,7 +75,7 @@ def claims(expected: str, answer: str) -> list[tuple[str, str]] | None:
 def _parts(text: str) -> list[str]:
   """The text cut at the separators that stand in no brackets."""
   depth, depths = 0, []
-  for i, sign in enumerate(text):
+  for sign in text:
     depths.append(depth)
     # \text{ and } is no pair of brackets here; \{ is a bracket as { is.
     depth = max(0, depth + _BRACKETS.get(sign, 0))

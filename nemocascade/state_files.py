@@ -1,0 +1,132 @@
+"""JSON files that a run leaves and reads again: written whole, and read by their shape."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from nemocascade.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def read_state(path: str | Path, shape: dict, *, remedy: str) -> Any:
+  """The value of a JSON file.
+
+  Args:
+    shape: a JSON schema of it.
+    remedy: what the user can do where the file is damaged, such as "remove it to start anew".
+
+  Raises:
+    UserError: it is absent, not a file, not JSON, or of another shape; the file, the place in it and
+      the remedy are named.
+  """
+  path = Path(path)
+  value = parsed(read_text(path, remedy=remedy), path, remedy=remedy)
+  check_shape(value, shape, path, remedy=remedy)
+  return value
+
+
+def read_text(path: Path, *, remedy: str) -> str:
+  """The UTF-8 text of a regular file; UserError where it is none."""
+  try:
+    if path.exists() and not path.is_file():  # Opening a pipe would wait for ever.
+      raise refused(path, "not a file", remedy)
+    return path.read_bytes().decode()
+  except OSError as error:
+    raise refused(path, error.strerror or type(error).__name__, remedy) from error
+  except UnicodeDecodeError as error:
+    raise refused(path, f"not UTF-8 text (byte {error.start})", remedy) from error
+
+
+def parsed(text: str, where: str | Path, *, remedy: str) -> Any:
+  """The value of JSON text; UserError names `where` it stands."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    why = "it is empty" if not text.strip() else str(error)
+    raise refused(where, f"not JSON ({why})", remedy) from error
+
+
+def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> None:
+  """Raises UserError, naming the place in the value, unless it has the shape."""
+  error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(value))
+  if error is not None:
+    place = error.json_path.removeprefix("$").removeprefix(".")
+    raise refused(where, f"{place + ': ' if place else ''}{_said(error)}", remedy)
+
+
+def _said(error: jsonschema.ValidationError) -> str:
+  """One line, whatever the size of the value."""
+  value = json.dumps(error.instance)
+  value = value if len(value) <= 40 else value[:37] + "..."
+  if error.validator == "required":
+    lacking = [name for name in error.validator_value if name not in error.instance]
+    return f"lacks {', '.join(lacking)}"
+  if error.validator == "type":
+    return f"is {value}, must be of type {_words(error.validator_value)}"
+  if error.validator == "enum":
+    return f"is {value}, must be one of {_words(error.validator_value)}"
+  return f"is {value}: {error.validator} {json.dumps(error.validator_value)[:40]}"
+
+
+def _words(choices: str | list) -> str:
+  return choices if isinstance(choices, str) else ", ".join(map(str, choices))
+
+
+def refused(where: str | Path, why: str, remedy: str) -> UserError:
+  return UserError(f"{where} is damaged: {why}{'; ' if remedy else ''}{remedy}")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+  """Written under a temporary name, then renamed: the file is whole at every instant."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+    file.write(json.dumps(value, indent=1) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+  """A temporary path beside `path` to write to, then renamed to it; removed on an error."""
+  partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    with named(path):
+      yield partial
+      partial.rename(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def named(path: Path, needed: int | None = None) -> Iterator[None]:
+  """Gives an error of writing the path's name and, where the disk is full, the bytes needed and free."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None:
+      raise
+    raise _told(error, error.errno, path, needed) from error
+  except Exception as error:  # TensorStore, and Orbax above it, raise ValueErrors with the system's words.
+    number = next((n for n in FULL if os.strerror(n) in str(error)), None)
+    if number is None:
+      raise
+    raise _told(error, number, path, needed) from error
+
+
+def _told(error: Exception, number: int, path: Path, needed: int | None) -> OSError:
+  if number not in FULL:
+    return OSError(number, os.strerror(number), str(path))
+  there = next(p for p in (path, *path.parents) if p.exists())
+  size = f"{needed / 1e6:.1f} MB are needed and " if needed is not None else ""
+  why = f"{os.strerror(number)}: {size}{shutil.disk_usage(there).free / 1e6:.1f} MB are free"
+  return OSError(number, f"{why}; make room and run again, what was written before stays", str(path))

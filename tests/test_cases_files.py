@@ -1,0 +1,267 @@
+"""Files of a run that are not what they should be: each is named in one line, before anything is done with it."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_checkpoint
+from refusals import assert_refused
+from test_checkpoint import state, template
+
+from configs.tiny import cascade as cascade_config
+from configs.tiny import if_rl, sft
+from experiments import ablation, assembly, loading, rl
+from experiments import cascade as cascade_command
+from experiments.sharing import own
+from experiments.stage import own_tokenizer
+from nemocascade import checksums, conversion, state_files
+from nemocascade.cascade import Record
+from nemocascade.checkpoint import Store
+from nemocascade.data.tokenizer import train_sentencepiece
+from nemocascade.errors import UserError
+from nemocascade.metrics import MetricsWriter, read_lines
+from nemocascade.state_files import read_state
+
+ROOT = Path(__file__).parent.parent
+CASES = json.loads((Path(__file__).parent / "cases" / "files.json").read_text())
+READERS = {
+  "config.json": lambda path: assembly.claim(sft.get_config("smoke"), path.parent),
+  "cascade.json": lambda path: Record.open(path.parent),
+  "model/config.json": lambda path: loading.read_config(path.parent),
+  "metrics.jsonl": lambda path: MetricsWriter(path.parent, start_step=5),
+  "start.json": lambda path: ablation.start_of(None, None, None, path.parent),
+  "hf.json": lambda path: read_state(path, conversion.RECORD_SHAPE, remedy=conversion.AGAIN),
+}
+
+
+def put(path: Path, case: dict) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(path.parent / "nowhere")}
+  if "make" in case:
+    make[case["make"]]()
+  elif "hex" in case:
+    path.write_bytes(bytes.fromhex(case["hex"]))
+  else:
+    path.write_text(case["text"] if "text" in case else 100_000 * case["repeat"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_a_damaged_state_file_is_named_in_one_line(tmp_path, case):
+  path = tmp_path / case["file"]
+  put(path, case)
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(UserError, match=case["says"]) as error:
+    READERS[case["file"]](path)
+  assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+  assert len(str(error.value)) - len(str(path)) < 200
+  assert sorted(tmp_path.rglob("*")) == before  # Nothing was written, nothing removed.
+
+
+def test_a_last_line_that_a_kill_cut_off_is_made_again(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 0}\n{"step": 1, "lo')
+  assert read_lines(path) == [{"step": 0}]
+
+
+# F3: ids mean what they meant when the checkpoint was trained.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  return tiny_checkpoint.make(tmp_path_factory.mktemp("stage"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+  """A tokenizer of another text: most of its ids are other words."""
+  path = tmp_path_factory.mktemp("other") / "tokenizer.model"
+  train_sentencepiece(["a dog ran under a tree for 3 or 4 days"] * 20, vocab_size=600).save(path)
+  return path
+
+
+def test_a_stage_on_its_own_reads_its_checkpoints_tokens(checkpoint, other, tmp_path):
+  c = if_rl.get_config("smoke")
+  c.tokenizer.path = ""
+  assert own_tokenizer(c, tmp_path, checkpoint).fingerprint == tiny_checkpoint.TOKENIZER.fingerprint
+  assert own_tokenizer(c, tmp_path, "") is None
+  c.tokenizer.path = str(loading.model_files(checkpoint))
+  assert own_tokenizer(c, tmp_path, checkpoint).fingerprint == tiny_checkpoint.TOKENIZER.fingerprint
+  c.tokenizer.path = str(other)
+  with pytest.raises(UserError, match=f"init_from={checkpoint}: its tokenizer .* is not this run's"):
+    own_tokenizer(c, tmp_path, checkpoint)
+
+
+def test_a_resumed_stage_reads_the_tokens_it_began_with_wherever_its_start_is_now(checkpoint, tmp_path):
+  c = if_rl.get_config("smoke")
+  tiny_checkpoint.make(tmp_path / "rl")
+  assert own_tokenizer(c, tmp_path / "rl", "/gone").fingerprint == tiny_checkpoint.TOKENIZER.fingerprint
+
+
+@pytest.mark.parametrize("what", ["init_from", "teachers"])
+def test_a_stage_whose_checkpoints_read_other_tokens_is_refused_before_anything_is_written(
+  checkpoint, other, tmp_path, what
+):
+  c = if_rl.get_config("smoke")
+  c.tokenizer.path, c.init_from = str(other), checkpoint
+  if what == "teachers":
+    c.init_from = tokens_of_another(tmp_path / "start", other)
+    with c.unlocked():
+      c.advantage, c.teachers = "mopd", {"instruction": checkpoint}
+  with pytest.raises(UserError, match=f"{what}.*{checkpoint}: its tokenizer"):
+    rl.main(c, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def tokens_of_another(stage: Path, tokenizer: Path) -> str:
+  """A copy of the checkpoint of tiny_checkpoint that says it was trained with this tokenizer."""
+  made = tiny_checkpoint.make(stage)
+  (stage / "model" / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+  checksums.write(stage / "model")
+  return made
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["trained later", "in the work directory"])
+@pytest.mark.parametrize("what", ["init_from", "teacher"])
+def test_a_cascade_refuses_checkpoints_of_other_tokens(checkpoint, other, tmp_path, known, what):
+  c = cascade_config.get_config("smoke")
+  if known:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(other.read_bytes())
+  if what == "init_from":
+    c.stages.sft.init_from = checkpoint
+  else:
+    c.stages.mopd.teachers.math = checkpoint
+  with pytest.raises(UserError, match=r"stages\..*its tokenizer .* is not this run's.*tokenizer.path="):
+    cascade_command.check_outside(c, tmp_path)
+  c.tokenizer.path = str(loading.model_files(checkpoint))
+  cascade_command.check_outside(c, tmp_path)
+
+
+def test_a_changed_file_beside_a_checkpoint_is_named(tmp_path):
+  """A digit of the model's config, a byte of the tokenizer: both would still be read."""
+  for name in ("config.json", "tokenizer.model"):
+    stage = tmp_path / name
+    made = tiny_checkpoint.make(stage)
+    file = stage / "model" / name
+    data = bytearray(file.read_bytes())
+    place = data.index(b'"hidden_size": 32') + 16 if name == "config.json" else len(data) // 2
+    data[place] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} has changed"):
+      loading.find(made)
+
+
+# F9: a disk that is full.
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line_with_what_is_needed_and_free(tmp_path, number):
+  for raised in (OSError(number, os.strerror(number)), ValueError(f"Error writing: [OS error 28: {os.strerror(number)}]")):
+    with pytest.raises(OSError, match=r"12\.0 MB are needed and .* MB are free") as error, state_files.named(
+      tmp_path / "sub" / "file", needed=12_000_000
+    ):
+      raise raised
+    assert error.value.errno == number and error.value.filename == str(tmp_path / "sub" / "file")
+
+
+def test_other_errors_keep_their_kind(tmp_path):
+  with pytest.raises(ValueError, match="shape"), state_files.named(tmp_path):
+    raise ValueError("shape")
+  with pytest.raises(PermissionError), state_files.named(tmp_path):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_checkpoint import Store, state
+from nemocascade.state_files import write_json
+import jax, jax.numpy as jnp
+from experiments.launch import launch
+def run():
+  store = Store(Path({path!r}))
+  store.save(1, state(1), dict(at=1))
+  resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+  {what}
+launch(run, config=False, workdir=False)
+"""
+
+
+@pytest.mark.parametrize(
+  "what, names",
+  [
+    ("store.save(2, state(2), dict(at='x' * 100_000))", "2"),
+    ("write_json(Path({path!r}) / 'a.json', ['x' * 100_000])", "a.json"),
+  ],
+)
+def test_a_save_that_finds_no_room_is_one_line_and_the_good_checkpoint_stays(tmp_path, what, names):
+  """A limit of the size of files stands for the end of the disk: the system refuses the write as there."""
+  script = LIMITED.format(path=str(tmp_path), limit=50_000, what=what.format(path=str(tmp_path)))
+  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == 1, done.stderr[-2000:]
+  (line,) = done.stderr.splitlines()
+  assert line.startswith(f"error: {tmp_path / names}: File too large") and "MB are free" in line
+  assert [p.name for p in tmp_path.iterdir()] == ["1"]
+  store = Store(tmp_path)
+  assert store.restore(template())[1] == {"at": 1}
+  store.save(2, state(2), {})  # After room was made.
+  assert int(Store(tmp_path).restore(template())[0].step) == 2
+
+
+# F10: one writer.
+
+OWNS = """
+import sys
+from pathlib import Path
+from experiments.sharing import own
+own(Path(sys.argv[1]), shared=bool(sys.argv[2:]))
+print("in", flush=True)
+sys.stdin.read()
+"""
+
+
+def process(*arguments):
+  return subprocess.Popen(
+    [sys.executable, "-c", OWNS, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+  )
+
+
+def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
+  with process(str(tmp_path)) as first:
+    assert first.stdout.readline() == b"in\n"
+    for shared in (False, True):
+      with pytest.raises(UserError, match=rf"--workdir {tmp_path}: another process \(process {first.pid} of "):
+        own(tmp_path, shared=shared)
+    with pytest.raises(UserError, match="another process"):
+      assembly.claim(sft.get_config("smoke"), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    first.kill()
+    first.wait()
+    own(tmp_path)
+    own(tmp_path)  # Its own lock keeps no process out.
+
+
+def test_those_that_share_keep_out_only_one_that_does_not(tmp_path):
+  with process(str(tmp_path), "shared") as first:
+    assert first.stdout.readline() == b"in\n"
+    with pytest.raises(UserError, match="another process"):
+      own(tmp_path)
+    own(tmp_path, shared=True)
+    first.kill()
+
+
+def test_a_command_that_writes_where_another_does_is_refused(tmp_path):
+  with process(str(tmp_path)) as first:
+    assert first.stdout.readline() == b"in\n"
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.sft", "--config=configs/tiny/sft.py:smoke", f"--workdir={tmp_path}"],
+      cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    first.kill()
+  assert_refused(done, "another process")
+  assert [p.name for p in tmp_path.iterdir()] == ["lock"]
