@@ -59,6 +59,7 @@ class Assembly:
     # Only domains run code: a model alone is of use where a sandbox is not to be had.
     self.sandbox = Sandbox(mode=c.sandbox.mode, workers=c.sandbox.workers) if c.domains else None
     self.domains = registry.build(c.domains, tasks=c.tasks, sandbox=self.sandbox)
+    self._new_tokenizer = False  # Whether it is trained here and has not been written.
     # None where there are no domains either: such a model is given tokens.
     self.tokenizer = tokenizer or (self._tokenizer() if c.domains else None)
     if self.tokenizer and self.tokenizer.vocab_size > self.model_config.vocab_size:
@@ -138,14 +139,26 @@ class Assembly:
   # Text.
 
   def _tokenizer(self) -> Tokenizer:
-    """The config's; else the work directory's, trained on the domains' own text at the first run."""
+    """The config's; else the work directory's, or one trained on the domains' own text that is not written yet."""
     if self.c.tokenizer.path:
       return load_tokenizer(self.c.tokenizer.path)
-    path = self.workdir / "tokenizer" / "tokenizer.model"
-    first_alone(lambda: path.exists() or self._train_tokenizer(path))
-    return load_tokenizer(path)
+    if self._own_tokenizer.exists():
+      return load_tokenizer(self._own_tokenizer)
+    self._new_tokenizer = True
+    return self._train_tokenizer()
 
-  def _train_tokenizer(self, path: Path) -> None:
+  @property
+  def _own_tokenizer(self) -> Path:
+    return self.workdir / "tokenizer" / "tokenizer.model"
+
+  def keep_tokenizer(self) -> None:
+    """Writes a tokenizer that was trained here; all processes then read that one."""
+    if self._new_tokenizer:
+      path = self._own_tokenizer
+      first_alone(lambda: path.exists() or self.tokenizer.save(path))
+      self.tokenizer, self._new_tokenizer = load_tokenizer(path), False
+
+  def _train_tokenizer(self) -> Tokenizer:
     texts, phrases = [], list(chat.PHRASES)
     for domain in self.domains.values():
       phrases += [phrase for phrase in domain.phrases if phrase not in phrases]
@@ -155,8 +168,7 @@ class Assembly:
           example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"]
         )
         texts += [piece.text for piece in pieces if not piece.special]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases)).save(path)
+    return train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases))
 
   # Judge of the preference domain.
 
@@ -270,10 +282,22 @@ class Assembly:
     return {name: scores[name] for name in self.domains}
 
 
-def check_completions(c: ConfigDict, name: str, completions: int) -> None:
-  """Raises UserError where evaluation can't take so many completions of a prompt; `name` is what was set."""
-  if not 1 <= completions <= c.evaluation.long_batch:
-    raise UserError(f"{name}={completions}: allowed: 1 to {c.evaluation.long_batch}")
+def check_evaluation(c: ConfigDict, name: str, completions: int) -> None:
+  """Raises UserError where evaluation can't take such lengths, or so many completions, set as `name`, of a prompt."""
+  e = c.evaluation
+  check_lengths("evaluation", e.prompt_tokens, e.total_tokens)
+  check_lengths("evaluation", e.long_prompt_tokens, e.long_total_tokens, "long_")
+  most = "long_batch" if e.long_domains and e.long_batch < e.batch else "batch"
+  if completions > e[most]:
+    raise UserError(f"{name}={completions}: must be at most evaluation.{most}={e[most]}")
+
+
+def check_lengths(section: str, prompt_tokens: int, total_tokens: int, prefix: str = "") -> None:
+  """Raises UserError where a prompt of the greatest length leaves no token for an answer."""
+  if prompt_tokens >= total_tokens:
+    raise UserError(
+      f"{section}.{prefix}prompt_tokens={prompt_tokens}: must be below {section}.{prefix}total_tokens={total_tokens}"
+    )
 
 
 def model_alone() -> ConfigDict:
@@ -292,18 +316,34 @@ def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Asse
   return a, found.load(a.template)
 
 
-def claim(c: ConfigDict, workdir: Path) -> None:
+def claim(c: ConfigDict, workdir: Path, a: Assembly) -> None:
   """Makes the work directory this config's, or refuses one that belongs to another.
+
+  The first thing that a run writes: all that can be checked before has been.
+
+  Raises:
+    UserError: as check_owner.
+  """
+  path = Path(workdir) / "config.json"
+  fields = json.loads(c.to_json_best_effort())
+  first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
+  check_owner(c, workdir)
+  a.keep_tokenizer()
+
+
+def check_owner(c: ConfigDict, workdir: Path) -> None:
+  """Refuses a work directory of another config.
 
   Raises:
     UserError: config.json there differs; the message names the first differing field.
   """
   path = Path(workdir) / "config.json"
+  if not path.exists():
+    return
   fields = json.loads(c.to_json_best_effort())
-  first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
   try:
     before = json.loads(path.read_text())["config"]
-  except (json.JSONDecodeError, KeyError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{path} is damaged ({error}): choose another --workdir, or remove it") from error
   if difference := _difference(before, fields):
     name, there, here = difference

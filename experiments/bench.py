@@ -17,6 +17,7 @@ import jax
 
 from experiments.launch import launch
 from nemocascade.errors import UserError, unknown
+from nemocascade.fields import flag
 
 # Suite -> the module whose `cases()` yields its lines without "suite" and "device".
 SUITES = {
@@ -40,4 +41,4 @@ def run(suite: str, static: bool = False) -> None:
 
 
 if __name__ == "__main__":
-  launch(run, config=False, positional="suite", static=(bool, False, "Compare the TPU compiler's schedules."))
+  launch(run, config=False, positional="suite", static=(flag("Compare the TPU compiler's schedules."), False))

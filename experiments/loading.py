@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.config_file import shown_path
 from nemocascade import checkpoint as checkpoint_lib
 from nemocascade.config import ModelConfig
 from nemocascade.data.tokenizer import load_tokenizer
@@ -21,11 +22,13 @@ class Found:
 
   config: ModelConfig
   tokenizer: object | None  # None where the folder has none.
+  files: Path  # Where its model and tokenizer stand.
   load: Callable[[Params], Params]  # Template (shapes, dtypes, shardings) -> parameters.
+  check: Callable[[Params], None]  # Raises UserError where its arrays are not of the template's shapes.
 
 
-def find(checkpoint: str) -> Found:
-  """Opens `hf:DIR`, or a checkpoint directory of ours.
+def find(checkpoint: str, field: str = "--checkpoint") -> Found:
+  """Opens `hf:DIR`, or a checkpoint directory of ours; errors name the flag or field that names it.
 
   Raises:
     UserError: there is none, or its config, tensors and tokenizer do not agree.
@@ -34,13 +37,17 @@ def find(checkpoint: str) -> Found:
     path = Path(checkpoint.removeprefix(hf.PREFIX))
     source = hf.open_source(path)
     return Found(
-      source.config, tokenizer_of(path, source.config), lambda template: hf.load_params(source, template)
-    )
-  files = model_files(checkpoint)
+      source.config, tokenizer_of(path, source.config), path,
+      load=lambda template: hf.load_params(source, template),
+      check=lambda template: hf.check_shapes(source, template),
+    )  # fmt: skip
+  files = model_files(checkpoint, field)
   config = read_config(files)
   return Found(
-    config, tokenizer_of(files, config), lambda template: checkpoint_lib.load_params(checkpoint, template)
-  )
+    config, tokenizer_of(files, config), files,
+    load=lambda template: checkpoint_lib.load_params(checkpoint, template),
+    check=lambda template: checkpoint_lib.check_params(checkpoint, template),
+  )  # fmt: skip
 
 
 def is_checkpoint(name: str) -> bool:
@@ -55,14 +62,14 @@ def load(checkpoint: str, template: Params) -> Params:
   return checkpoint_lib.load_params(checkpoint, template)
 
 
-def model_files(checkpoint: str) -> Path:
+def model_files(checkpoint: str, field: str) -> Path:
   """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
   path = Path(checkpoint).resolve()
   for files in (path / "model", path.parent.parent / "model"):
     if checkpoint and (files / "config.json").exists():
       return files
   raise UserError(
-    f"--checkpoint={checkpoint!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
+    f"{field}={shown_path(checkpoint)!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
     " directory, a converted one, or hf:DIR"
   )
 

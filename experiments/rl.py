@@ -24,10 +24,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import loading
-from experiments.assembly import Assembly, claim
+from experiments.assembly import Assembly, check_lengths, check_owner, claim
 from experiments.launch import launch
 from experiments.processes import refuse_several
-from experiments.stage import Outcome, Spent, abstract_state, jit_step, start
+from experiments.stage import Outcome, Spent, abstract_state, check_start, jit_step, start
 from experiments.teaching import (
   find,
   gather,
@@ -41,6 +41,7 @@ from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
 from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import check as check_fields
 from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, Phases, progress
 from nemocascade.rollout import score
@@ -58,6 +59,7 @@ from nemocascade.teachers import Teachers
 from nemocascade.types import Params, Prompts
 
 Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, what they cost) -> end here.
+PREFERENCE = "preference"  # The domain whose verdicts are a judge's.
 SLOTS = dict(
   advantage=advantage.ADVANTAGES,
   ratio=loss.RATIOS,
@@ -71,9 +73,7 @@ SLOTS = dict(
 
 def check(c: ConfigDict) -> None:
   """Refuses a stage that cannot run, before anything is compiled."""
-  for what, choices in (*SLOTS.items(), ("reward", ("verdict", "pairwise"))):
-    if c[what] not in choices:
-      raise unknown(what, c[what], choices)
+  check_fields(c, "rl")
   functions = {name: fn for choices in SLOTS.values() for name, fn in choices.items()}
   for name, fields in c.options.items():
     if name not in functions:
@@ -81,6 +81,13 @@ def check(c: ConfigDict) -> None:
     for field in fields:
       if field not in (allowed := settings_of(functions[name])):
         raise unknown(f"setting in options.{name}", field, allowed)
+    if name in loss.CORRECTIONS and (low := fields.get("low", 0)) > (high := fields.get("high", low)):
+      raise UserError(f"options.{name}.low={low}: must be at most options.{name}.high={high}")
+  for name in c.teachers:
+    if name not in c.domains:
+      raise unknown("domain in teachers", name, c.domains)
+  if not sum(c.mixture.values()):
+    raise UserError("mixture: all shares are 0, so there are no prompts; give one above 0")
   for name in c.mixture:
     if name not in c.domains:
       raise unknown("domain in mixture", name, c.domains)
@@ -98,16 +105,15 @@ def check(c: ConfigDict) -> None:
       f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"
       " documents; balance by the bias, or repeat the prompts"
     )
-  if c.updates < 1:
-    raise UserError(f"updates={c.updates}: a batch is learned from at least once")
   if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
     raise UserError("advantage='none' with no other term in the loss teaches nothing: give distillation_weight")
-  if c.distillation_weight and c.distillation in loss.TOPK and not 1 <= (k := topk(c)) <= c.model.vocab_size:
-    raise UserError(f"options.{c.distillation}.k={k}: must be between 1 and model.vocab_size={c.model.vocab_size}")
+  if c.distillation_weight and c.distillation in loss.TOPK and (k := topk(c)) > c.model.vocab_size:
+    raise UserError(f"options.{c.distillation}.k={k}: must be at most model.vocab_size={c.model.vocab_size}")
 
 
 def _check_packing(c: ConfigDict) -> None:
   r, p = c.rollout, c.packing
+  check_lengths("rollout", r.prompt_tokens, r.total_tokens)
   samples = r.prompts * r.completions
   if p.shared_prompts:
     if p.rows != samples or r.completions % p.pieces:
@@ -129,6 +135,11 @@ def _check_packing(c: ConfigDict) -> None:
       f"packing.rows={p.rows}: must be a multiple of packing.pieces={p.pieces} and at least {needed},"
       f" to hold {samples} completions of {r.total_tokens} tokens in rows of {p.row_tokens}"
     )
+
+
+def judged(c: ConfigDict) -> str:
+  """The choice of a stage that needs a judge, as it stands in its config; "" where none does."""
+  return "reward='pairwise'" if c.reward == "pairwise" else f"mixture.{PREFERENCE}" if PREFERENCE in c.mixture else ""
 
 
 def taught(c: ConfigDict) -> list[str]:
@@ -179,12 +190,10 @@ def run(
   watch: Watch = lambda *_: False,
 ) -> Outcome:  # fmt: skip
   """Trains to c.steps, or until `watch`, called after every step, says so."""
-  check(c)
   refuse_several("RL")
   began = time.time()
   rows_fn = rows_program(settings(c, "advantage", "aggregation"))
-  tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)
-  _, step_fn, proximal_fn = step_program(c, a)
+  tx, (_, step_fn, proximal_fn) = program(c, a)
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   frontier, spent = record.get("frontier", {}), Spent(**record.get("spent", {}))
@@ -315,6 +324,11 @@ def rows_program(fields: str):
   return jax.jit(rows)
 
 
+def program(c: ConfigDict, a: Assembly):
+  """The optimizer of a stage, and its step_program."""
+  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, a)
+
+
 def step_program(c: ConfigDict, a: Assembly):
   """The abstract state, the jitted step, and the jitted log-probabilities before it."""
   if c.packing.shared_prompts:  # These lie over the devices as rows do.
@@ -368,12 +382,24 @@ def _number(name: str) -> int:
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
-  teachers = find(c)
-  claim(c, workdir)
+  refuse_several("RL")
   if c.init_from in ("", "previous"):
-    raise UserError("init_from names no checkpoint: give --config.init_from=CKPT (a checkpoint directory)")
+    raise UserError(
+      f"init_from={c.init_from!r}: names no checkpoint; give --config.init_from=CKPT (a checkpoint directory)"
+    )
+  if (why := judged(c)) and not c.judge:
+    raise UserError(f"judge='' under {why}: give --config.judge=CKPT, a checkpoint of experiments.reward_model")
+  check_owner(c, workdir)
+  teachers = find(c)
   a = Assembly(c, workdir)
-  run(c, workdir / "rl", a, c.init_from, gather(a, teachers, c.teachers_in_memory))
+  check_start(a, "init_from", c.init_from)
+  program(c, a)
+  if c.judge:
+    check_start(a, "judge", c.judge, a.reward_template)
+    a.use_judge_from(c.judge)
+  teachers = gather(a, teachers, c.teachers_in_memory)
+  claim(c, workdir, a)
+  run(c, workdir / "rl", a, c.init_from, teachers)
 
 
 if __name__ == "__main__":

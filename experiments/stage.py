@@ -14,6 +14,7 @@ from experiments import loading
 from experiments.assembly import Assembly
 from nemocascade.checkpoint import Store
 from nemocascade.config import ModelConfig
+from nemocascade.errors import UserError
 from nemocascade.mesh import alike, placed, whole
 from nemocascade.model.hybrid import active_params
 from nemocascade.rollout.episode import Samples
@@ -79,6 +80,27 @@ def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
   """The jitted step, whose next state lies where the state lay (of abstract_state); metrics are everywhere."""
   places = jax.tree.map(lambda a: a.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(places, whole(mesh)))
+
+
+def check_start(a: Assembly, field: str, checkpoint: str, template: Params | None = None) -> None:
+  """Refuses a checkpoint that a stage could not begin with; none of its weights is read.
+
+  Args:
+    field: the field of the config that names it.
+    template: the shapes that its parameters must have; the assembly's own by default.
+
+  Raises:
+    UserError: it is not there, its model is another, or its tokenizer is.
+  """
+  if not checkpoint:
+    return
+  found = loading.find(checkpoint, field)
+  found.check(template or a.template)
+  if found.tokenizer is not None and a.tokenizer is not None and found.tokenizer.fingerprint != a.tokenizer.fingerprint:
+    raise UserError(
+      f"{field}={checkpoint}: its tokenizer ({found.tokenizer.vocab_size} tokens) is not this run's"
+      f" ({a.tokenizer.vocab_size}): give --config.tokenizer.path={found.files}"
+    )
 
 
 def start(

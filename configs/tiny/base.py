@@ -6,6 +6,8 @@ of 30B-A3B. Sizes from a feasibility study on two cores.
 
 from ml_collections import ConfigDict
 
+from nemocascade.errors import unknown
+
 # Every domain, in the order of the report's columns.
 DOMAINS = (
   "instruction", "math", "stem", "structured", "tools",
@@ -15,7 +17,7 @@ DOMAINS = (
 
 def get_config(arg: str = "") -> ConfigDict:
   if arg not in ("", "smoke"):
-    raise ValueError(f"unknown config argument {arg!r}: allowed: smoke")
+    raise unknown("config argument", arg, ("smoke",))
   c = ConfigDict()
   c.seed = 0
 
