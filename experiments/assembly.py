@@ -282,6 +282,11 @@ class Assembly:
     return {name: scores[name] for name in self.domains}
 
 
+def judged(c: ConfigDict) -> str:
+  """The choice of an RL stage that needs a judge, as it stands in its config; "" where none does."""
+  return "reward='pairwise'" if c.reward == "pairwise" else "mixture.preference" if "preference" in c.mixture else ""
+
+
 def check_evaluation(c: ConfigDict, name: str, completions: int) -> None:
   """Raises UserError where evaluation can't take such lengths, or so many completions, set as `name`, of a prompt."""
   e = c.evaluation

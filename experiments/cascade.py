@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import loading, reward_model, rl, sft
-from experiments.assembly import Assembly, check_evaluation, check_owner, claim
+from experiments.assembly import Assembly, check_evaluation, check_owner, claim, judged
 from experiments.launch import launch
 from experiments.processes import refuse_several
 from experiments.stage import check_start
@@ -72,7 +72,7 @@ def check_judge(c: ConfigDict, stage: ConfigDict, before: Sequence[str]) -> None
   """Refuses an RL stage whose judge is none of the stages `before`."""
   if stage.judge:
     raise UserError(f"judge={stage.judge!r}: must be empty in a cascade, where the stage of kind 'reward_model' is the judge")
-  if (why := rl.judged(stage)) and not any(c.stages[n].kind == "reward_model" for n in before):
+  if (why := judged(stage)) and not any(c.stages[n].kind == "reward_model" for n in before):
     raise UserError(f"{why}: needs a judge, and no stage before it has kind='reward_model'; add one to `order`")
 
 

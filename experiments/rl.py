@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import loading
-from experiments.assembly import Assembly, check_lengths, check_owner, claim
+from experiments.assembly import Assembly, check_lengths, check_owner, claim, judged
 from experiments.launch import launch
 from experiments.processes import refuse_several
 from experiments.stage import Outcome, Spent, abstract_state, check_start, jit_step, start
@@ -59,7 +59,6 @@ from nemocascade.teachers import Teachers
 from nemocascade.types import Params, Prompts
 
 Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, what they cost) -> end here.
-PREFERENCE = "preference"  # The domain whose verdicts are a judge's.
 SLOTS = dict(
   advantage=advantage.ADVANTAGES,
   ratio=loss.RATIOS,
@@ -135,11 +134,6 @@ def _check_packing(c: ConfigDict) -> None:
       f"packing.rows={p.rows}: must be a multiple of packing.pieces={p.pieces} and at least {needed},"
       f" to hold {samples} completions of {r.total_tokens} tokens in rows of {p.row_tokens}"
     )
-
-
-def judged(c: ConfigDict) -> str:
-  """The choice of a stage that needs a judge, as it stands in its config; "" where none does."""
-  return "reward='pairwise'" if c.reward == "pairwise" else f"mixture.{PREFERENCE}" if PREFERENCE in c.mixture else ""
 
 
 def taught(c: ConfigDict) -> list[str]:

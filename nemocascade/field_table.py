@@ -104,7 +104,7 @@ STAGE = {
   "optimizer.final_fraction": number("Share of the peak rate at the last step.", low=0, high=1),
   "optimizer.b1": number("Adam's decay of the first moment.", low=0, below=1),
   "optimizer.b2": number("Adam's decay of the second moment.", low=0, below=1),
-  "optimizer.eps": number("Adam's epsilon.", above=0, high=1),
+  "optimizer.eps": number("Adam's epsilon.", above=0),
   "optimizer.weight_decay": number("Decoupled weight decay of matrices.", low=0, high=1),
   "optimizer.clip_norm": number("Norm to which the gradient is clipped.", above=0),
   "optimizer.frozen": several("Patterns of the paths of parameters that keep their values.", text("a pattern", empty=False)),
