@@ -22,20 +22,21 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import cascade, rl
-from experiments.assembly import Assembly, claim
+from experiments.assembly import Assembly, check_evaluation, check_owner, claim
 from experiments.launch import launch
+from experiments.processes import refuse_several
 from experiments.sharing import each, held
 from experiments.teaching import find, gather
 from nemocascade import comparison, evaluate, report
 from nemocascade.cascade import NUMBERS, Record
 from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import check as check_fields
 from nemocascade.metrics import read_lines
 from nemocascade.model.hybrid import matmul_params
 from nemocascade.rollout import score
 from nemocascade.state_files import named, read_state, refused, write_json
 
 TURN = "turn"  # The lock of what one of the processes does for all.
-BUDGETS = ("steps", "tokens", "flops")
 OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "rate_of")
 EVALUATION = {  # Of a comparison.Line.
   "type": "object",
@@ -69,17 +70,18 @@ class OfSeed:
 
 def check(c: ConfigDict) -> None:
   """Refuses a comparison that cannot run to its end, before anything is computed or written."""
+  check_fields(c, "ablation")
   cascade.check(preparation(c, seed=0))
   if c.student not in c.order:
     raise unknown("student", c.student, c.order)
-  if not c.seeds or len(set(c.seeds)) < len(c.seeds):
-    raise UserError(f"seeds={tuple(c.seeds)}: give at least one, and each once")
   if shared := set(c.seeds) & set(c.search.seeds):
     raise UserError(f"search.seeds={tuple(c.search.seeds)}: {sorted(shared)} are compared on too; search on others")
-  if c.budget.unit not in BUDGETS:
-    raise unknown("budget.unit", c.budget.unit, BUDGETS)
-  if not 1 <= c.compared.prompts <= c.evaluation.prompts:
-    raise UserError(f"compared.prompts={c.compared.prompts}: give 1 to evaluation.prompts={c.evaluation.prompts}")
+  if c.compared.prompts > c.evaluation.prompts:
+    raise UserError(f"compared.prompts={c.compared.prompts}: must be at most evaluation.prompts={c.evaluation.prompts}")
+  check_evaluation(c, "compared.full_completions", c.compared.full_completions)
+  for name in c.compared.domains:
+    if name not in c.domains:
+      raise unknown("domain in compared.domains", name, c.domains)
   if long := sorted(set(c.compared.domains) & set(c.evaluation.long_domains)):
     raise UserError(f"compared.domains: {long} are in evaluation.long_domains, whose prompts have no room here")
   for name in c.search.arms:
@@ -100,7 +102,9 @@ def check(c: ConfigDict) -> None:
       raise unknown(f"teachers_of.{domain}", name, c.order)
   for name in c.arms:
     arm = arm_config(c, name, seed=0)
-    rl.check(arm)
+    with cascade.inside(f"arms.{name}"):
+      rl.check(arm)
+      cascade.check_judge(c, arm, c.order)
     for domain, teacher in arm.teachers.items():
       if teacher not in c.order:
         raise unknown(f"arms.{name}.teachers.{domain}", teacher, c.order)
@@ -140,7 +144,7 @@ def prepare(c: ConfigDict, a: Assembly, workdir: Path, seed: int) -> tuple[Assem
   for name in c.order:
     entry = record.stage(name)
     if entry is None or entry["status"] != "done":
-      cascade.run_stage(p, workdir, own, record, name, [n for n in c.order if n not in c.side_line])
+      cascade.run_stage(p, workdir, own, record, name, cascade.main_line(c, name))
     if c.stages[name].kind == "reward_model":
       own.use_judge_from(record.checkpoint(name))
   return own, record
@@ -293,12 +297,17 @@ def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[
 def run(c: ConfigDict, workdir: Path) -> dict:
   """Runs what is left of the comparison; returns what ablation.json holds."""
   check(c)
-  cascade.check_outside(preparation(c, seed=0), workdir)
+  refuse_several("a comparison")
+  check_owner(c, workdir)
+  a = Assembly(preparation(c, seed=0), workdir)
+  cascade.check_programs(preparation(c, seed=0), a)
+  for name in c.arms:
+    with cascade.inside(f"arms.{name}"):
+      rl.program(arm_config(c, name, seed=0), a)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   with held(workdir, wait=True, name=TURN):  # Processes that share the work are started together.
-    claim(c, workdir, shared=True)
-    a = Assembly(preparation(c, seed=0), workdir)
+    claim(c, workdir, a, shared=True)
   best = search(c, a, workdir)
   own = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}
   rates = {name: own[c.rate_of.get(name, name)] for name in c.arms}

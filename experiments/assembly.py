@@ -60,6 +60,7 @@ class Assembly:
       check_experts(self.model_config.n_routed_experts, self.mesh)
     self.sandbox = self._sandbox()
     self.domains = registry.build(c.domains, tasks=c.tasks, sandbox=self.sandbox)
+    self._new_tokenizer = False  # Whether it is trained here and has not been written.
     # None where there are no domains either: such a model is given tokens.
     self.tokenizer = tokenizer or (self._tokenizer() if c.domains else None)
     if self.tokenizer and self.tokenizer.vocab_size > self.model_config.vocab_size:
@@ -146,14 +147,26 @@ class Assembly:
   # Text.
 
   def _tokenizer(self) -> Tokenizer:
-    """The config's; else the work directory's, trained on the domains' own text at the first run."""
+    """The config's; else the work directory's, or one trained on the domains' own text that is not written yet."""
     if self.c.tokenizer.path:
       return load_tokenizer(self.c.tokenizer.path)
-    path = self.workdir / "tokenizer" / "tokenizer.model"
-    first_alone(lambda: path.exists() or self._train_tokenizer(path))
-    return load_tokenizer(path)
+    if self._own_tokenizer.exists():
+      return load_tokenizer(self._own_tokenizer)
+    self._new_tokenizer = True
+    return self._train_tokenizer()
 
-  def _train_tokenizer(self, path: Path) -> None:
+  @property
+  def _own_tokenizer(self) -> Path:
+    return self.workdir / "tokenizer" / "tokenizer.model"
+
+  def keep_tokenizer(self) -> None:
+    """Writes a tokenizer that was trained here; all processes then read that one."""
+    if self._new_tokenizer:
+      path = self._own_tokenizer
+      first_alone(lambda: path.exists() or self.tokenizer.save(path))
+      self.tokenizer, self._new_tokenizer = load_tokenizer(path), False
+
+  def _train_tokenizer(self) -> Tokenizer:
     texts, phrases = [], list(chat.PHRASES)
     for domain in self.domains.values():
       phrases += [phrase for phrase in domain.phrases if phrase not in phrases]
@@ -163,8 +176,7 @@ class Assembly:
           example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"]
         )
         texts += [piece.text for piece in pieces if not piece.special]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases)).save(path)
+    return train_sentencepiece(texts, vocab_size=self.c.tokenizer.vocab_size, phrases=tuple(phrases))
 
   # Judge of the preference domain.
 
@@ -306,10 +318,27 @@ class Assembly:
     return {name: scores[name] for name in self.domains}
 
 
-def check_completions(c: ConfigDict, name: str, completions: int) -> None:
-  """Raises UserError where evaluation can't take so many completions of a prompt; `name` is what was set."""
-  if not 1 <= completions <= c.evaluation.long_batch:
-    raise UserError(f"{name}={completions}: allowed: 1 to {c.evaluation.long_batch}")
+def judged(c: ConfigDict) -> str:
+  """The choice of an RL stage that needs a judge, as it stands in its config; "" where none does."""
+  return "reward='pairwise'" if c.reward == "pairwise" else "mixture.preference" if "preference" in c.mixture else ""
+
+
+def check_evaluation(c: ConfigDict, name: str, completions: int) -> None:
+  """Raises UserError where evaluation can't take such lengths, or so many completions, set as `name`, of a prompt."""
+  e = c.evaluation
+  check_lengths("evaluation", e.prompt_tokens, e.total_tokens)
+  check_lengths("evaluation", e.long_prompt_tokens, e.long_total_tokens, "long_")
+  most = "long_batch" if e.long_domains and e.long_batch < e.batch else "batch"
+  if completions > e[most]:
+    raise UserError(f"{name}={completions}: must be at most evaluation.{most}={e[most]}")
+
+
+def check_lengths(section: str, prompt_tokens: int, total_tokens: int, prefix: str = "") -> None:
+  """Raises UserError where a prompt of the greatest length leaves no token for an answer."""
+  if prompt_tokens >= total_tokens:
+    raise UserError(
+      f"{section}.{prefix}prompt_tokens={prompt_tokens}: must be below {section}.{prefix}total_tokens={total_tokens}"
+    )
 
 
 def model_alone() -> ConfigDict:
@@ -338,28 +367,37 @@ CONFIG = {  # Of config.json.
 }
 
 
-def claim(c: ConfigDict, workdir: Path, *, shared: bool = False) -> None:
+def claim(c: ConfigDict, workdir: Path, a: Assembly, *, shared: bool = False) -> None:
   """Makes the work directory this config's and this process's, or refuses one that belongs to another.
+
+  The first thing that a run writes: all that can be checked before has been.
 
   Args:
     shared: other processes of the same config may write there too, each where no other does.
 
   Raises:
-    UserError: config.json there differs, the first differing field is named; or another process
-      writes there.
+    UserError: as check_owner; or another process writes there.
   """
+  check_owner(c, workdir)
+  first_alone(lambda: own(workdir, shared=shared))
   path = Path(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
-  _same_config(path, fields)
-  first_alone(lambda: own(workdir, shared=shared))
   first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
-  _same_config(path, fields)
+  check_owner(c, workdir)  # Another process may have been faster.
+  a.keep_tokenizer()
 
 
-def _same_config(path: Path, fields: dict) -> None:
+def check_owner(c: ConfigDict, workdir: Path) -> None:
+  """Refuses a work directory of another config.
+
+  Raises:
+    UserError: config.json there is damaged or differs; the first differing field is named.
+  """
+  path = Path(workdir) / "config.json"
   if not os.path.lexists(path):
     return
   before = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")["config"]
+  fields = json.loads(c.to_json_best_effort())
   if difference := _difference(before, fields):
     name, there, here = difference
     raise UserError(

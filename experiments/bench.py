@@ -22,6 +22,7 @@ import jax
 
 from experiments.launch import launch
 from nemocascade.errors import UserError, unknown
+from nemocascade.fields import flag, text
 
 # Suite -> the module whose `cases()` yields its lines without "suite" and "device".
 SUITES = {
@@ -69,6 +70,6 @@ def as_table(lines: list[dict]) -> str:
 if __name__ == "__main__":
   launch(
     run, config=False, positional="suite",
-    static=(bool, False, "Compare the TPU compiler's schedules."),
-    table=(str, "", "A file that gets the lines as a Markdown table."),
+    static=(flag("Compare the TPU compiler's schedules."), False),
+    table=(text("A file that gets the lines as a Markdown table."), ""),
   )  # fmt: skip

@@ -5,7 +5,9 @@
 Run again to resume: finished stages are skipped, an interrupted one goes on from its checkpoint.
 """
 
+import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,63 +15,93 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import loading, reward_model, rl, sft
-from experiments.assembly import Assembly, check_completions, claim
+from experiments.assembly import Assembly, check_evaluation, check_owner, claim, judged
 from experiments.launch import launch
+from experiments.processes import refuse_several
+from experiments.stage import check_start
 from experiments.teaching import BEST, find, gather, probe
 from nemocascade import report
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
-from nemocascade.data.tokenizer import load_tokenizer
 from nemocascade.domains import registry
-from nemocascade.errors import unknown
+from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import check as check_fields
 from nemocascade.metrics import CompileCounter
 
-KINDS = {"sft": sft.run, "rl": rl.run, "reward_model": reward_model.run}
+KINDS = {"sft": sft, "rl": rl, "reward_model": reward_model}
 
 
 def check(c: ConfigDict) -> None:
   """Refuses a cascade that cannot run to its end, before anything is computed or written."""
+  check_fields(c, "cascade")
   ModelConfig.from_fields(c.model.to_dict())
   registry.build(c.domains, tasks=c.tasks)
+  for field, names, known in (
+    ("order", c.order, c.stages), ("side_line", c.side_line, c.stages), ("evaluation.greedy", c.evaluation.greedy, c.order),
+  ):  # fmt: skip
+    for name in names:
+      if name not in known:
+        raise unknown(f"stage in {field}", name, known)
+  check_evaluation(c, "evaluation.completions", c.evaluation.completions)
   for name in c.order:
-    if name not in c.stages:
-      raise unknown("stage in order", name, c.stages)
-  check_completions(c, "evaluation.completions", c.evaluation.completions)
-  for name in c.evaluation.greedy:
-    if name not in c.order:
-      raise unknown("stage in evaluation.greedy", name, c.order)
-  for i, name in enumerate(c.order):
-    stage = c.stages[name]
-    if stage.kind not in KINDS:
-      raise unknown(f"stages.{name}.kind", stage.kind, KINDS)
-    begin = stage.init_from
-    other = stage.kind == "sft" and loading.is_checkpoint(begin)  # Such as a base model's hf:DIR.
-    if begin not in ("", "previous") and begin not in c.order[:i] and not other:
-      raise unknown(f"stages.{name}.init_from", begin, ["previous", *c.order[:i]])
-    if stage.kind == "reward_model":
-      reward_model.check(flat(c, name))
-    if stage.kind == "sft":
-      for domain in stage.conversations:
-        if domain not in c.domains:
-          raise unknown(f"domain in stages.{name}.conversations", domain, c.domains)
-      sft.check(flat(c, name))
-    if stage.kind == "rl":
-      rl.check(flat(c, name))
-      for domain, teacher in stage.teachers.items():
-        if teacher not in (BEST, *c.order[:i]) and not loading.is_checkpoint(teacher):
-          raise unknown(f"stages.{name}.teachers.{domain}", teacher, [BEST, *c.order[:i]])
+    with inside(f"stages.{name}"):
+      KINDS[c.stages[name].kind].check(flat(c, name))
+      _check_place(c, name)
 
 
-def check_outside(c: ConfigDict, workdir: Path) -> None:
-  """Refuses checkpoints from outside the cascade whose tokenizer is not that which all its stages share."""
-  named = {f"stages.{name}.init_from": c.stages[name].init_from for name in c.order}
+def _check_place(c: ConfigDict, name: str) -> None:
+  """Refuses a stage that lacks what it needs of those before it: where it starts, its teachers, its judge."""
+  stage, before = c.stages[name], c.order[: c.order.index(name)]
+  models = [n for n in before if c.stages[n].kind != "reward_model"]  # Whose checkpoints are language models.
+  begin = stage.init_from
+  if stage.kind == "rl" and begin == "":
+    raise UserError("init_from='': an RL stage starts from a stage before it; give 'previous', or its name")
+  if stage.kind == "rl" and begin == "previous" and not set(main_line(c, name)) & set(models):
+    raise UserError(f"init_from='previous': no stage of the main line is before it; there are {sorted(models)}")
+  other = stage.kind == "sft" and loading.is_checkpoint(begin)  # Such as a base model's hf:DIR.
+  if begin not in ("", "previous", *models) and not other:
+    raise unknown("init_from", begin, ["previous", *models])
+  if stage.kind == "rl":
+    for domain, teacher in stage.teachers.items():
+      if teacher not in (BEST, *models) and not loading.is_checkpoint(teacher):
+        raise unknown(f"teachers.{domain}", teacher, [BEST, *models])
+    check_judge(c, stage, before)
+
+
+def check_judge(c: ConfigDict, stage: ConfigDict, before: Sequence[str]) -> None:
+  """Refuses an RL stage whose judge is none of the stages `before`."""
+  if stage.judge:
+    raise UserError(f"judge={stage.judge!r}: must be empty in a cascade, where the stage of kind 'reward_model' is the judge")
+  if (why := judged(stage)) and not any(c.stages[n].kind == "reward_model" for n in before):
+    raise UserError(f"{why}: needs a judge, and no stage before it has kind='reward_model'; add one to `order`")
+
+
+@contextlib.contextmanager
+def inside(section: str):
+  """Errors name the section that the fields stand in."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{section}: {error}") from error
+
+
+def main_line(c: ConfigDict, name: str) -> list[str]:
+  """The stages that go before this one, without those on the side; the last is its "previous"."""
+  return [n for n in c.order[: c.order.index(name)] if n not in c.side_line]
+
+
+def check_programs(c: ConfigDict, a: Assembly) -> None:
+  """Refuses what only the assembly can tell: rows over the mesh, names of parameters, checkpoints, held-out prompts."""
   for name in c.order:
-    named |= {f"stages.{name}.teachers.{d}": t for d, t in c.stages[name].get("teachers", {}).items()}
-  outside = {name: value for name, value in named.items() if value not in ("", "previous", BEST, *c.order)}
-  place = c.tokenizer.path or workdir / "tokenizer" / "tokenizer.model"
-  tokenizer = load_tokenizer(place) if outside and (c.tokenizer.path or place.exists()) else None
-  for name, value in outside.items():
-    loading.same_tokenizer(name, value, tokenizer)
+    stage = flat(c, name)
+    with inside(f"stages.{name}"):
+      KINDS[stage.kind].program(stage, a)
+      if loading.is_checkpoint(stage.init_from):
+        check_start(a, "init_from", stage.init_from)
+      for domain, teacher in stage.get("teachers", {}).items():
+        if loading.is_checkpoint(teacher):
+          check_start(a, f"teachers.{domain}", teacher)
+  a.heldout  # noqa: B018  Drawn once, and refused where a domain has too few.
 
 
 def flat(c: ConfigDict, name: str) -> ConfigDict:
@@ -95,20 +127,18 @@ def scores(a: Assembly, c: ConfigDict, params, name: str) -> tuple[dict, dict]:
 def run(c: ConfigDict, workdir: Path) -> Record:
   """Runs what is left of the cascade; returns its record."""
   check(c)
-  check_outside(c, workdir)
-  claim(c, workdir)
+  refuse_several("a cascade")
+  check_owner(c, workdir)
+  a = Assembly(c, workdir)
+  check_programs(c, a)
+  claim(c, workdir, a)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   record, began = Record.open(workdir), time.time()
-  a = Assembly(c, workdir)
-  if any((record.stage(name) or {}).get("status") != "done" for name in c.order):
-    _ = a.heldout  # Prompts that evaluation has no room for are said before the first step.
-  main_line = [name for name in c.order if name not in c.side_line]
-
   for name in c.order:
     entry = record.stage(name)
     if entry is None or entry["status"] != "done":
-      run_stage(c, workdir, a, record, name, main_line)
+      run_stage(c, workdir, a, record, name, main_line(c, name))
     if c.stages[name].kind == "reward_model":
       a.use_judge_from(record.checkpoint(name))
     report.write(workdir)
@@ -116,10 +146,10 @@ def run(c: ConfigDict, workdir: Path) -> Record:
   return record
 
 
-def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, main_line: list[str]) -> None:
+def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, before: list[str]) -> None:
   """Trains one stage, scores it, and writes its entry."""
   stage, began = flat(c, name), time.time()
-  init = record.start_of(name, stage.init_from, main_line)
+  init = record.start_of(name, stage.init_from, before)
   previous = record.stage(name) or {}
   entry = {
     "name": name,
@@ -142,7 +172,7 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, main_lin
     extra["teachers"] = gather(a, found, stage.teachers_in_memory)
     record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}
   with CompileCounter() as compiled:
-    outcome = KINDS[stage.kind](stage, workdir / name, a, init, **extra)
+    outcome = KINDS[stage.kind].run(stage, workdir / name, a, init, **extra)
   entry |= {
     "steps": outcome.steps,
     "checkpoint": outcome.checkpoint,

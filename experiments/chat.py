@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments.assembly import from_checkpoint, model_alone
-from experiments.generate import check_sampling
+from experiments.generate import MOST_TOKENS, TEMPERATURE, TOP_P
 from experiments.launch import launch
 from nemocascade.data.chat_parse import Delta, Turn
 from nemocascade.data.tool_format import ToolCall
 from nemocascade.domains.python_tool import PythonTool
 from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError, unknown
+from nemocascade.fields import flag, text, whole, word
 from nemocascade.rollout.conversation import Conversation
 
 TOOLS = ("none", "python")
@@ -39,11 +40,6 @@ def run(
   checkpoint: str, thinking: bool, temperature: float, top_p: float, max_new_tokens: int,
   context: int, seed: int, system: str, tools: str,
 ) -> None:  # fmt: skip
-  check_sampling(temperature, top_p, max_new_tokens)
-  if context < 2:
-    raise UserError(f"--context={context}: must be at least 2")
-  if tools not in TOOLS:
-    raise unknown("--tools", tools, TOOLS)
   tool = Tools()
   offered = tool.offer(tools)
   a, params = from_checkpoint(model_alone(), Path.cwd(), checkpoint)
@@ -248,13 +244,13 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(str, "", "The checkpoint directory, or hf:DIR."),
-    thinking=(bool, False, "Whether the assistant thinks before it answers."),
-    temperature=(float, 1.0, "0 is greedy."),
-    top_p=(float, 0.95, "Tokens are drawn from the likeliest that together reach this."),
-    max_new_tokens=(int, 1024, "Tokens of an answer at most."),
-    context=(int, 4096, "Tokens of the conversation at most."),
-    seed=(int, 0, "Of the sampling."),
-    system=(str, "", "The system turn; empty is the family's own."),
-    tools=(str, "none", "none or python."),
+    checkpoint=(text("The checkpoint directory, or hf:DIR."), ""),
+    thinking=(flag("Whether the assistant thinks before it answers."), False),
+    temperature=(TEMPERATURE, 1.0),
+    top_p=(TOP_P, 0.95),
+    max_new_tokens=(whole("Tokens of an answer at most.", high=MOST_TOKENS), 1024),
+    context=(whole("Tokens of the conversation at most.", 2, high=MOST_TOKENS), 4096),
+    seed=(whole("Of the sampling.", 0), 0),
+    system=(text("The system turn; empty is the family's own."), ""),
+    tools=(word("What the model may call: none or python.", TOOLS), "none"),
   )

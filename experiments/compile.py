@@ -30,6 +30,8 @@ from experiments.stage import Spent
 from experiments.teaching import scored_rows
 from nemocascade import advantage
 from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import kind_of
+from nemocascade.fields import text
 from nemocascade.mesh import by_rows, first_rows, make_mesh, placed
 from nemocascade.model.hybrid import matmul_params
 from nemocascade.types import Batch, Prompts, Rollout
@@ -50,10 +52,10 @@ def run(c: ConfigDict, topology: str) -> list[dict]:
     UserError: the topology or its compiler is not there, dimensions do not divide over the mesh, or
       a program does not fit.
   """
-  if c.get("kind") not in PROGRAMS:
-    raise unknown("kind of stage to compile", c.get("kind"), PROGRAMS)
-  if c.kind == "rl":
-    rl.check(c)
+  if (kind := kind_of(c.to_dict())) not in PROGRAMS:
+    raise unknown("kind of stage to compile", kind, PROGRAMS)
+  {"sft": sft, "rl": rl}[kind].check(c)
+  if kind == "rl":
     if c.distillation_weight:
       raise UserError(f"distillation_weight={c.distillation_weight}: what teachers send for it is not compiled here; give 0")
   kind, devices = slice_of(topology)
@@ -188,4 +190,4 @@ def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):
 PROGRAMS = {"sft": _sft_programs, "rl": _rl_programs}
 
 if __name__ == "__main__":
-  launch(run, workdir=False, topology=(str, "v5p:4x4x4", "KIND:CHIPSxCHIPS of the TPU slice."))
+  launch(run, workdir=False, topology=(text("KIND:CHIPSxCHIPS of the TPU slice.", empty=False), "v5p:4x4x4"))

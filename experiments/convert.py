@@ -10,10 +10,11 @@ config.json, the generation config and the tokenizer go along. The target must n
 import time
 from pathlib import Path
 
-from experiments.launch import launch
+from experiments.launch import launch, writable_folder
 from experiments.loading import model_files, read_config, tokenizer_of
 from nemocascade import conversion
 from nemocascade.errors import UserError
+from nemocascade.fields import text
 from nemocascade.model import hf
 
 
@@ -24,13 +25,14 @@ def run(source: str, target: str) -> None:
   into = Path(target.removeprefix(hf.PREFIX)).resolve()
   if into.exists() and (not into.is_dir() or any(into.iterdir())):
     raise UserError(f"--target={target}: is there already; remove it, or choose another")
+  writable_folder("--target", into.parent)
   began = time.perf_counter()
   if inward:
     opened = hf.open_source(source.removeprefix(hf.PREFIX))
     tokenizer_of(opened.path, opened.config)  # Refused here if it does not fit.
     conversion.from_hf(opened, into)
   else:
-    files = model_files(source)
+    files = model_files(source, "--source")
     config = read_config(files)
     tokenizer_of(files, config)
     conversion.to_hf(Path(source).resolve(), files, config, into)
@@ -43,6 +45,6 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    source=(str, "", "hf:DIR, or a checkpoint directory of ours."),
-    target=(str, "", "Where it is written: a new directory, or hf:DIR."),
+    source=(text("hf:DIR, or a checkpoint directory of ours."), ""),
+    target=(text("Where it is written: a new directory, or hf:DIR."), ""),
   )

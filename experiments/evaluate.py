@@ -9,10 +9,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.assembly import check_completions, from_checkpoint
+from experiments.assembly import check_evaluation, from_checkpoint
 from experiments.launch import launch
 from experiments.processes import first_alone
 from experiments.sharing import own
+from experiments.stage import check_start
+from nemocascade.field_table import check
+from nemocascade.fields import number, text, whole
 from nemocascade.state_files import write_json
 
 
@@ -20,10 +23,12 @@ def run(
   c: ConfigDict, workdir: Path, checkpoint: str, judge: str = "", completions: int = 1, temperature: float = 1.0
 ) -> dict:
   """Writes scores.json under the work directory and prints a table; returns the scores."""
-  check_completions(c, "--completions", completions)
+  check(c)
+  check_evaluation(c, "--completions", completions)
   a, params = from_checkpoint(c, workdir, checkpoint)
   first_alone(lambda: own(workdir))
   if judge:
+    check_start(a, "--judge", judge, a.reward_template)
     a.use_judge_from(judge)
   elif "preference" in a.domains:
     print("no --judge: the preference domain is masked")
@@ -38,8 +43,8 @@ def run(
 if __name__ == "__main__":
   launch(
     run,
-    checkpoint=(str, "", "The checkpoint directory to evaluate."),
-    judge=(str, "", "The reward model's checkpoint, for the preference domain."),
-    completions=(int, 1, "Completions of each prompt: the k of avg@k and pass@k."),
-    temperature=(float, 1.0, "0 is greedy."),
+    checkpoint=(text("The checkpoint directory to evaluate.", empty=False), ""),
+    judge=(text("The reward model's checkpoint, for the preference domain."), ""),
+    completions=(whole("Completions of each prompt: the k of avg@k and pass@k."), 1),
+    temperature=(number("0 is greedy.", low=0, high=100), 1.0),
   )

@@ -20,17 +20,19 @@ import numpy as np
 from experiments import rows as rows_lib
 from experiments.assembly import Assembly, from_checkpoint, model_alone
 from experiments.launch import launch
-from nemocascade.errors import UserError
+from nemocascade.fields import flag, number, text, whole
 from nemocascade.types import Params
 
 BATCH = 64  # Rows decoded together, at most.
+MOST_TOKENS = 1 << 20  # Of one answer: four times the longest context that the recipe trains.
+TEMPERATURE = number("0 is greedy.", low=0, high=100)
+TOP_P = number("Tokens are drawn from the likeliest that together reach this.", above=0, high=1)
 
 
 def run(
   checkpoint: str, input: str, output: str, temperature: float, top_p: float, max_new_tokens: int,
   seed: int, thinking: bool,
 ) -> None:  # fmt: skip
-  check_sampling(temperature, top_p, max_new_tokens)
   rows_lib.check_output(output)
   rows = rows_lib.read_rows(input)
   a, params = from_checkpoint(model_alone(), Path(output).resolve().parent, checkpoint)
@@ -43,16 +45,6 @@ def run(
   )
   lines = [row | completion for (_, row), completion in zip(rows, completions, strict=True)]
   rows_lib.write_rows(output, lines)
-
-
-def check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> None:
-  """Raises UserError on a setting that no sampler has."""
-  if temperature < 0:
-    raise UserError(f"--temperature={temperature}: must be at least 0")
-  if not 0 < top_p <= 1:
-    raise UserError(f"--top_p={top_p}: must be above 0 and at most 1")
-  if max_new_tokens < 1:
-    raise UserError(f"--max_new_tokens={max_new_tokens}: must be at least 1")
 
 
 def generate(
@@ -114,12 +106,12 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(str, "", "The checkpoint directory, or hf:DIR."),
-    input=(str, "", "Prompts, JSON lines."),
-    output=(str, "", "Completions, JSON lines."),
-    temperature=(float, 1.0, "0 is greedy."),
-    top_p=(float, 1.0, "Tokens are drawn from the likeliest that together reach this."),
-    max_new_tokens=(int, 64, "Tokens of a completion at most."),
-    seed=(int, 0, "Of the sampling."),
-    thinking=(bool, True, "Whether the assistant starts with thoughts."),
+    checkpoint=(text("The checkpoint directory, or hf:DIR."), ""),
+    input=(text("Prompts, JSON lines."), ""),
+    output=(text("Completions, JSON lines."), ""),
+    temperature=(TEMPERATURE, 1.0),
+    top_p=(TOP_P, 1.0),
+    max_new_tokens=(whole("Tokens of a completion at most.", high=MOST_TOKENS), 64),
+    seed=(whole("Of the sampling.", 0), 0),
+    thinking=(flag("Whether the assistant starts with thoughts."), True),
   )

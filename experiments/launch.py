@@ -1,64 +1,55 @@
 """How every command starts: flags, the config, one line for what is wrong, an exit code."""
 
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from experiments import processes
-from nemocascade import host_memory
-from nemocascade.errors import StageStopped, UserError
+from experiments import config_file, processes
+from nemocascade import field_table, fields, host_memory
+from nemocascade.errors import StageStopped, UserError, nearest
+from nemocascade.fields import Field
+
+LONGEST = 199  # Characters of the line that says what is wrong; --debug has all of it.
+
+# Flags that every command has, or every command that writes a work directory.
+CONFIG = fields.text("The config file, with an argument after a colon; --config.NAME=VALUE changes a field.")
+WORKDIR = fields.text("Where the run is written, and resumed from.")
+DISTRIBUTED = fields.text("Of several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
+DEBUG = fields.flag("Show the traceback of an error.")
 
 
 def launch(
-  run: Callable[..., object], *, config: bool = True, workdir: bool = True, positional: str = "", **extra: tuple
+  run: Callable[..., object], *, config: bool = True, workdir: bool = True, several: bool = False,
+  positional: str = "", **extra: tuple[Field, object],
 ) -> None:  # fmt: skip
   """Parses the command line and calls `run`; does not return.
 
   Args:
     run: called as run(config, workdir, **extra flags), without what the command does not take.
     config: whether the command takes --config and, with `workdir`, --workdir.
+    several: whether it may run in several processes; others refuse --distributed before they meet.
     positional: the name of the one argument written without a flag, if there is one.
-    **extra: further flags, name -> (kind, default, help), kind one of str, int, float, bool.
+    **extra: further flags, name -> (what it may be, default).
   """
-  doc = (sys.modules["__main__"].__doc__ or "").strip()
-  if config:
-    config_flags.DEFINE_config_file("config", None, "The config file, with an argument after a colon.")
-    if workdir:
-      flags.DEFINE_string("workdir", None, "Where the run is written, and resumed from.")
-      flags.DEFINE_string("distributed", "", "Of several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
-  flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-  define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-  for name, (kind, default, text) in extra.items():
-    define[kind](name, default, text)
-
-  needed = (["config", "workdir"] if workdir else ["config"]) if config else []
-  shown = needed + (["distributed"] if "workdir" in needed else []) + list(extra) + ["debug"]
   host_memory.keep()
   debug = "--debug" in sys.argv
-  if any(word in ("--help", "-h", "-help", "--helpshort") for word in sys.argv[1:]):
-    print(doc, end="\n\nFlags:\n")
-    for name in shown:
-      print(f"  --{name:16} {flags.FLAGS[name].help}")
-    sys.exit(0)
   try:
-    left = _parse(sys.argv)
-    arguments = {positional: left.pop(1) if len(left) > 1 else ""} if positional else {}
-    if len(left) > 1:
-      raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value")
-    arguments |= {name: getattr(flags.FLAGS, name) for name in extra}
-    for name in needed:
-      if getattr(flags.FLAGS, name) is None:
-        raise UserError(f"--{name} is missing")
-    first = [flags.FLAGS.config] if config else []
-    if "workdir" in needed:
-      first.append(Path(flags.FLAGS.workdir).resolve())
-      if flags.FLAGS.distributed:
-        processes.join(flags.FLAGS.distributed)
-    run(*first, **arguments)
+    request = _request(sys.argv[1:], config, workdir, positional, extra)
+    if request is not None:
+      first, arguments, distributed = request
+      if distributed and not several:
+        raise UserError(
+          f"--distributed={distributed}: this command runs in one process: verdicts and tools' results are"
+          " not shared between processes yet; leave the flag out"
+        )
+      if distributed:
+        processes.join(distributed)
+      run(*first, **arguments)
   except UserError as error:
     _report(error, 2, debug)
   except KeyboardInterrupt:
@@ -69,12 +60,96 @@ def launch(
   sys.exit(0)
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """Flags parsed; any complaint of a library about them becomes one line."""
+def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict):
+  """(positional arguments, keyword arguments, --distributed) of `run`; None where help was asked for."""
+  known = dict(extra)
+  if config and workdir:
+    known |= {"workdir": (WORKDIR, None), "distributed": (DISTRIBUTED, "")}
+  known["debug"] = (DEBUG, False)
+  named, changes, others = config_file.split(argv) if config else (None, [], list(argv))
+  wanted = [word for word in others if word in ("--help", "-h", "-help", "--helpshort")]
+  found, left = _parse([word for word in others if word not in wanted], known, ["config"] if config else [])
+  c = None
+  if named is not None:
+    c = config_file.load(named)
+    config_file.change(c, changes)
+    field_table.check(c)
+  if wanted:
+    _help(c, {"config": (CONFIG, None)} | known if config else known)
+    return None
+  arguments = {positional: left.pop(0) if left else ""} if positional else {}
+  if left:
+    raise UserError(f"unexpected argument {fields.shown(left[0])}: flags are written --name=value")
+  if config and c is None:
+    raise UserError("--config is missing: give a file of configs/, such as --config=configs/tiny/cascade.py")
+  first = [c] if config else []
+  if config and workdir:
+    first.append(_workdir(found["workdir"]))
+  arguments |= {name: found[name] for name in extra}
+  return first, arguments, found.get("distributed", "")
+
+
+def _parse(argv: Sequence[str], known: dict[str, tuple[Field, object]], more: Sequence[str]):
+  """(the flags' values, the words that are no flags); `more` are flags that are read elsewhere."""
+  own = flags.FlagValues()
+  for name, (field, default) in known.items():
+    if field.kind is bool:
+      flags.DEFINE_bool(name, default, field.help, flag_values=own)
+    else:
+      flags.DEFINE_string(name, None, field.help, flag_values=own)
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
+    left = own([sys.argv[0], *argv])[1:]
+  except flags.UnrecognizedFlagError as error:
+    names = [f"--{name}" for name in (*more, *known)]
+    near = nearest(f"--{error.flagname}", names)
+    hint = f"did you mean {near}? " if near else ""
+    raise UserError(f"unknown flag --{error.flagname}: {hint}allowed: {', '.join(names)}") from error
+  except flags.Error as error:
     raise UserError(_one_line(error)) from error
+  found = {}
+  for name, (field, default) in known.items():
+    said = getattr(own, name)
+    if isinstance(said, str):
+      said = field.parse(f"--{name}", said)
+      field.check(f"--{name}", said)
+    found[name] = default if said is None else said
+  flags.FLAGS([sys.argv[0]])  # Libraries read theirs.
+  return found, left
+
+
+def _workdir(said: str | None) -> Path:
+  """The work directory, which can be written, or made."""
+  if said is None:
+    raise UserError("--workdir is missing: give the folder that the run is written to")
+  if not said:
+    raise UserError("--workdir='': must be a folder, not empty")
+  return writable_folder("--workdir", said)
+
+
+def writable_folder(flag: str, said: str | Path) -> Path:
+  """The folder as an absolute path. Raises UserError where it neither can be written nor made."""
+  there = Path(os.path.abspath(said))
+  if any(len(os.fsencode(part)) > 255 for part in there.parts):
+    raise UserError(f"{flag}={config_file.shown_path(str(said))}: a name in it is longer than 255 bytes; give another place")
+  while not os.path.lexists(there) and there != there.parent:
+    there = there.parent
+  if not there.is_dir():
+    raise UserError(f"{flag}={config_file.shown_path(str(said))}: {there.name!r} is there and is no folder; give another place")
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f"{flag}={config_file.shown_path(str(said))}: {there} cannot be written; give another place")
+  return Path(said).resolve()
+
+
+def _help(c: ConfigDict | None, known: dict[str, tuple[Field, object]]) -> None:
+  """Prints the command's page, its flags, and each field of the config that was given."""
+  print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\nFlags:\n")
+  for name, (field, default) in known.items():
+    print(f"  --{name:16} {field.help}" + ("" if default in (None, "") else f" Default: {default}."))
+  if c is None:
+    return
+  print("\nFields of the config, set by --config.NAME=VALUE:")
+  for name, value, field in field_table.described(c):
+    print(f"  {name} = {fields.shown(value)}\n      {field.help} {field.allowed()[:1].upper()}{field.allowed()[1:]}.")
 
 
 def _one_line(error: BaseException) -> str:
@@ -88,5 +163,6 @@ def _report(error: BaseException, code: int, debug: bool) -> None:
     traceback.print_exception(error)
   else:
     kind = "" if isinstance(error, (UserError, StageStopped, OSError)) else f"{type(error).__name__}: "
-    print(f"error: {kind}{_one_line(error)}", file=sys.stderr)
+    line, rest = f"error: {kind}{_one_line(error)}", " ... (--debug: all of it)"
+    print(line if len(line) <= LONGEST else line[: LONGEST - len(rest)] + rest, file=sys.stderr)
   sys.exit(code)

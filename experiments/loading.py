@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from experiments.config_file import shown_path
 from nemocascade import checkpoint as checkpoint_lib
 from nemocascade import checksums
 from nemocascade.config import ModelConfig
@@ -28,11 +29,13 @@ class Found:
 
   config: ModelConfig
   tokenizer: object | None  # None where the folder has none.
+  files: Path  # Where its model and tokenizer stand.
   load: Callable[[Params], Params]  # Template (shapes, dtypes, shardings) -> parameters.
+  check: Callable[[Params], None]  # Raises UserError where its arrays are not of the template's shapes.
 
 
-def find(checkpoint: str) -> Found:
-  """Opens `hf:DIR`, or a checkpoint directory of ours.
+def find(checkpoint: str, field: str = "--checkpoint") -> Found:
+  """Opens `hf:DIR`, or a checkpoint directory of ours; errors name the flag or field that names it.
 
   Raises:
     UserError: there is none, or its config, tensors and tokenizer do not agree.
@@ -40,11 +43,18 @@ def find(checkpoint: str) -> Found:
   if checkpoint.startswith(hf.PREFIX):
     path = Path(checkpoint.removeprefix(hf.PREFIX))
     source = hf.open_source(path)
-    read = lambda template: finite(hf.load_params(source, template), checkpoint)  # noqa: E731
-    return Found(source.config, tokenizer_of(path, source.config), read)
-  files = model_files(checkpoint)
+    return Found(
+      source.config, tokenizer_of(path, source.config), path,
+      load=lambda template: load(checkpoint, template),
+      check=lambda template: hf.check_shapes(source, template),
+    )  # fmt: skip
+  files = model_files(checkpoint, field)
   config = read_config(files)
-  return Found(config, tokenizer_of(files, config), lambda template: load(checkpoint, template))
+  return Found(
+    config, tokenizer_of(files, config), files,
+    load=lambda template: load(checkpoint, template),
+    check=lambda template: checkpoint_lib.check_params(checkpoint, template),
+  )  # fmt: skip
 
 
 def is_checkpoint(name: str) -> bool:
@@ -84,7 +94,7 @@ def _finite(tree):
   return jax.tree.map(lambda array: jnp.all(jnp.isfinite(array)), tree)
 
 
-def model_files(checkpoint: str) -> Path:
+def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
   """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
   path = Path(checkpoint).resolve()
   for files in (path / "model", path.parent.parent / "model"):
@@ -92,7 +102,7 @@ def model_files(checkpoint: str) -> Path:
       check_files(files)
       return files
   raise UserError(
-    f"--checkpoint={checkpoint!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
+    f"{field}={shown_path(checkpoint)!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
     " directory, a converted one, or hf:DIR"
   )
 

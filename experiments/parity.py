@@ -17,23 +17,19 @@ import numpy as np
 
 from experiments.launch import launch
 from nemocascade.config import BLOCK_KINDS, ModelConfig
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import UserError
+from nemocascade.field_table import DTYPES
+from nemocascade.fields import text, whole, word
 from nemocascade.model import hf
 from nemocascade.model.hf_layout import blocks
 from nemocascade.model.hybrid import Block, Hybrid, init_params
 from nemocascade.model.layers import RMSNorm
-
-DTYPES = ("float32", "bfloat16")
 
 
 def run(checkpoint: str, tokens: int, new_tokens: int, dtype: str, seed: int) -> dict[str, float]:
   """Prints the table; returns its rows: name -> relative error, or share of tokens that agree."""
   if not checkpoint.startswith(hf.PREFIX):
     raise UserError(f"--checkpoint={checkpoint!r}: give hf:DIR, a Hugging Face folder")
-  if dtype not in DTYPES:
-    raise unknown("--dtype", dtype, DTYPES)
-  if tokens < 2 or new_tokens < 1:
-    raise UserError(f"--tokens={tokens} --new_tokens={new_tokens}: at least 2 and 1")
   theirs_of = _transformers()
   source = hf.open_source(checkpoint.removeprefix(hf.PREFIX))
   meant = dataclasses.replace(source.config, dtype=dtype, param_dtype=dtype)
@@ -143,9 +139,9 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(str, "", "hf:DIR, the folder to compare on."),
-    tokens=(int, 61, "Random tokens that each row begins with."),
-    new_tokens=(int, 64, "Tokens decoded greedily after them."),
-    dtype=(str, "float32", f"What both compute in: {' or '.join(DTYPES)}."),
-    seed=(int, 0, "Of the random tokens."),
+    checkpoint=(text("hf:DIR, the folder to compare on.", empty=False), ""),
+    tokens=(whole("Random tokens that each row begins with.", 2), 61),
+    new_tokens=(whole("Tokens decoded greedily after them."), 64),
+    dtype=(word(f"What both compute in: {' or '.join(DTYPES)}.", DTYPES), "float32"),
+    seed=(whole("Of the random tokens.", 0), 0),
   )

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loading, supervision
-from experiments.assembly import Assembly, claim
+from experiments import loading
+from experiments.assembly import Assembly, check_owner, claim
 from experiments.launch import launch
-from experiments.stage import Outcome, abstract_state, jit_step, own_tokenizer, start
+from experiments.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
 from experiments.supervision import Supervisor
 from nemocascade.domains.preference import preference_pairs
+from nemocascade.errors import UserError
+from nemocascade.field_table import check as check_fields
 from nemocascade.mesh import whole
 from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.model.reward import RewardModel, init_reward_params
@@ -29,7 +31,9 @@ from nemocascade.types import Params
 
 def check(c: ConfigDict) -> None:
   """Refuses a stage that cannot run, before anything is compiled."""
-  supervision.check(c)
+  check_fields(c, "reward_model")
+  if c.heldout_pairs < c.pairs:
+    raise UserError(f"heldout_pairs={c.heldout_pairs}: must be at least pairs={c.pairs}, which are scored together")
 
 
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
@@ -46,8 +50,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
     sides = (a.answer_rows(prompts, side, len(pairs), c.row_tokens) for side in (chosen, rejected))
     return tuple(a.put(side) for side in sides)
 
-  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  state = abstract_state(tx, a.reward_template, a.mesh)
+  tx, state = program(c, a)
   step_fn = jit_step(reward_model_step(reward_fn, tx), state, a.mesh)
   state, record, store = start(
     a, stage_dir, tx, init_from, lambda key: init_reward_params(a.model_config, key), a.reward_template, on_top_of
@@ -76,6 +79,12 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
 
 
+def program(c: ConfigDict, a: Assembly):
+  """(optimizer, abstract state) of the stage."""
+  tx = make_optimizer(total_steps=c.steps, **c.optimizer)
+  return tx, abstract_state(tx, a.reward_template, a.mesh)
+
+
 def on_top_of(checkpoint: str, template: Params) -> Params:
   """The language model of the checkpoint under a head that is 0 yet."""
   head = template["reward_head"]
@@ -94,10 +103,13 @@ def accuracy(reward, params, rows, pairs, batch: int) -> float:
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
-  tokenizer = own_tokenizer(c, workdir / "reward_model", c.init_from)
-  claim(c, workdir)
-  run(c, workdir / "reward_model", Assembly(c, workdir, tokenizer), c.init_from)
+  check_owner(c, workdir)
+  a = Assembly(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from))
+  check_start(a, "init_from", c.init_from)
+  program(c, a)
+  claim(c, workdir, a)
+  run(c, workdir / "reward_model", a, c.init_from)
 
 
 if __name__ == "__main__":
-  launch(main)
+  launch(main, several=True)

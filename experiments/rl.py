@@ -23,12 +23,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loading, supervision
-from experiments.assembly import Assembly, claim
+from experiments import loading
+from experiments.assembly import Assembly, check_lengths, check_owner, claim, judged
 from experiments.launch import launch
 from experiments.mixture import Mixture
 from experiments.processes import refuse_several
-from experiments.stage import Outcome, Spent, abstract_state, jit_step, own_tokenizer, start
+from experiments.stage import (
+  Outcome,
+  Spent,
+  abstract_state,
+  check_start,
+  jit_step,
+  own_tokenizer,
+  start,
+)
 from experiments.supervision import Supervisor
 from experiments.teaching import (
   find,
@@ -44,6 +52,7 @@ from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
 from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import check as check_fields
 from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, Phases, progress
 from nemocascade.rollout import score
@@ -75,9 +84,7 @@ SLOTS = dict(
 
 def check(c: ConfigDict) -> None:
   """Refuses a stage that cannot run, before anything is compiled."""
-  for what, choices in (*SLOTS.items(), ("reward", ("verdict", "pairwise"))):
-    if c[what] not in choices:
-      raise unknown(what, c[what], choices)
+  check_fields(c, "rl")
   functions = {name: fn for choices in SLOTS.values() for name, fn in choices.items()}
   for name, fields in c.options.items():
     if name not in functions:
@@ -85,6 +92,13 @@ def check(c: ConfigDict) -> None:
     for field in fields:
       if field not in (allowed := settings_of(functions[name])):
         raise unknown(f"setting in options.{name}", field, allowed)
+    if name in loss.CORRECTIONS and (low := fields.get("low", 0)) > (high := fields.get("high", low)):
+      raise UserError(f"options.{name}.low={low}: must be at most options.{name}.high={high}")
+  for name in c.teachers:
+    if name not in c.domains:
+      raise unknown("domain in teachers", name, c.domains)
+  if not sum(c.mixture.values()):
+    raise UserError("mixture: all shares are 0, so there are no prompts; give one above 0")
   for name in c.mixture:
     if name not in c.domains:
       raise unknown("domain in mixture", name, c.domains)
@@ -93,7 +107,6 @@ def check(c: ConfigDict) -> None:
         f"{' and '.join(taught(c))}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
   _check_packing(c)
-  supervision.check(c)
   if c.advantage in advantage.GROUPED and c.rollout.completions < 2:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
@@ -110,16 +123,15 @@ def check(c: ConfigDict) -> None:
       f"rollout.top_p={c.rollout.top_p} with correction='none': tokens of the nucleus would weigh up to"
       f" 1 / {c.rollout.top_p} times too much; give correction tis, icepop or sequence_mask, or top_p=1"
     )
-  if c.updates < 1:
-    raise UserError(f"updates={c.updates}: a batch is learned from at least once")
   if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
     raise UserError("advantage='none' with no other term in the loss teaches nothing: give distillation_weight")
-  if c.distillation_weight and c.distillation in loss.TOPK and not 1 <= (k := topk(c)) <= c.model.vocab_size:
-    raise UserError(f"options.{c.distillation}.k={k}: must be between 1 and model.vocab_size={c.model.vocab_size}")
+  if c.distillation_weight and c.distillation in loss.TOPK and (k := topk(c)) > c.model.vocab_size:
+    raise UserError(f"options.{c.distillation}.k={k}: must be at most model.vocab_size={c.model.vocab_size}")
 
 
 def _check_packing(c: ConfigDict) -> None:
   r, p = c.rollout, c.packing
+  check_lengths("rollout", r.prompt_tokens, r.total_tokens)
   samples = r.prompts * r.completions
   if p.shared_prompts:
     if p.rows != samples or r.completions % p.pieces:
@@ -176,12 +188,10 @@ def run(
   watch: Watch = lambda *_: False,
 ) -> Outcome:  # fmt: skip
   """Trains to c.steps, or until `watch`, called after every step, says so."""
-  check(c)
   refuse_several("RL")
   began = time.time()
   rows_fn = rows_program(settings(c, "advantage", "aggregation"))
-  tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)
-  _, step_fn, proximal_fn = step_program(c, a)
+  tx, (_, step_fn, proximal_fn) = program(c, a)
   state, record, store = start(a, stage_dir, tx, init_from)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(a.c.seed), _number(stage_dir.name))
   spent = Spent(**record.get("spent", {}))
@@ -333,6 +343,11 @@ def rows_program(fields: str):
   return jax.jit(rows)
 
 
+def program(c: ConfigDict, a: Assembly):
+  """The optimizer of a stage, and its step_program."""
+  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, a)
+
+
 def step_program(c: ConfigDict, a: Assembly):
   """The abstract state, the jitted step, and the jitted log-probabilities before it."""
   if c.packing.shared_prompts:  # These lie over the devices as rows do.
@@ -386,15 +401,26 @@ def _number(name: str) -> int:
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
-  teachers = find(c)
+  refuse_several("RL")
   if c.init_from in ("", "previous"):
-    raise UserError("init_from names no checkpoint: give --config.init_from=CKPT (a checkpoint directory)")
-  tokenizer = own_tokenizer(c, workdir / "rl", c.init_from)
+    raise UserError(
+      f"init_from={c.init_from!r}: names no checkpoint; give --config.init_from=CKPT (a checkpoint directory)"
+    )
+  if (why := judged(c)) and not c.judge:
+    raise UserError(f"judge='' under {why}: give --config.judge=CKPT, a checkpoint of experiments.reward_model")
+  check_owner(c, workdir)
+  teachers = find(c)
+  a = Assembly(c, workdir, own_tokenizer(c, workdir / "rl", c.init_from))
+  check_start(a, "init_from", c.init_from)
   for domain, name in c.teachers.items():
-    loading.same_tokenizer(f"teachers.{domain}", name, tokenizer)
-  claim(c, workdir)
-  a = Assembly(c, workdir, tokenizer)
-  run(c, workdir / "rl", a, c.init_from, gather(a, teachers, c.teachers_in_memory))
+    check_start(a, f"teachers.{domain}", name)
+  program(c, a)
+  if c.judge:
+    check_start(a, "judge", c.judge, a.reward_template)
+    a.use_judge_from(c.judge)
+  teachers = gather(a, teachers, c.teachers_in_memory)
+  claim(c, workdir, a)
+  run(c, workdir / "rl", a, c.init_from, teachers)
 
 
 if __name__ == "__main__":

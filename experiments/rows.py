@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.launch import writable_folder
 from nemocascade.data import chat
 from nemocascade.data.sources import numbered_jsonl
 from nemocascade.data.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ def check_output(path: str) -> None:
   """Raises UserError where results could not be written, before they are computed."""
   if not path or Path(path).is_dir():
     raise UserError(f"--output={path!r}: give the file to write")
+  writable_folder("--output", Path(path).parent)
 
 
 def bucket(length: int) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from experiments import rows as rows_lib
 from experiments.assembly import Assembly, from_checkpoint, model_alone
 from experiments.launch import launch
+from nemocascade.fields import text
 from nemocascade.types import Params
 
 TOKENS = 1 << 14  # Of a batch, padding included.
@@ -60,7 +61,7 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(str, "", "The checkpoint directory, or hf:DIR."),
-    input=(str, "", "Rows, JSON lines."),
-    output=(str, "", "Rows with their log-probabilities, JSON lines."),
+    checkpoint=(text("The checkpoint directory, or hf:DIR."), ""),
+    input=(text("Rows, JSON lines."), ""),
+    output=(text("Rows with their log-probabilities, JSON lines."), ""),
   )

@@ -11,14 +11,15 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from experiments import supervision
-from experiments.assembly import Assembly, claim
+from experiments.assembly import Assembly, check_owner, claim
 from experiments.launch import launch
 from experiments.processes import first_alone
-from experiments.stage import Outcome, abstract_state, jit_step, own_tokenizer, start
+from experiments.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
 from experiments.supervision import Supervisor
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
+from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import check as check_fields
 from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.step.balance import RouterBalance
@@ -28,8 +29,13 @@ from nemocascade.step.sft import sft_step
 
 def check(c: ConfigDict) -> None:
   """Refuses a stage that cannot run, before anything is compiled."""
+  check_fields(c, "sft")
   RouterBalance(**c.router_balance)
-  supervision.check(c)
+  for name in c.conversations:
+    if name not in c.domains:
+      raise unknown("domain in conversations", name, c.domains)
+  if not sum(c.conversations.values()):
+    raise UserError("conversations: all are 0, so there is nothing to learn from; give one of at least 1")
 
 
 def demonstrations(a: Assembly, c: ConfigDict):
@@ -63,7 +69,6 @@ def program(c: ConfigDict, a: Assembly):
 
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
   """Trains to c.steps, from the stage's own last checkpoint if there is one."""
-  check(c)
   began = time.time()
   tx, _, step_fn = program(c, a)
   documents = loader.tokenize_all(demonstrations(a, c), a.tokenizer)
@@ -106,10 +111,13 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
-  tokenizer = own_tokenizer(c, workdir / "sft", c.init_from)
-  claim(c, workdir)
-  run(c, workdir / "sft", Assembly(c, workdir, tokenizer), c.init_from)
+  check_owner(c, workdir)
+  a = Assembly(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from))
+  check_start(a, "init_from", c.init_from)
+  program(c, a)
+  claim(c, workdir, a)
+  run(c, workdir / "sft", a, c.init_from)
 
 
 if __name__ == "__main__":
-  launch(main)
+  launch(main, several=True)

@@ -115,6 +115,22 @@ def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer |
   return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from)
 
 
+def check_start(a: Assembly, field: str, checkpoint: str, template: Params | None = None) -> None:
+  """Refuses a checkpoint that a stage could not begin with; none of its weights is read.
+
+  Args:
+    field: the field of the config that names it.
+    template: the shapes that its parameters must have; the assembly's own by default.
+
+  Raises:
+    UserError: it is not there, its model is another, or its tokenizer is.
+  """
+  if not checkpoint:
+    return
+  loading.find(checkpoint, field).check(template or a.template)
+  loading.same_tokenizer(field, checkpoint, a.tokenizer)
+
+
 def start(
   a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None,
   load=loading.load,

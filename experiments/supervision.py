@@ -11,22 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nemocascade import guards
-from nemocascade.errors import StageStopped, UserError
+from nemocascade.errors import StageStopped
 from nemocascade.metrics import MetricsWriter
 from nemocascade.step.update import SKIPPED
 from nemocascade.types import TrainState
 
 GO_ON = "go on from its checkpoint by init_from in another --workdir"
-
-
-def check(c: ConfigDict) -> None:
-  """Refuses settings of supervision that cannot be, before anything is computed."""
-  for name in ("guards", "max_nonfinite"):
-    if name not in c:
-      raise UserError(f"{name} is missing: add the fields of configs/guards.py")
-  guards.check(c.guards)
-  if not isinstance(c.max_nonfinite, int) or c.max_nonfinite < 1:
-    raise UserError(f"max_nonfinite={c.max_nonfinite!r}: must be a whole number of at least 1")
 
 
 class Supervisor:

@@ -166,13 +166,22 @@ def load_params(path: str | Path, template: Params) -> Params:
     UserError: there is none, it is damaged, or its shapes are not the template's (all are named).
   """
   path = Path(path).resolve()
+  check_params(path, template)
+  try:
+    checksums.verify(path, part="params")
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(path / "params", _placed(template))
+  except DAMAGE as error:
+    raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
+
+
+def check_params(path: str | Path, template: Params) -> None:
+  """Raises UserError where `load_params` would find none, or other shapes; no array is read."""
+  path = Path(path).resolve()
   if not (path / "params").is_dir():
     raise UserError(f"checkpoint {path}: not found, or without parameters; give STAGE/checkpoints/STEP")
   try:
-    checksums.verify(path, part="params")
     _same_shapes(path, "params", template)
-    with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(path / "params", _placed(template))
   except DAMAGE as error:
     raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import check_values
 
 BLOCK_KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "MLP"}
 
@@ -57,25 +58,20 @@ class ModelConfig:
   remat: bool = False  # Recompute each block in the backward pass.
 
   def __post_init__(self):
+    check_values("model", **vars(self))
     pattern = self.hybrid_override_pattern
-    if not pattern:
-      raise UserError("model.hybrid_override_pattern is empty: give one letter a block")
     for letter in pattern:
       if letter not in BLOCK_KINDS:
         raise unknown(f"letter in model.hybrid_override_pattern={pattern!r}", letter, BLOCK_KINDS)
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.type == "int" or field.type is int:
-        if not isinstance(value, int) or value < 1:
-          raise UserError(f"model.{field.name}={value!r}: must be a whole number of at least 1")
     self._divides("num_key_value_heads", "num_attention_heads")
     self._divides("n_groups", "mamba_num_heads")
     self._divides("n_group", "n_routed_experts")
     self._at_most("num_experts_per_tok", "n_routed_experts")
     self._at_most("topk_group", "n_group")
-    for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in ("float32", "bfloat16"):
-        raise unknown(f"model.{name}", getattr(self, name), ("float32", "bfloat16"))
+    self._at_most("time_step_min", "time_step_max")
+    least, largest = self.time_step_limit
+    if least > largest:
+      raise UserError(f"model.time_step_limit={self.time_step_limit}: the least is more than the largest")
 
   def _divides(self, part: str, whole: str) -> None:
     if getattr(self, whole) % getattr(self, part):

@@ -9,9 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemocascade.errors import UserError, unknown
-
-ACTIONS = ("warn", "stop", "off")
 SMALL_REWARD = 0.1  # A fall from a reward below this is judged as a fall from this: else it is noise.
 
 
@@ -77,26 +74,6 @@ class Finding:
   guard: str
   action: str  # warn | stop
   line: str
-
-
-def check(settings: Mapping[str, Any]) -> None:
-  """Refuses a section `guards` with an unknown name or action, or a number that can't be one."""
-  for name in settings:
-    if name != "window" and name not in GUARDS:
-      raise unknown("guard in guards", name, ["window", *GUARDS])
-  if not isinstance(settings["window"], int) or settings["window"] < 1:
-    raise UserError(f"guards.window={settings['window']!r}: must be a whole number of at least 1")
-  for name in GUARDS:
-    if name not in settings:
-      raise UserError(f"guards.{name} is missing: give its threshold and action")
-    for field in settings[name]:
-      if field not in ("threshold", "action"):
-        raise unknown(f"field in guards.{name}", field, ("threshold", "action"))
-    if settings[name]["action"] not in ACTIONS:
-      raise unknown(f"guards.{name}.action", settings[name]["action"], ACTIONS)
-    x = settings[name]["threshold"]
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x < math.inf:
-      raise UserError(f"guards.{name}.threshold={x!r}: must be a number of at least 0")
 
 
 def observe(

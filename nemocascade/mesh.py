@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemocascade.errors import UserError, unknown
+from nemocascade.field_table import check_values
 
 BATCH = ("data", "expert")  # Mesh axes that cut rows and tokens: all of them.
 
@@ -45,9 +46,7 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
     of = jax.local_devices()[:1]
   devices = jax.device_count() if of is None else len(of)
   sizes = {"data": data, "expert": expert}
-  for name, size in sizes.items():
-    if size != -1 and size < 1:
-      raise UserError(f"mesh.{name}={size}: must be at least 1, or -1 for what is left")
+  check_values("mesh", **sizes)
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) == 2:
     raise UserError("mesh.data=-1 and mesh.expert=-1: only one of them can be what is left")

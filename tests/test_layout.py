@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-  {"types", "segments", "config", "errors", "mesh", "host_memory", "state_files"},
+  {"types", "segments", "config", "errors", "fields", "field_table", "mesh", "host_memory", "state_files"},
   {"kernels"},
   {"data"},
   {"model"},

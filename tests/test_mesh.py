@@ -37,7 +37,7 @@ def test_the_mesh_covers_all_devices(data, expert, shape):
     (3, -1, "mesh.data=3 does not divide the 8 devices"),
     (2, 2, "is 4, but there are 8 devices"),
     (-1, -1, "only one of them"),
-    (0, 1, "mesh.data=0: must be at least 1"),
+    (0, 1, "mesh.data=0: must be a whole number of at least 1 or -1"),
     (-1, -2, "mesh.expert=-2"),
   ],
 )

@@ -18,7 +18,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, index, here, *arguments = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(index))
 assert jax.device_count() == 8 and jax.local_device_count() == 4
-sys.path.insert(0, here)
+sys.path.append(here)
 """
 
 

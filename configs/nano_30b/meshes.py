@@ -8,6 +8,8 @@ rows between chips in a training step.
 
 from ml_collections import ConfigDict
 
+from nemocascade.errors import unknown
+
 # Of a training step: 2M tokens a step, a row a device. Rows are shorter where chips have less memory.
 SLICES = {
   "v5p:4x4x4": dict(data=-1, expert=8, rows=64, row_tokens=32_768),  # 64 chips of 95 GiB.
@@ -30,7 +32,7 @@ def words(arg: str, *known: str) -> tuple[str, str, bool]:
     elif part == "smoke":
       smoke = True
     else:
-      raise ValueError(f"unknown config argument {part!r}: allowed: {', '.join((*SLICES, *known, 'smoke'))}")
+      raise unknown("config argument", part, (*SLICES, *known, "smoke"))
   return chosen, word, smoke
 
 

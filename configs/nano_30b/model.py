@@ -6,10 +6,12 @@ published config.json (paper.md 1.1, 1.2); fields carry its names.
 
 from ml_collections import ConfigDict
 
+from nemocascade.errors import UserError
+
 
 def get_config(arg: str = "") -> ConfigDict:
   if arg:
-    raise ValueError(f"unknown config argument {arg!r}: this config takes none")
+    raise UserError(f"unknown config argument {arg!r}: this config takes none")
   c = ConfigDict()
   c.model = dict(
     vocab_size=131072,

@@ -54,6 +54,7 @@ def fields(c: ConfigDict, slice_: str) -> ConfigDict:
   )
   c.packing = packing(c.rollout, slice_)
   c.reward = "verdict"
+  c.judge = ""  # The reward model's checkpoint, which rewards in pairs need.
   c.advantage = "grpo"
   c.ratio = "none"  # On policy: the ratio is 1.
   c.correction = "none"  # Not told outside of MOPD; Nano-3's recipe has one (masked).

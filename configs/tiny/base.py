@@ -7,6 +7,7 @@ of 30B-A3B. Sizes from a feasibility study on two cores.
 from ml_collections import ConfigDict
 
 from configs import guards
+from nemocascade.errors import unknown
 
 # Every domain, in the order of the report's columns.
 DOMAINS = (
@@ -17,7 +18,7 @@ DOMAINS = (
 
 def get_config(arg: str = "") -> ConfigDict:
   if arg not in ("", "smoke"):
-    raise ValueError(f"unknown config argument {arg!r}: allowed: smoke")
+    raise unknown("config argument", arg, ("smoke",))
   c = ConfigDict()
   c.seed = 0
 

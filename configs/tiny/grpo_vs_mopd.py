@@ -12,6 +12,7 @@ end in the noise of a step. So scores of arms of unlike length compare at their 
 from ml_collections import ConfigDict
 
 from configs.tiny import base, rl, sft
+from nemocascade.errors import unknown
 
 # Share of the demonstrations' steps that are done in the sloppy style.
 SLOPPY = {"": 0.6, "easy": 0.25, "clean": 0.0, "smoke": 0.6}
@@ -19,7 +20,7 @@ SLOPPY = {"": 0.6, "easy": 0.25, "clean": 0.0, "smoke": 0.6}
 
 def get_config(arg: str = "") -> ConfigDict:
   if arg not in SLOPPY:
-    raise ValueError(f"unknown config argument {arg!r}: allowed: {', '.join(filter(None, SLOPPY))}")
+    raise unknown("config argument", arg, filter(None, SLOPPY))
   c = base.get_config()
   c.seeds = tuple(range(8))
   c.domains = ("math",)
@@ -78,7 +79,7 @@ def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
   if arg == "smoke":
     shrink(c)
   elif arg:
-    raise ValueError(f"unknown config argument {arg!r}: allowed: smoke")
+    raise unknown("config argument", arg, ("smoke",))
   return c
 
 

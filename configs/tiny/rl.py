@@ -26,6 +26,7 @@ def fields() -> ConfigDict:
     shared_prompts=False,
   )
   c.reward = "verdict"  # verdict | pairwise: all pairs of a group, by the judge.
+  c.judge = ""  # The reward model's checkpoint; in a cascade the reward_model stage is the judge.
   # Each names a function; experiments/OBJECTIVES.md has the equations.
   c.advantage = "grpo"  # nemocascade/advantage.py: ADVANTAGES.
   c.ratio = "none"  # Of several updates a batch: none | token_clip | dual_clip | gspo | cispo.

@@ -113,7 +113,7 @@ def load_params(source: Source, template: Params) -> Params:
     UserError: the template is of another model, or tensors that were read hold NaN or infinity; all
       that differ are named.
   """
-  _same_model(source, template)
+  check_shapes(source, template)
   by_leaf: dict[str, list[tuple[str, int, Place]]] = {}
   for named in source.layout.values():
     if named.name == HEAD and source.config.tie_word_embeddings:
@@ -135,7 +135,8 @@ def load_params(source: Source, template: Params) -> Params:
   return params
 
 
-def _same_model(source: Source, template: Params) -> None:
+def check_shapes(source: Source, template: Params) -> None:
+  """Raises UserError, naming every array of another shape, where the template is of another model."""
   there = jax.eval_shape(functools.partial(init_params, source.config), jax.random.key(0))
   there, here = (
     {

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import UserError
+from nemocascade.field_table import check_values
 from nemocascade.types import Metrics, Params, Routing
 
 # (params, change_LE) -> params with the change added to the routers' biases.
 AddToBias = Callable[[Params, jax.Array], Params]
-KINDS = ("frozen", "sign", "auxiliary", "both")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ class RouterBalance:
   weight: float = 1e-4
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise unknown("router_balance.kind", self.kind, KINDS)
+    check_values("router_balance", **vars(self))
     for name, used in (("rate", self.moves_bias), ("weight", self.has_loss)):
       value = getattr(self, name)
       if used and not value > 0:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import UserError
+from nemocascade.field_table import check_values
 from nemocascade.types import Params, TrainState
 
 # Moved by load, not by gradient (paper.md 1.4): no optimizer ever touches it.
@@ -93,14 +94,13 @@ def make_optimizer(
   same update, so that stages share a compiled step.
 
   Raises:
-    UserError: on an unknown schedule, a rate or norm that is not positive and, at `init`, on a
-      pattern of `frozen` that no parameter matches.
+    UserError: a setting that nemocascade/field_table.py does not allow and, at `init`, a pattern of `frozen`
+      that no parameter matches.
   """
-  if schedule not in SCHEDULES:
-    raise unknown("optimizer.schedule", schedule, SCHEDULES)
-  for name, value in (("peak_lr", peak_lr), ("clip_norm", clip_norm)):
-    if value <= 0:
-      raise UserError(f"optimizer.{name}={value}: must be above 0")
+  check_values(
+    "optimizer", peak_lr=peak_lr, warmup_steps=warmup_steps, schedule=schedule, final_fraction=final_fraction,
+    b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, frozen=frozen,
+  )  # fmt: skip
 
   @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
   def adam(peak_lr, warmup_steps, total_steps, final_fraction):

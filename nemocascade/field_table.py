@@ -1,0 +1,375 @@
+"""Every field of every config: type, range, choices and meaning, each said once.
+
+A field is one line of a table below. `check` refuses a config by it, `--help` shows it, and
+experiments/FIELDS.md is written from it (`python -m nemocascade.field_table`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemocascade.errors import UserError, unknown
+from nemocascade.fields import (
+  Field,
+  anything,
+  flag,
+  no_field,
+  number,
+  section,
+  several,
+  shown,
+  text,
+  whole,
+  word,
+)
+
+DOMAINS = "nemocascade.domains.registry:DOMAINS"
+DTYPES = ("float32", "bfloat16")
+
+SEED = {"seed": whole("Seed of parameters, data and sampling.", 0)}
+
+MODEL = {
+  "model.vocab_size": whole("Rows of the embedding; at least the tokenizer's tokens."),
+  "model.hidden_size": whole("Width of the residual stream."),
+  "model.hybrid_override_pattern": text("A letter a block: M Mamba-2, E mixture of experts, * attention, - MLP.", empty=False),
+  "model.num_attention_heads": whole("Query heads.", optional=True),
+  "model.num_key_value_heads": whole("Key and value heads; divides num_attention_heads.", optional=True),
+  "model.head_dim": whole("Channels of an attention head.", optional=True),
+  "model.mamba_num_heads": whole("Heads of a Mamba-2 block.", optional=True),
+  "model.mamba_head_dim": whole("Channels of a Mamba-2 head.", optional=True),
+  "model.ssm_state_size": whole("Numbers of state a Mamba-2 channel.", optional=True),
+  "model.n_groups": whole("Groups of Mamba-2 heads that share B and C.", optional=True),
+  "model.conv_kernel": whole("Taps of the causal convolution, in tokens.", optional=True),
+  "model.use_conv_bias": flag("Whether the convolution has a bias.", optional=True),
+  "model.chunk_size": whole("Tokens that the SSD scan takes at a time; speed alone.", optional=True),
+  "model.time_step_min": number("Least dt at initialisation.", above=0, optional=True),
+  "model.time_step_max": number("Largest dt at initialisation.", above=0, optional=True),
+  "model.time_step_floor": number("Floor of dt at initialisation.", above=0, optional=True),
+  "model.time_step_limit": several(
+    "Clamp of dt: (least, largest).", number("dt", low=0, infinite=True), length=2, optional=True
+  ),
+  "model.n_routed_experts": whole("Experts that the router chooses among.", optional=True),
+  "model.num_experts_per_tok": whole("Experts a token is sent to.", optional=True),
+  "model.moe_intermediate_size": whole("Width of a routed expert.", optional=True),
+  "model.moe_shared_expert_intermediate_size": whole("Width of the shared expert.", optional=True),
+  "model.n_group": whole("Groups of experts of which the router first picks topk_group.", optional=True),
+  "model.topk_group": whole("Groups of experts that a token may use.", optional=True),
+  "model.norm_topk_prob": flag("Whether the chosen experts' weights sum to 1.", optional=True),
+  "model.routed_scaling_factor": number("Factor of the routed experts' sum.", above=0, optional=True),
+  "model.moe_latent_size": whole("Width in which experts work; None is hidden_size.", also=(None,), optional=True),
+  "model.router_loss": flag("Whether a forward pass computes the balance loss; set by training.", optional=True),
+  "model.intermediate_size": whole("Width of an MLP block.", optional=True),
+  "model.layer_norm_epsilon": number("Epsilon of the RMS norms.", above=0, optional=True),
+  "model.tie_word_embeddings": flag("Whether the head is the embedding.", optional=True),
+  "model.initializer_range": number("Standard deviation of fresh weights.", above=0, optional=True),
+  "model.rescale_prenorm_residual": flag("Whether output projections start smaller by sqrt(blocks).", optional=True),
+  "model.dtype": word("Of activations and products.", DTYPES, optional=True),
+  "model.param_dtype": word("Of parameters.", DTYPES, optional=True),
+  "model.remat": flag("Whether the backward pass recomputes each block.", optional=True),
+}
+
+# Guard -> what its threshold counts; the names are those of nemocascade.guards.GUARDS.
+GUARDS = {
+  "entropy_collapse": "Nats a token; fires below it.",
+  "reward_collapse": "Share of the best average reward that is lost.",
+  "length_explosion": "Length of completions, in units of the first steps'.",
+  "sampler_mismatch": "Nats a token between sampler and trainer.",
+  "uniform_teacher": "Share of tokens on which a teacher is nearly uniform.",
+  "few_signals": "Share of groups whose verdicts differ; fires below it.",
+  "disk_full": "Checkpoints that still fit on the disk; fires below it.",
+}
+SUPERVISION = {
+  "max_nonfinite": whole("Updates in a row that are not finite, and so not applied, after which a stage stops."),
+  "guards.window": whole("Steps of the guards' moving average."),
+  **{f"guards.{name}.threshold": number(help, low=0) for name, help in GUARDS.items()},
+  **{f"guards.{name}.action": word("What happens where it fires.", ("warn", "stop", "off")) for name in GUARDS},
+}
+
+SHARED = MODEL | SUPERVISION | {
+  "mesh.data": whole("Groups of devices that share the rows; -1 takes what mesh.expert leaves.", also=(-1,)),
+  "mesh.expert": whole("Devices that share the experts; -1 takes what mesh.data leaves.", also=(-1,)),
+  "tokenizer.path": text("tokenizer.json, tokenizer.model or a folder with one; empty trains one."),
+  "tokenizer.vocab_size": whole("Tokens of a tokenizer that is trained."),
+  "tokenizer.conversations": whole("Demonstrations of each domain that a tokenizer is trained on.", 0),
+  "domains": several("The domains, in the order of the report.", word("a domain", DOMAINS), empty=False, unique=True),
+  "tasks": section("Domain -> fields of it that are not its defaults."),
+  "tasks.*.sloppy_rate": number("Share of a demonstration's steps in the sloppy style.", low=0, high=1),
+  "tasks.*.error_rate": number("Share of the sloppy steps that err.", low=0, high=1),
+  "tasks.*.*": anything("Another field of the domain."),
+  "evaluation.prompts": whole("Held-out prompts of each domain."),
+  "evaluation.completions": whole("Completions of each prompt at temperature 1."),
+  "evaluation.batch": whole("Rows decoded together."),
+  "evaluation.prompt_tokens": whole("Tokens of a prompt at most."),
+  "evaluation.total_tokens": whole("Tokens of prompt, completion and tool responses at most."),
+  "evaluation.long_prompt_tokens": whole("The same as prompt_tokens for long_domains."),
+  "evaluation.long_total_tokens": whole("The same as total_tokens for long_domains."),
+  "evaluation.long_domains": several("Domains with the long lengths.", word("a domain", DOMAINS), unique=True),
+  "evaluation.long_batch": whole("Rows of long_domains decoded together."),
+  "evaluation.greedy": several("Stages that are scored greedily too.", text("a stage"), unique=True),
+  "sandbox.workers": whole("Programs that run at a time.", high=4096),
+}
+
+STAGE = {
+  "kind": word("What the stage trains by.", ("sft", "rl", "reward_model")),
+  "init_from": text("Where it starts: a checkpoint, in a cascade also a stage or 'previous'; empty draws fresh parameters."),
+  "steps": whole("Steps of the stage."),
+  "save_every": whole("Steps between checkpoints."),
+  "optimizer.peak_lr": number("Learning rate after warm-up.", above=0, high=1),
+  "optimizer.warmup_steps": whole("Steps of linear warm-up.", 0),
+  "optimizer.schedule": word("Decay after warm-up.", "nemocascade.step.optimizer:SCHEDULES"),
+  "optimizer.final_fraction": number("Share of the peak rate at the last step.", low=0, high=1),
+  "optimizer.b1": number("Adam's decay of the first moment.", low=0, below=1),
+  "optimizer.b2": number("Adam's decay of the second moment.", low=0, below=1),
+  "optimizer.eps": number("Adam's epsilon.", above=0),
+  "optimizer.weight_decay": number("Decoupled weight decay of matrices.", low=0, high=1),
+  "optimizer.clip_norm": number("Norm to which the gradient is clipped.", above=0),
+  "optimizer.frozen": several("Patterns of the paths of parameters that keep their values.", text("a pattern", empty=False)),
+}
+
+BALANCE = {
+  "router_balance.kind": word("How experts' loads are balanced.", ("frozen", "sign", "auxiliary", "both")),
+  "router_balance.rate": number("Change of the router's bias a step, under sign and both.", low=0, high=1),
+  "router_balance.weight": number("Weight of the balance loss, under auxiliary and both.", low=0),
+}
+
+SFT = BALANCE | {
+  "conversations": section("Domain -> its demonstrations.", empty=False),
+  "conversations.*": whole("Demonstrations of this domain.", 0),
+  "non_thinking": number("Share of conversations without thoughts.", low=0, high=1),
+  "rows": whole("Packed rows of a step."),
+  "row_tokens": whole("Tokens of a row."),
+}
+
+REWARD_MODEL = {
+  "pairs": whole("Pairs of answers of a step."),
+  "row_tokens": whole("Tokens of prompt and answer; longer ones are cut."),
+  "heldout_pairs": whole("Pairs that the accuracy is measured on; at least `pairs`."),
+}
+
+RL = BALANCE | {
+  "mixture": section("Domain -> its share of the prompts.", empty=False),
+  "mixture.*": number("Share of this domain, relative to the others'.", low=0),
+  "rollout.prompts": whole("Prompts of a step."),
+  "rollout.completions": whole("Completions of a prompt."),
+  "rollout.prompt_tokens": whole("Tokens of a prompt at most."),
+  "rollout.total_tokens": whole("Tokens of prompt, completion and tool responses at most."),
+  "rollout.temperature": number("Sampling temperature.", above=0, high=100),
+  "rollout.top_p": number("Share of the probability that is sampled from; 1 is all.", above=0, high=1),
+  "packing.rows": whole("Rows of a step."),
+  "packing.row_tokens": whole("Tokens of a row."),
+  "packing.pieces": whole("Parts of the batch whose gradients are taken one after another."),
+  "packing.shared_prompts": flag("Whether a prompt is prefilled once for all its completions."),
+  "reward": word("verdict: the domain's; pairwise: a group's answers compared by the judge.", ("verdict", "pairwise")),
+  "judge": text("The reward model's checkpoint; in a cascade empty, where the reward_model stage is the judge."),
+  "advantage": word("What a token is paid.", "nemocascade.advantage:ADVANTAGES"),
+  "ratio": word("Of several updates a batch: how far the policy may move.", "nemocascade.step.loss:RATIOS"),
+  "correction": word("For the sampler's distance from the trainer.", "nemocascade.step.loss:CORRECTIONS"),
+  "aggregation": word("How tokens are averaged.", "nemocascade.step.loss:AGGREGATIONS"),
+  "kl": word("Estimator of the KL to where the stage started.", "nemocascade.step.loss:KLS"),
+  "kl_weight": number("Weight of that KL.", low=0),
+  "entropy_weight": number("Weight of the entropy bonus.", low=0),
+  "distillation": word("Distance from the teachers.", "nemocascade.step.loss:DISTILLATIONS"),
+  "distillation_weight": number("Weight of that distance.", low=0),
+  "overlong": word("What an unfinished completion is paid.", "nemocascade.rollout.score:OVERLONG"),
+  "options": section("Function -> its settings; those not chosen cost nothing."),
+  "options.*.clip": number("Bound of an advantage, in nats.", above=0),
+  "options.*.alpha": number("Weight of the outcome's advantage.", low=0),
+  "options.*.low": number("Lower bound of the ratio, or how far below 1.", low=0),
+  "options.*.high": number("Upper bound of the ratio, or how far above 1.", above=0),
+  "options.*.cap": number("Cap of the loss where the advantage is negative.", above=1),
+  "options.*.eps": number("Added to a standard deviation.", above=0),
+  "options.*.k": whole("Likeliest tokens of the teacher."),
+  "options.*.tokens": whole("Last tokens over which the reward falls."),
+  "options.*.*": number("Another setting of the function."),
+  "updates": whole("Times that a batch is learned from; 1 is on policy."),
+  "dynamic_filtering": flag("Whether groups whose verdicts are all equal are left out."),
+  "refill_rounds": whole("Batches sampled at most to fill a step with informative groups.", high=100),
+  "samples_every": whole("Steps between writes of samples.jsonl."),
+  "samples": whole("Completions written each time.", 0),
+  "teachers": section("Domain -> 'best', a finished stage of the cascade, or a checkpoint."),
+  "teachers.*": text("The teacher of this domain.", empty=False),
+  "teachers_in_memory": whole("Teachers kept on the devices."),
+}
+
+CASCADE = {
+  "order": several("The stages in their order.", text("a stage", empty=False), empty=False, unique=True),
+  "side_line": several("Stages that 'previous' skips.", text("a stage"), unique=True),
+  "stages": section("Name -> the fields of a stage.", empty=False),
+}
+
+ABLATION = CASCADE | {
+  "seeds": several("Seeds that are compared, each with its own student.", whole("a seed", 0), empty=False, unique=True),
+  "student": text("The stage from which every arm starts.", empty=False),
+  "teachers_of": section("Domain -> the stage whose score is its teacher's."),
+  "teachers_of.*": text("A stage.", empty=False),
+  "arms": section("Name -> the fields of an RL stage.", empty=False),
+  "rate_of": section("Arm -> the arm whose peak_lr it has."),
+  "rate_of.*": text("An arm.", empty=False),
+  "budget.unit": word("What the arms' budgets are equal in.", ("steps", "tokens", "flops")),
+  "budget.amount": number("The budget of an arm, in that unit.", above=0),
+  "compared.domains": several("Domains that are scored.", word("a domain", DOMAINS), empty=False, unique=True),
+  "compared.at": several("Steps that are scored on compared.prompts.", whole("a step")),
+  "compared.prompts": whole("Held-out prompts of each domain, once each; at most evaluation.prompts."),
+  "compared.full_at": several("Steps that are scored on all held-out prompts.", whole("a step")),
+  "compared.full_completions": whole("Completions of each prompt there and at the end."),
+  "compared.reach": number("Share of the gap at which an arm has come to its teacher.", above=0, high=1),
+  "compared.pairs": several("Arms compared step by step: (ours, theirs).", several("a pair", text("an arm"), length=2)),
+  "compared.ends": several("Arms compared where each ends: (ours, theirs).", several("a pair", text("an arm"), length=2)),
+  "search.arms": several("Arms whose peak_lr is searched for.", text("an arm"), unique=True),
+  "search.rates": several("Values of peak_lr that are tried.", number("a rate", above=0, high=1), empty=False),
+  "search.steps": whole("Steps of a try."),
+  "search.seeds": several("Seeds of the tries, none of them in seeds.", whole("a seed", 0), unique=True),
+}
+
+# Kind of config -> its own fields. A stage inside of a cascade has no shared ones.
+OWN = {
+  "sft": STAGE | SFT, "rl": STAGE | RL, "reward_model": STAGE | REWARD_MODEL, "cascade": CASCADE, "ablation": ABLATION,
+}  # fmt: skip
+WHOLE = {kind: SEED | SHARED | own for kind, own in OWN.items()}
+# A comparison has `seeds` in its place.
+WHOLE["ablation"]["seed"] = dataclasses.replace(SEED["seed"], optional=True)
+
+
+def kind_of(config: Mapping) -> str:
+  """Which of OWN a config is, by the fields that it has."""
+  if "arms" in config:
+    return "ablation"
+  if "stages" in config:
+    return "cascade"
+  if "kind" not in config:
+    raise UserError(f"kind is missing: must be {STAGE['kind'].allowed()}, or give a config with stages")
+  STAGE["kind"].check("kind", config["kind"])
+  return config["kind"]
+
+
+def check(c: Any, *kinds: str) -> None:
+  """Refuses a ConfigDict whose fields are not those of its kind, or whose values are not within their ranges.
+
+  Raises:
+    UserError: names the first such field, its value and what is allowed; or the kind, if it is none of `kinds`.
+  """
+  config = c.to_dict()
+  kind = kind_of(config)
+  if kinds and kind not in kinds:
+    raise UserError(f"kind={kind!r}: --config is of this kind; this command takes {' or '.join(map(repr, kinds))}")
+  _check(config, WHOLE[kind], "")
+
+
+def check_values(part: str, **values: Any) -> None:
+  """The same for some fields of the section `part`, wherever they come from."""
+  tables = SHARED | STAGE | RL
+  for name, value in values.items():
+    tables[f"{part}.{name}"].check(f"{part}.{name}", value)
+
+
+def field_of(config: Mapping, name: str) -> tuple[Field | None, list[str]]:
+  """(the field of this dotted name in a config, or None; the names that its section may have)."""
+  table, (first, *rest) = WHOLE[kind_of(config)], name.split(".")
+  if first in ("stages", "arms") and len(rest) > 1 and rest[0] in config.get(first, {}):
+    kind = "rl" if first == "arms" else config[first][rest[0]].get("kind")
+    table, name = OWN.get(kind, {}), ".".join(rest[1:])
+  elif first in ("stages", "arms") and rest:
+    return None, list(config.get(first, {}))
+  return _find(table, name), _siblings(table, name)
+
+
+def _check(config: Mapping, table: Mapping[str, Field], prefix: str) -> None:
+  _walk(config, table, "", prefix)
+  for name, field in table.items():
+    if not field.optional and "*" not in name and not _has(config, name):
+      raise UserError(f"{prefix}{name} is missing: must be {field.allowed()}")
+
+
+def _walk(node: Mapping, table: Mapping[str, Field], path: str, prefix: str) -> None:
+  for key, value in node.items():
+    name = f"{path}{key}"
+    field, inner = _find(table, name), any(pattern.startswith(f"{name}.") for pattern in table)
+    if field is None and not inner and not _find(table, f"{name}.x"):
+      raise no_field(prefix + name, _siblings(table, name))
+    if (field is None or field.kind is dict) and not isinstance(value, Mapping):
+      raise UserError(f"{prefix}{name}={shown(value)}: must be a section with fields, such as {name}.{_first(table, name)}")
+    if field is not None:
+      field.check(prefix + name, value)
+    if name in ("stages", "arms"):
+      for own, stage in value.items():
+        _stage(stage, f"{prefix}{name}.{own}", arm=name == "arms")
+    elif isinstance(value, Mapping) and (field is None or field.kind is dict):
+      _walk(value, table, f"{name}.", prefix)
+
+
+def _stage(stage: Any, name: str, arm: bool) -> None:
+  if not isinstance(stage, Mapping):
+    raise UserError(f"{name}={shown(stage)}: must be the fields of a stage")
+  if "kind" not in stage:
+    raise UserError(f"{name}.kind is missing: must be {STAGE['kind'].allowed()}")
+  STAGE["kind"].check(f"{name}.kind", stage["kind"])
+  if arm and stage["kind"] != "rl":
+    raise unknown(f"{name}.kind", stage["kind"], ("rl",))
+  _check(stage, OWN[stage["kind"]], f"{name}.")
+
+
+def _find(table: Mapping[str, Field], name: str) -> Field | None:
+  """The field of the name, or of the pattern with the fewest stars that fits it."""
+  if name in table:
+    return table[name]
+  parts, found = name.split("."), []
+  for pattern, field in table.items():
+    wanted = pattern.split(".")
+    if "*" in wanted and len(wanted) == len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True)):
+      found.append((wanted.count("*"), field))
+  return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _siblings(table: Mapping[str, Field], name: str) -> list[str]:
+  before = name.split(".")[:-1]
+  below = (p.split(".") for p in table)
+  return sorted({p[len(before)] for p in below if len(p) > len(before) and p[: len(before)] == before} - {"*"})
+
+
+def _first(table: Mapping[str, Field], name: str) -> str:
+  names = (p.split(".", name.count(".") + 1)[-1] for p in table if p.startswith(f"{name}."))
+  return next(names, "*").replace("*", "NAME")
+
+
+def _has(config: Mapping, name: str) -> bool:
+  for part in name.split("."):
+    if not isinstance(config, Mapping) or part not in config:
+      return False
+    config = config[part]
+  return True
+
+
+def described(c: Any) -> Iterator[tuple[str, Any, Field]]:
+  """(dotted name, value, field) of every field that the config has; c passes `check`."""
+  config = c.to_dict()
+
+  def walk(node: Mapping, path: str):
+    for key, value in node.items():
+      field, _ = field_of(config, path + key)
+      if isinstance(value, Mapping) and value and (field is None or field.kind is dict):
+        yield from walk(value, f"{path}{key}.")
+      elif field is not None:
+        yield path + key, value, field
+
+  return walk(config, "")
+
+
+def markdown() -> str:
+  """The reference page."""
+  parts = {
+    "Shared by all": SEED | SHARED, "Of every stage": STAGE, "SFT": SFT, "Reward model": REWARD_MODEL, "RL": RL,
+    "Cascade": CASCADE, "Ablation": {n: f for n, f in ABLATION.items() if n not in CASCADE},
+  }  # fmt: skip
+  lines = [
+    "# Fields of a config", "",
+    "Written from the table in `nemocascade/field_table.py` by `python -m nemocascade.field_table > experiments/FIELDS.md`.",
+    "`*` stands for a name that the config gives. Values are those of the files in `configs/`.",
+  ]  # fmt: skip
+  for title, table in parts.items():
+    lines += ["", f"## {title}", "", "| field | allowed | meaning |", "|---|---|---|"]
+    lines += [f"| `{name}` | {field.allowed()} | {field.help} |" for name, field in table.items()]
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  print(markdown())

@@ -1,0 +1,195 @@
+"""What a setting may be: its type, range and choices, and how a value is read and refused."""
+
+import ast
+import dataclasses
+import importlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nemocascade.errors import UserError, listed, nearest, short, unknown
+
+LARGEST = 2**31 - 1  # Of every whole number: programs count in int32.
+BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Field:
+  """One setting. `kind` is int, float, bool, str, tuple, dict or object (anything).
+
+  Attributes:
+    help: one sentence, with the unit.
+    low, high: bounds that the value may equal. above, below: bounds that it may not.
+    also: values outside of the bounds that are allowed too, such as None or -1.
+    choices: the words allowed, or "module:NAME" of the dict whose keys they are. The dict is named and not
+      imported here, since it lies on a higher floor.
+    empty: whether "" , () or {} is allowed.
+    item: of a tuple, what its values may be. unique: no value twice. length: how many values.
+    optional: whether a config may lack it.
+  """
+
+  kind: type
+  help: str
+  low: float | None = None
+  high: float | None = None
+  above: float | None = None
+  below: float | None = None
+  infinite: bool = False
+  also: tuple = ()
+  choices: tuple[str, ...] | str = ()
+  empty: bool = True
+  item: "Field | None" = None
+  unique: bool = False
+  length: int | None = None
+  optional: bool = False
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises UserError, with the name, the value and what is allowed, where the value is not."""
+    if any(value is other or (type(value) is type(other) and value == other) for other in self.also):
+      return
+    if isinstance(value, float) and math.isnan(value):
+      raise UserError(f"{name}=nan: is not a number; must be {self.allowed()}")
+    if not self._has_kind(value) or not self._within(value):
+      raise UserError(f"{name}={shown(value)}: must be {self.allowed(value)}")
+    if self.choices and value not in (words := self.words()):
+      if not (value == "" and self.empty and self.kind is str):
+        raise unknown(name, value, words)
+    if self.kind is tuple:
+      for i, part in enumerate(value):
+        self.item.check(f"{name}[{i}]", part)
+      if self.unique and (twice := [part for i, part in enumerate(value) if part in value[:i]]):
+        raise UserError(f"{name}={shown(value)}: has {twice[0]!r} twice; must be {self.allowed()}")
+
+  def parse(self, name: str, text: str) -> Any:
+    """The value that a command line spells. Raises UserError where it spells none of this kind."""
+    if None in self.also and text in ("None", "none"):
+      return None
+    if self.kind is str:
+      return text
+    try:
+      if self.kind is bool:
+        return BOOLS[text.lower()]
+      value = self.kind(text) if self.kind in (int, float) else ast.literal_eval(text)
+    except (KeyError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+      value = text
+    if self.kind is tuple and isinstance(value, list):
+      value = tuple(value)
+    if not isinstance(value, self.kind):
+      raise UserError(f"{name}={shown(text)}: must be {self.allowed()}")
+    return value
+
+  def words(self) -> tuple[str, ...]:
+    """The choices."""
+    if isinstance(self.choices, str):
+      module, name = self.choices.split(":")
+      return tuple(getattr(importlib.import_module(module), name))
+    return self.choices
+
+  def allowed(self, value: Any = None) -> str:
+    """What may be given, in words; a bound that every whole number has only where `value` is beyond it."""
+    return " or ".join([self._allowed(value), *("None" if v is None else str(v) for v in self.also)])
+
+  def _allowed(self, value: Any) -> str:
+    if self.choices:
+      return "one of " + ", ".join(self.words())
+    if self.kind in (int, float):
+      ends = self.infinite or self.high is not None or self.below is not None
+      kind = "a whole number" if self.kind is int else "a number" if ends else "a finite number"
+      return kind + self._bounds(value)
+    if self.kind is tuple:
+      many = f"a tuple of {self.length}" if self.length else "a tuple" if self.empty else "a tuple, not empty,"
+      of = self.item._allowed(None) if self.item.kind is not object else "values"
+      return f"{many} of {of}" + (", each once" if self.unique else "")
+    words = {bool: "True or False", str: "a text", dict: "a section of fields", object: "a value"}[self.kind]
+    return words + ("" if self.empty else ", not empty")
+
+  def _bounds(self, value: Any) -> str:
+    high = self._high()
+    if self.high is None and not (isinstance(value, int) and value > high):
+      high = None
+    words = {"at least": self.low, "above": self.above, "below": self.below, "at most": high}
+    parts = [f"{word} {bound:g}" if bound != LARGEST else f"{word} {LARGEST}" for word, bound in words.items() if bound is not None]
+    return (" of " if parts[0].startswith("at ") else " ") + " and ".join(parts) if parts else ""
+
+  def _high(self) -> float:
+    return self.high if self.high is not None else LARGEST if self.kind is int else math.inf
+
+  def _has_kind(self, value: Any) -> bool:
+    if self.kind is object:
+      return True
+    if self.kind is bool:
+      return isinstance(value, bool)
+    if self.kind is tuple:
+      return isinstance(value, tuple | list)
+    if self.kind is dict:
+      return isinstance(value, Mapping) or hasattr(value, "to_dict")
+    kinds = (int, float) if self.kind is float else self.kind
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+  def _within(self, value: Any) -> bool:
+    if self.kind in (int, float):
+      return (
+        value <= self._high()
+        and (self.low is None or value >= self.low)
+        and (self.above is None or value > self.above)
+        and (self.below is None or value < self.below)
+        and (self.infinite or not math.isinf(value))
+      )
+    if self.kind in (str, tuple, dict) and not self.empty and len(value) == 0:
+      return False
+    return self.length is None or len(value) == self.length
+
+
+# Short forms, so that a table has a line a field.
+
+
+def whole(help: str, low: int | None = 1, high: int | None = None, **more: Any) -> Field:
+  """A whole number; of at least 1 unless told otherwise."""
+  return Field(kind=int, help=help, low=low, high=high, **more)
+
+
+def number(help: str, **bounds: Any) -> Field:
+  return Field(kind=float, help=help, **bounds)
+
+
+def flag(help: str, **more: Any) -> Field:
+  return Field(kind=bool, help=help, **more)
+
+
+def text(help: str, **more: Any) -> Field:
+  return Field(kind=str, help=help, **more)
+
+
+def word(help: str, choices: Iterable[str] | str, *, empty: bool = False, **more: Any) -> Field:
+  """One of some words."""
+  choices = choices if isinstance(choices, str) else tuple(choices)
+  return Field(kind=str, help=help, choices=choices, empty=empty, **more)
+
+
+def several(help: str, item: Field, **more: Any) -> Field:
+  """A tuple of `item`."""
+  return Field(kind=tuple, help=help, item=item, **more)
+
+
+def section(help: str, **more: Any) -> Field:
+  """Fields under names that the user gives."""
+  return Field(kind=dict, help=help, **more)
+
+
+def anything(help: str, **more: Any) -> Field:
+  return Field(kind=object, help=help, **more)
+
+
+def shown(value: Any, most: int = 60) -> str:
+  """A value as a message quotes it: one line, not too long."""
+  return short(repr(value.to_dict() if hasattr(value, "to_dict") else value), most)
+
+
+def no_field(name: str, among: Iterable[str]) -> UserError:
+  """The error for a field that does not exist, beside those that do."""
+  section_, _, last = name.rpartition(".")
+  where = f"in {section_.removeprefix('--config.')} " if section_ not in ("", "--config") else ""
+  among = sorted(among)
+  near = nearest(last, among)
+  hint = f"did you mean {near!r}? " if near else ""
+  return UserError(f"{name}: no such field: {hint}{where}there are {listed(among, 90)}")
