@@ -21,18 +21,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import cascade, rl
-from experiments.assembly import Assembly, check_evaluation, check_owner, claim
+from experiments import cascade, objective, rl
+from experiments.assembly import Assembly, check_evaluation
 from experiments.launch import launch
 from experiments.processes import refuse_several
 from experiments.sharing import each, held
 from experiments.teaching import find, gather
+from experiments.workdir import check_owner, claim
 from nemocascade import comparison, evaluate, report
 from nemocascade.cascade import NUMBERS, Record
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_table import check as check_fields
 from nemocascade.metrics import read_lines
-from nemocascade.model.hybrid import matmul_params
+from nemocascade.model.size import matmul_params
 from nemocascade.rollout import score
 from nemocascade.state_files import named, read_state, refused, write_json
 
@@ -207,7 +208,7 @@ def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directo
   path = directory / "evaluations.jsonl"
   if not (directory / "done.json").exists():
     directory.mkdir(parents=True, exist_ok=True)
-    teachers = gather(a, find(arm, record), arm.teachers_in_memory) if rl.taught(arm) else None
+    teachers = gather(a, find(arm, record), arm.teachers_in_memory) if objective.taught(arm) else None
     # All arms sample with the same random numbers: a stage's are named by its folder.
     outcome = rl.run(
       arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps)
@@ -303,7 +304,7 @@ def run(c: ConfigDict, workdir: Path) -> dict:
   cascade.check_programs(preparation(c, seed=0), a)
   for name in c.arms:
     with cascade.inside(f"arms.{name}"):
-      rl.program(arm_config(c, name, seed=0), a)
+      objective.program(arm_config(c, name, seed=0), a)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   with held(workdir, wait=True, name=TURN):  # Processes that share the work are started together.

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from ml_collections import ConfigDict
 
 from experiments import loading
 from experiments.processes import first_alone
-from experiments.sharing import own
 from nemocascade import checksums, evaluate
 from nemocascade import mesh as mesh_lib
 from nemocascade.config import ModelConfig
@@ -37,7 +34,7 @@ from nemocascade.model.hybrid import (
 from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
 from nemocascade.rollout import episode, score
 from nemocascade.rollout.engine import Engine
-from nemocascade.state_files import read_state, write_json
+from nemocascade.state_files import write_json
 from nemocascade.step.balance import RouterBalance
 from nemocascade.types import Params
 
@@ -355,80 +352,3 @@ def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Asse
   c.model = ConfigDict(dataclasses.asdict(found.config))
   a = Assembly(c, workdir, found.tokenizer)
   return a, found.load(a.template)
-
-
-CONFIG = {  # Of config.json.
-  "type": "object",
-  "required": ["config", "versions"],
-  "properties": {
-    "config": {"type": "object"},
-    "versions": {"type": "object", "additionalProperties": {"type": "string"}},
-  },
-}
-
-
-def claim(c: ConfigDict, workdir: Path, a: Assembly, *, shared: bool = False) -> None:
-  """Makes the work directory this config's and this process's, or refuses one that belongs to another.
-
-  The first thing that a run writes: all that can be checked before has been.
-
-  Args:
-    shared: other processes of the same config may write there too, each where no other does.
-
-  Raises:
-    UserError: as check_owner; or another process writes there.
-  """
-  check_owner(c, workdir)
-  first_alone(lambda: own(workdir, shared=shared))
-  path = Path(workdir) / "config.json"
-  fields = json.loads(c.to_json_best_effort())
-  first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
-  check_owner(c, workdir)  # Another process may have been faster.
-  a.keep_tokenizer()
-
-
-def check_owner(c: ConfigDict, workdir: Path) -> None:
-  """Refuses a work directory of another config.
-
-  Raises:
-    UserError: config.json there is damaged or differs; the first differing field is named.
-  """
-  path = Path(workdir) / "config.json"
-  if not os.path.lexists(path):
-    return
-  before = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")["config"]
-  fields = json.loads(c.to_json_best_effort())
-  if difference := _difference(before, fields):
-    name, there, here = difference
-    raise UserError(
-      f"--workdir {path.parent} belongs to another config: {name} is {there!r} in its config.json and {here!r} here;"
-      " choose another --workdir"
-    )
-
-
-def _difference(there, here, name: str = "config"):
-  """The first (field, there, here) in which two JSON values differ, or None."""
-  if isinstance(there, dict) and isinstance(here, dict):
-    for key in sorted(there.keys() | here.keys()):
-      if key not in there or key not in here:
-        return f"{name}.{key}", there.get(key, "absent"), here.get(key, "absent")
-      if found := _difference(there[key], here[key], f"{name}.{key}"):
-        return found
-    return None
-  return None if there == here else (name, there, here)
-
-
-def versions() -> dict[str, str]:
-  """Of the packages that numbers depend on, and of this code where git knows it."""
-  import subprocess
-  from importlib.metadata import version
-
-  found = {name: version(name) for name in ("jax", "flax", "optax", "numpy", "sentencepiece")}
-  if shutil.which("git"):
-    git = subprocess.run(
-      ["git", "describe", "--always", "--dirty"],
-      cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if git.returncode == 0:
-      found["nemocascade"] = git.stdout.strip()
-  return found

@@ -21,7 +21,8 @@ import numpy as np
 from experiments import bench_kernels
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
-from nemocascade.model.hybrid import Hybrid, count_params, init_params, matmul_params, repeat_state
+from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
+from nemocascade.model.size import count_params, matmul_params
 from nemocascade.rollout.engine import Engine
 from nemocascade.step.optimizer import make_optimizer, new_state
 from nemocascade.step.sft import sft_step

@@ -14,12 +14,13 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import loading, reward_model, rl, sft
-from experiments.assembly import Assembly, check_evaluation, check_owner, claim, judged
+from experiments import loading, objective, reward_model, rl, sft
+from experiments.assembly import Assembly, check_evaluation, judged
 from experiments.launch import launch
 from experiments.processes import refuse_several
 from experiments.stage import check_start
 from experiments.teaching import BEST, find, gather, probe
+from experiments.workdir import check_owner, claim
 from nemocascade import report
 from nemocascade.cascade import Record, columns
 from nemocascade.config import ModelConfig
@@ -167,7 +168,7 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, before: 
   record.put(entry)
 
   extra = {}
-  if stage.kind == "rl" and rl.taught(stage):
+  if stage.kind == "rl" and objective.taught(stage):
     found = find(stage, record)
     extra["teachers"] = gather(a, found, stage.teachers_in_memory)
     record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from experiments import rl, sft
+from experiments import objective, rl, sft
 from experiments.assembly import Assembly
 from experiments.launch import launch
 from experiments.stage import Spent
@@ -33,7 +33,7 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.field_table import kind_of
 from nemocascade.fields import text
 from nemocascade.mesh import by_rows, first_rows, make_mesh, placed
-from nemocascade.model.hybrid import matmul_params
+from nemocascade.model.size import matmul_params
 from nemocascade.types import Batch, Prompts, Rollout
 
 GIB = 1 << 30
@@ -159,7 +159,7 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
     scored = _rows(a, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
     yield "score", lambda: a.score.trace(a.template, *scored, temperature=temperature), Spent(scored=n * r.total_tokens), shorter
 
-  state, step_fn, proximal_fn = rl.step_program(c, a)
+  state, step_fn, proximal_fn = objective.step_program(c, a)
   rows, count = _taught_rows(c, Q, r.completions, r.total_tokens)
   rows = {name: struct((p.rows, p.row_tokens), row.dtype) for name, row in rows.items()}
   rows, count = _rows(a, (rows, count))
@@ -183,7 +183,7 @@ def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):
     teacher_logprobs_QGT=of(f32, *QGT) if c.advantage in advantage.TAUGHT else None,
     reference_logprobs_QGT=of(f32, *QGT) if c.kl_weight else None,
   )  # fmt: skip
-  rows, count, _ = jax.eval_shape(rl.rows_program(rl.settings(c, "advantage", "aggregation")), rollout)
+  rows, count, _ = jax.eval_shape(objective.rows_program(objective.settings(c, "advantage", "aggregation")), rollout)
   return rows, count
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import loading
-from experiments.assembly import Assembly, check_owner, claim
+from experiments.assembly import Assembly
 from experiments.launch import launch
 from experiments.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
 from experiments.supervision import Supervisor
+from experiments.workdir import check_owner, claim
 from nemocascade.domains.preference import preference_pairs
 from nemocascade.errors import UserError
 from nemocascade.field_table import check as check_fields

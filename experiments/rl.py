@@ -11,9 +11,6 @@ file has the equation of each choice.
 """
 
 import dataclasses
-import functools
-import inspect
-import json
 import time
 import zlib
 from collections.abc import Callable
@@ -24,16 +21,25 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import loading
-from experiments.assembly import Assembly, check_lengths, check_owner, claim, judged
+from experiments.assembly import Assembly, check_lengths, judged
 from experiments.launch import launch
 from experiments.mixture import Mixture
+from experiments.objective import (
+  SLOTS,
+  arrange,
+  chosen,
+  program,
+  rows_program,
+  settings,
+  settings_of,
+  taught,
+  topk,
+)
 from experiments.processes import refuse_several
 from experiments.stage import (
   Outcome,
   Spent,
-  abstract_state,
   check_start,
-  jit_step,
   own_tokenizer,
   start,
 )
@@ -48,40 +54,23 @@ from experiments.teaching import (
   teacher_states,
   uniform_share,
 )
+from experiments.workdir import check_owner, claim
 from nemocascade import advantage
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains import judge as judge_lib
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_table import check as check_fields
-from nemocascade.mesh import check_rows
 from nemocascade.metrics import MetricsWriter, Phases, progress
 from nemocascade.rollout import score
 from nemocascade.rollout.episode import Samples
 from nemocascade.step import loss
 from nemocascade.step.balance import RouterBalance
-from nemocascade.step.optimizer import make_optimizer
-from nemocascade.step.policy_gradient import (
-  policy_gradient_step,
-  proximal_logprobs,
-  rollout_metrics,
-)
-from nemocascade.step.rows import after_prompts, pack_rows, rows_needed, to_rows
+from nemocascade.step.rows import rows_needed
 from nemocascade.step.update import SKIPPED
 from nemocascade.teachers import Teachers
-from nemocascade.types import Params, Prompts
+from nemocascade.types import Params
 
 Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, what they cost) -> end here.
-SLOTS = dict(
-  advantage=advantage.ADVANTAGES,
-  ratio=loss.RATIOS,
-  correction=loss.CORRECTIONS,
-  aggregation=loss.AGGREGATIONS,
-  kl=loss.KLS,
-  distillation=loss.DISTILLATIONS,
-  overlong=score.OVERLONG,
-)
-
-
 def check(c: ConfigDict) -> None:
   """Refuses a stage that cannot run, before anything is compiled."""
   check_fields(c, "rl")
@@ -153,22 +142,6 @@ def _check_packing(c: ConfigDict) -> None:
       f"packing.rows={p.rows}: must be a multiple of packing.pieces={p.pieces} and at least {needed},"
       f" to hold {samples} completions of {r.total_tokens} tokens in rows of {p.row_tokens}"
     )
-
-
-def taught(c: ConfigDict) -> list[str]:
-  """The choices of a stage that read teachers, as they stand in its config."""
-  of_advantage = [f"advantage={c.advantage!r}"] if c.advantage in advantage.TAUGHT else []
-  return of_advantage + ([f"distillation={c.distillation!r}"] if c.distillation_weight else [])
-
-
-def topk(c: ConfigDict) -> int:
-  return inspect.signature(chosen(c, "distillation")).parameters["k"].default
-
-
-def settings_of(function: Callable) -> list[str]:
-  """The names of a slot's keyword-only arguments."""
-  parameters = inspect.signature(function).parameters.values()
-  return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def pairwise_rewards(a: Assembly, samples: Samples) -> np.ndarray:
@@ -293,86 +266,6 @@ def run(
     bar.close()
   store.wait()
   return Outcome(state.params, str(store.path_of(step + 1)), step + 1, spent.sampled, time.time() - began)
-
-
-def arrange(c: ConfigDict, rows) -> tuple[dict[str, np.ndarray], Prompts | None]:
-  """The rows of a batch as the step takes them: packed, or behind the prompts that they share."""
-  p = c.packing
-  if p.shared_prompts:
-    return after_prompts(rows, c.rollout.prompts, P=c.rollout.prompt_tokens, T=p.row_tokens)
-  return pack_rows(rows, B=p.rows, T=p.row_tokens, accumulate=p.pieces), None
-
-
-def settings(c: ConfigDict, *names: str) -> str:
-  """These fields and the options of the functions they name, as JSON."""
-  fields = {name: json.loads(c.to_json_best_effort())[name] for name in (*names, "options")}
-  fields["options"] = {n: o for n, o in fields["options"].items() if n in [fields[s] for s in names if s in SLOTS]}
-  return json.dumps(fields, sort_keys=True)
-
-
-SCHEDULED = ("peak_lr", "warmup_steps", "final_fraction")  # Kept in the optimizer's state.
-
-
-def step_settings(c: ConfigDict) -> str:
-  """What a stage's step depends on: stages that agree share one compiled program."""
-  c = ConfigDict(c)
-  c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
-  return settings(
-    c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
-    "optimizer", "packing", "router_balance",
-  )  # fmt: skip
-
-
-def chosen(c: ConfigDict, slot: str) -> Callable:
-  """The function that a slot of the config names, with its options."""
-  name = c[slot]
-  options = c.options[name] if name in c.options else {}
-  return functools.partial(SLOTS[slot][name], **options)
-
-
-@functools.cache
-def rows_program(fields: str):
-  """The jitted rollout -> rows, of `settings`."""
-  c = ConfigDict(json.loads(fields))
-  advantage_fn, aggregation = chosen(c, "advantage"), chosen(c, "aggregation")
-
-  def rows(rollout):
-    rows, count = to_rows(rollout, advantage_fn(rollout), aggregation)
-    return rows, count, rollout_metrics(rollout)
-
-  return jax.jit(rows)
-
-
-def program(c: ConfigDict, a: Assembly):
-  """The optimizer of a stage, and its step_program."""
-  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, a)
-
-
-def step_program(c: ConfigDict, a: Assembly):
-  """The abstract state, the jitted step, and the jitted log-probabilities before it."""
-  if c.packing.shared_prompts:  # These lie over the devices as rows do.
-    check_rows("rollout.prompts", c.rollout.prompts, a.mesh)
-  if ("rl step", fields := step_settings(c)) not in a.programs:
-    a.programs["rl step", fields] = _step_program(a, fields)
-  return a.programs["rl step", fields]
-
-
-def _step_program(a: Assembly, fields: str):
-  c = ConfigDict(json.loads(fields))
-  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, a.mesh)
-  tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
-  balance = RouterBalance(**c.router_balance)
-  step = policy_gradient_step(
-    a.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
-    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
-    distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
-    accumulate=c.packing.pieces, balance=balance, add_to_bias=a.add_to_bias, take_in_fn=a.take_in_fn,
-  )  # fmt: skip
-  state = abstract_state(tx, a.template, a.mesh)
-  proximal = functools.partial(
-    proximal_logprobs, a.score_fn, accumulate=c.packing.pieces, take_in_fn=a.take_in_fn
-  )
-  return state, jit_step(step, state, a.mesh), jax.jit(proximal)
 
 
 def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:

@@ -11,11 +11,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from experiments.assembly import Assembly, check_owner, claim
+from experiments.assembly import Assembly
 from experiments.launch import launch
 from experiments.processes import first_alone
 from experiments.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
 from experiments.supervision import Supervisor
+from experiments.workdir import check_owner, claim
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
 from nemocascade.errors import UserError, unknown

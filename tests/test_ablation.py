@@ -20,7 +20,7 @@ from experiments import ablation
 from experiments.stage import Outcome, Spent
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
-from nemocascade.model.hybrid import count_params, matmul_params
+from nemocascade.model.size import count_params, matmul_params
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from test_checkpoint import state, template
 
 from configs.tiny import cascade as cascade_config
 from configs.tiny import if_rl, sft
-from experiments import ablation, assembly, loading, rl
+from experiments import ablation, loading, rl
 from experiments import cascade as cascade_command
 from experiments.sharing import own
 from experiments.stage import own_tokenizer
+from experiments.workdir import check_owner, claim
 from nemocascade import checksums, conversion, state_files
 from nemocascade.cascade import Record
 from nemocascade.checkpoint import Store
@@ -29,7 +30,7 @@ from nemocascade.state_files import read_state
 ROOT = Path(__file__).parent.parent
 CASES = json.loads((Path(__file__).parent / "cases" / "files.json").read_text())
 READERS = {
-  "config.json": lambda path: assembly.claim(sft.get_config("smoke"), path.parent),
+  "config.json": lambda path: check_owner(sft.get_config("smoke"), path.parent),
   "cascade.json": lambda path: Record.open(path.parent),
   "model/config.json": lambda path: loading.read_config(path.parent),
   "metrics.jsonl": lambda path: MetricsWriter(path.parent, start_step=5),
@@ -238,7 +239,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
       with pytest.raises(UserError, match=rf"--workdir {tmp_path}: another process \(process {first.pid} of "):
         own(tmp_path, shared=shared)
     with pytest.raises(UserError, match="another process"):
-      assembly.claim(sft.get_config("smoke"), tmp_path)
+      claim(sft.get_config("smoke"), tmp_path, None)
     assert not (tmp_path / "config.json").exists()
     first.kill()
     first.wait()

@@ -16,7 +16,7 @@ from configs.tiny import cascade as cascade_config
 from configs.tiny import if_rl, rlhf  # fmt: skip
 from configs.tiny import reward_model as reward_model_config
 from configs.tiny import sft as sft_config
-from experiments import cascade, config_file, reward_model, rl, sft
+from experiments import cascade, config_file, objective, reward_model, rl, sft
 from nemocascade import field_table
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
@@ -63,15 +63,15 @@ def test_choices_are_the_keys_of_the_dicts_that_hold_the_functions():
   for field in named.values():
     module, name = field.choices.split(":")
     assert field.words() == tuple(getattr(importlib.import_module(module), name)) != ()
-  assert {name.removeprefix("rl:") for name in named} >= set(rl.SLOTS)
-  for slot, functions in rl.SLOTS.items():
+  assert {name.removeprefix("rl:") for name in named} >= set(objective.SLOTS)
+  for slot, functions in objective.SLOTS.items():
     assert RL[slot].words() == tuple(functions)
 
 
 def test_every_setting_of_a_function_has_a_range():
-  for functions in rl.SLOTS.values():
+  for functions in objective.SLOTS.values():
     for function in functions.values():
-      for setting in rl.settings_of(function):
+      for setting in objective.settings_of(function):
         assert f"options.*.{setting}" in RL, setting
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from two_processes import assert_both_say
 
 from configs.tiny import rl as rl_config
-from experiments import rl, sft
+from experiments import objective, rl, sft
 from experiments.assembly import Assembly
 from experiments.processes import join
 from experiments.stage import start
@@ -82,7 +82,7 @@ def sft_step(a: Assembly, directory):
 
 def rl_step(a: Assembly, directory):
   tx = rl.make_optimizer(total_steps=1, **a.c.optimizer)
-  _, step_fn, _ = rl.step_program(a.c, a)
+  _, step_fn, _ = objective.step_program(a.c, a)
   state, _, _ = start(a, directory, tx, "")
   state, metrics = step_fn(state, *a.put((arrays(), np.float32(arrays()["mask"].sum()))))
   return metrics, state
@@ -93,7 +93,7 @@ def rl_step_after_prompts(a: Assembly, directory):
   c = a.c.copy_and_resolve_references()
   c.packing.shared_prompts = True
   tx = rl.make_optimizer(total_steps=1, **c.optimizer)
-  _, step_fn, _ = rl.step_program(c, a)
+  _, step_fn, _ = objective.step_program(c, a)
   state, _, _ = start(a, directory, tx, "")
   r = np.random.default_rng(1)
   prompts = Prompts(r.integers(0, V, (8, 6), np.int32), r.integers(1, 7, 8, np.int32))
@@ -224,10 +224,10 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused_with_the_numbers()
     sft.program(c, a)
   c.packing.rows = 4
   with pytest.raises(UserError, match="2 rows over the 8 devices"):
-    rl.step_program(c, a)
+    objective.step_program(c, a)
   c.rollout.prompts, c.packing.shared_prompts = 4, True
   with pytest.raises(UserError, match="rollout.prompts is 4 rows over the 8 devices"):
-    rl.step_program(c, a)
+    objective.step_program(c, a)
 
 
 PROCESS = """

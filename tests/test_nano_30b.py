@@ -5,7 +5,7 @@ import pytest
 from configs.nano_30b.model import get_config
 from nemocascade.config import ModelConfig
 from nemocascade.model.hf_config import config_fields, model_config
-from nemocascade.model.hybrid import active_params, count_params
+from nemocascade.model.size import active_params, count_params
 
 
 @pytest.fixture(scope="module")

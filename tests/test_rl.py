@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.tiny import if_rl
-from experiments import rl, teaching
+from experiments import objective, rl, teaching
 from experiments.assembly import Assembly
 from experiments.mixture import Mixture
 from experiments.teaching import gather
@@ -88,7 +88,7 @@ def test_a_setting_that_its_function_does_not_have_is_named():
 
 def test_the_options_of_the_tiny_config_are_the_functions_own_defaults():
   c = if_rl.get_config()
-  functions = {name: fn for choices in rl.SLOTS.values() for name, fn in choices.items()}
+  functions = {name: fn for choices in objective.SLOTS.values() for name, fn in choices.items()}
   for name, fields in c.options.items():
     defaults = {n: p.default for n, p in inspect.signature(functions[name]).parameters.items()}
     assert fields.to_dict() == {n: defaults[n] for n in fields}
@@ -97,10 +97,10 @@ def test_the_options_of_the_tiny_config_are_the_functions_own_defaults():
 def test_stages_that_learn_alike_share_a_program_whatever_their_advantage():
   c, other = if_rl.get_config("smoke"), if_rl.get_config("smoke")
   other.advantage, other.mixture, other.options.tis.high = "mopd", {"math": 1.0}, 9.0
-  assert rl.step_settings(c) == rl.step_settings(other)
+  assert objective.step_settings(c) == objective.step_settings(other)
   other.correction = "tis"
-  assert rl.step_settings(c) != rl.step_settings(other)
-  assert '"high": 9.0' in rl.step_settings(other)
+  assert objective.step_settings(c) != objective.step_settings(other)
+  assert '"high": 9.0' in objective.step_settings(other)
 
 
 VOWELS = frozenset("aeiou")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.tiny import if_rl
-from experiments import rl, teaching
+from experiments import objective, rl, teaching
 from experiments.assembly import Assembly
 from experiments.teaching import gather
 from nemocascade.advantage import mopd, mopd_clipped, mopd_outcome
@@ -104,11 +104,11 @@ def test_the_temperature_is_no_reason_to_compile_again(stage):
   c, a, *_ = stage
   fields = dict(advantage="mopd", kl_weight=0.1, updates=2, ratio="token_clip")
   line(stage, "first", 0.9, **fields)
-  _, step_fn, proximal_fn = rl.step_program(changed(c, 0.9, **fields), a)
+  _, step_fn, proximal_fn = objective.step_program(changed(c, 0.9, **fields), a)
   programs = [step_fn, proximal_fn, a.score, a.engine(48, 112).decode_fn]
   before = [program._cache_size() for program in programs]
   line(stage, "second", 1.1, **fields)
-  assert rl.step_program(changed(c, 1.1, **fields), a)[1] is step_fn
+  assert objective.step_program(changed(c, 1.1, **fields), a)[1] is step_fn
   assert [program._cache_size() for program in programs] == before and min(before) > 0
 
 

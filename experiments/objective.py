@@ -1,0 +1,132 @@
+"""What an RL stage learns by: the functions that its config names, and the programs made of them."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.assembly import Assembly
+from experiments.stage import abstract_state, jit_step
+from nemocascade import advantage
+from nemocascade.mesh import check_rows
+from nemocascade.rollout import score
+from nemocascade.step import loss
+from nemocascade.step.balance import RouterBalance
+from nemocascade.step.optimizer import make_optimizer
+from nemocascade.step.policy_gradient import (
+  policy_gradient_step,
+  proximal_logprobs,
+  rollout_metrics,
+)
+from nemocascade.step.rows import after_prompts, pack_rows, to_rows
+from nemocascade.types import Prompts
+
+SLOTS = dict(
+  advantage=advantage.ADVANTAGES,
+  ratio=loss.RATIOS,
+  correction=loss.CORRECTIONS,
+  aggregation=loss.AGGREGATIONS,
+  kl=loss.KLS,
+  distillation=loss.DISTILLATIONS,
+  overlong=score.OVERLONG,
+)
+
+
+def taught(c: ConfigDict) -> list[str]:
+  """The choices of a stage that read teachers, as they stand in its config."""
+  of_advantage = [f"advantage={c.advantage!r}"] if c.advantage in advantage.TAUGHT else []
+  return of_advantage + ([f"distillation={c.distillation!r}"] if c.distillation_weight else [])
+
+
+def topk(c: ConfigDict) -> int:
+  return inspect.signature(chosen(c, "distillation")).parameters["k"].default
+
+
+def settings_of(function: Callable) -> list[str]:
+  """The names of a slot's keyword-only arguments."""
+  parameters = inspect.signature(function).parameters.values()
+  return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def arrange(c: ConfigDict, rows) -> tuple[dict[str, np.ndarray], Prompts | None]:
+  """The rows of a batch as the step takes them: packed, or behind the prompts that they share."""
+  p = c.packing
+  if p.shared_prompts:
+    return after_prompts(rows, c.rollout.prompts, P=c.rollout.prompt_tokens, T=p.row_tokens)
+  return pack_rows(rows, B=p.rows, T=p.row_tokens, accumulate=p.pieces), None
+
+
+def settings(c: ConfigDict, *names: str) -> str:
+  """These fields and the options of the functions they name, as JSON."""
+  fields = {name: json.loads(c.to_json_best_effort())[name] for name in (*names, "options")}
+  fields["options"] = {n: o for n, o in fields["options"].items() if n in [fields[s] for s in names if s in SLOTS]}
+  return json.dumps(fields, sort_keys=True)
+
+
+SCHEDULED = ("peak_lr", "warmup_steps", "final_fraction")  # Kept in the optimizer's state.
+
+
+def step_settings(c: ConfigDict) -> str:
+  """What a stage's step depends on: stages that agree share one compiled program."""
+  c = ConfigDict(c)
+  c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
+  return settings(
+    c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
+    "optimizer", "packing", "router_balance",
+  )  # fmt: skip
+
+
+def chosen(c: ConfigDict, slot: str) -> Callable:
+  """The function that a slot of the config names, with its options."""
+  name = c[slot]
+  options = c.options[name] if name in c.options else {}
+  return functools.partial(SLOTS[slot][name], **options)
+
+
+@functools.cache
+def rows_program(fields: str):
+  """The jitted rollout -> rows, of `settings`."""
+  c = ConfigDict(json.loads(fields))
+  advantage_fn, aggregation = chosen(c, "advantage"), chosen(c, "aggregation")
+
+  def rows(rollout):
+    rows, count = to_rows(rollout, advantage_fn(rollout), aggregation)
+    return rows, count, rollout_metrics(rollout)
+
+  return jax.jit(rows)
+
+
+def program(c: ConfigDict, a: Assembly):
+  """The optimizer of a stage, and its step_program."""
+  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, a)
+
+
+def step_program(c: ConfigDict, a: Assembly):
+  """The abstract state, the jitted step, and the jitted log-probabilities before it."""
+  if c.packing.shared_prompts:  # These lie over the devices as rows do.
+    check_rows("rollout.prompts", c.rollout.prompts, a.mesh)
+  if ("rl step", fields := step_settings(c)) not in a.programs:
+    a.programs["rl step", fields] = _step_program(a, fields)
+  return a.programs["rl step", fields]
+
+
+def _step_program(a: Assembly, fields: str):
+  c = ConfigDict(json.loads(fields))
+  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, a.mesh)
+  tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
+  balance = RouterBalance(**c.router_balance)
+  step = policy_gradient_step(
+    a.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
+    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
+    distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
+    accumulate=c.packing.pieces, balance=balance, add_to_bias=a.add_to_bias, take_in_fn=a.take_in_fn,
+  )  # fmt: skip
+  state = abstract_state(tx, a.template, a.mesh)
+  proximal = functools.partial(
+    proximal_logprobs, a.score_fn, accumulate=c.packing.pieces, take_in_fn=a.take_in_fn
+  )
+  return state, jit_step(step, state, a.mesh), jax.jit(proximal)
