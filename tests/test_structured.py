@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import ToolCall, Turn
-from nemocascade.domains import domain, structured
+from nemocascade.domains import domain, limited, structured
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 SCHEMA = {
@@ -26,7 +26,7 @@ def judge(row, content, *calls):
 @pytest.mark.parametrize(
   ("content", "reward"),
   [('{"name": "Ann", "age": 7}', 1), (' {"age": 7, "name": ""}\n', 1),
-   ('```json\n{"name": "Ann", "age": 7}\n```', 1), ('```\n{"name": "Ann", "age": 7}\n```', 1),
+   ('```json\n{"name": "Ann", "age": 7}\n```', 0), ('```\n{"name": "Ann", "age": 7}\n```', 0),
    ('{"name": "Ann", "age": "7"}', 0), ('{"name": "Ann"}', 0), ("{}", 0), ("[]", 0), ("", 0),
    ('{"name": "Ann", "age": 7, "pet": "cat"}', 0), ('{"name": "Ann", "age": 7.5}', 0),
    ('Here: {"name": "Ann", "age": 7}', 0), ('{"name": "Ann", "age": 7} ok', 0),
@@ -41,11 +41,17 @@ def test_the_text_must_be_json_that_validates(content, reward):
   "schema", ["not json", '{"type": "no such type"}', '{"$ref": "http://x.invalid/y"}']
 )
 def test_a_bad_schema_gives_no_verdict_and_fetches_nothing(schema):
-  assert judge({**ROW, "schema_str": schema}, "{}").masked
+  verdict = judge({**ROW, "schema_str": schema}, "{}")
+  assert (verdict.masked, verdict.cause) == (True, "row")
 
 
-def test_an_unknown_schema_type_gives_no_verdict():
-  assert judge({**ROW, "schema_type": "xml"}, "{}").masked
+def test_an_array_whose_items_take_too_long_to_compare_masks_the_sample(monkeypatch):
+  monkeypatch.setattr(limited.call, "__kwdefaults__", {"limit_s": 1.0})
+  row = {**ROW, "schema_str": json.dumps({"type": "array", "uniqueItems": True})}
+  many = [{"a": {"b": place}} for place in range(12_000)]
+  verdict = judge(row, json.dumps(many))
+  assert (verdict.masked, verdict.cause, verdict.reward) == (True, "time", 0.0)
+  assert judge(row, json.dumps(many[:3])).reward == 1.0
 
 
 def test_the_draft_that_the_schema_names_is_followed():

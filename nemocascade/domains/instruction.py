@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemocascade.domains import domain, instructions
+from nemocascade.domains import domain, instructions, limited
 
 STYLE = domain.Style("keep", "maybe", error_rate=0.6)
 THREE_CONSTRAINTS_SHARE = 0.15
@@ -29,6 +29,7 @@ WORDS = ("moon", "lamp", "boat", "leaf", "coin", "bell", "kite", "drum")
 ENDINGS = ("that is all", "so it goes", "we rest now")
 PLACEHOLDERS = ("[name]", "[place]")
 POSTSCRIPT = "P.S. thanks"
+GRADING_MODES = ("binary", "fraction")
 SHORTEST = 3  # Words of a text without constraints.
 
 
@@ -169,19 +170,27 @@ class Instruction(domain.Domain):
     return [domain.assistant(compose(topic, notes), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """Every instruction must hold; one that cannot be checked leaves the row without a verdict."""
+    """Every instruction must hold, or in mode "fraction" each pays its share.
+
+    One that cannot be checked leaves the row without a verdict.
+    """
+    mode = row.get("grading_mode") or GRADING_MODES[0]
+    if mode not in GRADING_MODES:
+      return domain.no_verdict("unknown", f"unknown grading mode {mode!r}")
     names = row["instruction_id_list"]
+    arguments = row.get("kwargs") or [None] * len(names)
+    if not names or len(arguments) != len(names):
+      return domain.no_verdict("row", f"{len(names)} instructions with {len(arguments)} kwargs")
     for name in names:
       if name not in instructions.CHECKERS:
-        return domain.Verdict(0.0, f"unknown instruction {name!r}", masked=True)
-    arguments = row.get("kwargs") or [None] * len(names)
-    text = completion.content
-    broken = [
-      name
-      for name, given in zip(names, arguments, strict=True)
-      if not instructions.follows(text, name, given)
-    ]
-    return domain.Verdict(float(not broken), f"broken: {', '.join(broken)}" if broken else "kept")
+        return domain.no_verdict("unknown", f"unknown instruction {name!r}")
+    answer = limited.call(instructions.check, completion.content, names, arguments)
+    if "row" in answer:
+      return domain.no_verdict("row", answer["row"])
+    broken = [name for name, kept in zip(names, answer["kept"], strict=True) if not kept]
+    kept = len(names) - len(broken)
+    reward = kept / len(names) if mode == "fraction" else float(not broken)
+    return domain.Verdict(reward, f"broken: {', '.join(broken)}" if broken else "kept")
 
 
 def _value(arguments: dict[str, Any]) -> Any:
