@@ -16,6 +16,7 @@ _INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 _HUGE = re.compile(r"\^\s*\{[^{}]*[\^!]|\^\s*\{?\s*\d{5,}|\d{4,}\s*!|!\s*!|\*\*")
 _EQUALS = re.compile(r"(?<![<>!:\\])=")
 _SEPARATOR = re.compile(r",|;|\\text\{\s*(?:,|and|or)\s*\}|\\(?:quad|qquad|lor|land)\b|\b(?:and|or)\b")
+_SPACING = re.compile(r"\\[,;:! ]|~|&")
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 # What an equation may be solved for. A product or a function of unknowns is no name: x^2 = 5 does
@@ -25,11 +26,16 @@ _LETTER = (
   r"|lambda|mu|nu|xi|pi|rho|sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi"
   r"|Pi|Sigma|Phi|Psi|Omega|ell))"
 )
-_STYLED = r"\\(?:text|mathrm|mathbf|mathit|mathcal|operatorname|overline|vec|hat|bar|overrightarrow)"
+_STYLE = (
+  r"\\(?:text|mathrm|mathbf|mathit|mathcal|mathbb|boldsymbol|operatorname|overline|vec|hat|bar|tilde"
+  r"|overrightarrow)"
+)
+_STYLED = rf"{_STYLE}\s*(?:\{{[^{{}}=]*\}}|\s[A-Za-z])"
 _SUBSCRIPT = r"(?:'|_\w|_\{[^{}=]*\})*"
-_SYMBOL = rf"(?:{_LETTER}|{_STYLED}\s*\{{[^{{}}=]*\}}|[A-Z]{{2,4}}|[A-Za-z]{{4,}}){_SUBSCRIPT}"
+_SYMBOL = rf"(?:{_LETTER}|{_STYLED}|[A-Z]{{2,4}}|[A-Za-z]{{4,}}){_SUBSCRIPT}"
 _ARGUMENTS = r"(?:\\left)?\((?:[^()=]|\([^()=]*\))*(?:\\right)?\)"
-_APPLIED = rf"(?:[fghpqduFGHPQEVSTAR]|{_STYLED}\s*\{{[^{{}}=]*\}}|\\(?:phi|varphi|psi|sigma|tau|pi|mu|Gamma|Phi)){_SUBSCRIPT}\s*{_ARGUMENTS}"
+_FUNCTION = rf"(?:[fghpqduFGHPQEVSTAR]|{_STYLED}|\\(?:phi|varphi|psi|sigma|tau|pi|mu|Gamma|Phi))"
+_APPLIED = rf"{_FUNCTION}{_SUBSCRIPT}\s*{_ARGUMENTS}"
 _OF_FIGURE = r"(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*[A-Za-z]{1,4}|\|[A-Z]{2}\||\[[A-Z]{3,}\]"
 _NAME = rf"(?:{_APPLIED}|{_OF_FIGURE}|{_SYMBOL}|(?:sum|max|min))"
 _NAMES = re.compile(rf"\s*(?:{_NAME}|(?:\\left)?\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*(?:\\right)?\))\s*")
@@ -62,8 +68,8 @@ def claims(expected: str, answer: str) -> list[tuple[str, str]] | None:
   if _EQUALS.search(expected):
     return []
   pairs = []
-  for part in _parts(answer):
-    *sides, last = _EQUALS.split(part.replace("&", ""))
+  for part in _parts(_SPACING.sub(" ", answer)):
+    *sides, last = _EQUALS.split(part)
     if len(sides) >= MOST_SIDES or sides and not last.strip():
       return None
     while sides and _NAMES.fullmatch(sides[0]):
@@ -75,7 +81,7 @@ def claims(expected: str, answer: str) -> list[tuple[str, str]] | None:
 def _parts(text: str) -> list[str]:
   """The text cut at the separators that stand in no brackets."""
   depth, depths = 0, []
-  for i, sign in enumerate(text):
+  for sign in text:
     depths.append(depth)
     # \text{ and } is no pair of brackets here; \{ is a bracket as { is.
     depth = max(0, depth + _BRACKETS.get(sign, 0))
