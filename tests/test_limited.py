@@ -8,7 +8,7 @@ import subprocess
 import graders
 import pytest
 
-from nemocascade.domains import confinement, limited
+from nemocascade.domains import confinement, domain, limited
 
 
 def cause(function, *arguments, **limits):
@@ -53,14 +53,18 @@ def test_answers_stay_with_their_questions_when_many_ask_at_once():
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     found = list(pool.map(lambda i: limited.call(graders.echo, i), range(200)))
   assert found == [[i, 1] for i in range(200)]
-  answers = limited.call_all(graders.echo, [(i,) for i in range(50)])
-  assert answers == [[i, 1] for i in range(50)]
 
 
-def test_a_batch_goes_on_after_one_of_its_questions_has_no_answer():
-  first, second = limited.call_all(graders.fail, [("a",), ("b",)])
-  assert [error.cause for error in (first, second)] == ["error", "error"]
-  assert "a" in str(first) and "b" in str(second)
+def test_a_domain_keeps_its_verdicts_in_order_while_all_processes_judge():
+  class Asking(domain.Domain):
+    def judge(self, row, completion):
+      if row == 3:
+        return limited.call(graders.fail, "odd")
+      return domain.Verdict(limited.call(graders.echo, row)[0], "echoed")
+
+  verdicts = Asking().verify(list(range(40)), [domain.Completion(())] * 40)
+  assert [v.reward for v in verdicts] == [0.0 if i == 3 else i for i in range(40)]
+  assert [i for i, v in enumerate(verdicts) if v.masked] == [3] and verdicts[3].cause == "error"
 
 
 def test_what_a_grader_prints_is_not_an_answer():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -121,8 +122,13 @@ class Domain:
     raise NotImplementedError
 
   def verify(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
-    """Verdicts in order. A verifier that fails is reported by a masked verdict, never raised."""
-    return [guarded(self.judge, *pair) for pair in zip(rows, completions, strict=True)]
+    """Verdicts in order. A verifier that fails is reported by a masked verdict, never raised.
+
+    `judge` runs in as many threads as `limited` has processes, so that all of these are busy.
+    """
+    pairs = list(zip(rows, completions, strict=True))
+    with concurrent.futures.ThreadPoolExecutor(limited.WORKERS) as pool:
+      return list(pool.map(lambda pair: guarded(self.judge, *pair), pairs))
 
   def start(self, row: Row) -> object | None:
     """A fresh world for one episode, None where there is none."""

@@ -74,21 +74,6 @@ def call(function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S
   return _pool().submit(_ask, _name(function), arguments, limit_s).result()
 
 
-def call_all(
-  function: Callable[..., Any], questions: Sequence[Sequence[Any]], *, limit_s: float = LIMIT_S
-) -> list[Any]:
-  """`call` on each question's arguments, side by side. A NoAnswer is returned, not raised."""
-  name = _name(function)
-  futures = [_pool().submit(_ask, name, arguments, limit_s) for arguments in questions]
-  answers = []
-  for future in futures:
-    try:
-      answers.append(future.result())
-    except NoAnswer as error:
-      answers.append(error)
-  return answers
-
-
 def _name(function: Callable[..., Any]) -> tuple[str, str]:
   if "." in function.__qualname__ or function.__module__ == "__main__":
     raise ValueError(f"{function.__qualname__} is not at the top level of an importable module")
