@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,15 +89,22 @@ def entry(dataset):
   return {"question": "", "answer": "1", "metadata": metadata}
 
 
-@pytest.mark.parametrize("dataset", EVALUATING)
-def test_no_answer_is_evaluated(dataset, tmp_path, monkeypatch):
-  """Here in this very process, where whatever runs could leave its mark."""
-  pytest.importorskip("reasoning_gym")
-  scorers.prepare()
+def test_no_answer_is_evaluated(tmp_path):
+  """In a process without any wall, where whatever runs leaves its mark."""
   place = tmp_path / "mark"
-  for answer in CASES["hostile"]:
-    found = scorers.grade(dataset, json.dumps(entry(dataset)), answer.replace("PLACE", str(place)))
-    assert found <= 0.05 and not place.exists(), answer
+  answers = [answer.replace("PLACE", str(place)) for answer in CASES["hostile"]]
+  questions = [(name, json.dumps(entry(name)), answer) for name in EVALUATING for answer in answers]
+  program = (
+    "import json, pathlib, sys; import reasoning_gym; from nemocascade.domains import scorers;"
+    "scorers.prepare(); place, questions = json.load(sys.stdin);"
+    "scores = [(scorers.grade(*q), pathlib.Path(place).exists(), q) for q in questions];"
+    "print(json.dumps([s for s in scores if s[0] > 0.05 or s[1]]), len(scores))"
+  )
+  ran = subprocess.run(
+    [sys.executable, "-c", program], input=json.dumps([str(place), questions]),
+    capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert ran.stdout.split() == ["[]", str(len(EVALUATING) * len(answers))]
 
 
 def test_every_scorer_that_evaluates_text_has_a_parser_in_its_place():
@@ -130,9 +139,6 @@ def test_what_is_no_arithmetic_is_refused(answer):
   ["1/3 + 2*x**2", "-(x - y)/2", "exp(sin(x))*cos(x)", "sqrt(2)*pi", "log(x) - E", "0.1", "2**-3", "+5"],
 )
 def test_arithmetic_is_what_sympy_reads(text):
-  import subprocess
-  import sys
-
   program = f"import sympy; print(sympy.parse_expr({text!r}))"  # Unpatched, in its own process.
   theirs = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
   assert str(arithmetic.parse(text)) == theirs.stdout.strip()
