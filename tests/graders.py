@@ -80,3 +80,11 @@ def pid():
 
 def unserializable():
   return {1, 2}
+
+
+def evaluate(text):
+  """As a library may do that means well."""
+  try:
+    return eval(text)
+  except RuntimeError:
+    return "caught"

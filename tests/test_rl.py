@@ -37,6 +37,7 @@ from nemocascade.types import TrainState
     ("distillation", "reverse_kl_top", ["did you mean 'reverse_kl_topk'"]),
     ("distillation_weight", 0.5, ["distillation='reverse_kl'", "'instruction'", "no teacher"]),
     ("advantage", "none", ["advantage='none'", "distillation_weight"]),
+    ("reward", "pairwise", ["dynamic_filtering=True", "reward='pairwise'"]),
   ],
 )
 def test_a_stage_that_cannot_run_is_refused_with_its_numbers(field, value, words):

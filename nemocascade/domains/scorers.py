@@ -23,6 +23,7 @@ LITERALS = (  # To read a list.
   "algorithmic.number_sorting", "games.n_queens",
 )  # fmt: skip
 WHOLE = ("arithmetic.bitwise_arithmetic",)  # To work out the problem.
+EXPRESSIONS = ("games.countdown", "games.puzzle24")  # These hold SymPy's parser; others look it up.
 
 
 def tagged(text: str) -> str | None:
@@ -65,10 +66,14 @@ def prepare() -> None:
 
   from nemocascade.domains import arithmetic
 
-  arithmetic.stand_in_for_sympy()  # First: two datasets take the parser when they are imported.
-  for modules, evaluator in ((LITERALS, ast.literal_eval), (WHOLE, arithmetic.whole)):
+  arithmetic.stand_in_for_sympy()
+  evaluators = (
+    (LITERALS, "eval", ast.literal_eval), (WHOLE, "eval", arithmetic.whole),
+    (EXPRESSIONS, "parse_expr", arithmetic.parse),
+  )  # fmt: skip
+  for modules, name, evaluator in evaluators:
     for module in modules:
-      importlib.import_module(f"reasoning_gym.{module}").eval = evaluator
+      setattr(importlib.import_module(f"reasoning_gym.{module}"), name, evaluator)
 
 
 def grade(dataset: str, entry_json: str, answer: str) -> float | None:
