@@ -127,8 +127,9 @@ def check_start(a: Assembly, field: str, checkpoint: str, template: Params | Non
   """
   if not checkpoint:
     return
-  loading.find(checkpoint, field).check(template or a.template)
+  found = loading.find(checkpoint, field)
   loading.same_tokenizer(field, checkpoint, a.tokenizer)
+  found.check(template or a.template)
 
 
 def start(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoint
+from ml_collections import ConfigDict
 from refusals import assert_refused
 from test_checkpoint import state, template
 
@@ -107,6 +108,7 @@ def test_a_stage_whose_checkpoints_read_other_tokens_is_refused_before_anything_
   checkpoint, other, tmp_path, what
 ):
   c = if_rl.get_config("smoke")
+  c.model = ConfigDict(tiny_checkpoint.MODEL)
   c.tokenizer.path, c.init_from = str(other), checkpoint
   if what == "teachers":
     c.init_from = tokens_of_another(tmp_path / "start", other)
@@ -137,9 +139,11 @@ def test_a_cascade_refuses_checkpoints_of_other_tokens(checkpoint, other, tmp_pa
   else:
     c.stages.mopd.teachers.math = checkpoint
   with pytest.raises(UserError, match=r"stages\..*its tokenizer .* is not this run's.*tokenizer.path="):
-    cascade_command.check_outside(c, tmp_path)
+    cascade_command.run(c, tmp_path)
+  assert not (tmp_path / "config.json").exists()
   c.tokenizer.path = str(loading.model_files(checkpoint))
-  cascade_command.check_outside(c, tmp_path)
+  with pytest.raises(UserError, match="of another model"):  # The tokens are the same now.
+    cascade_command.run(c, tmp_path)
 
 
 def test_a_changed_file_beside_a_checkpoint_is_named(tmp_path):

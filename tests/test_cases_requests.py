@@ -216,10 +216,6 @@ def test_rlhf_runs_alone_with_the_judge_that_its_config_names(tmp_path):
     other[field] = value
     with pytest.raises(UserError, match=said):
       rl.main(other, tmp_path / "rlhf")
-  other = c.copy_and_resolve_references()
-  other.judge, other.seed = judge, 1  # Another seed trains another tokenizer.
-  with pytest.raises(UserError, match="init_from=.*its tokenizer .* is not this run's"):
-    rl.main(other, tmp_path / "rlhf")
   assert not (tmp_path / "rlhf").exists()
   c.judge = judge
   rl.main(c, tmp_path / "rlhf")

@@ -85,9 +85,9 @@ def letter_counting(text: str, *, N: int, relation: str = "at least") -> bool:
 
 
 def start_end(text: str) -> bool:
-  """The first token is the last, whatever its case; a full stop at the end is the last token."""
-  tokens = sentences.tokens(text)
-  return len(tokens) > 1 and tokens[0].lower() == tokens[-1].lower()
+  """The first word is the last, whatever its case; punctuation around them does not count."""
+  words = [token.lower() for token in sentences.tokens(text) if any(sign.isalnum() for sign in token)]
+  return len(words) > 1 and words[0] == words[-1]
 
 
 def palindrome(text: str) -> bool:
