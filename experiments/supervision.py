@@ -16,8 +16,6 @@ from nemocascade.metrics import MetricsWriter
 from nemocascade.step.update import SKIPPED
 from nemocascade.types import TrainState
 
-GO_ON = "go on from its checkpoint by init_from in another --workdir"
-
 
 class Supervisor:
   """Reads each step's metrics on their way to the file.
@@ -41,10 +39,12 @@ class Supervisor:
     self._histories = guards.from_json(record.get("histories", {}))
     self._warned = list(record.get("warned", ()))
     self._nonfinite = record.get("nonfinite", 0)  # Updates in a row that were not applied.
-    self._stop = ""
+    self._stop = self._line = ""  # The guard that has asked for the end, and what it said.
     for finding in guards.standing(self._histories, self._settings):
       if finding.action == "stop":
-        raise StageStopped(f"{stage_dir.name} was ended by {finding.line}; {GO_ON}")
+        raise StageStopped(
+          f"{stage_dir.name} was ended by {finding.line}; to go on: another --workdir, with init_from its last checkpoint"
+        )
 
   @property
   def stopping(self) -> bool:
@@ -84,14 +84,17 @@ class Supervisor:
 
   def end(self, checkpoint: Path) -> None:
     """Raises StageStopped where a guard has asked for it; `checkpoint` is what was saved."""
+    if self._stop in guards.AT_ONCE:
+      raise StageStopped(f"{self._line}; the same command goes on from {checkpoint}")
     if self._stop:
-      raise StageStopped(f"{self._stop}; saved as {checkpoint}; {GO_ON}")
+      raise StageStopped(f"{self._line}; to go on: another --workdir with init_from={checkpoint}")
 
   def _react(self, step: int, findings: list[guards.Finding]) -> None:
     for finding in findings:
       line = f"{self._dir.name}, step {step}: {finding.line}"
       if finding.action == "stop":
-        self._stop = self._stop or line
+        if not self._stop:
+          self._stop, self._line = finding.guard, line
       elif finding.guard not in self._warned:
         self._warned.append(finding.guard)
         if jax.process_index() == 0:

@@ -54,7 +54,7 @@ def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
     name: [make_prompt(name, f"{name} {i}", number=i + 1) for i in range(count)]
     for name, count in (("a", 5), ("b", 3), ("c", 0))
   }
-  asked = []
+  asked, judged = [], []
 
   def collect(chunk, index):
     assert len(chunk) == batch  # One compiled shape.
@@ -62,9 +62,11 @@ def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
     return samples_of(chunk)
 
   def judge(samples):
+    judged.extend(row["responses_create_params"]["input"][0]["content"] for row in samples.rows)
     return [verdicts(float(row["number"] == 1), 0.0) for row in samples.rows]
 
   scores = evaluate(rows, collect, judge, batch=batch)
+  assert len(judged) == len(set(judged)) == 8  # What fills up the last batch is judged by no one.
   assert set(scores) == {"a", "b"}  # What has no rows has no score.
   assert [i for i, _ in asked] == list(range(0, 8, batch))
   assert (scores["a"].prompts, scores["b"].prompts) == (5, 3)

@@ -55,6 +55,15 @@ def test_a_healthy_run_is_told_nothing():
   assert set(flags[-1]) == {f"guard/{name}" for name in guards.GUARDS} and not any(flags[-1].values())
 
 
+@pytest.mark.parametrize("name", [name for name in SICK if name not in guards.AT_ONCE])
+def test_one_odd_step_is_no_trend(name):
+  metric = guards.GUARDS[name].metric
+  odd = HEALTHY[metric].copy()
+  odd[30] = {"entropy_collapse": 0.0, "reward_collapse": 0.0, "few_signals": 0.0, "uniform_teacher": 1.0,
+             "sampler_mismatch": 0.2, "length_explosion": 4 * odd[0]}[name]  # fmt: skip
+  assert not any(run(HEALTHY | {metric: odd})[1])
+
+
 def test_every_guard_has_a_sick_run_here_and_a_default():
   assert set(SICK) == set(guards.GUARDS) == set(DEFAULTS) - {"window"}
   assert set(HEALTHY) == {g.metric for g in guards.GUARDS.values()}

@@ -23,9 +23,9 @@ class Numbered(Domain):
     return make_prompt(self.name, f"{n} " + "x" * 500 * self._long(n))
 
 
-def mixture(shares, state=None, long=lambda n: False):
+def mixture(shares, state=None, long=lambda n: False, limit=100):
   return Mixture(
-    {name: Numbered(name, long) for name in shares}, shares, seed=0, tokenizer=None, limit=100, state=state or {}
+    {name: Numbered(name, long) for name in shares}, shares, seed=0, tokenizer=None, limit=limit, state=state or {}
   )
 
 
@@ -93,7 +93,7 @@ def test_a_mixture_that_goes_on_from_its_state_draws_what_the_uninterrupted_one_
 def test_what_is_too_long_is_counted_once_and_the_next_row_takes_its_place():
   shares = {"a": 1.0, "b": 1.0}
   long = lambda n: n % 4 == 0  # noqa: E731
-  all_rows, _, none = mixture(shares).draw(80)
+  all_rows, _, none = mixture(shares, long=long, limit=1000).draw(80)
   assert none == 0
   m = mixture(shares, long=long)
   fits = [row for row in all_rows if row["agent_ref"]["name"] == "a"]

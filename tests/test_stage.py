@@ -18,6 +18,7 @@ from experiments import loading, reward_model, sft, supervision
 from experiments.assembly import Assembly
 from nemocascade.checkpoint import Store, load_params
 from nemocascade.errors import StageStopped, UserError
+from nemocascade.rollout import episode
 from nemocascade.types import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +122,7 @@ def test_a_disk_with_no_room_for_the_next_checkpoints_ends_the_stage_after_savin
   c, a, root = assembled
   usage = shutil.disk_usage(root)
   monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-  with pytest.raises(StageStopped, match=r"^sft, step 1: disk_full: .*guards.disk_full.*saved as .*/2;"):
+  with pytest.raises(StageStopped, match=r"^sft, step 1: disk_full: .*guards.disk_full.*the same command goes on from .*/2$"):
     sft.run(c, root / "full" / "sft", a)
   assert lines(root / "full" / "sft")[-1]["guard/disk_full"] == 1
   monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage)
@@ -146,19 +147,19 @@ def test_a_checkpoint_with_a_value_that_is_not_finite_is_refused_by_its_name(tmp
 
 def test_heldout_prompts_without_room_are_left_out_and_said_or_named_where_too_few_remain(assembled, capsys):
   c, a, root = assembled
-  limit = lambda tokens: c.copy_and_resolve_references()  # noqa: E731
-  lengths = [len(a.tokenizer.encode(json.dumps(row))) for row in a.heldout["instruction"]]
-  assert lengths and "left out" not in capsys.readouterr().err
-  short = limit(0)
-  from nemocascade.rollout import episode
-
-  prompts = sorted(len(episode.prompt_of(row, a.domains["instruction"], a.tokenizer)) for row in a.heldout["instruction"])
-  assert prompts[0] < prompts[-1] <= c.evaluation.prompt_tokens
-  short.evaluation.prompt_tokens, short.evaluation.prompts = prompts[len(prompts) // 2], 8
-  b = Assembly(short, root)
-  fit = [len(episode.prompt_of(row, b.domains["instruction"], b.tokenizer)) for row in b._heldout("instruction")]
-  assert len(fit) == 8 and max(fit) <= short.evaluation.prompt_tokens
-  assert "domain 'instruction': left out" in capsys.readouterr().err
+  domain = a.domains["instruction"]
+  lengths = lambda rows: sorted(len(episode.prompt_of(row, domain, a.tokenizer)) for row in rows)  # noqa: E731
+  all_fit = lengths(a.heldout["instruction"])
+  assert len(all_fit) == c.evaluation.prompts and "left out" not in capsys.readouterr().err
+  short = c.copy_and_resolve_references()
+  short.domains = ("instruction",)
+  short.evaluation.prompt_tokens, short.evaluation.prompts = all_fit[len(all_fit) // 2], 8
+  assert all_fit[0] < short.evaluation.prompt_tokens < all_fit[-1]
+  found = lengths(Assembly(short, root).heldout["instruction"])
+  assert len(found) == 8 and found[-1] <= short.evaluation.prompt_tokens
+  said = capsys.readouterr().err
+  assert "domain 'instruction': left out" in said
+  assert f"evaluation.prompt_tokens={short.evaluation.prompt_tokens} tokens" in said
   short.evaluation.prompt_tokens = 3
   with pytest.raises(UserError, match=r"domain 'instruction' has only 0 .*evaluation.prompt_tokens=3"):
-    Assembly(short, root)._heldout("instruction")
+    _ = Assembly(short, root).heldout

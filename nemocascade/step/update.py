@@ -32,14 +32,20 @@ def apply_gradients(
     loss: the batch's loss, a scalar.
     move: what changes parameters after the optimizer (the routers' bias); undone with the rest.
   """
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = move(optax.apply_updates(state.params, updates))
+  def attempt(grads, opt_state, params):
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return updates, opt_state, move(optax.apply_updates(params, updates))
+
+  # Computed twice, with a barrier before the first: whether to keep it is known only when all of it is
+  # there, and holding it until then would cost a second copy of parameters and moments.
+  updates, _, params = attempt(*jax.lax.optimization_barrier((grads, state.opt_state, state.params)))
   metrics = {
     "norm/grad": norm(grads),
     "norm/update": norm(updates),
     "norm/param": norm(params),
   }
   finite = jnp.all(jnp.isfinite(jnp.stack([jnp.asarray(x, jnp.float32) for x in (loss, *metrics.values())])))
+  _, opt_state, params = attempt(grads, state.opt_state, state.params)
   keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
   params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
   metrics[SKIPPED] = 1.0 - finite.astype(jnp.float32)
