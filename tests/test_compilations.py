@@ -1,7 +1,6 @@
 """What is compiled is compiled in a stage's first step, on one device as on eight: nothing compiles again later."""
 
 import contextlib
-import dataclasses
 import zlib
 
 import jax
@@ -31,9 +30,12 @@ MICRO = dict(
 
 
 class Adding(Domain):
-  """Answers every first turn that ends, whatever it says, as if it had called a tool; pays by chance."""
+  """Pays by chance. When `later`, every first turn that ends is answered as if it had called a tool.
 
-  max_turns = 2
+  Groups of `far` are then all paid alike, so that batches are refilled.
+  """
+
+  max_turns, later = 2, False
 
   def __init__(self, name):
     self.name = name
@@ -45,9 +47,11 @@ class Adding(Domain):
     return [assistant("12", thoughts=["one"] * int(rng.integers(1, 5)) if thinking else None)]
 
   def act(self, world, turn):
-    return ["the sum is 12"]
+    return ["the sum is 12"] if self.later else None
 
   def judge(self, row, completion):
+    if self.later and self.name == "far":
+      return Verdict(1.0, "")
     return Verdict(float(zlib.crc32(completion.text.encode("utf-8", "replace")) % 2), "")
 
 
@@ -88,13 +92,15 @@ def steps_of(a, c, kind):
 
 @contextlib.contextmanager
 def nothing_after_the_first_step(monkeypatch):
-  """Stages save at the end of each step."""
+  """Stages save at the end of each step. Tools answer and batches need refilling only from then on."""
   save, saved = Store.save, []
+  monkeypatch.setattr(Adding, "later", False)
 
   def count(store, *args):
     save(store, *args)
     store.wait()
     saved.append(len(compiled.programs))
+    Adding.later = True
 
   monkeypatch.setattr(Store, "save", count)
   with CompileCounter() as compiled:
@@ -137,17 +143,18 @@ def checkpoint(a, root, seed):
   return str(path / "checkpoints" / "1")
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_grpo_with_tools_and_batches_that_are_refilled(stage, monkeypatch, extended, shared):
+def test_grpo_with_tools_and_batches_that_are_refilled(stage, monkeypatch, extended):
+  """On the mesh, rows behind prompts that are taken in once; on one device, two updates a batch."""
   a, root = stage
-  more = {"packing.shared_prompts": True, "packing.row_tokens": 64} if shared else {}
-  c = steps_of(a, ROLLOUT | {"refill_rounds": 3, "kl_weight": 0.1, "updates": 2} | more, "rl")
+  shared = a.mesh.size > 1
+  more = {"packing.shared_prompts": True, "packing.row_tokens": T - P + 10} if shared else {"updates": 2}
+  c = steps_of(a, ROLLOUT | {"refill_rounds": 3} | more, "rl")
   start, rounds = checkpoint(a, root, 0), []
   collect = a.collect
   monkeypatch.setattr(a, "collect", lambda *args, **how: rounds.append(how) or collect(*args, **how))
   with nothing_after_the_first_step(monkeypatch):
-    rl_stage.run(c, root / f"grpo_{shared}", a, start)
-  assert len(rounds) > 3 and len(extended) > 3
+    rl_stage.run(c, root / "grpo", a, start)
+  assert len(rounds) > 3 and extended
   assert all(("completion_tokens" in how) and (how["completion_tokens"] is not None) == shared for how in rounds)
 
 
@@ -165,14 +172,17 @@ def test_mopd_with_two_teachers_of_which_one_is_in_memory(stage, monkeypatch, ex
   assert extended and teachers.loads > 4
 
 
-def test_evaluation(stage, extended):
-  """The first scores, greedy ones, those of other parameters and those of more completions."""
+def test_evaluation(stage, monkeypatch, extended):
+  """The first scores, greedy ones with answers of tools, those of parameters that lie elsewhere."""
   a, _ = stage
+  monkeypatch.setattr(Adding, "later", False)
   fresh = [a.fresh_params(jax.random.key(seed)) for seed in (3, 4)]
-  params = [jax.device_put(p, jax.tree.map(lambda leaf: leaf.sharding, a.template)) for p in fresh]
+  placed = jax.device_put(fresh[0], jax.tree.map(lambda leaf: leaf.sharding, a.template))
   with CompileCounter() as first:
-    a.evaluate(params[0], temperature=1.0)
+    a.evaluate(fresh[0], temperature=1.0)
+  Adding.later = True
   with CompileCounter() as again:
-    a.evaluate(params[1], temperature=0.0)
-    a.evaluate(params[1], temperature=0.7)
-  assert first.programs and again.programs == [] and extended
+    a.evaluate(placed, temperature=0.0)
+    a.evaluate(fresh[1], temperature=0.7)
+    a.evaluate(jax.device_get(fresh[1]), temperature=0.7)
+  assert len(first.programs) <= 3 and again.programs == [] and extended
