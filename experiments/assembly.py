@@ -245,7 +245,7 @@ class Assembly:
 
     return Engine(
       prefill, step, repeat_state, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
-      place_fn=functools.partial(mesh_lib.constrain_batch, mesh=self.mesh),
+      mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.template),
     )  # fmt: skip
 
   def collect(self, params, key, rows, *, prompt_tokens, total_tokens, completions=1, **how):

@@ -58,6 +58,8 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   )
   first, supervisor = int(state.step), Supervisor(c, stage_dir, record.get("supervisor", {}))
   pairs = preference_pairs(a.c.seed, c.pairs * c.steps, "train")
+  # Compiled here and not after the last step, where a program that cannot be would cost the whole stage.
+  judge = jax.jit(reward_fn, out_shardings=whole(a.mesh)).lower(state.params, *rows(pairs[: c.pairs])[0]).compile()
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
@@ -66,7 +68,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
       metrics = jax.device_get(metrics)
       if step + 1 == c.steps:
         metrics["heldout/accuracy"] = accuracy(
-          jax.jit(reward_fn, out_shardings=whole(a.mesh)), state.params, rows, preference_pairs(a.c.seed, c.heldout_pairs, "heldout"), c.pairs
+          judge, state.params, rows, preference_pairs(a.c.seed, c.heldout_pairs, "heldout"), c.pairs
         )
       bar.update(1, loss=float(metrics["loss/reward_model"]))
       due = (step + 1) % c.save_every == 0 or step + 1 == c.steps

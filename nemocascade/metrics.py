@@ -198,32 +198,57 @@ def progress(total: int, *, initial: int, desc: str) -> Progress:
   return Progress(total, initial=initial, desc=desc)
 
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+# JAX times a read from the persistent cache as a compilation, too, and reports the read before it.
+_BUILT = "/jax/core/compile/backend_compile_duration"
+_READ = "/jax/compilation_cache/cache_hits"
 _lock = threading.Lock()
-_compilations = 0
+_built: list[str] = []  # Names of all programs of this process, compiled or read.
+_read = 0
 
 
-def _listen(event: str, duration: float, **_) -> None:
+def _on_duration(event: str, duration: float, fun_name: str = "", **_) -> None:
   del duration
-  global _compilations
-  if event == _COMPILED:
+  if event == _BUILT:
     with _lock:
-      _compilations += 1
+      _built.append(fun_name)
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+def _on_event(event: str, **_) -> None:
+  global _read
+  if event == _READ:
+    with _lock:
+      _read += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+jax.monitoring.register_event_listener(_on_event)
 
 
 class CompileCounter:
-  """Counts the programs that XLA compiled while it was open; `count` may be read any time."""
+  """What XLA compiled while it was open, operations outside of jitted programs too; may be read any time.
+
+  Attributes: count, the programs compiled; loaded, those read from the persistent cache instead; programs, the
+  names of both in their order.
+  """
 
   def __enter__(self) -> "CompileCounter":
-    self._before = _compilations
+    self._before = len(_built), _read
     return self
 
   def __exit__(self, *_) -> None:
-    self._after = _compilations
+    self._after = len(_built), _read
+
+  def _now(self) -> tuple[int, int]:
+    return getattr(self, "_after", (len(_built), _read))
+
+  @property
+  def programs(self) -> list[str]:
+    return _built[self._before[0] : self._now()[0]]
+
+  @property
+  def loaded(self) -> int:
+    return self._now()[1] - self._before[1]
 
   @property
   def count(self) -> int:
-    return getattr(self, "_after", _compilations) - self._before
+    return len(self.programs) - self.loaded

@@ -10,6 +10,8 @@ from flax import struct
 
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
+from nemocascade.mesh import make_mesh, whole
+from nemocascade.metrics import CompileCounter
 from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
 from nemocascade.rollout.engine import Engine
 
@@ -175,17 +177,24 @@ def test_a_row_without_room_for_its_given_tokens_and_one_more_stays_as_it_was():
   assert bool(full.done_B[1]) and int(full.known_B[1]) == known
 
 
-def test_calls_of_equal_shapes_compile_once_whatever_is_asked():
-  engine = toy_engine()
-  for seed, (prompts, temperature, top_p) in enumerate(
-    [(PROMPTS, 1.0, 1.0), (PROMPTS[::-1], 0.0, 1.0), ([[1]] * 3, 0.7, 0.9)]
-  ):
-    d = engine.start(table(seed), prompts, 2)
-    d = engine.decode(table(seed), d, jax.random.key(seed), temperature, top_p)
-    d = engine.extend(d, {0: [1]})
-    engine.decode(table(seed), d, jax.random.key(seed), temperature, top_p)
-  assert engine.start_fn._cache_size() == 1
-  assert engine.decode_fn._cache_size() == 1
+def test_calls_of_equal_shapes_compile_once_whatever_is_asked_and_wherever_things_lie():
+  engine, device = toy_engine(), jax.devices()[0]
+  tables = [
+    table(0), np.asarray(table(1)), jax.device_put(table(2), device),
+    jax.device_put(table(3), whole(make_mesh(1, 1))), jax.jit(lambda t: t + 1, out_shardings=whole(make_mesh(1, 1)))(table(4)),
+  ]  # fmt: skip
+  keys = [jax.random.key(seed) for seed in range(5)]
+  with CompileCounter() as compiled:
+    for given, key, prompts, temperature, top_p in zip(
+      tables, keys, [PROMPTS, PROMPTS[::-1], [[1]] * 3, PROMPTS, PROMPTS], [1, 0.0, 0.7, np.float64(1), np.float32(2)],
+      [1.0, 1, 0.9, 1.0, 1.0], strict=True,
+    ):  # fmt: skip
+      d = engine.start(given, prompts, 2)
+      d = d.replace(limit_B=np.minimum(d.limit_B, np.asarray(d.known_B) + 4))
+      d = engine.decode(given, d, key, temperature, top_p)
+      d = engine.decode(given, engine.extend(d, {0: [1]}), key, temperature, top_p)
+      engine.decode(given, engine.extend(d, {}), key, temperature, top_p)
+  assert sorted(compiled.programs) == ["jit(_decode)", "jit(_start)"]
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * (P + 1)])

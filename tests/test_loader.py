@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nemocascade.data import chat
-from nemocascade.data.loader import Loader, to_document, tokenize_all
+from nemocascade.data.loader import Loader, to_documents, tokenize_all
 from nemocascade.data.tokenizer import train_sentencepiece
 from nemocascade.errors import UserError
 
@@ -54,7 +54,8 @@ def rows_of(batches):
 
 def test_messages_may_be_json():
   as_json = {key: json.dumps(value) for key, value in EXAMPLES[5].items()}
-  np.testing.assert_array_equal(to_document(as_json, TOKENIZER).tokens_T, DOCUMENTS[5].tokens_T)
+  (document,) = to_documents(as_json, TOKENIZER)
+  np.testing.assert_array_equal(document.tokens_T, DOCUMENTS[5].tokens_T)
 
 
 def test_a_document_learns_its_assistant_only():

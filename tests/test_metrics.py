@@ -5,7 +5,9 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemocascade import metrics
@@ -17,6 +19,12 @@ from nemocascade.metrics import (
   read_lines,
 )
 from nemocascade.state_files import write_json
+
+# Every program is kept in the cache's folder.
+CACHE = {
+  "jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0,
+  "jax_persistent_cache_min_entry_size_bytes": -1, "jax_enable_compilation_cache": True,
+}  # fmt: skip
 
 
 def test_resumed_steps_are_written_once(tmp_path):
@@ -133,11 +141,37 @@ def test_a_phase_that_comes_again_adds_up(monkeypatch):
   assert phases.seconds == {"rollout": 1.5, "verdict": 3.0}
 
 
-def test_compilations_are_counted():
-  fn = jax.jit(lambda x: jnp.sin(x) * 3.25)
-  x = jnp.ones(7)
-  with CompileCounter() as first:
-    fn(x)
-  with CompileCounter() as again:
-    fn(x)
-  assert first.count == 1 and again.count == 0
+def test_compilations_are_counted_and_reads_from_the_cache_are_not_among_them(tmp_path):
+  def program():
+    return jax.jit(lambda x: jnp.sin(x) * 3.25)
+
+  fn, x = program(), jnp.ones(7)
+  before = {name: getattr(jax.config, name) for name in CACHE}
+  try:
+    for name, value in CACHE.items():
+      jax.config.update(name, str(tmp_path) if value is None else value)
+    compilation_cache.reset_cache()
+    with CompileCounter() as first:
+      fn(x)
+    with CompileCounter() as again:
+      fn(x)
+    with CompileCounter() as elsewhere:  # As in another process: only the files are left.
+      program()(x)
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+  assert (first.count, first.loaded, len(first.programs)) == (1, 0, 1)
+  assert (again.count, again.loaded, again.programs) == (0, 0, [])
+  assert (elsewhere.count, elsewhere.loaded, elsewhere.programs) == (0, 1, first.programs)
+
+
+def test_a_program_for_other_places_of_its_arguments_is_another_compilation():
+  """jit's own cache of traces has one entry for the two."""
+  fn = jax.jit(lambda x: x + 1)
+  x = np.ones(8, np.float32)
+  here, there = (jax.device_put(x, device) for device in jax.devices()[:2])
+  fn(here)
+  with CompileCounter() as compiled:
+    fn(there)
+  assert len(compiled.programs) == 1

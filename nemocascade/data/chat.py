@@ -104,6 +104,29 @@ def render(
   return [piece for piece in pieces if piece.text]
 
 
+def training_sequences(
+  messages: Sequence[Message], *, tools: Sequence[Mapping] | None = None, truncate_history_thinking: bool = True
+) -> list[tuple[list[Piece], int]]:
+  """A conversation as a model is trained on it: sequences of (pieces, how many of them at its start are context only).
+
+  The turns of a question, tool calls included, are learned behind the history that the model is shown when it
+  makes them: earlier questions' thoughts are cut. Where the next question changes how a question's turns are
+  shown, the conversation up to there is a sequence of its own, and so each turn is learned in exactly one.
+  A conversation without thoughts before its last question, or whose history is not cut, is one sequence.
+  """
+  messages = list(messages)
+  draw = lambda count: render(messages[:count], tools=tools, truncate_history_thinking=truncate_history_thinking)
+  sequences, context, whole = [], 0, draw(len(messages))
+  questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+  for question in questions if truncate_history_thinking else ():
+    now, later = draw(question), draw(question + 1)
+    if later[: len(now)] != now:
+      sequences.append((now, context))
+      context = len(later)  # The next sequences begin with the same pieces.
+  sequences.append((whole, context))
+  return [(pieces, n) for pieces, n in sequences if any(piece.learned for piece in pieces[n:])]
+
+
 def check_arguments(arguments: Mapping[str, object]) -> None:
   """Raises UserError on an argument that the template does not have, or on a value it cannot be."""
   for name, value in arguments.items():

@@ -14,26 +14,33 @@ from nemocascade.errors import UserError
 from nemocascade.types import Batch
 
 
-def to_document(example: Mapping[str, Any], tokenizer) -> Document:
-  """A conversation as a model is trained on it. Messages and tools may be lists or their JSON."""
+def to_documents(example: Mapping[str, Any], tokenizer) -> list[Document]:
+  """A conversation as a model is trained on it: one document, or one a question (chat.training_sequences).
+
+  Messages and tools may be lists or their JSON.
+  """
   messages, tools = (_decoded(example.get(key)) for key in ("messages", "tools"))
   if not messages:
     raise UserError("has no messages")
   for key, value in (("messages", messages), ("tools", tools or [])):
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
       raise UserError(f"{key} must be a list of objects")
-  tokens, loss_mask = chat.tokenize(chat.render(messages, tools=tools), tokenizer)
-  if not any(loss_mask):
+  documents = []
+  for pieces, context in chat.training_sequences(messages, tools=tools):
+    before, _ = chat.tokenize(pieces[:context], tokenizer)
+    tokens, loss_mask = chat.tokenize(pieces[context:], tokenizer)
+    documents.append(Document(np.array(before + tokens, np.int32), np.array([False] * len(before) + loss_mask)))
+  if not documents:
     raise UserError("has nothing to learn: no assistant turn")
-  return Document(np.array(tokens, np.int32), np.array(loss_mask))
+  return documents
 
 
 def tokenize_all(source: Sequence[Mapping[str, Any]], tokenizer) -> list[Document]:
-  """Every document of a source, in its order."""
+  """The documents of every example of a source, in its order."""
   documents = []
   for i in range(len(source)):
     try:
-      documents.append(to_document(source[i], tokenizer))
+      documents += to_documents(source[i], tokenizer)
     except UserError as error:
       raise UserError(f"example {i}: {error}") from error
   return documents

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from nemocascade.errors import UserError
+from nemocascade.mesh import by_rows, constrain_batch, make_mesh, whole
 from nemocascade.rollout.sampling import row_keys, sample
 from nemocascade.types import Params
 
@@ -38,9 +40,12 @@ class Engine:
     prefill_fn: (params, tokens_BP, length_B, capacity) -> (logits_BV, state).
     step_fn: (params, state, tokens_B, active_B) -> (state, logits_BV).
     repeat_fn: (state, G) -> state of each row G times, side by side.
-    place_fn: says of a tree of arrays that hold B rows where in a mesh these lie: (tree, B) -> tree.
+    mesh: whose devices share the rows; one device by default.
+    params_places: the parameters' sharding in it, or a tree of theirs; whole on every device by default.
 
-  Attributes: start_fn and decode_fn, the two jitted programs.
+  Attributes: start_fn and decode_fn, the two jitted programs. JAX compiles a program again for arguments that lie
+  elsewhere, or that are not bound to a device yet: so parameters and rows are put where they belong before
+  each call, which copies nothing that lies there.
   """
 
   def __init__(
@@ -52,11 +57,15 @@ class Engine:
     prompt_tokens: int,
     total_tokens: int,
     stop_ids: Sequence[int] = (11, 2),
-    place_fn: Callable = lambda tree, B: tree,
+    mesh: Mesh | None = None,
+    params_places: Any = None,
   ):
     if not 0 < prompt_tokens < total_tokens:
       raise UserError(f"{prompt_tokens=} must be positive and less than {total_tokens=}")
     self.P, self.T, self.stop_ids = prompt_tokens, total_tokens, tuple(stop_ids)
+    self._mesh = mesh or make_mesh(1, 1)
+    self._params_places = params_places or whole(self._mesh)
+    place_fn = functools.partial(constrain_batch, mesh=self._mesh)
     self.start_fn = jax.jit(
       functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=(3, 4)
     )
@@ -86,12 +95,15 @@ class Engine:
         )
       tokens_QP[q, : len(prompt)] = prompt
     length_Q = np.array([len(prompt) for prompt in prompts], np.int32)
-    return self.start_fn(params, tokens_QP, length_Q, G, drawn)
+    return self.start_fn(self._placed(params), tokens_QP, length_Q, G, drawn)
+
+  def _placed(self, params: Params) -> Params:
+    return jax.device_put(params, self._params_places)
 
   def decode(self, params: Params, d: Decoding, key: jax.Array, temperature: float, top_p: float):
-    """Every row goes on until it stops or meets its limit. `d` is used up."""
-    f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
-    return self.decode_fn(params, d, key, f32(temperature), f32(top_p))
+    """Every row goes on until it stops or meets its limit. `d` is used up; its arrays may be the host's."""
+    d = jax.device_put(d, by_rows(d, d.known_B.shape[0], self._mesh))
+    return self.decode_fn(self._placed(params), d, key, np.float32(temperature), np.float32(top_p))
 
   def extend(self, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
     """Gives tokens to rows (tool results) and opens them again; all rows not named stay done.
@@ -105,8 +117,7 @@ class Engine:
       if end < limit_B[b]:
         tokens_BT[b, known_B[b] : end] = tokens
         known_B[b], done_B[b] = end, False
-    as_ = jnp.asarray
-    return d.replace(tokens_BT=as_(tokens_BT), known_B=as_(known_B), done_B=as_(done_B))
+    return d.replace(tokens_BT=tokens_BT, known_B=known_B, done_B=done_B)
 
 
 def _start(

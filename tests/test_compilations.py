@@ -1,0 +1,188 @@
+"""What is compiled is compiled in a stage's first step, on one device as on eight: nothing compiles again later."""
+
+import contextlib
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs.tiny import if_rl, reward_model, sft
+from experiments import reward_model as reward_stage
+from experiments import rl as rl_stage
+from experiments import sft as sft_stage
+from experiments.assembly import Assembly
+from experiments.teaching import gather
+from nemocascade.checkpoint import Store
+from nemocascade.domains.domain import Domain, Verdict, assistant, make_prompt
+from nemocascade.metrics import CompileCounter
+from nemocascade.rollout.engine import Engine
+from nemocascade.teachers import Teacher
+from nemocascade.types import TrainState
+
+P, T = 200, 264
+GRIDS = [(1, 1), (2, 4)]
+TOOL = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}
+MICRO = dict(
+  hidden_size=16, hybrid_override_pattern="M*E", head_dim=8, mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8,
+  n_routed_experts=8, moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, initializer_range=0.3,
+)  # fmt: skip
+
+
+class Adding(Domain):
+  """Pays by chance. When `later`, every first turn that ends is answered as if it had called a tool.
+
+  Groups of `far` are then all paid alike, so that batches are refilled.
+  """
+
+  max_turns, later = 2, False
+
+  def __init__(self, name):
+    self.name = name
+
+  def make_row(self, rng):
+    return make_prompt(self.name, f"add {rng.integers(1000)} and {rng.integers(1000)}", tools=[TOOL])
+
+  def demonstrate(self, row, rng, *, thinking):
+    return [assistant("12", thoughts=["one"] * int(rng.integers(1, 5)) if thinking else None)]
+
+  def act(self, world, turn):
+    return ["the sum is 12"] if self.later else None
+
+  def judge(self, row, completion):
+    if self.later and self.name == "far":
+      return Verdict(1.0, "")
+    return Verdict(float(zlib.crc32(completion.text.encode("utf-8", "replace")) % 2), "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+  """Programs run a few times here: nearly all of the time is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", params=GRIDS, ids=str)
+def stage(request, tmp_path_factory):
+  """(assembly of a mesh, its folder)."""
+  root = tmp_path_factory.mktemp("compilations")
+  c = if_rl.get_config("smoke")
+  with c.unlocked():
+    c.model.update(MICRO)
+    c.mesh = dict(zip(("data", "expert"), request.param, strict=True))
+    c.domains, c.tokenizer.conversations = ("preference",), 20
+    c.evaluation.update(prompts=20, batch=64, prompt_tokens=P, total_tokens=T, long_domains=())
+  a = Assembly(c, root)
+  a.domains = {name: Adding(name) for name in ("near", "far")}
+  return a, root
+
+
+def steps_of(a, c, kind):
+  """The config of a stage of three steps, its checkpoint saved after each."""
+  fields = {"sft": sft, "rl": if_rl, "reward_model": reward_model}[kind].get_config("smoke")
+  out = a.c.copy_and_resolve_references()
+  with out.unlocked():
+    out.update(fields)
+    out.model, out.mesh, out.evaluation, out.domains = a.c.model, a.c.mesh, a.c.evaluation, tuple(a.domains)
+    out.steps, out.save_every = 3, 1
+    out.update_from_flattened_dict(c)
+  return out
+
+
+@contextlib.contextmanager
+def nothing_after_the_first_step(monkeypatch):
+  """Stages save at the end of each step. Tools answer and batches need refilling only from then on."""
+  save, saved = Store.save, []
+  monkeypatch.setattr(Adding, "later", False)
+
+  def count(store, *args):
+    save(store, *args)
+    store.wait()
+    saved.append(len(compiled.programs))
+    Adding.later = True
+
+  monkeypatch.setattr(Store, "save", count)
+  with CompileCounter() as compiled:
+    yield
+  assert len(saved) == 3 and saved[0] > 0
+  assert compiled.programs[saved[0] :] == []
+
+
+def test_sft(stage, monkeypatch):
+  a, root = stage
+  c = steps_of(a, {"conversations": {"near": 40, "far": 40}, "rows": 8, "row_tokens": 256}, "sft")
+  with nothing_after_the_first_step(monkeypatch):
+    sft_stage.run(c, root / "sft", a)
+
+
+def test_a_reward_model(stage, monkeypatch):
+  a, root = stage
+  c = steps_of(a, {"pairs": 8, "heldout_pairs": 16}, "reward_model")
+  with nothing_after_the_first_step(monkeypatch):
+    reward_stage.run(c, root / "reward", a)
+
+
+ROLLOUT = {
+  "mixture": {"near": 0.5, "far": 0.5}, "rollout.prompt_tokens": P, "rollout.total_tokens": T,
+  "packing.row_tokens": T, "rollout.prompts": 8, "rollout.completions": 8, "packing.rows": 64, "packing.pieces": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def extended(monkeypatch):
+  """How many rows were given tool results, each time that any were."""
+  seen, extend = [], Engine.extend
+  monkeypatch.setattr(Engine, "extend", lambda self, d, given: seen.append(len(given)) or extend(self, d, given))
+  return seen
+
+
+def checkpoint(a, root, seed):
+  path = root / f"start_{seed}"
+  Store(path / "checkpoints").save(1, TrainState(np.int32(0), a.fresh_params(jax.random.key(seed)), {}), {})
+  return str(path / "checkpoints" / "1")
+
+
+def test_grpo_with_tools_and_batches_that_are_refilled(stage, monkeypatch, extended):
+  """On the mesh, rows behind prompts that are taken in once; on one device, two updates a batch."""
+  a, root = stage
+  shared = a.mesh.size > 1
+  more = {"packing.shared_prompts": True, "packing.row_tokens": T - P + 10} if shared else {"updates": 2}
+  c = steps_of(a, ROLLOUT | {"refill_rounds": 3} | more, "rl")
+  start, rounds = checkpoint(a, root, 0), []
+  collect = a.collect
+  monkeypatch.setattr(a, "collect", lambda *args, **how: rounds.append(how) or collect(*args, **how))
+  with nothing_after_the_first_step(monkeypatch):
+    rl_stage.run(c, root / "grpo", a, start)
+  assert len(rounds) > 3 and extended
+  assert all(("completion_tokens" in how) and (how["completion_tokens"] is not None) == shared for how in rounds)
+
+
+def test_mopd_with_two_teachers_of_which_one_is_in_memory(stage, monkeypatch, extended):
+  a, root = stage
+  starts = [checkpoint(a, root, seed) for seed in (1, 2)]
+  c = steps_of(
+    a, ROLLOUT | {"advantage": "mopd", "correction": "icepop", "aggregation": "sequence_mean", "dynamic_filtering": False}, "rl"
+  )  # fmt: skip
+  with c.unlocked():
+    c.teachers = dict(near=starts[0], far=starts[1])
+  teachers = gather(a, [Teacher("near", starts[0], 0.0, ""), Teacher("far", starts[1], 0.0, "")], keep=1)
+  with nothing_after_the_first_step(monkeypatch):
+    rl_stage.run(c, root / "mopd", a, starts[0], teachers)
+  assert extended and teachers.loads > 4
+
+
+def test_evaluation(stage, monkeypatch, extended):
+  """The first scores, greedy ones with answers of tools, those of parameters that lie elsewhere."""
+  a, _ = stage
+  monkeypatch.setattr(Adding, "later", False)
+  fresh = [a.fresh_params(jax.random.key(seed)) for seed in (3, 4)]
+  placed = jax.device_put(fresh[0], jax.tree.map(lambda leaf: leaf.sharding, a.template))
+  with CompileCounter() as first:
+    a.evaluate(fresh[0], temperature=1.0)
+  Adding.later = True
+  with CompileCounter() as again:
+    a.evaluate(placed, temperature=0.0)
+    a.evaluate(fresh[1], temperature=0.7)
+    a.evaluate(jax.device_get(fresh[1]), temperature=0.7)
+  assert len(first.programs) <= 3 and again.programs == [] and extended
