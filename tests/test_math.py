@@ -65,16 +65,13 @@ def test_hostile_latex_is_wrong(answer):
 
 
 def test_a_comparison_out_of_time_is_masked_and_asked_again(monkeypatch):
-  row, content = {"expected_answer": "2"}, "\\boxed{(99998^{9999})^{9998}}"
+  row, content = {"expected_answer": "x + 1"}, "\\boxed{1 + x}"
   assert judge({"expected_answer": "1/2"}, "\\boxed{0.50}").reward == 1.0  # The process is up.
-  monkeypatch.setattr(equality, "LIMIT_S", 0.2)
+  monkeypatch.setattr(equality, "LIMIT_S", 1e-4)
   found = judge(row, content)
   assert (found.reward, found.masked, found.cause) == (0.0, True, "time")
-  # What was asked again would have an answer now.
-  monkeypatch.setattr(equality.limited, "call", lambda *question, limit_s: False)
-  assert not judge(row, content).masked
   monkeypatch.undo()
-  assert judge({"expected_answer": "1/2"}, "\\boxed{0.500}").reward == 1.0
+  assert judge(row, content).reward == 1.0
 
 
 def test_plain_integers_are_compared_as_math_verify_does():

@@ -302,7 +302,7 @@ def test_the_released_rows_are_read_and_masked(agentless, agentic):
     unique = next(x for x in lines if x.strip() and lines.count(x) == 1)
     edit = edits.Edit(path, unique, f"{unique}  # Seen.")
     (found,) = agentless.verify([row], [complete(edits.show(edit))])
-    assert found == domain.Verdict(0.0, swe.NO_TESTS, masked=True)
+    assert found.masked and found.cause == ("row" if row["mode"] == "eval" else "unknown")
     episode = domain.Completion((turn(("view", {"path": path})), turn(content="Done.")))
     assert agentic.verify([row], [episode])[0].masked
   for line in (GYM / "swe_agents.jsonl").read_text().splitlines():
@@ -310,4 +310,4 @@ def test_the_released_rows_are_read_and_masked(agentless, agentic):
     world = agentic.start(row)
     assert agentic.act(world, turn(("test", {}))) == [f"error: {swe.NO_TESTS}"]
     (found,) = agentic.verify([row], [domain.Completion((turn(content="Done."),), world)])
-    assert found == domain.Verdict(0.0, swe.NO_TESTS, masked=True)
+    assert found == domain.no_verdict("row", swe.NO_TESTS)

@@ -9,6 +9,7 @@ from nemocascade.domains import limited
 
 LIMIT_S = 5.0  # For one question.
 MAX_CHARS = 300  # A longer answer is wrong, unless the expected one is about as long.
+DEEPEST = 40  # Brackets within brackets; the parser takes ages over more.
 MOST_SIDES = 8  # Of one equation.
 DIGITS = 60  # To which numbers are worked out.
 FAR, NEAR = 1e-4, 1e-40  # Relative differences: more is another number, less is the same.
@@ -57,7 +58,7 @@ def equal(expected: str, answer: str) -> bool | None:
     return True
   if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(expected):
     return int(answer) == int(expected)
-  if _HUGE.search(answer) and not _HUGE.search(expected):
+  if _HUGE.search(answer) and not _HUGE.search(expected) or max(_depths(answer)) > DEEPEST:
     return False
   return _ask(expected, answer)
 
@@ -83,14 +84,19 @@ def claims(expected: str, answer: str) -> list[tuple[str, str]] | None:
 
 def _parts(text: str) -> list[str]:
   """The text cut at the separators that stand in no brackets."""
-  depth, depths = 0, []
-  for sign in text:
-    depths.append(depth)
-    # \text{ and } is no pair of brackets here; \{ is a bracket as { is.
-    depth = max(0, depth + _BRACKETS.get(sign, 0))
+  depths = _depths(text)
   cuts = [match.span() for match in _SEPARATOR.finditer(text) if depths[match.start()] == 0]
   starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
   return [text[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _depths(text: str) -> list[int]:
+  """How many brackets each character stands in; \\{ is one as { is."""
+  depth, depths = 0, []
+  for sign in text:
+    depths.append(depth)
+    depth = max(0, depth + _BRACKETS.get(sign, 0))
+  return depths
 
 
 def _undelimited(text: str) -> str:
