@@ -1,11 +1,13 @@
 """The sandbox: whatever a program does, it gets a verdict, in time, and reaches nothing."""
 
+import importlib.util
 import os
 import pathlib
 import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 
@@ -182,6 +184,31 @@ exit()
   program = Program({"a/main.py": source}, argv=("a/main.py", "é"), stdin="one é\ntwo\n")
   result = box.run(program)
   assert (result.status, result.stdout) == ("passed", "one é ['é'] two\n"), result
+
+
+def test_modules_of_the_library_that_are_here_are_there(box):
+  names = ("asyncio", "bz2", "ctypes", "hashlib", "lzma", "multiprocessing.dummy", "sqlite3", "uuid", "zlib")
+  here = [name for name in names if importlib.util.find_spec(name)]
+  result = box.run(script(f"import {', '.join(here)}\nprint(zlib.crc32(b'x'))"))
+  assert (result.status, result.stdout) == ("passed", f"{zlib.crc32(b'x')}\n"), result
+
+
+def test_threads_event_loops_and_copies_of_files_work(box):
+  source = """
+import asyncio, concurrent.futures, os, shutil, sqlite3, tempfile
+async def main():
+  return await asyncio.to_thread(sum, [1, 2]), await asyncio.gather(asyncio.sleep(0, 3))
+print(asyncio.run(main()), asyncio.run(main()))
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+  print(sum(pool.map(abs, range(-9, 0))))
+with tempfile.TemporaryDirectory() as folder:
+  shutil.copy2("main.py", folder)
+  shutil.copytree(folder, "copy")
+  os.replace("copy/main.py", "copy/other")
+print(os.listdir("copy"), sqlite3.connect(":memory:").execute("select 1 + 1").fetchone())
+"""
+  result = box.run(script(source))
+  assert result.stdout == "(3, [3]) (3, [3])\n45\n['other'] (2,)\n", result
 
 
 def test_modules_of_a_program_import_each_other(box):
