@@ -5,6 +5,7 @@ in another way than by being stopped counts as one that got through. Exit code 1
 """
 
 import collections
+import functools
 import json
 import pathlib
 import re
@@ -35,9 +36,8 @@ class Attempt(NamedTuple):
 
 
 def attempts() -> Iterator[Attempt]:
-  """All of them, of the same few sandboxes."""
-  box = Sandbox(workers=1, cpu_s=CPU_S, wall_s=WALL_S, output_kb=64)
-  runner = _Runner(box)
+  """All of them; they share one sandbox, which is made when the first is run."""
+  runner = _Runner()
   tables = (
     ("escape", escapes.ESCAPES, runner.escape),
     ("leak", leaks.PAIRS, runner.leak),
@@ -60,13 +60,12 @@ def attempts() -> Iterator[Attempt]:
 class _Runner:
   """Runs each kind of program, and judges what came of it."""
 
-  def __init__(self, box: Sandbox):
-    self.box = box
+  def __init__(self):
     self.worker: Any = None
-    self.code = code.make_domain(box)
-    self.swe, self.agentic = swe.make_domain(box), swe.make_agentic_domain(box)
-    self.repository = domain.rows(self.swe, "train", 0, 0, 1)[0]
-    self.agents = domain.rows(self.agentic, "train", 0, 0, 1)[0]
+
+  @functools.cached_property
+  def box(self) -> Sandbox:
+    return Sandbox(workers=1, cpu_s=CPU_S, wall_s=WALL_S, output_kb=64)
 
   def run(self, source: str, stdin: str = "") -> Result:
     """By one worker as long as it lasts, and never from memory."""
@@ -129,26 +128,33 @@ class _Runner:
 
   def _judge(self, tests: dict, source: str) -> domain.Verdict:
     row = {**domain.make_prompt("code", "x"), "verifier_metadata": {"unit_tests": tests}}
-    return self.code.verify([row], [_complete(f"```python\n{source}\n```")])[0]
+    return code.make_domain(self.box).verify([row], [_complete(f"```python\n{source}\n```")])[0]
 
   def repair(self, name: str) -> tuple[str, bool]:
     return _zero(self._repair(forgeries.REPAIRS[name]))
 
   def _repair(self, line: str) -> domain.Verdict:
-    bug, files = swe.Bug(**self.repository["instance"]["bug"]), swe.repository_files(self.repository)
+    task, row = self._repository(swe.make_domain)
+    bug, files = swe.Bug(**row["instance"]["bug"]), swe.repository_files(row)
     (other,) = set(files) - {bug.path}
     line = line.replace("OTHER", other.removesuffix(".py")).replace("NAME", bug.name).replace("RIGHT", bug.right)
     edit = edits.show(edits.Edit(bug.path, files[bug.path].strip(), line))
-    return self.swe.verify([self.repository], [_complete(edit)])[0]
+    return task.verify([row], [_complete(edit)])[0]
+
+  def _repository(self, make: Callable) -> tuple[swe.Swe, domain.Row]:
+    task = make(self.box)
+    return task, domain.rows(task, "train", 0, 0, 1)[0]
 
   def edit(self, name: str) -> tuple[str, bool]:
     path = forgeries.EDITS[name]
     edit = edits.show(edits.Edit(path, "x", "import os; os._exit(0)"))
-    happened, held = _zero(self.swe.verify([self.repository], [_complete(edit)])[0])
-    world = self.agentic.start(self.agents)
+    task, row = self._repository(swe.make_domain)
+    happened, held = _zero(task.verify([row], [_complete(edit)])[0])
+    task, row = self._repository(swe.make_agentic_domain)
+    world = task.start(row)
     call = ToolCall("replace", {"path": path, "old": "", "new": "x"})
-    (reply,) = self.agentic.act(world, Turn(None, "", (call,), None, True))
-    untouched = world.repository.files == swe.repository_files(self.agents)
+    (reply,) = task.act(world, Turn(None, "", (call,), None, True))
+    untouched = world.repository.files == swe.repository_files(row)
     return f"{happened}; {reply}", held and untouched and reply.startswith("error:")
 
   def reply(self, name: str) -> tuple[str, bool]:
@@ -169,11 +175,11 @@ class _Runner:
 
   def control_rewards(self) -> tuple[str, bool]:
     """right answers are rewarded: else no forgery would show anything."""
-    row = self.repository["instance"]["bug"]
+    bug = self._repository(swe.make_domain)[1]["instance"]["bug"]
     verdicts = (
       self._values("def f(x): return x**3 + x**2 + (x > 2) * 0 + (x == 2)"),
       self._prints("print(int(input()) ** 2)"),
-      self._repair(f"def NAME(a, b): return a {row['right']} b"),
+      self._repair(f"def NAME(a, b): return a {bug['right']} b"),
     )
     return f"rewards {[v.reward for v in verdicts]}", all(v.reward == 1 for v in verdicts)
 

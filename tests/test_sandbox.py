@@ -211,6 +211,35 @@ print(os.listdir("copy"), sqlite3.connect(":memory:").execute("select 1 + 1").fe
   assert result.stdout == "(3, [3]) (3, [3])\n45\n['other'] (2,)\n", result
 
 
+@pytest.mark.parametrize(
+  "source",
+  [
+    "import threading, time\nthreading.Thread(target=lambda: time.sleep(0.05) or print('late')).start()",
+    "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start(); print(1)",
+    "import atexit; atexit.register(print, 'end'); print('begin')",
+    "class C:\n  def __del__(self): print('gone')\nc = C(); c.me = c\nd = C()",
+    "import sys; sys.stdout.write('no newline')",
+    "import io, sys; out = io.TextIOWrapper(sys.stdout.buffer, write_through=False); out.write('held back')",
+    "import io, sys; print('kept'); sys.stdout = io.StringIO(); print('lost')",
+    "import sys; print('x'); sys.stdout.close()",
+    "import sys; print('x'); sys.stdout = None",
+    "import os; print('x'); os.close(1)",
+    "exit()", "import sys; sys.exit(3)", "raise SystemExit('why')", "raise SystemExit(True)",
+    "raise SystemExit(256)", "raise SystemExit(-1)", "raise SystemExit([])", "1 / 0",
+    "import atexit; atexit.register(lambda: 1 / 0); print(1)", "from concurrent.futures import ThreadPoolExecutor as T\nT(2).submit(print, 'pooled')",
+  ],
+)  # fmt: skip
+def test_a_program_ends_as_python_ends(box, tmp_path, source):
+  file = tmp_path / "main.py"
+  file.write_text(source)
+  plain = subprocess.run(
+    [worker.EXECUTABLE, "main.py"], cwd=tmp_path, capture_output=True, text=True, env={}
+  )
+  result = box.run(script(source))
+  code = 0 if result.status == "passed" else 1 if result.status == "error" else int(result.reason.split()[-1])
+  assert (result.stdout, code) == (plain.stdout, plain.returncode), result
+
+
 def test_modules_of_a_program_import_each_other(box):
   files = {
     "main.py": "from a.b import f; import c; print(f(c.x))",
