@@ -12,7 +12,7 @@ import zlib
 import pytest
 
 from nemocascade.domains import confinement, launcher, seccomp, worker
-from nemocascade.domains.program import Call, Program
+from nemocascade.domains.program import Call, Limits, Program
 from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError
 
@@ -337,6 +337,34 @@ def test_without_namespaces_one_line_says_what_to_do(monkeypatch, tmp_path):
       Sandbox()
     assert "\n" not in str(error.value)
     assert not found or "No permissions" in str(error.value)
+
+
+def test_every_way_of_confining_makes_programs_nobodys():
+  for way in worker.ways():
+    own = worker.Worker(way, Limits())
+    result = own.run(script("import os; print(*os.getresuid(), *os.getresgid(), os.getgroups())"))
+    assert result.stdout == f"{' '.join([confinement.NOBODY] * 6)} []\n", result
+    own.close()
+
+
+def test_root_that_may_not_give_programs_another_user_keeps_its_own(monkeypatch):
+  def refuse(told):
+    raise PermissionError("not here")
+
+  monkeypatch.setattr(confinement, "map_users", refuse)
+  assert Sandbox(workers=1).run(script("print(1)")).stdout == "1\n"
+
+
+def test_a_folder_that_cannot_be_made_is_the_sandboxs_failure():
+  own = worker.Worker(next(worker.ways()), Limits(files=1))  # Not enough for the program's own.
+  result = own.run(script("print(1)"))
+  assert (result.status, own.ended()) == ("unstarted", True) and "No space" in result.reason
+
+
+def test_a_sandbox_that_does_not_start_in_time_says_nothing_of_the_program():
+  own = worker.Worker(next(worker.ways()), Limits(wall_s=1e-3))
+  result = own.run(script("print(1)"))
+  assert (result.status, result.reason) == ("unstarted", "the sandbox did not start in time")
 
 
 def test_a_sandbox_that_ended_before_it_was_asked_still_says_why(monkeypatch, tmp_path):
