@@ -82,3 +82,8 @@ def test_a_factory_is_given_what_it_needs_and_no_more(monkeypatch):
   assert registry.build(["preference"], judge="a judge", sandbox="a sandbox") == {
     "preference": "a judge"
   }
+
+
+def test_the_domains_that_run_code_need_a_sandbox():
+  assert registry.that_need("sandbox", ["math", "code", "swe", "nothing"]) == ["code", "swe"]
+  assert registry.that_need("judge", registry.DOMAINS) == ["preference"]

@@ -1,16 +1,18 @@
 """The sandbox: whatever a program does, it gets a verdict, in time, and reaches nothing."""
 
+import importlib.util
 import os
 import pathlib
 import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 
 from nemocascade.domains import confinement, launcher, seccomp, worker
-from nemocascade.domains.program import Call, Program
+from nemocascade.domains.program import Call, Limits, Program
 from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError
 
@@ -184,6 +186,60 @@ exit()
   assert (result.status, result.stdout) == ("passed", "one é ['é'] two\n"), result
 
 
+def test_modules_of_the_library_that_are_here_are_there(box):
+  names = ("asyncio", "bz2", "ctypes", "hashlib", "lzma", "multiprocessing.dummy", "sqlite3", "uuid", "zlib")
+  here = [name for name in names if importlib.util.find_spec(name)]
+  result = box.run(script(f"import {', '.join(here)}\nprint(zlib.crc32(b'x'))"))
+  assert (result.status, result.stdout) == ("passed", f"{zlib.crc32(b'x')}\n"), result
+
+
+def test_threads_event_loops_and_copies_of_files_work(box):
+  source = """
+import asyncio, concurrent.futures, os, shutil, sqlite3, tempfile
+async def main():
+  return await asyncio.to_thread(sum, [1, 2]), await asyncio.gather(asyncio.sleep(0, 3))
+print(asyncio.run(main()), asyncio.run(main()))
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+  print(sum(pool.map(abs, range(-9, 0))))
+with tempfile.TemporaryDirectory() as folder:
+  shutil.copy2("main.py", folder)
+  shutil.copytree(folder, "copy")
+  os.replace("copy/main.py", "copy/other")
+print(os.listdir("copy"), sqlite3.connect(":memory:").execute("select 1 + 1").fetchone())
+"""
+  result = box.run(script(source))
+  assert result.stdout == "(3, [3]) (3, [3])\n45\n['other'] (2,)\n", result
+
+
+@pytest.mark.parametrize(
+  "source",
+  [
+    "import threading, time\nthreading.Thread(target=lambda: time.sleep(0.05) or print('late')).start()",
+    "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start(); print(1)",
+    "import atexit; atexit.register(print, 'end'); print('begin')",
+    "class C:\n  def __del__(self): print('gone')\nc = C(); c.me = c\nd = C()",
+    "import sys; sys.stdout.write('no newline')",
+    "import io, sys; out = io.TextIOWrapper(sys.stdout.buffer, write_through=False); out.write('held back')",
+    "import io, sys; print('kept'); sys.stdout = io.StringIO(); print('lost')",
+    "import sys; print('x'); sys.stdout.close()",
+    "import sys; print('x'); sys.stdout = None",
+    "import os; print('x'); os.close(1)",
+    "exit()", "import sys; sys.exit(3)", "raise SystemExit('why')", "raise SystemExit(True)",
+    "raise SystemExit(256)", "raise SystemExit(-1)", "raise SystemExit([])", "1 / 0",
+    "import atexit; atexit.register(lambda: 1 / 0); print(1)", "from concurrent.futures import ThreadPoolExecutor as T\nT(2).submit(print, 'pooled')",
+  ],
+)  # fmt: skip
+def test_a_program_ends_as_python_ends(box, tmp_path, source):
+  file = tmp_path / "main.py"
+  file.write_text(source)
+  plain = subprocess.run(
+    [worker.EXECUTABLE, "main.py"], cwd=tmp_path, capture_output=True, text=True, env={}
+  )
+  result = box.run(script(source))
+  code = 0 if result.status == "passed" else 1 if result.status == "error" else int(result.reason.split()[-1])
+  assert (result.stdout, code) == (plain.stdout, plain.returncode), result
+
+
 def test_modules_of_a_program_import_each_other(box):
   files = {
     "main.py": "from a.b import f; import c; print(f(c.x))",
@@ -281,6 +337,34 @@ def test_without_namespaces_one_line_says_what_to_do(monkeypatch, tmp_path):
       Sandbox()
     assert "\n" not in str(error.value)
     assert not found or "No permissions" in str(error.value)
+
+
+def test_every_way_of_confining_makes_programs_nobodys():
+  for way in worker.ways():
+    own = worker.Worker(way, Limits())
+    result = own.run(script("import os; print(*os.getresuid(), *os.getresgid(), os.getgroups())"))
+    assert result.stdout == f"{' '.join([confinement.NOBODY] * 6)} []\n", result
+    own.close()
+
+
+def test_root_that_may_not_give_programs_another_user_keeps_its_own(monkeypatch):
+  def refuse(told):
+    raise PermissionError("not here")
+
+  monkeypatch.setattr(confinement, "map_users", refuse)
+  assert Sandbox(workers=1).run(script("print(1)")).stdout == "1\n"
+
+
+def test_a_folder_that_cannot_be_made_is_the_sandboxs_failure():
+  own = worker.Worker(next(worker.ways()), Limits(files=1))  # Not enough for the program's own.
+  result = own.run(script("print(1)"))
+  assert (result.status, own.ended()) == ("unstarted", True) and "No space" in result.reason
+
+
+def test_a_sandbox_that_does_not_start_in_time_says_nothing_of_the_program():
+  own = worker.Worker(next(worker.ways()), Limits(wall_s=1e-3))
+  result = own.run(script("print(1)"))
+  assert (result.status, result.reason) == ("unstarted", "the sandbox did not start in time")
 
 
 def test_a_sandbox_that_ended_before_it_was_asked_still_says_why(monkeypatch, tmp_path):

@@ -35,14 +35,12 @@ def arguments(
   """
   found = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"]
   found += ["--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
-  for path in ("/usr/lib", "/usr/lib64"):
-    if os.path.isdir(path):
-      found += ["--ro-bind", path, path]
+  bound = [path for path in ("/usr/lib", "/usr/lib64") if os.path.isdir(path)]
   for path in ("/lib", "/lib64"):
     if os.path.islink(path):
       found += ["--symlink", os.readlink(path), path]
     elif os.path.isdir(path):
-      found += ["--ro-bind", path, path]
+      bound.append(path)
   version = f"{sys.version_info.major}.{sys.version_info.minor}"
   libraries = sysconfig.get_config_var("LIBDIR") or "/usr/lib"
   # Of the interpreter itself, not of a virtual environment around it.
@@ -52,14 +50,18 @@ def arguments(
     seen += glob.glob(f"{glob.escape(libraries)}/{name}")
   for path in dict.fromkeys(seen):
     if os.path.exists(path) and not path.startswith(("/usr/lib/", "/usr/lib64/")):
-      for parent in [*pathlib.PurePath(path).parents][-2::-1]:  # Else some are for root's eyes only.
-        found += ["--dir", str(parent)]
-      found += ["--ro-bind", path, path]
+      bound.append(path)
+  bound.append("/dev/null")
+  parents = {str(parent) for path in bound for parent in pathlib.PurePath(path).parents}
+  for parent in sorted(parents - {"/"}):  # Else bubblewrap makes them for their owner's eyes only.
+    found += ["--dir", parent]
+  for path in bound:
+    found += ["--ro-bind", path, path]
   for path in dict.fromkeys(seen):
     for hidden in (f"{path}/site-packages", f"{path}/dist-packages"):
       if os.path.isdir(hidden):
         found += ["--tmpfs", hidden]
-  found += ["--ro-bind", "/dev/null", "/dev/null", "--setenv", "LD_LIBRARY_PATH", libraries]
+  found += ["--setenv", "LD_LIBRARY_PATH", libraries]
   found += ["--size", str(folder_bytes), "--tmpfs", WORK, "--chdir", WORK]
   for path in dict.fromkeys(packages):
     found += ["--ro-bind", path, path]

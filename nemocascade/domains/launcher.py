@@ -124,17 +124,18 @@ def run(argv, calls, control, quote):
     module = type(sys)("__main__")
     module.__file__ = argv[0]
     sys.modules["__main__"] = module
+    code = 0
     try:
       with open(argv[0], "rb") as file:
         source = file.read()
       exec(compile(source, argv[0], "exec"), module.__dict__)
-    except SystemExit:
-      raise
+    except SystemExit as error:
+      code = error.code
     except BaseException:
       write(control, b"!\n")
       sys.excepthook(*sys.exc_info())
-      sys.exit(1)
-    sys.exit()
+      code = 1
+    finish(module, code)
   for module, function, arguments in calls:
     try:
       line = f'{{"value":{encode(call(module, function, arguments), quote)}}}\n'
@@ -145,6 +146,35 @@ def run(argv, calls, control, quote):
       data = data[write(control, data) :]
   sys.stdout.flush()
   leave(0)
+
+
+def finish(module, code):
+  """Ends the process as Python does, but for taking its own modules apart, which takes milliseconds.
+
+  Args:
+    code: what the program left with, as of SystemExit.
+  """
+  import atexit
+  import gc
+  import os
+  import sys
+
+  if "threading" in sys.modules:
+    sys.modules["threading"]._shutdown()  # Waits for threads.
+  atexit._run_exitfuncs()
+  if code is not None and not isinstance(code, int):
+    print(code, file=sys.stderr)
+    code = 1
+  code = (code or 0) & 0xFF
+  module.__dict__.clear()  # Closes files and runs what objects do at their end.
+  gc.collect()
+  for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+    try:
+      if stream is not None and not stream.closed:
+        stream.flush()
+    except Exception:
+      code = 120
+  os._exit(code)
 
 
 def put(files):
@@ -237,10 +267,11 @@ def serve(place, limits, code, folder_bytes, most_files):
   The next attendant is there before the program of this one has ended: a start waits for one fork.
   """
   import _sitebuiltins
+  import atexit  # noqa: F401  (This and others are loaded for the copies.)
   import builtins
   import ctypes
   import gc
-  import marshal  # noqa: F401  (This and others are loaded for the copies.)
+  import marshal  # noqa: F401
   import os
   import resource  # noqa: F401
   import signal

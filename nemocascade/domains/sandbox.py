@@ -14,7 +14,7 @@ from nemocascade.domains.worker import Worker, ways
 
 REMEMBERED = 1 << 14  # Results of programs that were run before.
 LONGEST_REMEMBERED = 10_000  # Characters of output.
-PROBE = Program({"main.py": "import decimal, json"})  # A library, and a module of Python itself.
+PROBE = Program({"main.py": "import decimal, json, os; os.listdir('/usr/lib')"})
 
 
 class Sandbox:
