@@ -2,6 +2,8 @@
 
   python -m experiments.evaluate --config=configs/tiny/cascade.py \\
     --checkpoint=runs/tiny/sft/checkpoints/700 --workdir=runs/eval --completions=4
+
+pass@k is the share of prompts of which a completion is paid in full; parts of a reward count in avg@k alone.
 """
 
 import dataclasses

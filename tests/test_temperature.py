@@ -21,6 +21,14 @@ from nemocascade.types import TrainState
 temperatures = pytest.mark.parametrize("temperature", [0.3, 0.6, 1.0, 1.7])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+  """Programs run once or twice here: nearly all of the time is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
   """A stage of one step of eight completions; its student is its teacher and its reference."""
