@@ -67,7 +67,7 @@ def model_files(checkpoint: str) -> Path:
       check_files(files)
       return files
   raise UserError(
-    f"--checkpoint={checkpoint!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
+    f"--checkpoint={checkpoint!r}: not a checkpoint of ours (no model/config.json in it or beside its stage); give STAGE/checkpoints/STEP of a work"
     " directory, a converted one, or hf:DIR"
   )
 
@@ -78,7 +78,7 @@ def check_files(files: Path) -> None:
     try:
       checksums.verify(files)
     except checksums.Damage as error:
-      raise UserError(f"{files}: can't be read ({error}); give another checkpoint") from error
+      raise UserError(f"{files}/{error}; restore it, or give another checkpoint") from error
   elif (files.parent / checksums.CHECKSUMS).exists():
     checkpoint_lib.check(files.parent, files.name)
 
