@@ -7,6 +7,7 @@ Streamed, so that memory does not grow with the model. Every tensor keeps its nu
 config.json, the generation config and the tokenizer go along. The target must not exist.
 """
 
+import functools
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nemocascade import conversion
 from nemocascade.errors import UserError
 from nemocascade.fields import text
 from nemocascade.model import hf
+from nemocascade.state_files import named
 
 
 def run(source: str, target: str) -> None:
@@ -30,12 +32,14 @@ def run(source: str, target: str) -> None:
   if inward:
     opened = hf.open_source(source.removeprefix(hf.PREFIX))
     tokenizer_of(opened.path, opened.config)  # Refused here if it does not fit.
-    conversion.from_hf(opened, into)
+    convert = functools.partial(conversion.from_hf, opened, into)
   else:
     files = model_files(source, "--source")
     config = read_config(files)
     tokenizer_of(files, config)
-    conversion.to_hf(Path(source).resolve(), files, config, into)
+    convert = functools.partial(conversion.to_hf, Path(source).resolve(), files, config, into)
+  with named(into):
+    convert()
   size = sum(file.stat().st_size for file in into.rglob("*") if file.is_file())
   took = time.perf_counter() - began
   print(f"{target}: {size / 1e9:.2f} GB in {took:.1f} s ({size / 1e9 / took:.2f} GB/s)")

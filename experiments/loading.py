@@ -113,7 +113,7 @@ def check_files(files: Path) -> None:
     try:
       checksums.verify(files)
     except checksums.Damage as error:
-      raise UserError(f"{files}: can't be read ({error}); give another checkpoint") from error
+      raise UserError(f"{files}/{error}; restore it, or give another checkpoint") from error
   elif (files.parent / checksums.CHECKSUMS).exists():
     checkpoint_lib.check(files.parent, files.name)
 

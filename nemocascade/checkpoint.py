@@ -60,7 +60,7 @@ class Store:
     The record: anything JSON that the stage needs to go on (data position, prompt frontier, ...).
 
     Raises:
-      OSError: it can't be written, such as on a full disk; nothing of it is left, the others stay.
+      OSError: it can't be written, such as on a full disk; the others stay.
     """
     if step in self._manager.all_steps():  # Left by a run that was restored from before it.
       self._manager.delete(step)
@@ -77,6 +77,7 @@ class Store:
         )
         self._manager.wait_until_finished()
     except OSError:
+      # Orbax's threads may still be writing: what they leave goes when the store is next opened.
       for partial in self.directory.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
         shutil.rmtree(partial, ignore_errors=True)
       raise

@@ -113,7 +113,7 @@ def named(path: Path, needed: int | None = None) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno is None:
+    if error.errno is None or (error.filename and error.errno not in FULL):
       raise
     raise _told(error, error.errno, path, needed) from error
   except Exception as error:  # TensorStore, and Orbax above it, raise ValueErrors with the system's words.

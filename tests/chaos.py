@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import jax
@@ -102,9 +103,9 @@ def finish(process: subprocess.Popen, workdir: Path) -> None:
 
 def killed(process: subprocess.Popen, workdir: Path, after: float, *, in_save: bool, draw: random.Random) -> str | None:
   """Kills the process; the file that it was writing, "" where that is not known, None where it had ended."""
-  found, deadline = "", time.monotonic() + after
+  found, deadline, left = "", time.monotonic() + after, set(unfinished(workdir))  # Of earlier kills.
   while process.poll() is None:
-    if time.monotonic() >= deadline and (not in_save or (found := unfinished(workdir))):
+    if time.monotonic() >= deadline and (not in_save or (found := next(unfinished(workdir, left), ""))):
       time.sleep(draw.uniform(0, 0.05) if in_save else 0)  # Another instant of the same save.
       process.kill()
       break
@@ -115,22 +116,22 @@ def killed(process: subprocess.Popen, workdir: Path, after: float, *, in_save: b
   return found
 
 
-def unfinished(workdir: Path) -> str:
-  """A file or folder that is being written, or ""."""
+def unfinished(workdir: Path, but: Container[str] = ()) -> Iterator[str]:
+  """The files and folders that are being written, without those of `but`."""
   folders = [workdir, *(p for p in workdir.iterdir() if p.is_dir() and p.name != "compilations")]
-  folders += [p / "checkpoints" for p in folders[1:]]
+  folders += [p / name for p in folders[1:] for name in ("checkpoints", "model")]
   for folder in filter(Path.is_dir, folders):
-    for entry in os.scandir(folder):
-      if any(mark in entry.name for mark in WRITING):
-        return str(Path(entry.path).relative_to(workdir))
-  return ""
+    for name in os.listdir(folder):
+      path = str((folder / name).relative_to(workdir))
+      if any(mark in name for mark in WRITING) and path not in but:
+        yield path
 
 
 def position(workdir: Path) -> str:
   """The stage that a work directory is at."""
   path = workdir / "cascade.json"
   stages = json.loads(path.read_text())["stages"] if path.exists() else []
-  return next((s["name"] for s in stages if s["status"] != "done"), "between stages")
+  return next((s["name"] for s in stages if s["status"] != "done"), f"what comes after {len(stages)} stages")
 
 
 def report_differences(name: str, whole: Path, other: Path) -> int:

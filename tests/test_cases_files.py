@@ -211,10 +211,11 @@ def test_a_save_that_finds_no_room_is_one_line_and_the_good_checkpoint_stays(tmp
   assert done.returncode == 1, done.stderr[-2000:]
   (line,) = done.stderr.splitlines()
   assert line.startswith(f"error: {tmp_path / names}: File too large") and "MB are free" in line
-  assert [p.name for p in tmp_path.iterdir()] == ["1"]
+  assert not (tmp_path / names).exists()
   store = Store(tmp_path)
   assert store.restore(template())[1] == {"at": 1}
   store.save(2, state(2), {})  # After room was made.
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # What was left of the save is gone.
   assert int(Store(tmp_path).restore(template())[0].step) == 2
 
 
@@ -270,3 +271,10 @@ def test_a_command_that_writes_where_another_does_is_refused(tmp_path):
     first.kill()
   assert_refused(done, "another process")
   assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", 100_000 * "["], ids=["list", "null", "number", "deep"])
+def test_a_hugging_face_config_that_is_no_object_is_named(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(UserError, match=f"hf:{tmp_path}: config.json"):
+    loading.find(f"hf:{tmp_path}")

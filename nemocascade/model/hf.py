@@ -47,8 +47,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
     fields = json.loads((path / CONFIG).read_text())
   except OSError as error:
     raise UserError(f"hf:{path}: {CONFIG}: {error.strerror or error}") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"hf:{path}: {CONFIG} is not JSON ({error})") from error
+  if not isinstance(fields, dict):
+    raise UserError(f"hf:{path}: {CONFIG} is {str(fields):.40}, must be an object")
   return fields, model_config(fields, f"hf:{path}: {CONFIG}")
 
 
