@@ -11,7 +11,6 @@ from typing import Any
 from nemocascade.errors import UserError, unknown
 from nemocascade.fields import (
   Field,
-  anything,
   flag,
   no_field,
   number,
@@ -78,7 +77,15 @@ SHARED = MODEL | {
   "tasks": section("Domain -> fields of it that are not its defaults."),
   "tasks.*.sloppy_rate": number("Share of a demonstration's steps in the sloppy style.", low=0, high=1),
   "tasks.*.error_rate": number("Share of the sloppy steps that err.", low=0, high=1),
-  "tasks.*.*": anything("Another field of the domain."),
+  "tasks.*.careful": text("Marker of a step in the careful style.", empty=False),
+  "tasks.*.sloppy": text("Marker of a step in the sloppy style.", empty=False),
+  "tasks.*.phrases": several("Fixed texts worth one token each.", text("a text", empty=False), unique=True),
+  "tasks.math.terms": several("Terms of a short and of a long problem.", whole("terms", 2, high=20), length=2, optional=True),
+  "tasks.math.long_share": number("Share of long problems.", low=0, high=1, optional=True),
+  "tasks.math.largest_total": whole("Bound of every running total.", 9, optional=True),
+  "tasks.long_context.documents": whole("Documents of a prompt.", high=32, optional=True),
+  "tasks.long_context.teaching_documents": several("Documents of a demonstration: least, most.", whole("documents", high=32), length=2, optional=True),
+  "tasks.long_context.teaching_full_share": number("Share of demonstrations as long as a prompt.", low=0, high=1, optional=True),
   "evaluation.prompts": whole("Held-out prompts of each domain."),
   "evaluation.completions": whole("Completions of each prompt at temperature 1."),
   "evaluation.batch": whole("Rows decoded together."),
@@ -306,8 +313,8 @@ def _find(table: Mapping[str, Field], name: str) -> Field | None:
 
 def _siblings(table: Mapping[str, Field], name: str) -> list[str]:
   before = name.split(".")[:-1]
-  below = (p.split(".") for p in table)
-  return sorted({p[len(before)] for p in below if len(p) > len(before) and p[: len(before)] == before} - {"*"})
+  below = (p.split(".") for p in table if p.count(".") >= len(before))
+  return sorted({p[len(before)] for p in below if all(b in ("*", a) for a, b in zip(before, p))} - {"*"})
 
 
 def _first(table: Mapping[str, Field], name: str) -> str:
