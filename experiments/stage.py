@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from experiments import loading
 from experiments.assembly import Assembly
+from experiments.config_file import shown_path
 from nemocascade.checkpoint import Store
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
@@ -98,7 +99,7 @@ def check_start(a: Assembly, field: str, checkpoint: str, template: Params | Non
   found.check(template or a.template)
   if found.tokenizer is not None and a.tokenizer is not None and found.tokenizer.fingerprint != a.tokenizer.fingerprint:
     raise UserError(
-      f"{field}={checkpoint}: its tokenizer ({found.tokenizer.vocab_size} tokens) is not this run's"
+      f"{field}={shown_path(checkpoint, 40)}: its tokenizer ({found.tokenizer.vocab_size} tokens) is not this run's"
       f" ({a.tokenizer.vocab_size}): give --config.tokenizer.path={found.files}"
     )
 
