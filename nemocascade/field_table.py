@@ -242,7 +242,7 @@ def check(c: Any, *kinds: str) -> None:
   config = c.to_dict()
   kind = kind_of(config)
   if kinds and kind not in kinds:
-    raise UserError(f"kind={kind!r}: --config is of this kind; this command takes {' or '.join(map(repr, kinds))}")
+    raise UserError(f"kind={kind!r}: --config is of another kind than this command's: must be {' or '.join(map(repr, kinds))}")
   _check(config, WHOLE[kind], "")
 
 
@@ -274,8 +274,8 @@ def _check(config: Mapping, table: Mapping[str, Field], prefix: str) -> None:
 def _walk(node: Mapping, table: Mapping[str, Field], path: str, prefix: str) -> None:
   for key, value in node.items():
     name = f"{path}{key}"
-    field, inner = _find(table, name), any(pattern.startswith(f"{name}.") for pattern in table)
-    if field is None and not inner and not _find(table, f"{name}.x"):
+    field = _find(table, name)
+    if field is None and not _siblings(table, f"{name}.*", stars=True):
       raise no_field(prefix + name, _siblings(table, name))
     if (field is None or field.kind is dict) and not isinstance(value, Mapping):
       raise UserError(f"{prefix}{name}={shown(value)}: must be a section with fields, such as {name}.{_first(table, name)}")
@@ -311,10 +311,11 @@ def _find(table: Mapping[str, Field], name: str) -> Field | None:
   return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _siblings(table: Mapping[str, Field], name: str) -> list[str]:
+def _siblings(table: Mapping[str, Field], name: str, stars: bool = False) -> list[str]:
+  """The names, or patterns of names too, that may stand beside this one."""
   before = name.split(".")[:-1]
   below = (p.split(".") for p in table if p.count(".") >= len(before))
-  return sorted({p[len(before)] for p in below if all(b in ("*", a) for a, b in zip(before, p))} - {"*"})
+  return sorted({p[len(before)] for p in below if all(b in ("*", a) for a, b in zip(before, p))} - ({"*"} if not stars else set()))
 
 
 def _first(table: Mapping[str, Field], name: str) -> str:

@@ -52,7 +52,7 @@ STARS = {"options.*": "options.icepop", "tasks.*": "tasks.math", "mixture.*": "m
 LONGEST, SECONDS = 199, 120
 # What is allowed is said in one of these ways.
 SAYS = (
-  "must be", "allowed:", "did you mean", "give ", "there are", "at least", "at most", "raise it", "lower ", "lacks its value",
+  "must be", "must return", "set a field", "allowed:", "did you mean", "give ", "there are", "at least", "at most", "raise it", "lower ", "lacks its value",
   "flags are written", "is not", "is no", "no such file", "No such file", "not found", "has no", "cannot be", "fails:", "twice",
   "is of another", "does not", "is missing", "matches", "alone take", "no text", "only one", "not JSON", "neither", "would",
   "directory", "from 0", "is there already", "but there are", "is more than", "needs a judge", "tokens, a row", "holds",
