@@ -86,7 +86,7 @@ SHARED = MODEL | {
   "tasks.long_context.documents": whole("Documents of a prompt.", high=32, optional=True),
   "tasks.long_context.teaching_documents": several("Documents of a demonstration: least, most.", whole("documents", high=32), length=2, optional=True),
   "tasks.long_context.teaching_full_share": number("Share of demonstrations as long as a prompt.", low=0, high=1, optional=True),
-  "evaluation.prompts": whole("Held-out prompts of each domain."),
+  "evaluation.prompts": whole("Held-out prompts of each domain.", high=100_000),
   "evaluation.completions": whole("Completions of each prompt at temperature 1."),
   "evaluation.batch": whole("Rows decoded together."),
   "evaluation.prompt_tokens": whole("Tokens of a prompt at most."),
