@@ -66,7 +66,7 @@ def model_files(checkpoint: str, field: str) -> Path:
   """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
   path = Path(checkpoint).resolve()
   for files in (path / "model", path.parent.parent / "model"):
-    if checkpoint and (files / "config.json").exists():
+    if checkpoint and (path / "params").is_dir() and (files / "config.json").exists():
       return files
   raise UserError(
     f"{field}={shown_path(checkpoint)!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
