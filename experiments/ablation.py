@@ -76,7 +76,7 @@ def check(c: ConfigDict) -> None:
   if c.student not in c.order:
     raise unknown("student", c.student, c.order)
   if shared := set(c.seeds) & set(c.search.seeds):
-    raise UserError(f"search.seeds={tuple(c.search.seeds)}: {sorted(shared)} are compared on too; search on others")
+    raise UserError(f"search.seeds={tuple(c.search.seeds)}: {sorted(shared)} are compared on too; must be none of seeds")
   if c.compared.prompts > c.evaluation.prompts:
     raise UserError(f"compared.prompts={c.compared.prompts}: must be at most evaluation.prompts={c.evaluation.prompts}")
   check_evaluation(c, "compared.full_completions", c.compared.full_completions)

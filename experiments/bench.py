@@ -38,7 +38,7 @@ def run(suite: str, static: bool = False, table: str = "") -> None:
   if suite not in SUITES:
     raise unknown("suite", suite, SUITES)
   if static and suite != "kernels":
-    raise UserError(f"--static is of the suite kernels, not of {suite}")
+    raise UserError(f"--static with suite {suite!r}: must be with the suite 'kernels'")
   module, out = importlib.import_module(STATIC if static else SUITES[suite]), sys.stdout
   device = "TPU v5p, compiled for" if static else jax.devices()[0].device_kind
   lines, began = [], time.time()

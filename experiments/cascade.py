@@ -97,6 +97,8 @@ def check_programs(c: ConfigDict, a: Assembly) -> None:
     stage = flat(c, name)
     with inside(f"stages.{name}"):
       KINDS[stage.kind].program(stage, a)
+      if stage.kind == "sft":
+        sft.check_documents(stage, a)
       if loading.is_checkpoint(stage.init_from):
         check_start(a, "init_from", stage.init_from)
       for domain, teacher in stage.get("teachers", {}).items():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ def launch(
       first, arguments, distributed = request
       if distributed and not several:
         raise UserError(
-          f"--distributed={distributed}: this command runs in one process: verdicts and tools' results are"
-          " not shared between processes yet; leave the flag out"
+          f"--distributed={distributed}: must be empty: this command runs in one process, since verdicts and"
+          " tools' results are not shared between processes yet"
         )
       if distributed:
         processes.join(distributed)
@@ -97,6 +98,12 @@ def _parse(argv: Sequence[str], known: dict[str, tuple[Field, object]], more: Se
       flags.DEFINE_bool(name, default, field.help, flag_values=own)
     else:
       flags.DEFINE_string(name, None, field.help, flag_values=own)
+  for word in argv:
+    name, equals, said = word.lstrip("-").partition("=")
+    if equals and name in known and known[name][0].kind is bool:
+      known[name][0].parse(f"--{name}", said)
+  if argv and not argv[-1].partition("=")[1] and argv[-1].lstrip("-") in {n for n, (f, _) in known.items() if f.kind is not bool}:
+    raise UserError(f"{argv[-1]} lacks its value: write {argv[-1]}=...")
   try:
     left = own([sys.argv[0], *argv])[1:]
   except flags.UnrecognizedFlagError as error:
@@ -135,8 +142,12 @@ def writable_folder(flag: str, said: str | Path) -> Path:
     there = there.parent
   if not there.is_dir():
     raise UserError(f"{flag}={config_file.shown_path(str(said))}: {there.name!r} is there and is no folder; give another place")
-  if not os.access(there, os.W_OK | os.X_OK):
-    raise UserError(f"{flag}={config_file.shown_path(str(said))}: {there} cannot be written; give another place")
+  try:  # Access bits say nothing to root, nor of a file system that is read-only.
+    os.rmdir(tempfile.mkdtemp(dir=there))
+  except OSError as error:
+    raise UserError(
+      f"{flag}={config_file.shown_path(str(said))}: {there} cannot be written ({error.strerror}); give another place"
+    ) from error
   return Path(said).resolve()
 
 

@@ -98,7 +98,7 @@ def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
   """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
   path = Path(checkpoint).resolve()
   for files in (path / "model", path.parent.parent / "model"):
-    if checkpoint and os.path.lexists(files / "config.json"):
+    if checkpoint and (path / "params").is_dir() and os.path.lexists(files / "config.json"):
       check_files(files)
       return files
   raise UserError(
@@ -158,7 +158,7 @@ def same_tokenizer(name: str, checkpoint: str, tokenizer: Tokenizer | None, reme
   if other is None or (tokenizer is not None and other.fingerprint == tokenizer.fingerprint):
     return
   raise UserError(
-    f"{name}={checkpoint}: its tokenizer ({other.fingerprint[:12]}) is not this run's"
+    f"{name}={shown_path(checkpoint, 40)}: its tokenizer ({other.fingerprint[:12]}) is not this run's"
     f" ({tokenizer.fingerprint[:12] if tokenizer else 'yet to be trained'}):"
     f" {remedy or f'give --config.tokenizer.path={_folder(checkpoint)}'}"
   )

@@ -135,7 +135,7 @@ def _check_packing(c: ConfigDict) -> None:
       )
     return
   if p.row_tokens < r.total_tokens:
-    raise UserError(f"packing.row_tokens={p.row_tokens} is less than rollout.total_tokens={r.total_tokens}")
+    raise UserError(f"packing.row_tokens={p.row_tokens}: must be at least rollout.total_tokens={r.total_tokens}")
   needed = rows_needed(samples, r.total_tokens, p.row_tokens)
   if p.rows < needed or p.rows % p.pieces:
     raise UserError(

@@ -39,6 +39,17 @@ def check(c: ConfigDict) -> None:
     raise UserError("conversations: all are 0, so there is nothing to learn from; give one of at least 1")
 
 
+def check_documents(c: ConfigDict, a: Assembly) -> None:
+  """Refuses rows that hold none of the first demonstrations."""
+  lengths = {
+    len(loader.to_document(example, a.tokenizer).tokens_T)
+    for name, count in c.conversations.items()
+    for example in domain_lib.demonstrations(a.domains[name], a.c.seed, 0, min(count, 8), non_thinking_share=c.non_thinking)
+  }  # fmt: skip
+  if min(lengths) > c.row_tokens:
+    raise UserError(f"row_tokens={c.row_tokens}: demonstrations have {min(lengths)} to {max(lengths)} tokens; give at least that")
+
+
 def demonstrations(a: Assembly, c: ConfigDict):
   """The conversations of all domains as a data source; prepared at first use."""
   directory = a.workdir / "data" / "demonstrations"
@@ -116,6 +127,7 @@ def main(c: ConfigDict, workdir: Path) -> None:
   a = Assembly(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from))
   check_start(a, "init_from", c.init_from)
   program(c, a)
+  check_documents(c, a)
   claim(c, workdir, a)
   run(c, workdir / "sft", a, c.init_from)
 

@@ -11,7 +11,6 @@ from typing import Any
 from nemocascade.errors import UserError, unknown
 from nemocascade.fields import (
   Field,
-  anything,
   flag,
   no_field,
   number,
@@ -95,8 +94,16 @@ SHARED = MODEL | SUPERVISION | {
   "tasks": section("Domain -> fields of it that are not its defaults."),
   "tasks.*.sloppy_rate": number("Share of a demonstration's steps in the sloppy style.", low=0, high=1),
   "tasks.*.error_rate": number("Share of the sloppy steps that err.", low=0, high=1),
-  "tasks.*.*": anything("Another field of the domain."),
-  "evaluation.prompts": whole("Held-out prompts of each domain."),
+  "tasks.*.careful": text("Marker of a step in the careful style.", empty=False),
+  "tasks.*.sloppy": text("Marker of a step in the sloppy style.", empty=False),
+  "tasks.*.phrases": several("Fixed texts worth one token each.", text("a text", empty=False), unique=True),
+  "tasks.math.terms": several("Terms of a short and of a long problem.", whole("terms", 2, high=20), length=2, optional=True),
+  "tasks.math.long_share": number("Share of long problems.", low=0, high=1, optional=True),
+  "tasks.math.largest_total": whole("Bound of every running total.", 9, optional=True),
+  "tasks.long_context.documents": whole("Documents of a prompt.", high=32, optional=True),
+  "tasks.long_context.teaching_documents": several("Documents of a demonstration: least, most.", whole("documents", high=32), length=2, optional=True),
+  "tasks.long_context.teaching_full_share": number("Share of demonstrations as long as a prompt.", low=0, high=1, optional=True),
+  "evaluation.prompts": whole("Held-out prompts of each domain.", high=100_000),
   "evaluation.completions": whole("Completions of each prompt at temperature 1."),
   "evaluation.batch": whole("Rows decoded together."),
   "evaluation.prompt_tokens": whole("Tokens of a prompt at most."),
@@ -251,7 +258,7 @@ def check(c: Any, *kinds: str) -> None:
   config = c.to_dict()
   kind = kind_of(config)
   if kinds and kind not in kinds:
-    raise UserError(f"kind={kind!r}: --config is of this kind; this command takes {' or '.join(map(repr, kinds))}")
+    raise UserError(f"kind={kind!r}: --config is of another kind than this command's: must be {' or '.join(map(repr, kinds))}")
   _check(config, WHOLE[kind], "")
 
 
@@ -283,8 +290,8 @@ def _check(config: Mapping, table: Mapping[str, Field], prefix: str) -> None:
 def _walk(node: Mapping, table: Mapping[str, Field], path: str, prefix: str) -> None:
   for key, value in node.items():
     name = f"{path}{key}"
-    field, inner = _find(table, name), any(pattern.startswith(f"{name}.") for pattern in table)
-    if field is None and not inner and not _find(table, f"{name}.x"):
+    field = _find(table, name)
+    if field is None and not _siblings(table, f"{name}.*", stars=True):
       raise no_field(prefix + name, _siblings(table, name))
     if (field is None or field.kind is dict) and not isinstance(value, Mapping):
       raise UserError(f"{prefix}{name}={shown(value)}: must be a section with fields, such as {name}.{_first(table, name)}")
@@ -320,10 +327,11 @@ def _find(table: Mapping[str, Field], name: str) -> Field | None:
   return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _siblings(table: Mapping[str, Field], name: str) -> list[str]:
+def _siblings(table: Mapping[str, Field], name: str, stars: bool = False) -> list[str]:
+  """The names, or patterns of names too, that may stand beside this one."""
   before = name.split(".")[:-1]
-  below = (p.split(".") for p in table)
-  return sorted({p[len(before)] for p in below if len(p) > len(before) and p[: len(before)] == before} - {"*"})
+  below = (p.split(".") for p in table if p.count(".") >= len(before))
+  return sorted({p[len(before)] for p in below if all(b in ("*", a) for a, b in zip(before, p))} - ({"*"} if not stars else set()))
 
 
 def _first(table: Mapping[str, Field], name: str) -> str:

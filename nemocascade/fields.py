@@ -15,7 +15,7 @@ BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": Fa
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Field:
-  """One setting. `kind` is int, float, bool, str, tuple, dict or object (anything).
+  """One setting. `kind` is int, float, bool, str, tuple or dict.
 
   Attributes:
     help: one sentence, with the unit.
@@ -98,9 +98,9 @@ class Field:
       return kind + self._bounds(value)
     if self.kind is tuple:
       many = f"a tuple of {self.length}" if self.length else "a tuple" if self.empty else "a tuple, not empty,"
-      of = self.item._allowed(None) if self.item.kind is not object else "values"
+      of = self.item._allowed(None)
       return f"{many} of {of}" + (", each once" if self.unique else "")
-    words = {bool: "True or False", str: "a text", dict: "a section of fields", object: "a value"}[self.kind]
+    words = {bool: "True or False", str: "a text", dict: "a section of fields"}[self.kind]
     return words + ("" if self.empty else ", not empty")
 
   def _bounds(self, value: Any) -> str:
@@ -115,8 +115,6 @@ class Field:
     return self.high if self.high is not None else LARGEST if self.kind is int else math.inf
 
   def _has_kind(self, value: Any) -> bool:
-    if self.kind is object:
-      return True
     if self.kind is bool:
       return isinstance(value, bool)
     if self.kind is tuple:
@@ -174,10 +172,6 @@ def several(help: str, item: Field, **more: Any) -> Field:
 def section(help: str, **more: Any) -> Field:
   """Fields under names that the user gives."""
   return Field(kind=dict, help=help, **more)
-
-
-def anything(help: str, **more: Any) -> Field:
-  return Field(kind=object, help=help, **more)
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -114,7 +114,7 @@ def test_a_stage_whose_checkpoints_read_other_tokens_is_refused_before_anything_
     c.init_from = tokens_of_another(tmp_path / "start", other)
     with c.unlocked():
       c.advantage, c.teachers = "mopd", {"instruction": checkpoint}
-  with pytest.raises(UserError, match=f"{what}.*{checkpoint}: its tokenizer"):
+  with pytest.raises(UserError, match=f"{what}.*{checkpoint[-30:]}: its tokenizer"):
     rl.main(c, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 

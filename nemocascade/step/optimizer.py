@@ -102,6 +102,12 @@ def make_optimizer(
     b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, frozen=frozen,
   )  # fmt: skip
 
+  for pattern in frozen:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise UserError(f"optimizer.frozen: {pattern!r} is not a regular expression ({error}); give one such as '/gate$'") from error
+
   @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
   def adam(peak_lr, warmup_steps, total_steps, final_fraction):
     learning_rate = make_schedule(
