@@ -93,7 +93,7 @@ def test_a_stage_on_its_own_reads_its_checkpoints_tokens(checkpoint, other, tmp_
   c.tokenizer.path = str(loading.model_files(checkpoint))
   assert own_tokenizer(c, tmp_path, checkpoint).fingerprint == tiny_checkpoint.TOKENIZER.fingerprint
   c.tokenizer.path = str(other)
-  with pytest.raises(UserError, match=f"init_from={checkpoint}: its tokenizer .* is not this run's"):
+  with pytest.raises(UserError, match=f"init_from=.*{checkpoint[-30:]}: its tokenizer .* is not this run's"):
     own_tokenizer(c, tmp_path, checkpoint)
 
 
