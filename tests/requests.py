@@ -101,7 +101,7 @@ def wrong(field: Field) -> Iterator[tuple[str, str]]:
     if field.kind is int:
       yield "2.5", a_number
       yield str((field.high or 2**31 - 1) + 1), "at most"
-      yield str((field.low or 0) - 2), "at least"
+      yield str((field.low or 0) - 2 - len(field.also)), "at least"
     else:
       yield "nan", "not a number"
       for bound, step, word in ((field.low, -0.5, "at least"), (field.above, 0, "above"), (field.high, 1, "at most"), (field.below, 0, "below")):

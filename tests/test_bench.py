@@ -79,7 +79,7 @@ def test_a_schedule_is_that_of_its_busiest_stretch_between_branches(tmp_path):
 
 
 def test_only_kernels_are_compared_without_running_them():
-  with pytest.raises(UserError, match="--static is of the suite kernels, not of convert"):
+  with pytest.raises(UserError, match="--static with suite 'convert': must be with the suite 'kernels'"):
     bench.run("convert", static=True)
 
 
