@@ -19,8 +19,7 @@ from nemocascade.types import Params, TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and raises what it logs as errors.
 
-# Orbax itself does not notice a changed byte: checksums are compared before it reads.
-# What Orbax raises on a folder with lost or changed files. Others (memory, permission) pass.
+# What our checksums and Orbax, which does not notice a changed byte, raise on a folder with lost or changed files. Others (memory, permission) pass.
 DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
 
 
