@@ -215,7 +215,7 @@ class _Worker:
     message = json.dumps({"id": place, "limit_s": limit_s, **request}).encode() + b"\n"
     deadline = time.monotonic() + limit_s
     try:
-      self._socket.settimeout(limit_s)
+      self._socket.settimeout(max(limit_s, 1e-3))
       self._socket.sendall(message)
       line = self._line(deadline)
     except TimeoutError:
@@ -233,7 +233,10 @@ class _Worker:
     """The next line; empty where the other end has closed or says too much."""
     data = b""
     while not data.endswith(b"\n"):
-      self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
+      left = deadline - time.monotonic()
+      if left <= 0:
+        raise TimeoutError
+      self._socket.settimeout(left)
       more = self._socket.recv(1 << 16)
       if not more or len(data) > MAX_REPLY_BYTES:
         return b""
@@ -331,9 +334,11 @@ def _limit(kind: int, amount: int) -> None:
 
 def _filter() -> None:
   """No new processes, programs or sockets from here on, where the kernel can hold that."""
+  import ctypes
+
   from nemocascade.domains import launcher, seccomp
 
   code = seccomp.filter_program()
   if code is not None:
     with contextlib.suppress(OSError):
-      launcher.install_filter(code)
+      launcher.install_filter(ctypes.CDLL(None, use_errno=True), code)
