@@ -92,12 +92,12 @@ def test_a_process_that_is_killed_from_outside_is_replaced():
   assert limited.call(graders.echo, 1) == [1, 1]
 
 
-def test_a_killed_grader_leaves_no_process():
-  limited.call(graders.echo, 0)
-  before = {worker for worker in limited._running if worker.process.poll() is None}
+def test_a_killed_grader_leaves_no_process(monkeypatch):
+  stopped, stop = [], limited._Worker.stop
+  monkeypatch.setattr(limited._Worker, "stop", lambda worker: (stop(worker), stopped.append(worker)))
   assert cause(graders.spin, limit_s=0.3) == "time"
-  (ended,) = {worker for worker in before if worker.process.poll() is not None}
-  assert ended not in limited._running
+  ended = stopped[-1]  # Before it, one that an earlier test killed.
+  assert ended.process.poll() is not None and ended not in limited._running
 
 
 @pytest.mark.parametrize("function", [graders.connect, graders.start_process])

@@ -362,7 +362,7 @@ def test_a_folder_that_cannot_be_made_is_the_sandboxs_failure():
 
 
 def test_a_sandbox_that_does_not_start_in_time_says_nothing_of_the_program():
-  own = worker.Worker(next(worker.ways()), Limits(wall_s=1e-3))
+  own = worker.Worker(next(worker.ways()), Limits(wall_s=0.0))
   result = own.run(script("print(1)"))
   assert (result.status, result.reason) == ("unstarted", "the sandbox did not start in time")
 
