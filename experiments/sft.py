@@ -42,9 +42,10 @@ def check(c: ConfigDict) -> None:
 def check_documents(c: ConfigDict, a: Assembly) -> None:
   """Refuses rows that hold none of the first demonstrations."""
   lengths = {
-    len(loader.to_document(example, a.tokenizer).tokens_T)
+    len(document.tokens_T)
     for name, count in c.conversations.items()
     for example in domain_lib.demonstrations(a.domains[name], a.c.seed, 0, min(count, 8), non_thinking_share=c.non_thinking)
+    for document in loader.to_documents(example, a.tokenizer)
   }  # fmt: skip
   if min(lengths) > c.row_tokens:
     raise UserError(f"row_tokens={c.row_tokens}: demonstrations have {min(lengths)} to {max(lengths)} tokens; give at least that")

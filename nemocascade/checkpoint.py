@@ -182,7 +182,7 @@ def check_params(path: str | Path, template: Params) -> None:
     raise UserError(f"checkpoint {path}: not found, or without parameters; give STAGE/checkpoints/STEP")
   try:
     _same_shapes(path, "params", template)
-  except DAMAGE as error:
+  except (*DAMAGE, OSError) as error:
     raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
 
 
@@ -197,12 +197,14 @@ def check(path: Path, part: str = "") -> None:
 def _same_shapes(path: Path, part: str, template) -> None:
   """Raises UserError, naming every array that is absent or of another shape."""
   with ocp.StandardCheckpointer() as checkpointer:
-    stored = checkpointer.metadata(path / part).item_metadata.tree
+    stored = checkpointer.metadata(path / part).item_metadata
+  if stored is None:
+    raise ValueError(f"{part} says nothing of its arrays")
   shapes = lambda tree: {
     jax.tree_util.keystr(place, simple=True, separator="/"): tuple(leaf.shape)
     for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
-  there, here = shapes(stored), shapes(template)
+  there, here = shapes(stored.tree), shapes(template)
   different = [
     f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
     for name in sorted(there.keys() | here.keys())

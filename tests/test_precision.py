@@ -190,7 +190,7 @@ def model(dtype):
 
 
 def apply(dtype, method):
-  return lambda params, *args: model(dtype)[1].apply({"params": params}, *args, method=method)
+  return lambda params, *args, **how: model(dtype)[1].apply({"params": params}, *args, method=method, **how)
 
 
 def state_of(params, tx):
@@ -240,7 +240,7 @@ def rollout_program(dtype):
   params = jax.eval_shape(lambda key: init_params(model(dtype)[0], key), jax.random.key(0))
 
   def whole(params, key, temperature, top_p):
-    d = engine.start_fn(params, TOKENS[:, : T - 2], jnp.full(B, 3), 2)
+    d = engine.start_fn(params, TOKENS[:, : T - 2], jnp.full(B, 3), 2, True)
     return engine.decode_fn(params, d, key, temperature, top_p)
 
   return lowered(whole, params, jax.random.key(0), jnp.float32(1), jnp.float32(0.9))
