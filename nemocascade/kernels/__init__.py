@@ -1,1 +1,1 @@
-"""Each file: the definition, its fast forms under one signature, their gradients."""
+"""Each file holds a reference definition, fast forms with the same signature, and their gradients."""

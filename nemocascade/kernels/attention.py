@@ -1,16 +1,25 @@
-"""Causal grouped-query attention without positions, within documents; rows and one token."""
+"""Causal grouped-query attention within documents, without positions; for rows and for one token."""
 
 import jax
 import jax.numpy as jnp
 
 from nemocascade.kernels.product import einsum, einsum_fp32
 
-PARTS = 4  # A row's queries are taken in so many parts, each with the keys up to its own end.
-QUERIES = 512  # Rows of the score matrix that exist at a time, where a part has more.
+PARTS = 4  # The queries of a row are split into this many parts; a part reads only keys up to its end.
+QUERIES = 512  # A part with more queries computes this many rows of the score matrix at a time.
 
 
 def attention_ref(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT):
-  """The definition: softmax in fp32 over the tokens of one's own document up to oneself."""
+  """The definition: softmax in fp32 over the token itself and the earlier tokens of its document.
+
+  Args:
+    q_BTKRH: R query heads for each of the K key-value heads.
+    k_BSKH, v_BSKH: S = T keys and values.
+    segment_ids_BT: int32, the document of each token.
+
+  Returns:
+    [B, T, K, R, H] of v's dtype.
+  """
   T, H = q_BTKRH.shape[1], q_BTKRH.shape[-1]
   score_BKRTS = einsum("BTKRH,BSKH->BKRTS", q_BTKRH, k_BSKH).astype(jnp.float32) * H**-0.5
   see_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
@@ -22,7 +31,7 @@ def attention_ref(q_BTKRH, k_BSKH, v_BSKH, segment_ids_BT):
 
 @jax.custom_vjp
 def _attend(q_BKRTH, k_BKSH, v_BKSH, see_BTS):
-  """Heads before time, so that every product is over the last two axes."""
+  """Heads come before time, so that every product is a batched matmul of the last two axes."""
   return _weigh(_prob(q_BKRTH, k_BKSH, see_BTS), v_BKSH)
 
 
@@ -42,7 +51,7 @@ def _forward(q_BKRTH, k_BKSH, v_BKSH, see_BTS):
 
 
 def _backward(saved, dy_BKRTH):
-  """By hand: autodiff keeps and reads four arrays of the scores' size, this one keeps one."""
+  """Hand-written: it saves one array of the size of the scores, autodiff saves four."""
   q_BKRTH, k_BKSH, v_BKSH, prob_BKRTS = saved
   dprob_BKRTS = einsum_fp32("BKRTH,BKSH->BKRTS", dy_BKRTH, v_BKSH)
   mean_BKRT1 = jnp.sum(prob_BKRTS * dprob_BKRTS, axis=-1, keepdims=True)
@@ -58,13 +67,15 @@ _attend.defvjp(_forward, _backward)
 
 
 def attention(q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT, *, before=None, parts=PARTS, queries=QUERIES):
-  """The same. Keys after a part's end are never touched; long parts are taken in blocks.
+  """`attention_ref` in parts of the queries; a part does not read the keys after its end.
 
-  At most `queries` rows of the score matrix exist at a time; blocks are recomputed in the backward
-  pass.
+  At most `queries` rows of the score matrix exist at a time: longer parts are computed in blocks,
+  and the backward pass recomputes the blocks.
 
   Args:
-    before: (k_BKSH, v_BKSH, length_B), a cache whose first length_B keys the row's first document sees too.
+    before: (k_BKSH, v_BKSH, length_B), a cache. The first document of a row also sees its first length_B keys.
+    parts: number of parts.
+    queries: rows of a block.
   """
   T, S = q_BTKRH.shape[1], 0
   q_BKRTH = jnp.transpose(q_BTKRH, (0, 2, 3, 1, 4))
@@ -90,7 +101,7 @@ def attention(q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT, *, before=None, parts=PAR
 
 
 def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):
-  """The last queries of S tokens, of which the first stands at place `first`."""
+  """Attention of the T last tokens to all first + T tokens; `first` is the index of the first query."""
   T = q_BKRTH.shape[3]
 
   def see(segment_ids_BT, place_T):
@@ -116,7 +127,7 @@ def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):
 
 
 def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B):
-  """One query a row over the first length_B keys of its cache."""
+  """Attention of one query per row to the first length_B keys of its cache: [B, K, R, H] of v's dtype."""
   S, H = k_BKSH.shape[2:]
   score_BKRS = einsum_fp32("BKRH,BKSH->BKRS", q_BKRH, k_BKSH) * H**-0.5
   see_BS = jnp.arange(S)[None] < length_B[:, None]

@@ -1,24 +1,27 @@
-"""The depthwise causal convolution of Mamba-2 with its SiLU, within documents."""
+"""The depthwise causal convolution of Mamba-2 and its SiLU, within documents."""
 
 import jax
 import jax.numpy as jnp
 
-# W are the taps, the last of them a token's own.
+# W is the number of taps; the last tap weighs the token itself.
 
 
 def causal_conv_ref(x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC=None):
-  """The definition: silu(bias + the last W tokens of one's own document, weighted), in fp32, of x's dtype.
+  """The definition: silu(bias + weighted sum of the last W tokens of the same document).
 
   Args:
-    bias_C: or None.
-    before_BWC: the W - 1 inputs before each row, where its first document began there.
+    bias_C: None for no bias.
+    before_BWC: [B, W - 1, C], the inputs before each row, which its first document continues; or None.
+
+  Returns:
+    [B, T, C] of x's dtype, computed in fp32.
   """
   past_BSC, same_WBT1 = _past(x_BTC, weight_WC, segment_ids_BT, before_BWC)
   return jax.nn.silu(_sum(past_BSC, weight_WC, bias_C, same_WBT1)).astype(x_BTC.dtype)
 
 
 def _past(x_BTC, weight_WC, segment_ids_BT, before_BWC):
-  """(the rows and the W - 1 inputs before them, same_WBT1: whether tap w of token t is of t's document)."""
+  """(the W - 1 earlier inputs and the row, same_WBT1: whether tap w of token t is in t's document)."""
   W, T = weight_WC.shape[0], x_BTC.shape[1]
   if before_BWC is None:
     past_BSC = jnp.pad(x_BTC, ((0, 0), (W - 1, 0), (0, 0)))
@@ -40,7 +43,7 @@ def _sum(past_BSC, weight_WC, bias_C, same_WBT1):
 
 @jax.custom_vjp
 def causal_conv(x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC=None):
-  """The same; only the inputs are kept for the gradients."""
+  """`causal_conv_ref` that saves only its inputs for the backward pass."""
   return causal_conv_ref(x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC)
 
 
@@ -49,7 +52,7 @@ def _forward(*args):
 
 
 def _backward(saved, dy_BTC):
-  """By hand: what autodiff adds up tap by tap is rounded, written and read again at each."""
+  """Hand-written: autodiff adds tap by tap, and rounds, writes and reads the sum at every tap."""
   x_BTC, weight_WC, bias_C, segment_ids_BT, before_BWC = saved
   W, T = weight_WC.shape[0], x_BTC.shape[1]
   past_BSC, same_WBT1 = _past(x_BTC, weight_WC, segment_ids_BT, before_BWC)
@@ -57,13 +60,13 @@ def _backward(saved, dy_BTC):
   gate_BTC = jax.nn.sigmoid(y_BTC)
   dy_BTC = dy_BTC.astype(jnp.float32) * gate_BTC * (1 + y_BTC * (1 - gate_BTC))
   dbias_C = None if bias_C is None else jnp.sum(dy_BTC, axis=(0, 1)).astype(bias_C.dtype)
-  dy_BTC = dy_BTC.astype(x_BTC.dtype)  # As wide as x: it is read once a tap.
+  dy_BTC = dy_BTC.astype(x_BTC.dtype)  # In x's dtype to save traffic: it is read once per tap.
 
   def of_tap(w):
     return jnp.where(same_WBT1[w], dy_BTC.astype(jnp.float32) * past_BSC[:, w : w + T].astype(jnp.float32), 0)
 
   dweight_WC = jnp.stack([jnp.sum(of_tap(w), axis=(0, 1)) for w in range(W)])
-  # Input s is tap w of token s - w, counted among the inputs with those before the row.
+  # Tap w of token s - w reads past_BSC[:, s].
   first = W - 1 if before_BWC is None else 0
   ends = lambda a: jnp.pad(a, ((0, 0), (W - 1, W - 1), (0, 0)))
   at = lambda w: slice(first + W - 1 - w, 2 * (W - 1) - w + T)

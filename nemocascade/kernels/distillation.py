@@ -1,9 +1,8 @@
-"""KL between a policy and its teacher over the vocabulary, never holding [T, V] for all T.
+"""KL divergence between a policy and its teacher over the vocabulary, without a [T, V] array for all T.
 
-A teacher sends what its distribution can be made from again: the states that it predicts tokens
-from (D numbers a token, and its head once), or its K likeliest tokens with their log-probabilities.
-No gradient goes to it. Both distributions are softmax(logits / temperature), the one that completions are
-sampled from.
+A teacher sends either its hidden states (D numbers per token, and its head once), or its K most likely
+tokens with their log-probabilities. The teacher gets no gradient. Both distributions are
+softmax(logits / temperature), at the temperature that completions are sampled with.
 """
 
 from collections.abc import Callable
@@ -14,40 +13,41 @@ import jax.numpy as jnp
 from nemocascade.kernels.product import product
 from nemocascade.kernels.token_chunks import over_wanted
 
-TAIL = 1e-6  # Probability that is left at least for what is outside of the K: its logarithm is taken.
+TAIL = 1e-6  # Least probability of all tokens outside the top K; avoids log(0).
 
 KL = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def reverse_kl_ref(policy_NO, teacher_NO):
-  """KL(policy || teacher)_N in nats, of log-probabilities of the same outcomes O.
+  """KL(policy || teacher)_N in nats, from log-probabilities [N, O] of the same outcomes O.
 
-  The sum over o of p(o) (log p(o) - log q(o)), taken at every token of what the policy itself said:
-  GKD (Agarwal et al., 2023, arXiv 2306.13649), with the direction of MiniLLM (arXiv 2306.08543).
+  The sum over o of p(o) (log p(o) - log q(o)), at every token that the policy generated:
+  GKD (Agarwal et al., 2023, arXiv 2306.13649), in the direction of MiniLLM (arXiv 2306.08543).
   """
   return jnp.sum(jnp.exp(policy_NO) * (policy_NO - teacher_NO), axis=-1)
 
 
 def forward_kl_ref(policy_NO, teacher_NO):
-  """KL(teacher || policy)_N: distillation's cross-entropy (Hinton et al., 2015), less a constant."""
+  """KL(teacher || policy)_N in nats: the cross-entropy of Hinton et al. (2015) minus the teacher's entropy."""
   return reverse_kl_ref(teacher_NO, policy_NO)
 
 
 def kl_to_states(
   kl: KL, x_BTD, head_DV, wanted_BT, states_BTC, teacher_BT, heads_ZCV, temperature=1.0, *, chunk=2048
 ):
-  """kl_BT over the whole vocabulary where wanted, 0 elsewhere; `chunk` tokens at a time.
+  """kl_BT, fp32, over the whole vocabulary at wanted tokens, 0 elsewhere; about `chunk` tokens at a time.
 
   Args:
-    kl: of log-probabilities, [N, V] each.
-    x_BTD: what the policy predicts token t from; its logits are x @ head.
-    states_BTC, heads_ZCV: the teachers' same; C is their width, Z how many there are.
-    teacher_BT: int32, whose states they are.
+    kl: function of the policy's and the teacher's log-probabilities, [N, V] each.
+    x_BTD: hidden states that the policy predicts token t from; its logits are x @ head.
+    wanted_BT: bool.
+    states_BTC, heads_ZCV: hidden states and heads of Z teachers; C is their hidden size.
+    teacher_BT: int32, the teacher that each token's states come from.
     temperature: scalar above 0, of policy and teachers.
   """
   states_BTC, heads_ZCV = jax.lax.stop_gradient((states_BTC, heads_ZCV))
 
-  # Again in the backward pass, or the tokens in the order of every teacher would be kept.
+  # Recomputed in the backward pass; otherwise the reordered tokens are saved for every teacher.
   @jax.checkpoint
   def of_teacher(z, head_CV):
     def part(x_ND, states_NC):
@@ -65,16 +65,18 @@ def kl_to_states(
 def kl_to_top(
   kl: KL, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, temperature=1.0, *, chunk=2048
 ):
-  """kl_BT over K tokens and, as one outcome more, all others; where wanted, 0 elsewhere.
+  """kl_BT, fp32, over the teacher's top K tokens and one outcome for all other tokens; 0 where not wanted.
 
   Args:
-    kl: of log-probabilities, [N, K + 1] each.
-    tokens_BTK: the teacher's likeliest, all different.
-    logprobs_BTK: of its whole distribution, at the same temperature.
+    kl: function of the policy's and the teacher's log-probabilities, [N, K + 1] each.
+    x_BTD: hidden states that the policy predicts token t from; its logits are x @ head.
+    wanted_BT: bool.
+    tokens_BTK: the teacher's K most likely tokens, all different.
+    logprobs_BTK: their log-probabilities in the teacher's whole distribution, at the same temperature.
     temperature: scalar above 0, of the policy.
 
-  At most the KL over the vocabulary, and equal to it where K = V. Without the last outcome a policy
-  could lower the reverse KL by leaving all of the K alone.
+  The result is at most the KL over the vocabulary, and equal to it if K = V. Without the last outcome
+  a policy could lower the reverse KL by giving no probability to any of the K tokens.
   """
   logprobs_BTK = jax.lax.stop_gradient(logprobs_BTK)
 
@@ -86,7 +88,7 @@ def kl_to_top(
 
 
 def top_logprobs(x_BTD, head_DV, wanted_BT, temperature=1.0, *, k, chunk=2048):
-  """(tokens_BTK, logprobs_BTK) of the k likeliest, the likeliest first; 0 where not wanted."""
+  """(tokens_BTK int32, logprobs_BTK fp32) of the k most likely tokens, descending; 0 where not wanted."""
 
   def part(x_ND):
     logprobs_NK, tokens_NK = jax.lax.top_k(_logprobs(x_ND, head_DV, temperature), k)
@@ -100,6 +102,6 @@ def _logprobs(x_ND, head_DV, temperature):
 
 
 def _with_rest(logprobs_NK):
-  """[N, K + 1]: and the log-probability of everything else."""
+  """[N, K + 1]: appends the log-probability of all other tokens."""
   rest_N1 = 1.0 - jnp.sum(jnp.exp(logprobs_NK), axis=-1, keepdims=True)
   return jnp.concatenate([logprobs_NK, jnp.log(jnp.maximum(rest_N1, TAIL))], axis=-1)

@@ -1,14 +1,14 @@
-"""Whose the rows are: bounds of the groups of sorted rows, and the tiles that each group touches."""
+"""Row range of each expert among rows sorted by expert, and the tiles of rows that it overlaps."""
 
 import jax
 import jax.numpy as jnp
 
 
 def group_bounds(group_sizes_G, N: int, E: int, offset=0):
-  """bounds[e], bounds[e + 1]: where the rows of expert offset + e begin and end, for E experts.
+  """int32 [E + 1]: expert offset + e has the rows bounds[e] .. bounds[e + 1].
 
-  Groups follow each other from row 0. Those that would pass row N are cut there, negative sizes
-  count as 0; rows outside of the E groups belong to nobody here.
+  The G groups are consecutive and start at row 0. Groups that would pass row N are cut there, and
+  negative sizes count as 0. Rows outside the E groups are unassigned.
   """
   ends_G = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes_G, 0), dtype=jnp.int32), N)
   bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G])
@@ -16,20 +16,27 @@ def group_bounds(group_sizes_G, N: int, E: int, offset=0):
 
 
 def row_experts(bounds, N: int):
-  """(the expert of each row, whether it has one); rows before the first one's and after the last one's name these."""
+  """(the expert of each row, whether it has one), each [N].
+
+  Unassigned rows name expert 0 if they come before all groups, expert E - 1 if they come after them.
+  """
   E = bounds.shape[0] - 1
   expert_N = jnp.searchsorted(bounds, jnp.arange(N, dtype=jnp.int32), side="right", method="compare_all") - 1
   return jnp.clip(expert_N, 0, E - 1).astype(jnp.int32), (expert_N >= 0) & (expert_N < E)
 
 
 def with_strangers(bounds, N: int):
-  """(start_G, end_G): a group of the rows before the local experts', then theirs, then one of those behind."""
+  """(start_G, end_G) of E + 2 groups: the rows before the experts, each expert's rows, the rows after."""
   start_G = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds])
   return start_G, jnp.concatenate([bounds, jnp.full(1, N, jnp.int32)])
 
 
 def _in_turn(count_G, V: int):
-  """V visits, count[g] of each group in turn: (each one's group, which of its group's it is, how many count)."""
+  """Lists V visits: count[0] of group 0, then count[1] of group 1, and so on.
+
+  Returns:
+    (the group of each visit [V], its index among the visits of its group [V], the number of visits used).
+  """
   last_G = jnp.cumsum(count_G, dtype=jnp.int32)
   visit_V = jnp.arange(V, dtype=jnp.int32)
   group_V = jnp.searchsorted(last_G, visit_V, side="right", method="compare_all").astype(jnp.int32)
@@ -38,14 +45,16 @@ def _in_turn(count_G, V: int):
 
 
 def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
-  """The pairs (group, tile of rows) that overlap, in the order of rows.
+  """The pairs (group, tile of rows) that overlap, ordered by row.
 
   Args:
-    start_G, end_G: rows of the groups, which follow each other.
-    empty: whether a group without rows is visited too, once.
+    start_G, end_G: row ranges of the groups, which are consecutive.
+    N: number of rows.
+    tile: rows of a tile.
+    empty: whether a group without rows is also visited, once.
 
   Returns:
-    group_V, tile_V: the visits; only the first `count` of them count. V is enough for any groups.
+    (group_V, tile_V, count): the visits; only the first `count` are used. V is large enough for any groups.
   """
   G, tiles = start_G.shape[0], -(-N // tile)
   first_G = start_G // tile
@@ -55,13 +64,14 @@ def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
 
 
 def group_tiles(start_G, end_G, N: int, tile: int):
-  """Each group's rows in tiles of its own, from its first row on, in the order of rows.
+  """Cuts each group's rows into tiles, from the group's first row on; ordered by row.
 
-  Fewer than the visits of `tile_visits`, whose tiles all groups share, where any row may begin a tile.
+  The kernel must be able to start a tile at any row. There are fewer tiles than visits in
+  `tile_visits`, where groups share tiles.
 
   Returns:
-    group_V, start_V, end_V: a tile has the rows start .. start + tile of its group that lie before
-    the end; V = N // tile + G are enough for any groups, and unused ones have start = end.
+    (group_V, start_V, end_V): a tile has the rows start .. min(start + tile, end); `end` is the end of
+    its group. V = N // tile + G tiles are enough for any groups; unused ones have start = end.
   """
   tiles_G = -(-(end_G - start_G) // tile)
   group_V, turn_V, _ = _in_turn(tiles_G, N // tile + start_G.shape[0])

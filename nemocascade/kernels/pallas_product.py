@@ -1,13 +1,13 @@
-"""What the Pallas forms of a product have in common: a result's type, how it ends."""
+"""Helpers shared by the Pallas kernels: the type of a result, the default `finish` of a product."""
 
 import jax
 
 
 def like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-  """A result that inside a shard_map differs over the devices as x does."""
+  """The type of a result that inside shard_map varies over the same mesh axes as x."""
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def as_it_is(y):
-  """The end of a product to which nothing else is done."""
+  """The default `finish` of a product: returns y unchanged."""
   return y

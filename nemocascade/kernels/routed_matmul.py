@@ -1,4 +1,4 @@
-"""Rows times their expert's matrix, and the routed MLP made of two such products."""
+"""Routed matmul (each row times its expert's matrix), and the routed MLP made of two of them."""
 
 import functools
 
@@ -14,8 +14,8 @@ from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_bounds, row_experts
 from nemocascade.kernels.product import einsum
 
-# Below this many rows for each expert every expert does every row on a CPU: a few wasted products
-# cost less than sorting.
+# With at most this many rows per expert, a CPU applies every expert to every row: the wasted
+# products cost less than sorting.
 DENSE_ROWS = 8
 FORMS = ("definition", "blocked", "tpu", "gpu")
 Tile = tpu.Tile | gpu.Tile
@@ -30,26 +30,26 @@ def routed_matmul(
   x_ND, w_EDF, group_sizes_E, *, offset=0, form: str | None = None, tile: Tile | None = None,
   block: int | None = None, interpret: bool = False,
 ):  # fmt: skip
-  """routed_matmul_ref on rows sorted by expert, of which expert e has group_sizes[e].
+  """routed_matmul_ref on rows sorted by expert; expert e has group_sizes[e] rows.
 
   Args:
     x_ND: [N, D], bf16 or fp32.
-    w_EDF: matrices of experts offset .. offset + E - 1 of those that group_sizes counts.
-    group_sizes_E: int32, one for each expert, of all shards if `offset` is used. Groups that reach
-      beyond row N are cut there; rows behind the last group, and those of experts that are not in
-      w_EDF, give 0 and no gradient.
+    w_EDF: x's dtype; the matrices of the local experts, offset .. offset + E - 1 of those in group_sizes.
+    group_sizes_E: int32, the number of rows of each expert, for the experts of all shards if `offset`
+      is used. Groups that reach beyond row N are cut there. Rows after the last group, and rows of
+      experts that are not in w_EDF, give 0 and get no gradient.
     offset: the first local expert, an int or an int32 scalar.
-    form: one of FORMS; by default what the platform does best: tpu on TPUs, gpu on NVIDIA's GPUs,
+    form: one of FORMS. By default the fastest on the platform: tpu on TPUs, gpu on NVIDIA GPUs,
       else blocked.
-    tile: of the tpu or the gpu form, by default chosen by the shapes.
-    block: rows of a block in the blocked form, by default chosen by the shapes.
-    interpret: whether the tpu and the gpu form run in Pallas' interpreter, on any platform.
+    tile: for the tpu or gpu form; by default chosen from the shapes.
+    block: rows of a block in the blocked form; by default chosen from the shapes.
+    interpret: whether to run the tpu and gpu forms in the Pallas interpreter, on any platform.
 
   Returns:
     [N, F] of x's dtype; bf16 is summed in fp32.
 
   Raises:
-    UserError: an unknown form, or shapes or dtypes that don't fit each other.
+    UserError: unknown form, or shapes or dtypes that do not match.
   """
   _check_form(form)
   (N, D), (E, K, _), G = x_ND.shape, w_EDF.shape, group_sizes_E.shape[0]
@@ -77,7 +77,7 @@ def _defined_product(x_ND, w, bounds, transpose):
 
 
 def _defined_weight_product(x_ND, dy_NF, bounds, dtype):
-  """The sum of outer products of an expert's rows."""
+  """dw[e]: the sum of the outer products of x and dy over the rows of expert e."""
   E = bounds.shape[0] - 1
   expert_N, inside_N = row_experts(bounds, x_ND.shape[0])
   x_ND, dy_NF = (jnp.where(inside_N[:, None], a, 0).astype(jnp.float32) for a in (x_ND, dy_NF))
@@ -86,7 +86,7 @@ def _defined_weight_product(x_ND, dy_NF, bounds, dtype):
 
 
 def _by_form(form, *args, **forms):
-  """The form that is asked for, or that of the platform that the program is compiled for."""
+  """Calls the given form, by default that of the platform that the program is compiled for."""
   if form is not None:
     return forms[form](*args)
   return jax.lax.platform_dependent(*args, tpu=forms["tpu"], cuda=forms["gpu"], default=forms["blocked"])
@@ -131,17 +131,18 @@ def routed_mlp(
   x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form: str | None = None,
   tile: Tile | None = None, block: int | None = None, interpret: bool = False,
 ):  # fmt: skip
-  """sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), e = expert[t, x]: dropless, any loads.
+  """sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ) with e = expert[t, x]; drops no token at any load.
 
-  Choices outside of 0 .. E - 1 count as 0. `form`, `tile`, `block` and `interpret` are those of
-  routed_matmul.
+  Args:
+    expert_TX: int32, the X experts that each token chose. Choices outside 0 .. E - 1 contribute 0.
+    form, tile, block, interpret: as for routed_matmul.
 
   Returns:
-    [T, D] of x's dtype, and the number of choices that an expert worked on, int32: counted where
-    rows are handed out, so that one that gets lost on its way is seen.
+    [T, D] of x's dtype, and the number of choices that an expert processed, int32. It is counted
+    where rows are assigned to experts, so that a lost row is noticed.
 
   Raises:
-    UserError: an unknown form.
+    UserError: unknown form.
   """
   _check_form(form)
   return _by_form(
@@ -154,9 +155,9 @@ def routed_mlp(
 
 
 def _sorted_rows(expert_TX, E: int):
-  """Rows by expert, and by token for one expert: (order_N, bounds)."""
+  """(order_N: the choices t * X + x sorted by expert, then by token; bounds: row range of each expert)."""
   N = expert_TX.size
-  # lax.sort and not argsort: inside shard_map argsort's result is typed as replicated.
+  # lax.sort instead of argsort: inside shard_map the result of argsort is typed as replicated.
   expert_N, order_N = jax.lax.sort((expert_TX.reshape(N), jnp.arange(N, dtype=jnp.int32)), num_keys=1)
   bounds = jnp.searchsorted(expert_N, jnp.arange(E + 1, dtype=expert_N.dtype), method="compare_all")
   return order_N, bounds.astype(jnp.int32)
@@ -183,7 +184,7 @@ def _padded_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
 
 
 def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
-  """Every expert on every row, unchosen ones weighted 0."""
+  """Applies every expert to every row; experts that the row did not choose have weight 0."""
   E = up_EDF.shape[0]
   chosen_TXE = expert_TX[..., None] == jnp.arange(E)[None, None]
   weight_TE = jnp.sum(jnp.where(chosen_TXE, weight_TX[..., None], 0), axis=1)

@@ -1,4 +1,4 @@
-"""Rows times their expert's matrix in blocks of one expert's rows, batched: the form for CPUs."""
+"""The routed matmul for CPUs: a batched product of blocks that each hold rows of one expert."""
 
 import jax
 import jax.numpy as jnp
@@ -6,27 +6,27 @@ import jax.numpy as jnp
 from nemocascade.kernels.groups import row_experts
 from nemocascade.kernels.product import einsum_fp32
 
-FEWEST, MOST = 32, 128  # Rows of one expert that are multiplied together.
+FEWEST, MOST = 32, 128  # Limits on the rows of a block.
 
 
 def choose_block(N: int, E: int) -> int:
-  """An eighth of a mean group's rows: few are padding, and few copies of a matrix are made."""
+  """Rows of a block: about an eighth of an expert's mean, for little padding and few copies of matrices."""
   eighth = max(1, N // (8 * E))
   return min(max(1 << (eighth.bit_length() - 1), FEWEST), MOST)
 
 
 def block_layout(bounds, N: int, block: int):
-  """Where sorted rows lie in blocks that each belong to one expert.
+  """Assigns sorted rows to blocks that each hold rows of one expert.
 
   Returns:
-    place_N: the place of each sorted row among the blocks' rows, behind the last one for rows that
-    are no expert's; expert_Z: the blocks' experts. Z = N // block + E blocks are enough for any
-    groups; unused ones name the last expert.
+    (place_N, expert_Z): the place of each sorted row among all rows of the blocks, Z * block for rows
+    without an expert; and the expert of each block. Z = N // block + E blocks are enough for any
+    groups; unused blocks name the last expert.
   """
   E = bounds.shape[0] - 1
   blocks_E = -(-(bounds[1:] - bounds[:-1]) // block)
   last_E = jnp.cumsum(blocks_E)
-  start_E = (last_E - blocks_E) * block  # First row of a group among the blocks.
+  start_E = (last_E - blocks_E) * block  # Place of a group's first row.
   Z = N // block + E
   expert_Z = jnp.minimum(jnp.searchsorted(last_E, jnp.arange(Z), side="right"), E - 1)
   expert_N, inside_N = row_experts(bounds, N)
@@ -35,19 +35,19 @@ def block_layout(bounds, N: int, block: int):
 
 
 def to_blocks(x_ND, place_N, Z: int, block: int):
-  """Rows at their places among Z blocks, zeros elsewhere: [Z, block, D]."""
+  """Copies rows to their places in Z blocks; other places are 0: [Z, block, D]."""
   x = jnp.zeros((Z * block, x_ND.shape[1]), x_ND.dtype).at[place_N].set(x_ND, mode="drop")
   return x.reshape(Z, block, -1)
 
 
 def from_blocks(y_ZBF, place_N):
-  """Rows from their places, zeros for those that have none."""
+  """Reads rows back from their places; rows without a place are 0: [N, F]."""
   y = y_ZBF.reshape(-1, y_ZBF.shape[2])
   return y.at[place_N].get(mode="fill", fill_value=0)
 
 
 def product(x_ND, w, bounds, *, transpose=False, block=None):
-  """x[n] @ w[e] (w[e] transposed, if transpose) for rows n of expert e, 0 for nobody's rows."""
+  """x[n] @ w[e] (w[e] transposed if `transpose`) for rows n of expert e, 0 for unassigned rows."""
   block = block or choose_block(x_ND.shape[0], w.shape[0])
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD = to_blocks(x_ND, place_N, expert_Z.shape[0], block)
@@ -56,7 +56,7 @@ def product(x_ND, w, bounds, *, transpose=False, block=None):
 
 
 def weight_product(x_ND, dy_NF, bounds, *, dtype, block=None):
-  """dw[e] = x[rows]^T @ dy[rows], for the rows of each expert."""
+  """dw[e] = x[rows]^T @ dy[rows] over the rows of each expert: [E, D, F] of `dtype`."""
   block = block or choose_block(x_ND.shape[0], bounds.shape[0] - 1)
   place_N, expert_Z = block_layout(bounds, x_ND.shape[0], block)
   x_ZBD, dy_ZBF = (to_blocks(a, place_N, expert_Z.shape[0], block) for a in (x_ND, dy_NF))

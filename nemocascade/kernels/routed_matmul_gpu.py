@@ -1,4 +1,4 @@
-"""Rows times their expert's matrix on GPUs, in Pallas by way of Triton: the product and its transposes."""
+"""The routed matmul for GPUs, in Pallas through Triton: the product and its transposes."""
 
 import dataclasses
 import functools
@@ -15,28 +15,29 @@ from nemocascade.kernels.product import precision
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """How a product is cut; sides are powers of two, of at least 16 each, which Triton asks for.
+  """Tile sizes of a product. Triton requires sides that are powers of two and at least 16.
 
-  For Hopper, by arithmetic and by what Triton 3.9 makes of it (wgmma, fed by cp.async), not by a
-  measurement: the sums are 128 fp32 numbers for each thread of eight warps, and `stages` steps of both
-  operands take 3 * 64 * 384 * 2 = 144 KiB of 227 KiB of shared memory. A step reads 48 KiB for 4.2 MFLOP;
-  half as many rows would read a third more from the L2 cache, but spill no registers.
+  The defaults are chosen for Hopper by arithmetic and from the code that Triton 3.9 generates (wgmma, fed by
+  cp.async), not by measurement. The sums take 128 fp32 numbers in each thread of eight warps. `stages` steps of
+  both operands take 3 * 64 * 384 * 2 = 144 KiB of 227 KiB of shared memory. A step reads 48 KiB for 4.2 MFLOP.
+  Half as many rows would read a third more from the L2 cache, but would spill no registers.
   """
 
   rows: int = 256
-  columns: int = 128  # Of Nano's widths 2688 is 21 of them, 1856 is 14.5, of which 3% of the work are lost.
-  depth: int = 64  # Of what is summed, a step; divides both of Nano's widths.
+  columns: int = 128  # Nano's width 2688 is 21 tiles; 1856 is 14.5, which wastes 3% of the work.
+  depth: int = 64  # Elements of the contracted axis per step; divides both of Nano's widths.
   warps: int = 8
-  stages: int = 3  # Steps that are on their way from memory.
+  stages: int = 3  # Pipeline stages: steps whose operands are loaded at the same time.
 
 
 def choose_tile(N: int, E: int, D: int, F: int, dtype=jnp.bfloat16) -> Tile:
-  """The tile of a product of N rows with E matrices [D, F]: fewer rows where an expert has few.
+  """The tile for N rows times E matrices [D, F]; it has fewer rows if the experts have few.
 
-  The last tile of an expert is half empty on average, so it has four of the largest at least.
+  The last tile of an expert is half empty on average. The largest tile is used only if an expert has
+  four or more of them on average.
   """
   power = lambda n, most: min(max(pl.next_power_of_2(n), 16), most)
-  # fp32 is multiplied by no matrix unit: a large tile of it takes Triton a minute and fills the registers.
+  # Tensor cores do not multiply fp32: a large fp32 tile takes Triton a minute and fills the registers.
   large = 1 if dtype == jnp.bfloat16 else 4
   rows = Tile.rows if N >= 4 * Tile.rows * E else power(-(-N // E), Tile.rows // 2)
   rows = min(rows, Tile.rows // large)
@@ -45,14 +46,14 @@ def choose_tile(N: int, E: int, D: int, F: int, dtype=jnp.bfloat16) -> Tile:
 
 
 def _cut(start, size: int, end):
-  """A slice of fixed size, and which of it lies before the end: None for all, where that is known."""
+  """(a slice of `size` elements, a mask of those before `end`); the mask is None if all are known to be."""
   if isinstance(end, int) and end % size == 0:
     return pl.ds(start, size), None
   return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < end
 
 
 def _tile(ref, rows, columns, lead):
-  """The part of a ref that two cuts meet in, and its mask."""
+  """(the part of a ref at two results of `_cut`, its mask or None)."""
   (row_cut, row_mask), (column_cut, column_mask) = rows, columns
   masks = [None if row_mask is None else row_mask[:, None], None if column_mask is None else column_mask[None, :]]
   shape = row_cut.size, column_cut.size
@@ -61,7 +62,7 @@ def _tile(ref, rows, columns, lead):
 
 
 def _load(ref, rows, columns, lead=()):
-  """A tile, 0 outside of its cuts."""
+  """Loads a tile; masked elements are 0."""
   part, mask = _tile(ref, rows, columns, lead)
   return plgpu.load(part, mask=mask, other=None if mask is None else 0.0)
 
@@ -72,14 +73,14 @@ def _store(ref, rows, columns, value, lead=()):
 
 
 def _product_kernel(expert_V, start_V, end_V, x_ref, w_ref, *rest, tile, finish, transpose):
-  """A tile of one expert's rows by a tile of columns; `rest` is what `finish` takes too, then the output."""
+  """One tile of an expert's rows by one of columns; `rest`: the extra inputs of `finish`, then the output."""
   extras, y_ref = rest[:-1], rest[-1]
   D, F = x_ref.shape[1], y_ref.shape[1]
   blocks = pl.cdiv(F, tile.columns)
-  # Columns go first, so that what runs at a time shares rows and experts.
+  # Columns vary fastest, so that programs that run at the same time share rows and experts.
   v, block = jax.lax.div(pl.program_id(0), blocks), jax.lax.rem(pl.program_id(0), blocks)
   e, start, end = expert_V[v], start_V[v], end_V[v]
-  mine = e >= 0  # Else the rows are nobody's and get 0.
+  mine = e >= 0  # Otherwise the rows are unassigned and get 0.
 
   @pl.when(start < end)
   def _():
@@ -98,18 +99,19 @@ def _product_kernel(expert_V, start_V, end_V, x_ref, w_ref, *rest, tile, finish,
     _store(y_ref, rows, columns, y)
 
 
-# Jitted, so that where a program for another platform traces it too, each shape is traced once.
+# Jitted so that each shape is traced once: programs for other platforms trace this form too.
 @functools.partial(jax.jit, static_argnames=("tile", "transpose", "finish", "interpret"))
 def product(
   x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False
 ):
-  """finish(x[n] @ w[e], *extras[n]) for rows n of bounds[e] .. bounds[e + 1], 0 for other rows.
+  """finish(x[n] @ w[e], *extras[n]) for rows n in bounds[e] .. bounds[e + 1], 0 for other rows.
 
   Args:
-    x_ND: [N, D], bf16 or fp32; w: [E, D, F], or [E, F, D] if transpose.
-    tile: by default chosen by the shapes.
-    finish: what is done to fp32 rows before they are rounded and written.
-    extras: arrays [N, 1] whose rows `finish` takes too.
+    x_ND: [N, D], bf16 or fp32; w: [E, D, F], or [E, F, D] if `transpose`.
+    bounds: int32 [E + 1], the row range of each expert.
+    tile: by default chosen from the shapes.
+    finish: applied to the fp32 rows before they are rounded and written.
+    extras: arrays [N, 1], whose rows are further arguments of `finish`.
 
   Returns:
     [N, F] of x's dtype; sums are fp32.
@@ -117,7 +119,7 @@ def product(
   N, D = x_ND.shape
   E, F = w.shape[0], w.shape[1 if transpose else 2]
   tile = tile or choose_tile(N, E, D, F, x_ND.dtype)
-  start_G, end_G = with_strangers(bounds, N)  # Strangers' rows get 0.
+  start_G, end_G = with_strangers(bounds, N)  # Unassigned rows are zeroed.
   group_V, start_V, end_V = group_tiles(start_G, end_G, N, tile.rows)
   expert_V = jnp.where((group_V > 0) & (group_V <= E), group_V - 1, -1)
   size = x_ND.dtype.itemsize
@@ -135,7 +137,7 @@ def product(
 
 
 def _weight_kernel(bounds_ref, x_ref, dy_ref, dw_ref, *, tile):
-  """A tile of one expert's gradient, summed over its rows."""
+  """One tile of an expert's weight gradient, summed over the rows of the expert."""
   _, D, F = dw_ref.shape
   down, across = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.columns)
   e, block = jax.lax.div(pl.program_id(0), down * across), jax.lax.rem(pl.program_id(0), down * across)
@@ -155,10 +157,10 @@ def _weight_kernel(bounds_ref, x_ref, dy_ref, dw_ref, *, tile):
 
 @functools.partial(jax.jit, static_argnames=("tile", "dtype", "interpret"))
 def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, interpret=False):
-  """dw[e] = x[rows]^T @ dy[rows], rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`."""
+  """dw[e] = x[rows]^T @ dy[rows] with rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`, fp32 sums."""
   (N, D), F = x_ND.shape, dy_NF.shape[1]
   E = bounds.shape[0] - 1
-  # Here D is what a tile has as rows, and the rows are what is summed.
+  # Here the rows of a tile are elements of D, and the sum is over N.
   tile = tile or choose_tile(D, 1, N, F, x_ND.dtype)
   return pl.pallas_call(
     functools.partial(_weight_kernel, tile=tile),

@@ -1,4 +1,4 @@
-"""Rows times their expert's matrix on TPUs, in Pallas: the product and its transposes."""
+"""The routed matmul for TPUs, in Pallas: the product and its transposes."""
 
 import dataclasses
 import functools
@@ -14,28 +14,28 @@ from nemocascade.kernels.pallas_product import as_it_is, like
 from nemocascade.kernels.product import precision
 
 LANES = 128
-VMEM = 56 << 20  # Bytes that a kernel may use: the smallest of v5p, v5e, v6e and v7x has 64 MiB.
+VMEM = 56 << 20  # Bytes that a kernel may use: v5p, v5e, v6e and v7x have at least 64 MiB.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """How a product is cut.
+  """Tile sizes of a product.
 
-  Whole experts lie in VMEM where they fit, so that each is read once; a tile of rows meets `chunk`
-  columns of its expert at a time.
+  VMEM holds a whole expert if it fits, so that each expert is read once. A tile of rows is
+  multiplied by `chunk` columns of its expert at a time.
   """
 
   rows: int = 512
-  chunk: int = 384  # Divides both sides of Nano, 2688 and 1856 padded to 1920.
-  part: int = 128  # Of a tile that several experts share, only parts with an expert's rows are multiplied.
+  chunk: int = 384  # Divides both of Nano's widths, 2688 and 1856 padded to 1920.
+  part: int = 128  # In a tile shared by several experts, only parts with rows of the expert are multiplied.
 
 
-# (rows for each expert at most, tile): larger tiles waste more where experts meet.
+# (most rows per expert, tile): larger tiles waste more work where experts share a tile.
 BY_LOAD = ((192, Tile(rows=128)), (768, Tile(rows=256)))
 
 
 def choose_tile(N: int, E: int, D: int, F: int) -> Tile:
-  """The tile of a product of N rows with E matrices [D, F]."""
+  """The tile for N rows times E matrices [D, F]."""
   rows = next((tile.rows for load, tile in BY_LOAD if N <= load * E), Tile.rows)
   chunk = Tile.chunk
   while chunk > LANES and -(-F // chunk) * chunk >= F + LANES:
@@ -44,7 +44,11 @@ def choose_tile(N: int, E: int, D: int, F: int) -> Tile:
 
 
 def _columns(F: int, chunk: int, fits) -> int:
-  """The most columns of a block, in chunks and in few equal blocks, with which `fits` is content."""
+  """The most columns of a block that `fits` accepts: whole chunks, in the fewest equal blocks.
+
+  Raises:
+    UserError: not even one chunk fits.
+  """
   chunks = -(-F // chunk)
   for blocks in range(1, chunks + 1):
     columns = -(-chunks // blocks) * chunk
@@ -57,7 +61,7 @@ def _columns(F: int, chunk: int, fits) -> int:
 
 
 def _in_chunks(total: int, chunk: int, body):
-  """body(start) for chunks of `total`, as a loop: what is unrolled once compiles fast."""
+  """Calls body(start) for each chunk of `total`, in a loop: it compiles faster than unrolled code."""
 
   def step(i, carry):
     body(pl.multiple_of(i * chunk, chunk))
@@ -67,13 +71,13 @@ def _in_chunks(total: int, chunk: int, body):
 
 
 def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *rest, tile, finish, transpose):
-  """One tile of rows with one expert; `rest` is what `finish` takes too, then the output."""
+  """One tile of rows times one expert; `rest`: the extra inputs of `finish`, then the output."""
   del source_V  # Only the block specs read it.
   extras, y_ref = rest[:-1], rest[-1]
   v, E = pl.program_id(1), start_G.shape[0] - 2
   g = group_V[v]
   base = tile_V[v] * tile.rows
-  first, last = start_G[g] - base, end_G[g] - base  # Among the tile's rows.
+  first, last = start_G[g] - base, end_G[g] - base  # Relative to the tile.
   inside = (g > 0) & (g <= E)
   whole = (first <= 0) & (last >= tile.rows)
   columns = y_ref.shape[1]
@@ -88,7 +92,7 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     return finish(y, *(extra[rows, :] for extra in extras))
 
   def keep(rows, row, column, y):
-    """Others' rows stay as they are: they were written, or will be."""
+    """Writes only the rows of this group; other visits write the tile's other rows."""
     cut = pl.ds(column, tile.chunk)
     place = row + jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
     old = y_ref[rows, cut].astype(jnp.float32)
@@ -120,35 +124,39 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     _in_chunks(tile.rows, tile.part, part)
 
 
-# Jitted, so that where a program for another platform traces it too, each shape is traced once.
+# Jitted so that each shape is traced once: programs for other platforms trace this form too.
 @functools.partial(jax.jit, static_argnames=("tile", "transpose", "finish", "interpret"))
 def product(
   x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False
 ):
-  """finish(x[n] @ w[e], *extras[n]) for rows n of bounds[e] .. bounds[e + 1], 0 for other rows.
+  """finish(x[n] @ w[e], *extras[n]) for rows n in bounds[e] .. bounds[e + 1], 0 for other rows.
 
   Args:
-    x_ND: [N, D], bf16 or fp32; w: [E, D, F], or [E, F, D] if transpose.
-    tile: by default chosen by the shapes.
-    finish: what is done to fp32 rows before they are rounded and written.
-    extras: arrays [N, 1] whose rows `finish` takes too.
+    x_ND: [N, D], bf16 or fp32; w: [E, D, F], or [E, F, D] if `transpose`.
+    bounds: int32 [E + 1], the row range of each expert.
+    tile: by default chosen from the shapes.
+    finish: applied to the fp32 rows before they are rounded and written.
+    extras: arrays [N, 1], whose rows are further arguments of `finish`.
 
   Returns:
     [N, F] of x's dtype; sums are fp32.
+
+  Raises:
+    UserError: the tile does not fit in VMEM.
   """
   N, D = x_ND.shape
   E, F = w.shape[0], w.shape[1 if transpose else 2]
   tile = tile or choose_tile(N, E, D, F)
   size = x_ND.dtype.itemsize
-  # Two blocks of each, for the one that is multiplied and the one that arrives; sums are fp32.
+  # Two buffers for each block, one in use and one being loaded; sums are fp32.
   fits = lambda columns: (
     2 * size * (tile.rows * (D + columns) + -(-D // LANES) * LANES * columns)
     + 4 * tile.rows * (2 * tile.chunk + 2 * LANES * len(extras)) <= VMEM
   )  # fmt: skip
   columns = _columns(F, tile.chunk, fits)
-  start_G, end_G = with_strangers(bounds, N)  # Strangers' rows get 0.
+  start_G, end_G = with_strangers(bounds, N)  # Unassigned rows are zeroed.
   group_V, tile_V, count = tile_visits(start_G, end_G, N, tile.rows)
-  # Rows that are nobody's are not fetched: their visits name the nearest tile that is.
+  # Unassigned rows are not fetched: their visits name the nearest tile with assigned rows.
   low, high = bounds[0] // tile.rows, jnp.maximum(bounds[-1] - 1, bounds[0]) // tile.rows
   source_V = jnp.clip(jnp.clip(tile_V, low, high), 0, -(-N // tile.rows) - 1)
   expert = lambda g: jnp.clip(g - 1, 0, E - 1)
@@ -178,7 +186,7 @@ def product(
 
 
 def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref, sum_ref, *, tile):
-  """One tile of rows of one expert, summed until the expert changes."""
+  """Adds one tile of rows to its expert's gradient, which is written when the expert changes."""
   v = pl.program_id(2)
   e = group_V[v]
   base = tile_V[v] * tile.rows
@@ -189,7 +197,7 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
 
   def add(column, rows, masked):
     x, dy = x_ref[rows, pl.ds(column, tile.chunk)], dy_ref[rows, :]
-    if masked is not None:  # Both: 0 times what lies behind the last row may be no number.
+    if masked is not None:  # Mask both: memory after row N may hold NaN, and 0 * NaN is NaN.
       x = jnp.where(masked(x.shape), x.astype(jnp.float32), 0.0).astype(x.dtype)
       dy = jnp.where(masked(dy.shape), dy.astype(jnp.float32), 0.0).astype(dy.dtype)
     sum_ref[pl.ds(column, tile.chunk), :] += jax.lax.dot_general(
@@ -232,12 +240,16 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
 
 @functools.partial(jax.jit, static_argnames=("tile", "dtype", "interpret"))
 def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, interpret=False):
-  """dw[e] = x[rows]^T @ dy[rows], rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`."""
+  """dw[e] = x[rows]^T @ dy[rows] with rows = bounds[e] .. bounds[e + 1]: [E, D, F] of `dtype`, fp32 sums.
+
+  Raises:
+    UserError: the tile does not fit in VMEM.
+  """
   (N, D), F = x_ND.shape, dy_NF.shape[1]
   E = bounds.shape[0] - 1
   tile = tile or choose_tile(N, E, D, F)
   size, out = x_ND.dtype.itemsize, jnp.dtype(dtype).itemsize
-  # A block is all of D, of which x is read once, by as many columns of F as fit.
+  # A block has all of D, so that x is read once per block, and as many columns of F as fit.
   deep = -(-D // tile.chunk) * tile.chunk
   wide = LANES if F > LANES else F
   fits = lambda columns: (

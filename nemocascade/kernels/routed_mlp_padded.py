@@ -1,7 +1,7 @@
-"""The routed MLP for CPUs: as many rows for each expert, and the few that are beyond that in blocks.
+"""The routed MLP for CPUs: a batched product with equal rows per expert, and a loop over the excess rows.
 
-Equal groups are one batched product that copies no matrix. How many rows are beyond is known when the
-program runs: a loop takes them, as often as there are blocks of them, so that none is ever dropped.
+The batched product copies no matrix. The number of excess rows is known only at run time: the loop has one
+iteration per block of them, so that no row is dropped.
 """
 
 import functools
@@ -18,13 +18,16 @@ from nemocascade.kernels.routed_mlp_sorted import relu2
 
 
 def capacity(N: int, E: int) -> int:
-  """Rows of each expert in the batched product: what random loads seldom pass, two deviations above the mean."""
+  """Rows per expert in the batched product, a multiple of 8.
+
+  It is two standard deviations above the mean; random loads seldom exceed it.
+  """
   mean = N / E
   return -8 * (-math.ceil(mean + 2 * math.sqrt(mean)) // 8)
 
 
 def product(x_SD, w, bounds, *, transpose=False, finish=None, extras=(), tile=None, interpret=False):
-  """x[s] @ w[e], e = s // (S / E): groups are equal, whatever the bounds of the sorted rows."""
+  """x[s] @ w[e] with e = s // (S / E): groups of equal size; `bounds` is ignored."""
   del bounds, tile, interpret
   x_ECD = x_SD.reshape(w.shape[0], -1, x_SD.shape[1])
   form = "ECD,EFD->ECF" if transpose else "ECD,EDF->ECF"
@@ -34,7 +37,7 @@ def product(x_SD, w, bounds, *, transpose=False, finish=None, extras=(), tile=No
 
 
 def weight_product(x_SD, dy_SF, bounds, *, dtype, tile=None, interpret=False):
-  """dw[e] = x[rows]^T @ dy[rows], for the rows of each expert."""
+  """dw[e] = x[rows]^T @ dy[rows] over the rows of each expert, S / E each: [E, D, F] of `dtype`."""
   del tile, interpret
   x_ECD, dy_ECF = (a.reshape(bounds.shape[0] - 1, -1, a.shape[1]) for a in (x_SD, dy_SF))
   return jax.vmap(lambda x, dy: products.weight_product(x, dy, dtype))(x_ECD, dy_ECF)
@@ -45,17 +48,23 @@ EQUAL = types.SimpleNamespace(product=product, weight_product=weight_product)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def mlp(x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, C: int, block: int):
-  """y[t] = sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), and how many choices were worked on.
+  """(y[t] = sum_x weight[t, x] * down[e]( relu(up[e] x[t])^2 ), the number of choices processed, int32).
 
   Args:
-    order_N: the choices t * X + x sorted by expert; bounds: [E + 1], each expert's among them.
-    C: rows of each expert in the batched product; block: rows that the loop takes at a time.
+    order_N: int32, the choices t * X + x sorted by expert.
+    bounds: int32 [E + 1], the range of each expert in order_N.
+    C: rows per expert in the batched product.
+    block: rows per iteration of the loop.
   """
   return _forward(x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, C, block)[0]
 
 
 def _equal_groups(order_N, bounds, X: int, C: int):
-  """Each expert's first C choices: (choice_S, inside_S, place_TX: where a choice is among S, S if it is not)."""
+  """The first C choices of each expert, in S = E * C slots.
+
+  Returns:
+    (choice_S: the choice in a slot, inside_S: whether the slot is used, place_TX: a choice's slot, or S).
+  """
   E, N = bounds.shape[0] - 1, order_N.shape[0]
   rank_C = jnp.arange(C, dtype=jnp.int32)
   inside_S = (rank_C[None] < (bounds[1:] - bounds[:-1])[:, None]).reshape(-1)
@@ -68,7 +77,7 @@ def _equal_groups(order_N, bounds, X: int, C: int):
 
 
 def _beyond(order_N, bounds, C: int, block: int):
-  """(number of blocks, v -> (expert, choice_B, inside_B) of block v): choices behind each expert's first C."""
+  """Choices after each expert's first C: (number of blocks, v -> (expert, choice_B, inside_B) of block v)."""
   N, last_E = order_N.shape[0], bounds[1:]
   group_V, start_V, end_V = group_tiles(jnp.minimum(bounds[:-1] + C, last_E), last_E, N, block)
 
@@ -86,9 +95,9 @@ def _weighted(x_BD, up_DF, down_FD, weight_B):
 
 
 def _loop(count, body, start):
-  """`body(v, carry)` for v = 0 .. count - 1."""
+  """Runs carry = body(v, carry) for v = 0 .. count - 1."""
   tick = lambda carry: (carry[0] + 1, body(*carry))
-  # The first is typed like the count: one of each device inside shard_map.
+  # count * 0 has the type of count, which varies over devices inside shard_map.
   return jax.lax.while_loop(lambda carry: carry[0] < count, tick, (count * 0, start))[1]
 
 

@@ -1,4 +1,4 @@
-"""The routed MLP of sorted rows on TPUs and GPUs: activation and weights are done where products end."""
+"""The routed MLP for TPUs and GPUs, on sorted rows; activation and weights are fused into the products."""
 
 import functools
 from types import ModuleType
@@ -17,13 +17,15 @@ def weigh(y, weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def mlp(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels: ModuleType, tile, interpret: bool):
-  """y[t] = sum_x weight[n] * down[e]( relu(up[e] x[t])^2 ), n = place[t, x], e the expert of row n.
+  """y[t] = sum_x weight[n] * down[e]( relu(up[e] x[t])^2 ) with n = place[t, x] and e the expert of row n.
 
   Args:
     weight_N, token_N: the weight and the token of each sorted row; fp32, int32.
-    place_TX: where a token's rows are among the sorted ones, the inverse of token_N.
-    bounds: [E + 1], each expert's rows (groups.py); rows that are nobody's count as 0.
-    kernels: routed_matmul_tpu or routed_matmul_gpu; tile: one of its tiles, by default chosen by it.
+    place_TX: int32, the place of each choice among the sorted rows.
+    bounds: int32 [E + 1], the row range of each expert (groups.py); unassigned rows contribute 0.
+    kernels: routed_matmul_tpu or routed_matmul_gpu.
+    tile: a Tile of `kernels`, or None to choose one from the shapes.
+    interpret: whether to run in the Pallas interpreter.
 
   Returns:
     [T, D] of x's dtype, summed in fp32.
@@ -32,7 +34,7 @@ def mlp(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels: Mo
 
 
 def _gathered_sum(y_ND, place_TX):
-  """Reading a token's rows is cheaper than adding to a token: nothing is read to be written."""
+  """Sums the rows of each token. A gather is cheaper than a scatter-add, which also reads what it updates."""
   y_TXD = y_ND.at[place_TX].get(mode="fill", fill_value=0)
   return jnp.sum(y_TXD, axis=1, dtype=jnp.float32).astype(y_ND.dtype)
 
@@ -47,12 +49,12 @@ def forward(x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, kernels
 
 
 def backward(kernels, tile, interpret, saved, dy_TD):
-  """Of what is as wide as F only the activation is kept; its root is the relu."""
+  """Only one saved array has width F: the activation relu(h)^2, whose square root is relu(h)."""
   x_TD, up_EDF, down_EFD, weight_N, token_N, place_TX, bounds, a_NF = saved
   product = functools.partial(kernels.product, tile=tile, interpret=interpret)
   weights = functools.partial(kernels.weight_product, bounds=bounds, tile=tile, interpret=interpret)
   dy_ND, weight_N1 = dy_TD[token_N], weight_N[:, None].astype(jnp.float32)
-  da_NF = product(dy_ND, down_EFD, bounds, transpose=True).astype(jnp.float32)  # Without the weight.
+  da_NF = product(dy_ND, down_EFD, bounds, transpose=True).astype(jnp.float32)  # Not yet times the weight.
   a32_NF = a_NF.astype(jnp.float32)
   dweight_N = jnp.sum(a32_NF * da_NF, axis=-1)
   dh_NF = (weight_N1 * da_NF * 2.0 * jnp.sqrt(a32_NF)).astype(x_TD.dtype)

@@ -1,7 +1,7 @@
-"""The state-space recurrence of Mamba-2 (SSD): one step, its scan, and the chunked form.
+"""The state-space recurrence of Mamba-2 (SSD): one step, the scan over tokens, and the chunked form.
 
-In the chunked form Z are chunks, C the tokens of one, and Q = R x P the channels of a group's heads. Groups
-and chunks come before tokens, so that every product is over the last two axes.
+Axes of the chunked form: Z chunks, C tokens of a chunk, Q = R x P channels of the R heads of a group. Groups
+and chunks come before tokens, so that every product is a batched matmul of the last two axes.
 """
 
 import functools
@@ -12,24 +12,26 @@ import jax.numpy as jnp
 from nemocascade.kernels.product import einsum, einsum_fp32
 from nemocascade.segments import segment_starts
 
-UNROLLED = 4  # Chunks that the scan between them takes at a time: each is little work.
+UNROLLED = 4  # Chunks per iteration of the scan between chunks: each is little work.
 
 
 def ssd_step(state_BMPN, x_BMP, log_decay_BM, b_BMN, c_BMN):
-  """One more token: (state, token) -> (state, y_BMP). Decoding is this, repeated. All fp32."""
+  """Adds one token: (state, token) -> (new state, y_BMP), all fp32. Decoding repeats this step."""
   state_BMPN = jnp.exp(log_decay_BM)[..., None, None] * state_BMPN
   state_BMPN += x_BMP[..., None] * b_BMN[:, :, None, :]
   return state_BMPN, einsum("BMPN,BMN->BMP", state_BMPN, c_BMN)
 
 
 def ssd_ref(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, initial_state=None):
-  """The definition: token by token, forgetting at every document's start.
+  """The definition: token by token; the state is reset to 0 at the start of every document.
 
   Args:
     x_BTMP: inputs, already multiplied by dt.
     log_decay_BTM: dt * A, at most 0.
-    b_BTUN, c_BTUN: shared by the M // U heads of a group.
-    segment_ids_BT: documents; padding (0) leaves the state as it is.
+    b_BTUN, c_BTUN: input and output vectors, shared by the M // U heads of a group.
+    segment_ids_BT: int32, the document of each token; padding (0) leaves the state unchanged.
+    initial_state: [B, M, P, N] fp32, the state that each row's first document continues from, or None.
+
   Returns:
     (y_BTMP, state_BMPN after the last token), fp32.
   """
@@ -37,7 +39,7 @@ def ssd_ref(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, initial_st
     x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT
   )
   forget_BT = segment_starts(segment_ids_BT) & (segment_ids_BT > 0)
-  if initial_state is not None:  # The first document goes on.
+  if initial_state is not None:  # The first document continues.
     forget_BT = forget_BT.at[:, 0].set(False)
 
   def tick(state_BMPN, token):
@@ -52,7 +54,7 @@ def ssd_ref(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, initial_st
 
 
 def _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT):
-  """fp32, heads spelt out, padding neutral."""
+  """(x, log decay, b, c, zero state): fp32, b and c repeated for every head, x and log decay 0 at padding."""
   B, _, M, P = x_BTMP.shape
   per_group = M // b_BTUN.shape[2]
   b_BTMN, c_BTMN = (
@@ -65,17 +67,17 @@ def _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT):
 
 
 def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial_state=None):
-  """The same in chunks of at most `chunk` tokens: products inside a chunk, a scan over chunks between.
+  """`ssd_ref` in chunks of at most `chunk` tokens: products inside chunks, a scan from chunk to chunk.
 
-  Any T: a last partial chunk is padded. Memory is T x chunk a head, not T x T. The products of pairs of tokens,
-  of tokens with a chunk's state, and their gradients, are in b's dtype with sums in fp32, as in Mamba-2's own
-  kernels. The running sums of decays, the decays, the states and what is summed by head are fp32 throughout.
+  T is any length: the last chunk is padded. Memory is T x chunk per head, not T x T. Products of pairs of
+  tokens, products of tokens with a chunk's state, and their gradients are in b's dtype with fp32 sums, as in
+  Mamba-2's own kernels. Running sums of log decays, decays, states and sums by head are always fp32.
   Source: Mamba-2 (Dao and Gu, 2024), section 6.
   """
   B, T, M, P = x_BTMP.shape
   U, N = b_BTUN.shape[2:]
   R, Z = M // U, -(-T // chunk)
-  C = -(-T // Z)  # As even as can be: less is padded.
+  C = -(-T // Z)  # Chunks of equal size need the least padding.
   real_BT = segment_ids_BT > 0
   forget_BT = segment_starts(segment_ids_BT) & real_BT
   if initial_state is not None:
@@ -88,15 +90,15 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
   x = cut(jnp.where(real_BT[..., None, None], x_BTMP, 0.0).astype(b_BTUN.dtype).reshape(B, T, U, R * P))
   a = jnp.swapaxes(cut(jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0).reshape(B, T, U, R)), -1, -2)
   b, c = cut(b_BTUN), cut(c_BTUN)
-  # Which document's state a token belongs to, of those in its chunk; 0 began before it. Padding belongs
-  # to what is before it.
+  # Number of each token's document within its chunk; 0 is one that began before the chunk. Padding belongs to
+  # the document before it.
   doc = _running_sum(jnp.pad(forget_BT, ((0, 0), (0, Z * C - T))).astype(jnp.float32).reshape(B, Z, C))
   first = None
   if initial_state is not None:
     first = jnp.swapaxes(initial_state.astype(jnp.float32).reshape(B, U, R * P, N), -1, -2)
 
   y, last = _chunked(x, a, b, c, doc, first)
-  # The state at the end stands apart: where nobody asks for it, its products are not made.
+  # The final state is computed outside `_chunked`, so that XLA drops it where it is unused.
   _, to_end, _, whole = _decays(a[:, :, -1:], doc[:, -1:])
   state = _by_head(last, whole[:, :, 0, None]) + _added(b[:, :, -1:], x[:, :, -1:], to_end)[:, :, 0]
   y = jnp.moveaxis(y, 1, 3).reshape(B, Z * C, M, P)
@@ -104,20 +106,24 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
 
 
 def _running_sum(v):
-  """Of the last axis. As a product: XLA's cumsum on CPUs slows down whatever reads it, pair by pair."""
+  """Running sum of the last axis, as a product: XLA's cumsum on CPU slows down pairwise operations on it."""
   return einsum("...j,ji->...i", v, jnp.triu(jnp.ones((v.shape[-1],) * 2, v.dtype)))
 
 
 def _decays(a, doc):
-  """What is left, of a token until another one of its chunk, until its end, of its start, of all of it.
+  """The decays within each chunk, fp32; 0 from one document to another.
 
   Args:
-    a: [B, U, Z, R, C]; doc: [B, Z, C].
+    a: log decays [B, U, Z, R, C]; doc: number of each token's document within its chunk [B, Z, C].
+
   Returns:
-    decay [B, U, Z, R, C, C] of j at i, to_end and from_start [B, U, Z, C, R], whole [B, U, Z, R].
+    decay [B, U, Z, R, C, C]: from token j to token i at [i, j], where i >= j.
+    to_end [B, U, Z, C, R]: from each token to the chunk's end.
+    from_start [B, U, Z, C, R]: from the chunk's start to each token.
+    whole [B, U, Z, R]: over the whole chunk.
   """
   total, own = _running_sum(a), doc[:, None, :, None]
-  # Chosen inside the exponent: where a pair is not seen the gap may be large and positive.
+  # Masked inside the exponent: for a masked pair the gap may be large and positive, so exp may overflow.
   only = lambda seen, gap: jnp.exp(jnp.where(seen, gap, -jnp.inf))
   see = (own[..., :, None] == own[..., None, :]) & jnp.tri(a.shape[-1], dtype=bool)[(None,) * 4]
   return (
@@ -144,24 +150,24 @@ def _group(v):
 
 
 def _by_head(v, weight):
-  """v [..., Q] times each head's weight [..., R]."""
+  """Multiplies the channels of each head in v [..., Q] by the head's weight [..., R]."""
   R = weight.shape[-1]
   return (v.reshape(*v.shape[:-1], R, v.shape[-1] // R) * weight[..., None]).reshape(v.shape)
 
 
 def _sum_by_head(v, R):
-  """[..., Q] -> [..., R], as a product: XLA's sums of short rows are slow on CPUs."""
+  """[..., Q] -> [..., R]: sums the channels of each head, as a product: XLA sums short rows slowly on CPU."""
   return einsum("...q,qr->...r", v, jnp.repeat(jnp.eye(R, dtype=v.dtype), v.shape[-1] // R, axis=0))
 
 
 def _added(b, x, to_end):
-  """[B, U, Z, N, Q]: what a chunk adds to the state, its tokens of the document that is open at its end."""
+  """[B, U, Z, N, Q]: what each chunk adds to the state, from tokens in the document of its last token."""
   return _outer(b, _by_head(x, to_end))
 
 
 @jax.custom_vjp
 def _outer(b, x):
-  """The sum of b_j x_j over a chunk's tokens j, [B, U, Z, N, Q] fp32; its gradients' products are in b's dtype too."""
+  """The sum of b_j x_j over a chunk's tokens j, [B, U, Z, N, Q] fp32; gradients also multiply in b's dtype."""
   return _dot("buzjn,buzjq->buznq", b, x, b.dtype)
 
 
@@ -175,7 +181,7 @@ _outer.defvjp(lambda b, x: (_outer(b, x), (b, x)), _outer_backward)
 
 
 def _scan(first, whole, added, *, reverse=False):
-  """The states [B, U, K + 1, N, Q] from `first` on: K times what is left of one, and what is added."""
+  """[B, U, K + 1, N, Q]: `first`, then K states, each of them the previous one * whole + added."""
 
   def tick(state, xs):
     whole, added = xs
@@ -190,21 +196,21 @@ def _scan(first, whole, added, *, reverse=False):
 
 
 def _chunk_starts(first, whole, added):
-  """(the states at chunks' starts, the first chunk that has one): none is carried into a row's first."""
+  """(states at the starts of chunks, the first chunk that has one): without `first` chunk 0 has none."""
   if first is not None:
     return _scan(first, whole[:, :, :-1], added), 0
-  if not added.shape[2]:  # A single chunk.
+  if not added.shape[2]:  # There is only one chunk.
     return added, 1
   return _scan(added[:, :, 0], whole[:, :, 1:-1], added[:, :, 1:]), 1
 
 
 @jax.custom_vjp
 def _chunked(x, a, b, c, doc, first):
-  """(y [B, U, Z, C, Q], the state at the last chunk's start [B, U, N, Q])
+  """(y [B, U, Z, C, Q], state [B, U, N, Q] at the start of the last chunk), both fp32.
 
   Args:
-    x: [B, U, Z, C, Q]; a: [B, U, Z, R, C]; b, c: [B, U, Z, C, N]; doc: [B, Z, C].
-    first: the state at the row's start, or None.
+    x: [B, U, Z, C, Q]; a: log decays [B, U, Z, R, C]; b, c: [B, U, Z, C, N]; doc: [B, Z, C].
+    first: [B, U, N, Q], the state at the start of the row, or None.
   """
   return _forward(x, a, b, c, doc, first)[0]
 
@@ -216,7 +222,7 @@ def _forward(x, a, b, c, doc, first):
   # Inside a chunk: y_i = sum_j<=i (c_i . b_j) exp(sum of decays after j up to i) x_j.
   score = dot("buzin,buzjn->buzij", c, b)
   y = _group(dot("buzrij,buzrjp->buzrip", score[:, :, :, None] * decay, _heads(x, R)))
-  # Between chunks: what is added until the last one's start.
+  # Between chunks: what all chunks before the last one add to the state.
   added = _added(b[:, :, :-1], x[:, :, :-1], to_end[:, :, :-1])
   starts, z = _chunk_starts(first, whole, added)
   carried = dot("buzin,buznq->buziq", c[:, :, z:], starts)
@@ -226,19 +232,19 @@ def _forward(x, a, b, c, doc, first):
 
 
 def _backward(saved, cotangents):
-  """By hand: autodiff keeps and reads many arrays of the decays' size, this one makes them again.
+  """Hand-written: it recomputes the arrays of the decays' size; autodiff saves many of them.
 
-  A gap between two tokens' totals weighs the same products in y and in dx, so that the gradient of the
-  totals needs no array of pairs: that of token t is dy_t . y_t - x_t . dx_t, and at the end of a chunk that
-  of its last total is dS . S of the state S there.
+  total_t is the running sum of the log decays. exp(total_i - total_j) multiplies the same products in y and in
+  dx. The gradient of the totals therefore needs no array of pairs: for token t it is dy_t . y_t - x_t . dx_t.
+  The last total of a chunk also gets dS . S, where S is the state at the end of the chunk.
   """
   x, a, b, c, doc, first, starts, y = saved
   dy, dlast = cotangents
-  dy = dy.astype(x.dtype)  # As the products take it, so that what is of a token with itself cancels.
+  dy = dy.astype(x.dtype)  # Rounded as in the products, so that a token's term with itself cancels in dtotal.
   R, z = a.shape[3], int(first is None)
   decay, to_end, from_start, whole = _decays(a, doc)
   dot = functools.partial(_dot, dtype=b.dtype)
-  # All pairs as j, i: then only the product of dc, the smallest, has to turn one.
+  # Pairs are [j, i]: then only the product for dc, the smallest, needs a transpose.
   decay = jnp.swapaxes(decay, -1, -2)
   score = dot("buzjn,buzin->buzji", b, c)
   dy_heads = _heads(dy, R)
@@ -253,7 +259,7 @@ def _backward(saved, cotangents):
     dcarried = _by_head(dy[:, :, z:], from_start[:, :, z:])
     dc = dc.at[:, :, z:].add(dot("buziq,buznq->buzin", dcarried, starts))
     dstarts = dot("buzin,buziq->buznq", c[:, :, z:], dcarried)
-    # Of each start, with what the later ones say of it.
+    # The gradient of the state at each start, with the contributions of later chunks.
     dstarts = _scan(dstarts[:, :, -1] + dlast, whole[:, :, z:-1], dstarts[:, :, :-1], reverse=True)
     dadded = dstarts[:, :, 1 - z :]
     ended = slice(0, dadded.shape[2])

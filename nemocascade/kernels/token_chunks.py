@@ -1,4 +1,4 @@
-"""Functions of single tokens over whole batches, a chunk of tokens at a time."""
+"""Applies a per-token function to a whole batch, a chunk of tokens at a time."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,17 +9,20 @@ import jax.numpy as jnp
 def over_wanted(
   fn: Callable, arrays: Sequence[jax.Array], wanted_BT: jax.Array, *, chunk: int = 2048
 ) -> tuple[jax.Array, ...]:
-  """fn(*arrays [N, ...]) -> a tuple of [N, ...], for about `chunk` wanted tokens at a time.
+  """Calls fn(*arrays [N, ...]) -> tuple of [N, ...] on about `chunk` wanted tokens at a time.
 
   Args:
-    fn: of each token by itself; it may close over anything, a head of [D, V] say.
+    fn: treats each token independently; it may close over other arrays, such as a head [D, V].
     arrays: [B, T, ...] each.
-    wanted_BT: bool; the others get 0.
+    wanted_BT: bool; tokens that are not wanted get 0.
 
-  What `fn` makes of a chunk is made again in the backward pass, and nothing of it is kept between.
-  Wanted tokens move to the front of their rows, and columns that no row wants are skipped: prompts
-  cost nothing. Rows stay whole, so that a batch that is sharded by rows moves no token to another
-  device.
+  Returns:
+    A tuple of [B, T, ...].
+
+  The backward pass recomputes `fn` for each chunk, so that none of its residuals are saved. Wanted
+  tokens are moved to the front of their rows, and columns without a wanted token are skipped, so that
+  prompts cost nothing. Tokens stay in their row, so that a batch sharded by rows moves no token to
+  another device.
   """
   B, T = wanted_BT.shape
   columns = max(1, min(T, chunk // B))
@@ -28,13 +31,13 @@ def over_wanted(
   _, back_BT = jax.lax.sort((order_BT, place_BT), dimension=1, num_keys=1)
   like = lambda of_BT, a: of_BT.reshape(B, T, *[1] * (a.ndim - 2))
 
-  def columns_first(a):  # [B, T, ...] -> [T // columns, B * columns, ...], wanted ones first.
+  def columns_first(a):  # [B, T, ...] -> [T // columns, B * columns, ...], wanted tokens first.
     a = jnp.take_along_axis(a, like(order_BT, a), axis=1)
     a = jnp.pad(a, [(0, 0), (0, -T % columns)] + [(0, 0)] * (a.ndim - 2))
     a = a.reshape(B, -1, columns, *a.shape[2:])
     return jnp.moveaxis(a, 1, 0).reshape(a.shape[1], B * columns, *a.shape[3:])
 
-  # Around the choice and not inside: what a branch keeps, a head too, would be kept for every chunk.
+  # Checkpoint outside `cond`; otherwise every chunk saves the residuals of its branch, the head included.
   @jax.checkpoint
   def of_chunk(wanted_N, *arrays):
     nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *arrays))

@@ -1,4 +1,4 @@
-"""Log-probability and entropy of chosen tokens, never holding [N, V] for all N."""
+"""Log-probability and entropy of given tokens, without an [N, V] array for all N."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,11 @@ from nemocascade.kernels.token_chunks import over_wanted
 
 
 def token_logprob_ref(x_ND, head_DV, tokens_N, *, temperature=1.0):
-  """The definition: (logprob_N, entropy_N) in fp32, nats, of softmax(x @ head / temperature).
+  """The definition: (logprob_N of the tokens, entropy_N) of softmax(x @ head / temperature), fp32, in nats.
 
-  `temperature`: scalar above 0, traced or not.
+  Args:
+    tokens_N: int32.
+    temperature: scalar above 0, traced or not.
   """
   logits_NV = product(x_ND, head_DV, 1, jnp.float32) / temperature
   logprobs_NV = jax.nn.log_softmax(logits_NV, axis=-1)
@@ -19,7 +21,7 @@ def token_logprob_ref(x_ND, head_DV, tokens_N, *, temperature=1.0):
 
 
 def token_logprob(x_BTD, head_DV, tokens_BT, wanted_BT, temperature=1.0, *, chunk=2048):
-  """The same where wanted, and 0 elsewhere: (logprob_BT, entropy_BT), `chunk` tokens at a time."""
+  """`token_logprob_ref` of wanted tokens, about `chunk` at a time: (logprob_BT, entropy_BT), 0 elsewhere."""
 
   def part(x_ND, tokens_N):
     return token_logprob_ref(x_ND, head_DV, tokens_N, temperature=temperature)

@@ -1,1 +1,1 @@
-"""The hybrid of Mamba-2, attention and mixture-of-experts blocks."""
+"""The hybrid model of Mamba-2, attention and mixture-of-experts blocks."""

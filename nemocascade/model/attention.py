@@ -1,4 +1,4 @@
-"""Grouped-query attention without positions; its decode state is the cache of keys and values."""
+"""The grouped-query attention block, without positions; its decode state is a key-value cache."""
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     return self._out(kernel.attention(*self._qkv(x_BTD), segment_ids_BT))
 
   def prefill(self, x_BTD, segment_ids_BT):
-    """The cache holds the T tokens given; the model makes room for more."""
+    """(y_BTD, state). The cache has exactly T places; `Hybrid.prefill` adds room for more tokens."""
     q, k, v = self._qkv(x_BTD)
     state = {"k_BKSH": jnp.swapaxes(k, 1, 2), "v_BKSH": jnp.swapaxes(v, 1, 2)}
     return self._out(kernel.attention(q, k, v, segment_ids_BT)), state
@@ -43,10 +43,10 @@ class Attention(nn.Module):
     return self._out(kernel.attention(*self._qkv(x_BTD), segment_ids_BT, before=before))
 
   def step(self, state, x_BD, length_B, active_B):
-    # A row that is not active writes too, but where its next token will: its length stays.
+    # An inactive row also writes, but its length does not grow, so its next token overwrites the entry.
     del active_B
     q, k, v = self._qkv(x_BD)
-    # By vmap and not by row numbers: rows over several devices are then known to stay where they are.
+    # vmap instead of indexing by row number: XLA then knows that sharded rows stay on their device.
     put = jax.vmap(lambda cache_KSH, new_KH, length: cache_KSH.at[:, length].set(new_KH, mode="drop"))
     k_BKSH, v_BKSH = put(state["k_BKSH"], k, length_B), put(state["v_BKSH"], v, length_B)
     y = kernel.decode_attention(q, k_BKSH, v_BKSH, length_B + 1)

@@ -1,4 +1,4 @@
-"""The routed MLP over a mesh: rows travel to the devices that hold their experts, and back."""
+"""The routed MLP over a mesh: rows are sent to the devices that hold their experts, results are sent back."""
 
 import functools
 
@@ -11,28 +11,33 @@ from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
 from nemocascade.mesh import BATCH
 
 FORMS = ("auto", "exchange", "gather")
-# Tokens of an expert group (the devices that share one set of experts) up to which each device
-# takes in all of them: reading the experts then costs more than the few wasted products.
+# With at most this many tokens in an expert group (the devices that share one set of experts), every
+# device processes all of them: reading the experts then costs more than the wasted products.
 GATHER_TOKENS = 128
-# Rows of the receiving buffer. It is made for the worst case, in which every token goes to one device;
-# more tokens are taken in pieces, so that no row is ever dropped whatever the router says.
+# Most rows of the receive buffer. It has room for the worst case, in which all tokens go to one device.
+# Larger batches are processed in pieces, so that no row is dropped whatever the router chooses.
 BUFFER_ROWS = 1 << 18
 
 
 def sharded_routed_mlp(
   mesh: Mesh | None, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form="auto", buffer_rows=BUFFER_ROWS
 ):
-  """kernels.routed_matmul.routed_mlp with tokens over all devices and experts over `expert`.
+  """kernels.routed_matmul.routed_mlp with tokens sharded over all devices and experts over `expert`.
 
-  Without a mesh, or on one of a single device, it is that function. Any T (padded to the devices).
-  A device's own part of the experts may lie over `data` too (fully sharded); it is gathered here.
+  Without a mesh, or on a single device, it calls that function. T is any number (padded to a multiple
+  of the devices). Experts may also be sharded over `data` (fully sharded); they are gathered here.
+
+  Args:
+    form: "exchange" sends rows to the devices of their experts, "gather" sends all tokens of an expert
+      group to each of its devices, "auto" chooses by the number of tokens (GATHER_TOKENS).
+    buffer_rows: most rows of the receive buffer.
 
   Returns:
-    [T, D], and the number of choices that an expert worked on, int32, as they are counted on the
+    [T, D] of x's dtype, and the number of choices that an expert processed, int32, counted on the
     devices that received them.
 
   Raises:
-    UserError: E does not divide by the mesh's `expert`, or no such form.
+    UserError: the mesh's `expert` does not divide E, or the form is unknown.
   """
   if form not in FORMS:
     raise unknown("form of the sharded routed MLP", form, FORMS)
@@ -42,13 +47,13 @@ def sharded_routed_mlp(
   (T, D), E, X = x_TD.shape, up_EDF.shape[0], expert_TX.shape[1]
   data, group = mesh.shape["data"], mesh.shape["expert"]
   check_experts(E, mesh)
-  here = -(-T // mesh.size)  # Tokens of a device.
+  here = -(-T // mesh.size)  # Tokens per device.
   if form == "auto":
     form = "gather" if group == 1 or here * group <= GATHER_TOKENS else "exchange"
   pieces = 1
   if form == "exchange":
     pieces = -(-here * group * min(X, E // group) // buffer_rows)
-  grow = lambda a, parts: jnp.pad(a, ((0, -a.shape[0] % parts), (0, 0)))  # Weight 0, so to no effect.
+  grow = lambda a, parts: jnp.pad(a, ((0, -a.shape[0] % parts), (0, 0)))  # Padding has weight 0.
   cut = "data" if D % data == 0 else None
   tokens = PartitionSpec(BATCH, None)
 
@@ -56,7 +61,7 @@ def sharded_routed_mlp(
     if cut:
       up_EDF = jax.lax.all_gather(up_EDF, "data", axis=1, tiled=True)
       down_EFD = jax.lax.all_gather(down_EFD, "data", axis=2, tiled=True)
-    else:  # Their gradient is then summed over `data`.
+    else:  # With this cast their gradients are summed over `data`.
       up_EDF, down_EFD = (jax.lax.pcast(w, "data", to="varying") for w in (up_EDF, down_EFD))
     if form == "gather":
       y_TD, rows = _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, product)
@@ -76,12 +81,12 @@ def sharded_routed_mlp(
     in_specs=(tokens, PartitionSpec("expert", cut, None), PartitionSpec("expert", None, cut), tokens, tokens),
     out_specs=(tokens, PartitionSpec(BATCH)),
   )(grow(x_TD, mesh.size), up_EDF, down_EFD, grow(expert_TX, mesh.size), grow(weight_TX, mesh.size))  # fmt: skip
-  padding = -(-here // pieces) * pieces * mesh.size - T  # Is sent to expert 0.
+  padding = -(-here // pieces) * pieces * mesh.size - T  # Padding chose expert 0 and was counted.
   return y_TD[:T], jnp.sum(rows) - padding * X
 
 
 def check_experts(E: int, mesh: Mesh) -> None:
-  """Raises UserError where the experts do not divide over the mesh."""
+  """Raises UserError if the mesh's axis `expert` does not divide the E experts."""
   group = mesh.shape["expert"]
   if E % group:
     raise UserError(
@@ -90,7 +95,7 @@ def check_experts(E: int, mesh: Mesh) -> None:
 
 
 def _product_form(mesh: Mesh | None) -> str | None:
-  """The form of the routed matmul for the mesh's devices, which may not be those of this machine."""
+  """The form of the routed matmul for the mesh's devices, which may be of another machine (when compiling)."""
   if mesh is None:
     return None
   platform = mesh.devices.flat[0].platform
@@ -98,30 +103,30 @@ def _product_form(mesh: Mesh | None) -> str | None:
 
 
 def _varying(a):
-  """The same on every device, but typed as different."""
+  """Types a value as varying over devices (in shard_map), though it is equal on all of them."""
   return jax.lax.pcast(a, BATCH, to="varying")
 
 
 def _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, product):
-  """Every device of the group takes in all its tokens and does its own experts' share of them."""
+  """Every device gets all tokens of its expert group and applies its own experts; the results are summed."""
   x_TD, expert_TX, weight_TX = (
     jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_TD, expert_TX, weight_TX)
   )
   E = up_EDF.shape[0]
-  expert_TX -= jax.lax.axis_index("expert") * E  # Outside of 0 .. E - 1 it is no expert of this device.
+  expert_TX -= jax.lax.axis_index("expert") * E  # Experts of other devices fall outside 0 .. E - 1.
   y_TD, rows = routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, form=product)
   return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True), rows
 
 
 def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int, product: str):
-  """Rows sorted by expert are sent to its device, worked on there, and sent back."""
+  """Sorts rows by expert, sends them to the experts' devices, applies the experts, sends the results back."""
   x_TD, expert_TX, weight_TX = xs
   (T, D), X, E = x_TD.shape, expert_TX.shape[1], up_EDF.shape[0]
   N, R = T * X, group * T * min(X, E)
   me = jax.lax.axis_index("expert")
-  # Choices of no expert go last, and stay.
+  # Choices without an expert are sorted last and not sent.
   expert_TX = jnp.where((expert_TX >= 0) & (expert_TX < group * E), expert_TX, group * E)
-  # lax.sort and not argsort, whose result is typed as the same on all devices.
+  # lax.sort instead of argsort, whose result is typed as replicated.
   expert_N, order_N = jax.lax.sort(
     (expert_TX.reshape(N), _varying(jnp.arange(N, dtype=jnp.int32))), num_keys=1
   )
@@ -132,10 +137,10 @@ def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int, product: str):
   send = functools.partial(ragged_all_to_all, native=native)
 
   x_RD = send(x_TD[order_N // X], _varying(jnp.zeros((R, D), x_TD.dtype)), there)
-  # They arrive by sender, and of a sender by expert: sort them by expert.
+  # Rows arrive ordered by sender, then by expert: sort them by expert.
   mine_SE = size_SRE[:, me]
   end = jnp.cumsum(mine_SE.reshape(-1))
-  run_R = jnp.searchsorted(end, jnp.arange(R), side="right")  # group * E where nothing arrived.
+  run_R = jnp.searchsorted(end, jnp.arange(R), side="right")  # group * E if nothing arrived.
   expert_R = jnp.where(run_R < group * E, run_R % E, E).astype(jnp.int32)
   iota_R = _varying(jnp.arange(R, dtype=jnp.int32))
   expert_R, sorted_R = jax.lax.sort((expert_R, iota_R), num_keys=1)
@@ -150,24 +155,25 @@ def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int, product: str):
 
 
 def plans(size_SR, me):
-  """What device `me` sends and receives, there and back, as arguments of ragged_all_to_all.
+  """The arguments of ragged_all_to_all on device `me`, for sending rows and for sending them back.
 
   Args:
-    size_SR: rows that device s sends to device r; each sender's rows lie by receiver.
+    size_SR: int32, number of rows that device s sends to device r; a sender's rows are ordered by receiver.
+
   Returns:
     Two tuples (input_offsets, send_sizes, output_offsets, recv_sizes), each [devices].
   """
-  from_SR = jnp.cumsum(size_SR, axis=1) - size_SR  # Where a sender keeps the rows for a receiver.
-  to_SR = jnp.cumsum(size_SR, axis=0) - size_SR  # Where a receiver puts the rows of a sender.
+  from_SR = jnp.cumsum(size_SR, axis=1) - size_SR  # Offset in sender s of the rows for r.
+  to_SR = jnp.cumsum(size_SR, axis=0) - size_SR  # Offset in receiver r of the rows from s.
   there = from_SR[me], size_SR[me], to_SR[me], size_SR[:, me]
   back = to_SR[:, me], size_SR[:, me], from_SR[:, me], size_SR[me]
   return there, back
 
 
 def ragged_all_to_all(x_ND, out_RD, plan, *, native: bool):
-  """jax.lax.ragged_all_to_all over `expert`; not native: the same from gathers, for CPU.
+  """jax.lax.ragged_all_to_all over `expert`; if not `native`, the same result by all_gather, for CPUs.
 
-  out_RD keeps its rows where nothing arrives.
+  Rows of out_RD at which nothing arrives keep their value.
   """
   if native:
     return jax.lax.ragged_all_to_all(x_ND, out_RD, *plan, axis_name="expert")

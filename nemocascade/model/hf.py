@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a model: its config, its checked tensors, and parameters placed on a mesh."""
+"""Loads a Hugging Face folder: reads its config, checks its tensors, places the parameters on a mesh."""
 
 import dataclasses
 import functools
@@ -21,28 +21,32 @@ from nemocascade.types import Params
 PREFIX = "hf:"
 CONFIG = "config.json"
 HEAD = "lm_head.weight"
-IGNORED = "mtp."  # Heads of multi-token prediction: transformers leaves them out too.
+IGNORED = "mtp."  # Multi-token prediction heads; transformers ignores them too.
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A folder whose tensors are exactly those of `config`, in name and shape."""
+  """A folder whose tensors have exactly the names and shapes that `config` requires."""
 
   path: Path
-  fields: dict[str, Any]  # Of config.json.
+  fields: dict[str, Any]  # The contents of config.json.
   config: ModelConfig
   tree: Tree
   folder: Folder
-  names: dict[str, str]  # The usual name -> the folder's own.
-  layout: dict[str, Named]  # By the usual name; only tensors that the folder holds.
+  names: dict[str, str]  # Usual name (see hf_layout.usual) -> name in the folder.
+  layout: dict[str, Named]  # By usual name; only tensors that are in the folder.
 
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """A part of the tensor with this usual name."""
+    """The tensor with this usual name, or its part at `index`."""
     return self.folder.read(self.names[name], index)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-  """(fields, model) of a folder's config.json."""
+  """(fields of config.json, ModelConfig) of a folder.
+
+  Raises:
+    UserError: config.json cannot be read, is not a JSON object, or describes an unsupported model.
+  """
   try:
     fields = json.loads((path / CONFIG).read_text())
   except OSError as error:
@@ -55,10 +59,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def open_source(path: str | Path) -> Source:
-  """Checks a folder by its config and headers; reads no weights (but see `_tied`).
+  """Checks a folder by its config and its files' headers; reads no weights (except in `_tied`).
 
   Raises:
-    UserError: naming every file and tensor that is absent, unexpected or of the wrong shape.
+    UserError: names every file and tensor that is missing, unexpected or of the wrong shape.
   """
   path = Path(path).resolve()
   fields, config = read_config(path)
@@ -85,9 +89,10 @@ def open_source(path: str | Path) -> Source:
 
 
 def _tied(folder: Folder, names: dict[str, str], config: ModelConfig, tree: Tree) -> bool:
-  """Whether the head is the embedding: said by the config, and true of the tensors.
+  """Whether the head is the embedding: the config says so, and a head in the folder equals the embedding.
 
-  transformers uses whatever head the folder holds; so does this, and says so if it is another one.
+  transformers uses the head that is in the folder. So does this loader: if that head differs from the
+  embedding, it prints a warning and returns False.
   """
   embedding = names.get(f"{tree.prefix}.embeddings.weight")
   if not config.tie_word_embeddings or HEAD not in names or embedding is None:
@@ -107,13 +112,14 @@ def _tied(folder: Folder, names: dict[str, str], config: ModelConfig, tree: Tree
 
 
 def load_params(source: Source, template: Params) -> Params:
-  """The parameters, like the template in dtype and sharding; each process reads what it holds.
+  """Loads the parameters with the template's dtypes and shardings; each process reads only its own shards.
 
   Args:
-    template: shapes and dtypes of the tree, with a sharding each or on the first local device.
+    template: tree of shapes and dtypes; an array without a sharding goes to the first local device.
+
   Raises:
-    UserError: the template is of another model, or tensors that were read hold NaN or infinity; all
-      that differ are named.
+    UserError: the template is of another model, or tensors that were read hold NaN or infinity; names
+      every such array or tensor.
   """
   check_shapes(source, template)
   by_leaf: dict[str, list[tuple[str, int, Place]]] = {}
@@ -138,7 +144,7 @@ def load_params(source: Source, template: Params) -> Params:
 
 
 def check_shapes(source: Source, template: Params) -> None:
-  """Raises UserError, naming every array of another shape, where the template is of another model."""
+  """Raises UserError if the template is of another model; names every array whose shape differs."""
   there = jax.eval_shape(functools.partial(init_params, source.config), jax.random.key(0))
   there, here = (
     {
@@ -157,7 +163,7 @@ def check_shapes(source: Source, template: Params) -> None:
 
 
 def _shard(source: Source, pieces, leaf, index: tuple[slice, ...], broken: set[str]) -> np.ndarray:
-  """leaf[index], put together from the tensors that hold a part of it."""
+  """leaf[index], assembled from its tensors; adds the tensors that hold NaN or infinity to `broken`."""
   index = tuple(slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
   out = np.empty([s.stop - s.start for s in index], leaf.dtype)
   for name, part, place in pieces:
@@ -172,9 +178,10 @@ def _shard(source: Source, pieces, leaf, index: tuple[slice, ...], broken: set[s
 
 
 def _part(source: Source, name: str, part: int, place: Place, want: tuple[slice, ...]) -> np.ndarray:
-  """leaf[place.index][want], reading no other rows and columns than it must.
+  """leaf[place.index][want], reading only the rows and columns that it needs.
 
-  A dimension of theirs that ours splits is cut along the slowest of the axes it splits into.
+  If our leaf splits a dimension of the tensor into several axes, reading is limited only along the
+  slowest of them; the others are sliced after reading.
   """
   named = source.layout[name]
   shape = named.shape[1:] if len(named.parts) > 1 else named.shape
@@ -182,7 +189,7 @@ def _part(source: Source, name: str, part: int, place: Place, want: tuple[slice,
   cuts, rest, axis = [], [], 0
   for n in shape:
     if n == 1 and (axis == len(place.split) or place.split[axis] != 1):
-      cuts.append(slice(None))  # The convolution's middle dimension, which ours leaves out.
+      cuts.append(slice(None))  # The middle dimension of the convolution's [C, 1, W], which our leaf drops.
       continue
     inner = place.split[axis]
     first, stop = axis, axis + 1

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json and our ModelConfig, each from the other."""
+"""Converts a Hugging Face config.json to a ModelConfig and back."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ LETTERS = {
 }  # fmt: skip
 PATTERN, LISTS = "hybrid_override_pattern", ("layers_block_type", "layer_types")
 
-# What a config.json that leaves a field out means (transformers' NemotronHConfig).
+# Values of fields that config.json leaves out (defaults of transformers' NemotronHConfig).
 DEFAULTS = dict(
   vocab_size=131072, hidden_size=4096, tie_word_embeddings=False, num_attention_heads=32,
   num_key_value_heads=8, head_dim=128, intermediate_size=21504, ssm_state_size=128,
@@ -25,30 +25,33 @@ DEFAULTS = dict(
   routed_scaling_factor=1.0, n_group=1, topk_group=1, norm_topk_prob=True,
   initializer_range=0.02, layer_norm_epsilon=1e-5, rescale_prenorm_residual=True,
 )  # fmt: skip
-# Older spellings that transformers still accepts.
+# Older field names that transformers still accepts.
 ALIASES = dict(
   mamba_n_groups="n_groups", mamba_d_conv="conv_kernel", mamba_dt_min="time_step_min",
   mamba_dt_max="time_step_max", mamba_dt_limit="time_step_limit",
   mamba_dt_init_floor="time_step_floor", mamba_conv_bias="use_conv_bias",
   mamba_chunk_size="chunk_size", num_local_experts="n_routed_experts",
 )  # fmt: skip
-# Fields that would make it another function, and the one value our model computes.
+# Fields that would change the model's function, and the only value that our model supports.
 ONLY = dict(
   use_bias=False, mlp_bias=False, mlp_hidden_act="relu2", mamba_hidden_act="silu", sliding_window=None
 )
-# Fields of ours that a config.json has no word for.
+# Fields of ModelConfig that `config_fields` writes in another way or leaves out.
 OURS = ("remat", "dtype", "param_dtype", "hybrid_override_pattern", "router_loss")
 
 
 def model_config(fields: dict[str, Any], origin: str) -> ModelConfig:
-  """The ModelConfig of a config.json's fields; fields of no effect on the function are not looked at.
+  """The ModelConfig for the fields of config.json; fields that do not affect the model's function are ignored.
 
-  The clamp of dt follows the code that the spelling belongs to. transformers' own classes write
-  `layers_block_type` and clamp dt at time_step_min whatever `time_step_limit` says; the published
-  folders write `hybrid_override_pattern` and mean their time_step_limit (paper.md 1.4).
+  The clamp of dt depends on the code that wrote the file. transformers (nemotron_h, 5.23) writes
+  `layers_block_type` and clamps dt at time_step_min whatever `time_step_limit` says. Published folders
+  write `hybrid_override_pattern` and mean their `time_step_limit`, as vLLM's nemotron_h reads it.
+
+  Args:
+    origin: the file's name, for error messages.
 
   Raises:
-    UserError: another architecture, or a field our model does not compute; all such are named.
+    UserError: another architecture, or values that our model does not support; names all of them.
   """
   kind, classes = fields.get("model_type"), fields.get("architectures") or [ARCHITECTURE]
   if kind != "nemotron_h" or ARCHITECTURE not in classes:
@@ -80,7 +83,7 @@ def model_config(fields: dict[str, Any], origin: str) -> ModelConfig:
 
 
 def _pattern(fields: dict, origin: str) -> str:
-  """One letter a block, from a list of words or from the pattern itself."""
+  """One letter per block, from a list of block names or from the pattern string."""
   for name in LISTS:
     if fields.get(name) is not None:
       for word in fields[name]:
@@ -93,18 +96,18 @@ def _pattern(fields: dict, origin: str) -> str:
 
 
 def _number(value) -> float:
-  """A number of JSON, where transformers spells infinity as {"__float__": "Infinity"}."""
+  """A JSON number as a float; transformers writes infinity as {"__float__": "Infinity"}."""
   return float(value["__float__"]) if isinstance(value, dict) else float(value)
 
 
 def config_fields(config: ModelConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
-  """What config.json says of a model: `original` where it says so already, and what differs.
+  """The fields of config.json for a model: those of `original`, changed only where `config` differs.
 
-  Without an original: the published spelling, which transformers reads too.
+  Without `original` the fields are named as in the published folders; transformers reads them too.
   """
   fields = dict(original) if original is not None else _fresh(config)
   said = model_config(fields, "config.json")
-  respell = ("hybrid_override_pattern", "time_step_limit")  # What the lists would say otherwise.
+  respell = ("hybrid_override_pattern", "time_step_limit")  # The lists of block names determine both.
   if any(getattr(said, name) != getattr(config, name) for name in respell):
     fields = {name: value for name, value in fields.items() if name not in LISTS}
     fields |= {PATTERN: config.hybrid_override_pattern, "num_hidden_layers": len(config.hybrid_override_pattern)}

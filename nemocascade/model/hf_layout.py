@@ -1,4 +1,7 @@
-"""Which number of our tree each number of a Hugging Face tensor is: names, shapes, transpositions."""
+"""How Hugging Face tensors map to our parameter tree: names, shapes, transpositions.
+
+"Their" and "theirs" mean Hugging Face's tensors, "our" and "ours" the leaves of our tree.
+"""
 
 import dataclasses
 import math
@@ -11,29 +14,29 @@ from nemocascade.model.hybrid import plan
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """One matrix of theirs in one leaf of ours: leaf[index] = theirs.reshape(split).transpose(axes)."""
+  """Where one of their matrices is in our tree: leaf[index] = theirs.reshape(split).transpose(axes)."""
 
   leaf: str  # "units_0/blocks_1/mixer/up_proj"
-  index: tuple[int, ...]  # (repeat of the unit, expert), as far as the leaf stacks them.
+  index: tuple[int, ...]  # (repeat of the unit, expert); only the axes that the leaf stacks.
   split: tuple[int, ...]
   axes: tuple[int, ...]
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of leaf[index]."""
+    """The shape of leaf[index]."""
     return tuple(self.split[axis] for axis in self.axes)
 
   def ours(self, theirs: np.ndarray) -> np.ndarray:
     return theirs.reshape(self.split).transpose(self.axes)
 
   def theirs(self, ours: np.ndarray) -> np.ndarray:
-    """The inverse of `ours`, with the dimensions still split."""
+    """The inverse of `ours`, without joining the split dimensions."""
     return ours.transpose(np.argsort(self.axes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-  """A tensor of theirs. One with several parts stacks them along its first axis."""
+  """One of their tensors. If it has several parts, they are stacked along its first axis."""
 
   name: str
   shape: tuple[int, ...]
@@ -42,14 +45,14 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-  """How a folder names its tensors; transformers loads every combination."""
+  """How a folder names its tensors; transformers loads all four combinations."""
 
   prefix: str = "backbone"  # Or "model".
-  stacked: bool = False  # Experts as one tensor of three dimensions.
+  stacked: bool = False  # Whether the experts of a block are one 3-D tensor.
 
 
 def tree_of(names) -> Tree:
-  """The tree that these names belong to."""
+  """How the tensors with these names are named."""
   return Tree(
     prefix="model" if any(name.startswith("model.") for name in names) else "backbone",
     stacked=any(name.endswith(".mixer.experts.up_proj") for name in names),
@@ -57,7 +60,7 @@ def tree_of(names) -> Tree:
 
 
 def usual(name: str) -> str:
-  """A name as transformers writes it, where other code spells the embedding otherwise."""
+  """The name as transformers writes it; other code names the embedding differently."""
   for prefix in ("backbone", "model"):
     for other in ("embedding", "embed_tokens"):
       if name == f"{prefix}.{other}.weight":
@@ -66,7 +69,7 @@ def usual(name: str) -> str:
 
 
 def layout(c: ModelConfig, tree: Tree) -> dict[str, Named]:
-  """Every tensor of theirs, in the order of the blocks."""
+  """All their tensors by name, in the order of the blocks."""
   V, D = c.vocab_size, c.hidden_size
   entries = [_one(f"{tree.prefix}.embeddings.weight", (V, D), "embedding", ())]
   for i, (letter, block, index) in enumerate(blocks(c.hybrid_override_pattern)):
@@ -80,7 +83,7 @@ def layout(c: ModelConfig, tree: Tree) -> dict[str, Named]:
     if letter == "E":
       entries += _experts(c, prefix, block, index, tree)
   entries.append(_one(f"{tree.prefix}.norm_f.weight", (D,), "norm_f/weight", ()))
-  if c.tie_word_embeddings:  # transformers ties nothing: it wants the head as a tensor of its own.
+  if c.tie_word_embeddings:  # transformers does not tie weights: it needs the head as a separate tensor.
     entries.append(_one("lm_head.weight", (V, D), "embedding", ()))
   else:
     entries.append(Named("lm_head.weight", (V, D), (Place("lm_head", (), (V, D), (1, 0)),)))
@@ -92,7 +95,7 @@ def _one(name, shape, leaf, index):
 
 
 def blocks(pattern: str):
-  """(letter, our path of the block, its index in stacked leaves) of each block in turn."""
+  """Yields (letter, path in our tree, index in stacked leaves) of each block in order."""
   for u, (unit, repeats) in enumerate(plan(pattern)):
     for repeat in range(repeats):
       for b, letter in enumerate(unit):
@@ -110,11 +113,11 @@ def _experts(c: ModelConfig, prefix: str, block: str, index: tuple[int, ...], tr
         yield Named(f"{prefix}mixer.experts.{e}.{name}.weight", shape, (place,))
 
 
-# What a mixer holds beside experts: (their name, our leaf, split, axes[, their shape if not split]).
+# Tensors of each mixer, without experts: (their name, our leaf, split, axes[, their shape if it is not split]).
 
 
 def _linear(name, leaf, out, into):
-  """Their linear layers are [out, in], ours [in, out]."""
+  """Their linear weights are [out, in], ours are [in, out]."""
   return f"{name}.weight", leaf, (out, into), (1, 0)
 
 
@@ -160,5 +163,5 @@ MIXERS = {"M": _mamba, "*": _attention, "E": _moe, "-": _mlp}
 
 
 def part_bytes(named: Named, itemsize: int) -> int:
-  """Bytes of each part of a tensor of theirs."""
+  """The number of bytes in each part of one of their tensors."""
   return itemsize * math.prod(named.shape) // len(named.parts)

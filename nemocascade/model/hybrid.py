@@ -1,4 +1,4 @@
-"""The hybrid: embedding, a pattern of blocks, head; as rows, as prefill, as one decoded token."""
+"""The hybrid model: embedding, blocks in a pattern, head; for whole rows, prefill and one decoded token."""
 
 import functools
 
@@ -20,25 +20,25 @@ from nemocascade.model.moe import MoE
 from nemocascade.segments import segment_starts
 from nemocascade.types import DistanceFn, Params, Prefix, Prompts, Routing, Scores
 
-# Repeats that make a loop: it copies each one's parameters and states at every pass, so that two are
-# faster one after the other.
+# Fewest repeats of a unit that are scanned. A scan copies the parameters and states of a repeat at every
+# iteration, so that two repeats run faster unrolled.
 REPEATS = 3
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
 
 
 @struct.dataclass
 class DecodeState:
-  """All that decoding remembers of B rows."""
+  """The state of decoding B rows."""
 
-  length_B: jax.Array  # int32; tokens taken in so far.
+  length_B: jax.Array  # int32; number of tokens processed.
   units: tuple  # The state of each unit of the pattern.
-  stacked: tuple[bool, ...] = struct.field(pytree_node=False)  # Units whose leaves are [n, B, ...].
+  stacked: tuple[bool, ...] = struct.field(pytree_node=False)  # For each unit: whether its leaves are [n, B, ...].
 
 
 def plan(pattern: str) -> list[tuple[str, int]]:
-  """The pattern as (unit, repeats): greedily the unit that covers most from where it stands.
+  """The pattern as a list of (unit, repeats); greedily takes the unit whose repeats cover the most blocks.
 
-  Repeats are scanned, so that a model of many blocks compiles as few.
+  Repeats are scanned, so that compile time does not grow with the number of repeats.
   """
   units, at = [], 0
   while at < len(pattern):
@@ -51,7 +51,7 @@ def plan(pattern: str) -> list[tuple[str, int]]:
         best = (unit, n)
     units.append(best)
     at += len(best[0]) * best[1]
-  # Neighbours that do not repeat are one unit.
+  # Adjacent units that do not repeat become one unit.
   merged: list[tuple[str, int]] = []
   for unit, n in units:
     if n == 1 and merged and merged[-1][1] == 1:
@@ -62,7 +62,7 @@ def plan(pattern: str) -> list[tuple[str, int]]:
 
 
 class Block(nn.Module):
-  """x + mixer(norm(x)); what an MoE's router did comes out beside it."""
+  """A residual block: a call returns (x + mixer(norm(x)), Routing of an MoE block or None)."""
 
   config: ModelConfig
   letter: str
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
   def setup(self):
     self.norm = RMSNorm(self.config)
-    # Of all mixers only experts lie apart.
+    # Only MoE blocks use the mesh, for their experts.
     where = (self.mesh,) if self.letter == "E" else ()
     self.mixer = MIXERS[self.letter](self.config, *where)
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class Unit(nn.Module):
-  """A run of blocks. Its methods have the signature of a scan: (carry, slice, shared ...)."""
+  """Consecutive blocks. Its methods have the signature of a scan's body: (carry, slice, shared ...)."""
 
   config: ModelConfig
   letters: str
@@ -138,14 +138,14 @@ class Unit(nn.Module):
     return x_BD, tuple(states)
 
   def step_at(self, carry, i, length_B, active_B):
-    """`step` of the i-th repeat, whose state is replaced among those of all: (x_BD, stacked state)."""
+    """`step` of repeat i, which replaces its part of the stacked state: ((x_BD, stacked state), None)."""
     x_BD, stacked = carry
     x_BD, state = self.step(x_BD, jax.tree.map(lambda a: a[i], stacked), length_B, active_B)
     return (x_BD, jax.tree.map(lambda a, new: a.at[i].set(new), stacked, state)), None
 
 
 def _scanned(n: int):
-  """Unit repeated n times over stacked parameters."""
+  """A Unit that is scanned n times over stacked parameters."""
   shared = dict(
     variable_axes={"params": 0},
     split_rngs={"params": True},
@@ -158,9 +158,9 @@ def _scanned(n: int):
 
 
 class Hybrid(nn.Module):
-  """The language model. Every method is pure under `apply({"params": params}, ..., method=name)`.
+  """The language model. All methods are pure: call `apply({"params": params}, ..., method=name)`.
 
-  With a mesh, rows lie over its devices and experts over its axis `expert`; numbers are the same.
+  With a mesh, rows are sharded over its devices and experts over its axis `expert`; results are the same.
   """
 
   config: ModelConfig
@@ -178,7 +178,7 @@ class Hybrid(nn.Module):
       self.lm_head = self.param("lm_head", normal(c, "embed", "vocab"), (D, V), c.param_dtype)
 
   def _embed(self, tokens):
-    # Cast after the look-up: the gradients of a token's many rows are then summed in the parameter's dtype.
+    # Cast after the look-up, so that gradients of repeated tokens are summed in the parameter's dtype.
     return constrain_rows(self.embedding[tokens].astype(self.config.dtype), self.mesh)
 
   def head(self):
@@ -186,7 +186,7 @@ class Hybrid(nn.Module):
     return head.astype(self.config.dtype)
 
   def hidden(self, tokens_BT, segment_ids_BT):
-    """(h_BTD after the last norm, Routing of the MoE blocks in their order, or None)."""
+    """(h_BTD after the final norm, Routing of all MoE blocks in order, or None without MoE blocks)."""
     x_BTD, routings = self._embed(tokens_BT), []
     for unit in self.units:
       x_BTD, routing = unit(x_BTD, segment_ids_BT)
@@ -194,24 +194,28 @@ class Hybrid(nn.Module):
     return self.norm_f(x_BTD), _all_blocks(routings)
 
   def logits(self, tokens_BT, segment_ids_BT):
-    """fp32 [B, T, V]: entry t is of the token after t."""
+    """fp32 [B, T, V]: entry t predicts token t + 1."""
     h_BTD, _ = self.hidden(tokens_BT, segment_ids_BT)
     return product(h_BTD, self.head(), 1, jnp.float32)
 
   __call__ = logits
 
   def states(self, tokens_BT, segment_ids_BT):
-    """(x_BTD: what token t is predicted from, times the head its logits; Routing or None)."""
+    """(x_BTD, Routing or None): token t is predicted from x[t], with logits x[t] @ head; x[0] is 0."""
     h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
     return jnp.pad(h_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), routing
 
   def take_in(self, prompts: Prompts) -> tuple[Prefix, Routing | None]:
-    """What rows that go on from the prompts need of them, computed once for all rows of a prompt."""
+    """Prefills each prompt once for all rows that continue it: (Prefix, Routing or None)."""
     last_QD, state, routing = self._take_in(prompts.tokens_QP, prompts.length_Q)
     return Prefix(self.norm_f(last_QD), state.units), routing
 
   def states_after(self, prefix: Prefix, length_Q, tokens_BT, segment_ids_BT):
-    """`states` of rows whose first document goes on from a prompt; the routing is of the rows alone."""
+    """`states` of rows whose first document continues a prompt; the Routing does not include the prompts.
+
+    Args:
+      length_Q: int32, lengths of the prompts; each has B // Q consecutive rows.
+    """
     B, G = tokens_BT.shape[0], tokens_BT.shape[0] // length_Q.shape[0]
     state = repeat_state(self._decode_state(length_Q, prefix.units), G)
     if self.mesh is not None:
@@ -228,40 +232,48 @@ class Hybrid(nn.Module):
     self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None, after=None,
     temperature=1.0,
   ) -> Scores:  # fmt: skip
-    """log p(token t | the document before t) with p = softmax(logits / temperature), without a [B, T, V] array.
+    """log p(token t | earlier tokens of its document) with p = softmax(logits / temperature).
 
-    `wanted_BT`: bool; the tokens to score, all where it is None. Others get 0.
-    `after`: (Prefix, length_Q) of the prompts that the rows' first documents go on from.
-    `temperature`: scalar above 0, traced or not; of log-probabilities and entropy. `distance` has its own.
+    It makes no [B, T, V] array.
+
+    Args:
+      wanted_BT: bool, the tokens to score, or None for all. Others get 0.
+      distance: computes Scores.distance_BT; it has its own temperature.
+      after: (Prefix, length_Q) of the prompts that the rows' first documents continue, or None.
+      temperature: scalar above 0, traced or not; for log-probabilities and entropy.
     """
     if after is None:
       x_BTD, routing = self.states(tokens_BT, segment_ids_BT)
     else:
       x_BTD, routing = self.states_after(*after, tokens_BT, segment_ids_BT)
     scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=after is not None)
-    # Each device has the whole head for its own rows: its gradient is then summed once.
+    # Each device applies the whole head to its own rows, so that the head's gradient is summed once.
     logprob = on_own_rows(token_logprob, self.mesh, shared=[1, 4])
     logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT, jnp.float32(temperature))
     distance_BT = distance(x_BTD, self.head(), scored_BT) if distance else None
     return Scores(logprob_BT, entropy_BT, routing, distance_BT)
 
   def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int, temperature=1.0):
-    """(tokens_BTK, logprobs_BTK) of the k tokens that are likeliest to stand at t; 0 where not wanted."""
+    """(tokens_BTK, logprobs_BTK) of the k most likely tokens at place t; 0 where not wanted."""
     x_BTD, _ = self.states(tokens_BT, segment_ids_BT)
     top = on_own_rows(functools.partial(top_logprobs, k=k), self.mesh, shared=[1, 3])
     return top(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT), jnp.float32(temperature))
 
   def _next(self, x_BD):
-    """fp32 logits_BV of the token after."""
+    """fp32 logits_BV of the next token."""
     return constrain_rows(product(self.norm_f(x_BD), self.head(), 1, jnp.float32), self.mesh)
 
   def prefill(self, tokens_BT, length_B, capacity: int):
-    """Takes in each row's first length_B tokens: (logits_BV of the token after, DecodeState)."""
+    """Processes each row's first length_B tokens: (logits_BV of the next token, DecodeState).
+
+    Args:
+      capacity: places in the key-value caches, at least T.
+    """
     last_BD, state, _ = self._take_in(tokens_BT, length_B)
     return self._next(last_BD), _make_room(state, capacity - tokens_BT.shape[1])
 
   def _take_in(self, tokens_BT, length_B):
-    """(last_BD: each row's last token before the last norm, DecodeState without room, Routing or None)."""
+    """(last_BD: each row's last token before the final norm, DecodeState of T places, Routing or None)."""
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]).astype(jnp.int32)
     x_BTD, states, routings = self._embed(tokens_BT), [], []
     for unit in self.units:
@@ -275,7 +287,7 @@ class Hybrid(nn.Module):
     return DecodeState(length_B.astype(jnp.int32), units, tuple(n > 1 for _, n in self.plan))
 
   def step(self, state: DecodeState, tokens_B, active_B):
-    """Takes in one token of every active row: (state, logits_BV of the token after)."""
+    """Processes one token of every active row: (state, logits_BV of the next token)."""
     x_BD, states = self._embed(tokens_B), []
     for unit, unit_state, (_, n) in zip(self.units, state.units, self.plan, strict=True):
       if n == 1:
@@ -289,7 +301,7 @@ class Hybrid(nn.Module):
 
 
 def _in_depth_order(blocks: list[Routing]) -> Routing:
-  """One unit's blocks, each [repeats, ...] where the unit is scanned, as its repeats follow each other."""
+  """Joins the Routings of a unit's blocks ([repeats, ...] each if it is scanned) in the order of the layers."""
   E = blocks[0].load_LE.shape[-1]
   return Routing(
     load_LE=jnp.stack([b.load_LE.reshape(-1, E) for b in blocks], axis=1).reshape(-1, E),
@@ -299,7 +311,7 @@ def _in_depth_order(blocks: list[Routing]) -> Routing:
 
 
 def _all_blocks(of_units: list[tuple[Routing | None, ...]]) -> Routing | None:
-  """What the routers of all units' blocks did, None where no block has one."""
+  """Joins the Routings of all units; None if there is no MoE block."""
   routed = [[block for block in blocks if block is not None] for blocks in of_units]
   units = [_in_depth_order(blocks) for blocks in routed if blocks]
   if not units:
@@ -312,7 +324,7 @@ def _all_blocks(of_units: list[tuple[Routing | None, ...]]) -> Routing | None:
 
 
 def add_to_router_bias(config: ModelConfig, params: Params, change_LE: jax.Array) -> Params:
-  """params with a row of the change added to each MoE block's bias; rows in the order of Routing's."""
+  """params with change_LE[l] added to the router bias of the l-th MoE block, in the order of Routing."""
   params, E, start = dict(params), config.n_routed_experts, 0
   for i, (unit, n) in enumerate(plan(config.hybrid_override_pattern)):
     blocks = [f"blocks_{b}" for b, letter in enumerate(unit) if letter == "E"]
@@ -325,14 +337,14 @@ def add_to_router_bias(config: ModelConfig, params: Params, change_LE: jax.Array
 
 
 def _add(tree: Params, path: tuple[str, ...], change: jax.Array) -> Params:
-  """The tree with the change added to the leaf at the path; the rest is shared."""
+  """The tree with `change` added to the leaf at `path`; other leaves are shared with the input."""
   if not path:
     return tree + change.astype(tree.dtype)
   return {**tree, path[0]: _add(tree[path[0]], path[1:], change)}
 
 
 def _predicted(segment_ids_BT, wanted_BT=None, *, goes_on: bool = False):
-  """bool [B, T]: the tokens that have something of their document before them, of those wanted."""
+  """bool [B, T]: the wanted tokens that have an earlier token in their document."""
   starts_BT = segment_starts(segment_ids_BT)
   if goes_on:  # The first document began before the row.
     starts_BT = starts_BT.at[:, 0].set(False)
@@ -341,7 +353,7 @@ def _predicted(segment_ids_BT, wanted_BT=None, *, goes_on: bool = False):
 
 
 def _make_room(state: DecodeState, tokens: int) -> DecodeState:
-  """Caches of keys and values grow by `tokens` places."""
+  """Adds `tokens` places to the key-value caches."""
 
   def grow(path, leaf):
     if path[-1].key not in ("k_BKSH", "v_BKSH"):
@@ -353,7 +365,7 @@ def _make_room(state: DecodeState, tokens: int) -> DecodeState:
 
 
 def repeat_state(state: DecodeState, G: int) -> DecodeState:
-  """Each row G times, copies side by side: [B, ...] -> [B * G, ...]."""
+  """Repeats each row G times, copies next to each other: [B, ...] -> [B * G, ...]."""
   units = tuple(
     jax.tree.map(lambda a, axis=int(stacked): jnp.repeat(a, G, axis=axis), unit)
     for unit, stacked in zip(state.units, state.stacked, strict=True)
@@ -373,11 +385,11 @@ def _init(config: ModelConfig, key):
 
 
 def logical_axes(config: ModelConfig):
-  """The tree of init_params with a tuple of logical axis names for each array."""
+  """A tree like that of init_params, with a tuple of logical axis names for each array."""
   return axes_of(functools.partial(_init, config))
 
 
 def axes_of(init):
-  """The logical axes of what `init(key)` returns, parameters with partitioning metadata."""
+  """The logical axes of the parameters that `init(key)` returns with partitioning metadata."""
   specs = nn.get_partition_spec(jax.eval_shape(init, jax.random.key(0)))
   return jax.tree.map(tuple, specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec))

@@ -1,4 +1,4 @@
-"""The small parts that blocks share: norms, initializers, and the MLP block."""
+"""Parts that blocks share: norms, initializers, and the MLP block."""
 
 import math
 
@@ -11,7 +11,11 @@ from nemocascade.kernels.product import product
 
 
 def normal(config: ModelConfig, *axes, residual: bool = False):
-  """The family's initializer; `residual`: into the residual stream, smaller by sqrt(blocks)."""
+  """Normal initializer with logical axes and standard deviation initializer_range.
+
+  Args:
+    residual: for outputs to the residual stream; divides by sqrt(blocks) if rescale_prenorm_residual is set.
+  """
   std = config.initializer_range
   if residual and config.rescale_prenorm_residual:
     std /= math.sqrt(len(config.hybrid_override_pattern))
@@ -19,7 +23,7 @@ def normal(config: ModelConfig, *axes, residual: bool = False):
 
 
 def constant(init, *axes):
-  """An initializer with its logical axes."""
+  """The initializer `init` with logical axes."""
   return nn.with_partitioning(init, axes)
 
 
@@ -59,7 +63,7 @@ class MLP(nn.Module):
     self.down_proj = self.param("down_proj", normal(c, "hidden", "embed", residual=True), (F, D), c.param_dtype)
 
   def __call__(self, x_BTD, segment_ids_BT):
-    del segment_ids_BT  # Tokens do not see each other.
+    del segment_ids_BT  # The MLP treats each token independently.
     return product(relu2(product(x_BTD, self.up_proj)), self.down_proj)
 
   def prefill(self, x_BTD, segment_ids_BT):

@@ -1,4 +1,7 @@
-"""The Mamba-2 block: project, convolve, scan, gate, project (paper.md 1.4)."""
+"""The Mamba-2 block: project, convolve, scan, gate, project.
+
+It follows Nemotron-3-Nano (arXiv 2512.20848) as implemented by nemotron_h in transformers and vLLM.
+"""
 
 import math
 
@@ -19,7 +22,7 @@ def _init_a_log(key, shape, dtype):
 
 
 def _init_dt_bias(config: ModelConfig):
-  """softplus(dt_bias) is log-uniform in [time_step_min, time_step_max]."""
+  """softplus(dt_bias) is log-uniform in [time_step_min, time_step_max], and at least time_step_floor."""
   c = config
 
   def init(key, shape, dtype):
@@ -32,7 +35,7 @@ def _init_dt_bias(config: ModelConfig):
 
 
 def _init_conv(key, shape, dtype):
-  """Uniform within 1 / sqrt(taps) of 0."""
+  """Uniform in [-1 / sqrt(W), 1 / sqrt(W)], where W is the number of taps."""
   bound = shape[0] ** -0.5
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
@@ -79,7 +82,10 @@ class Mamba(nn.Module):
     return dt * -jnp.exp(self.A_log.astype(jnp.float32)).reshape((1,) * (dt.ndim - 1) + (-1,))
 
   def _finish(self, y, x, z):
-    """Skip, gate, then the norm by groups (norm_before_gate=False), project. y, x [..., M, P]."""
+    """Adds D * x, gates with silu(z), then normalizes by group (norm_before_gate=False) and projects.
+
+    y, x: [..., M, P]; z: [..., I].
+    """
     c = self.config
     skip = self.D.astype(jnp.float32).reshape((1,) * (y.ndim - 2) + (-1, 1))
     y = (y + skip * x.astype(jnp.float32)).astype(z.dtype).reshape(z.shape)
@@ -89,7 +95,7 @@ class Mamba(nn.Module):
     return product(y.reshape(z.shape).astype(z.dtype), self.out_proj)
 
   def _rows(self, x_BTD, segment_ids_BT, before=None):
-    """(y_BTD, SSM state at the end, inputs of the conv); `before`: the state that the rows continue."""
+    """(y_BTD, final SSM state, inputs of the conv); `before`: the state that the rows continue, or None."""
     z, xbc_in, dt = self._project(x_BTD)
     xbc = causal_conv(xbc_in, self.conv1d, self.conv1d_bias, segment_ids_BT, before and before["conv_BWC"])
     x, b, c = self._split(xbc)
@@ -103,7 +109,7 @@ class Mamba(nn.Module):
     return self._rows(x_BTD, segment_ids_BT)[0]
 
   def prefill(self, x_BTD, segment_ids_BT):
-    """The state after each row's last token: SSM state, and the last W - 1 inputs of the conv."""
+    """(y_BTD, state after each row's last token): the SSM state and the last W - 1 inputs of the conv."""
     y_BTD, ssm, xbc_BTC = self._rows(x_BTD, segment_ids_BT)
     W = self.config.conv_kernel
     length_B = jnp.sum(segment_ids_BT > 0, axis=1)
@@ -119,7 +125,7 @@ class Mamba(nn.Module):
   def step(self, state, x_BD, length_B, active_B):
     del length_B
     z, xbc_in, dt = self._project(x_BD)
-    # After no time a state is what it was: rows that are not active need no second pass over theirs.
+    # dt = 0 leaves the SSM state unchanged, so that inactive rows need no select over their state.
     dt = jnp.where(active_B[:, None], dt, 0.0)
     window_BWC = jnp.concatenate([state["conv_BWC"], xbc_in[:, None]], axis=1)
     here_B1 = jnp.ones((x_BD.shape[0], 1), jnp.int32)

@@ -1,4 +1,4 @@
-"""Mixture of experts: a sigmoid router in fp32, squared-ReLU experts, one shared expert."""
+"""The mixture-of-experts block: a sigmoid router in fp32, squared-ReLU experts, one shared expert."""
 
 import functools
 
@@ -17,14 +17,15 @@ from nemocascade.types import Routing
 
 
 def route(x_TD, gate_DE, bias_E, c: ModelConfig):
-  """Each token's experts, their weights and all scores (expert_TX, weight_TX, score_TE); paper.md 1.4.
+  """(expert_TX, weight_TX, score_TE): each token's experts, their weights, and the scores of all experts.
 
-  The bias takes part in the choice alone; weights come from the unbiased scores.
+  The bias affects only the choice; weights come from the unbiased scores. The router follows
+  Nemotron-3-Nano (arXiv 2512.20848) as implemented by nemotron_h in transformers and vLLM.
   """
   logits_TE = einsum("TD,DE->TE", x_TD.astype(jnp.float32), gate_DE.astype(jnp.float32))
   score_TE = jax.nn.sigmoid(logits_TE)
   choice_TE = jax.lax.stop_gradient(score_TE) + jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None]
-  if c.n_group > 1:  # Only experts of the best groups, by the sum of a group's two best.
+  if c.n_group > 1:  # Only experts of the best groups, by the sum of a group's two best scores.
     T, E = choice_TE.shape
     grouped = choice_TE.reshape(T, c.n_group, E // c.n_group)
     group_TU = jnp.sum(jax.lax.top_k(grouped, min(2, E // c.n_group))[0], axis=-1)
@@ -39,12 +40,16 @@ def route(x_TD, gate_DE, bias_E, c: ModelConfig):
 
 
 def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int):
-  """Of each row the sum over real tokens of sum_e f[e] p[e], loss_B: a token's is 1 where loads are equal.
+  """loss_B, fp32: the sum of sum_e f[e] p[e] over a row's real tokens; a token's term is 1 at equal loads.
 
-  p is a token's scores in units of their sum; f[e], without gradient, how often its own document
-  chose the expert, in units of the fair share. The mean over a document's tokens is DeepSeek-V3's
-  sequence-wise loss (arXiv 2412.19437, eq. 17 to 20), but of the experts that were chosen, bias
-  included. Documents weigh by their tokens, so packing and cutting batches change nothing.
+  p[e] is the token's score of expert e divided by the sum of its scores. f[e] is the share of its
+  document's tokens that chose expert e, divided by the fair share X / E; it has no gradient. The mean
+  over a document's tokens is DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, eq. 17 to 20), except
+  that f counts the experts chosen with the bias. Documents are weighted by their number of tokens, so
+  packing documents and splitting batches do not change the loss.
+
+  Args:
+    X: experts per token.
   """
   real_BT = segment_ids_BT > 0
   share_BTE = document_mean(chosen_BTE.astype(jnp.float32), real_BT, segment_ids_BT) * score_BTE.shape[-1] / X
@@ -53,7 +58,7 @@ def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int):
 
 
 class MoE(nn.Module):
-  """Also returns what its router did, a Routing of one block."""
+  """The routed experts and the shared expert: a call returns (y_BTD, Routing of this block)."""
 
   config: ModelConfig
   mesh: Mesh | None = None
@@ -77,7 +82,7 @@ class MoE(nn.Module):
     c = self.config
     B, T, D = x_BTD.shape
     x_TD, w = x_BTD.reshape(B * T, D), lambda p: p.astype(x_BTD.dtype)
-    # XLA would collect all tokens' scores on every device to take the largest.
+    # Runs per device; otherwise XLA gathers the scores of all tokens on every device for top_k.
     choose = on_own_rows(functools.partial(route, c=c), self.mesh, shared=[1, 2])
     expert_TX, weight_TX, score_TE = choose(x_TD, self.gate, self.e_score_correction_bias)
     inside_TL = product(x_TD, self.fc1_latent_proj) if c.moe_latent_size else x_TD

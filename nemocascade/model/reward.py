@@ -1,4 +1,4 @@
-"""A reward model: the hybrid's blocks and one number for the last token of a row."""
+"""The reward model: the hybrid's blocks and a scalar head on the last token of each row."""
 
 import functools
 
@@ -15,7 +15,10 @@ from nemocascade.types import Params
 
 
 class RewardModel(nn.Module):
-  """Rows of one document each -> reward_B, fp32 (a Bradley-Terry head; paper.md 4.3)."""
+  """Rows of one document each -> reward_B, fp32.
+
+  The head is a Bradley-Terry head, as for RLHF in Nemotron-Cascade (arXiv 2512.13607, section 4).
+  """
 
   config: ModelConfig
   mesh: Mesh | None = None
@@ -44,5 +47,5 @@ def _init(config: ModelConfig, key):
 
 
 def reward_axes(config: ModelConfig):
-  """The tree of init_reward_params with a tuple of logical axis names for each array."""
+  """A tree like that of init_reward_params, with a tuple of logical axis names for each array."""
   return axes_of(functools.partial(_init, config))

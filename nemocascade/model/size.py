@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them work on a token."""
+"""The number of parameters of a model, in total and for one token."""
 
 import functools
 
@@ -9,15 +9,15 @@ from nemocascade.model.hybrid import init_params
 
 
 def count_params(config: ModelConfig) -> int:
-  """How many numbers the model holds, without making them."""
+  """The number of parameters; counts shapes and allocates nothing."""
   shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def active_params(config: ModelConfig) -> int:
-  """How many of them take part in one token, embeddings and head included.
+  """The number of parameters used for one token, embedding and head included.
 
-  All but the experts that a token is not sent to; a head that is the embedding counts once.
+  Leaves out the experts that a token is not sent to. A head that is tied to the embedding counts once.
   """
   c = config
   L = c.moe_latent_size or c.hidden_size
@@ -27,6 +27,6 @@ def active_params(config: ModelConfig) -> int:
 
 
 def matmul_params(config: ModelConfig) -> int:
-  """Parameters that multiply every token: looking a token up in the embedding costs nothing."""
+  """The number of parameters multiplied for one token: the embedding counts only if it is also the head."""
   rows = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
   return active_params(config) - rows

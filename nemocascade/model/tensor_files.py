@@ -1,7 +1,7 @@
-"""A folder of safetensors: every header checked first, tensors read by slices, written in shards.
+"""A folder of safetensors files: checks all headers first, reads slices of tensors, writes shards.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes of length, a JSON header of that
-length with {name: {dtype, shape, data_offsets}}, then the tensors' bytes, little-endian, in C order.
+The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header, a JSON
+header {name: {dtype, shape, data_offsets}}, then the tensors' bytes, little-endian, in C order.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ from nemocascade.errors import UserError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5_000_000_000
-BLOCK = 1 << 18  # Bytes looked at together: they stay in the processor's cache.
+BLOCK = 1 << 18  # Bytes per block of numbers; fits in the processor's cache.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where one tensor's bytes are."""
+  """Where the bytes of a tensor are."""
 
   file: Path
   dtype: str
   shape: tuple[int, ...]
-  start: int  # Of its first byte in the file.
+  start: int  # Offset of its first byte in the file.
   nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-  """Numbers that lie in a file as they are wanted: copied by the system, without passing through us."""
+  """Bytes of a file to be written unchanged: the operating system copies them from file to file (sendfile)."""
 
   file: Path
   start: int
@@ -43,7 +43,11 @@ class Stretch:
   dtype: np.dtype
 
   def blocks(self) -> Iterator[np.ndarray]:
-    """The numbers in arrays, each overwritten by the next."""
+    """Yields the numbers in blocks; each block overwrites the previous one.
+
+    Raises:
+      OSError: the file ends early.
+    """
     left, buffer = self.nbytes, np.empty(min(BLOCK, self.nbytes) // self.dtype.itemsize, self.dtype)
     with self.file.open("rb", buffering=0) as source:
       source.seek(self.start)
@@ -63,7 +67,7 @@ class Folder:
   """The tensors of a folder, by name.
 
   Raises:
-    UserError: naming every file that is absent, damaged or not what the index says.
+    UserError: names every file that is missing, damaged or different from the index.
   """
 
   def __init__(self, path: Path):
@@ -96,7 +100,7 @@ class Folder:
       raise UserError(f"hf:{path}: {'; '.join(wrong)}")
 
   def _listing(self) -> tuple[list[str], dict[str, str]]:
-    """(files, the index's tensor -> file)."""
+    """(names of the files, tensor -> file by the index; empty without an index)."""
     if (self.path / INDEX).is_file():
       try:
         promised = json.loads((self.path / INDEX).read_text())["weight_map"]
@@ -108,7 +112,7 @@ class Folder:
     raise UserError(f"hf:{self.path}: has neither {SINGLE} nor {INDEX}")
 
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """A copy of a tensor, or of a part of it; only that part is read."""
+    """A copy of a tensor, or of its part at `index`; reads only that part."""
     t = self.tensors[name]
     dtype = DTYPES[t.dtype]
     if not t.shape or not t.nbytes:
@@ -117,28 +121,28 @@ class Folder:
     return np.array(mapped[index]).view(dtype)
 
   def stretch(self, name: str, start: int, nbytes: int) -> Stretch:
-    """`nbytes` bytes of a tensor from its byte `start`."""
+    """The `nbytes` bytes of a tensor that begin at its byte `start`."""
     t = self.tensors[name]
     return Stretch(t.file, t.start + start, nbytes, DTYPES[t.dtype])
 
 
 def finite(block: np.ndarray) -> bool:
-  """Whether no number of it is NaN or infinite, in two passes over its bits and no copy."""
+  """Whether all numbers are finite; makes two passes over their bits and no copy."""
   bits = block.reshape(-1)
   if not bits.size:
     return True
   half = block.dtype.itemsize == 2
-  top = 0x7F80 if half else 0x7F800000  # The bits of +infinity; NaNs lie beyond.
+  top = 0x7F80 if half else 0x7F800000  # The bits of +infinity; those of NaNs are larger.
   sign = 0x8000 if half else 0x80000000
   unsigned, signed = (np.uint16, np.int16) if half else (np.uint32, np.int32)
   return bool(bits.view(unsigned).max() < (sign | top) and bits.view(signed).max() < top)
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-  """The tensors of one file.
+  """The tensors of one file, by name.
 
   Raises:
-    ValueError: what is wrong with the file, without its name.
+    ValueError: the file is damaged; the message says how, without the file's name.
   """
   size = file.stat().st_size
   with file.open("rb") as source:
@@ -175,8 +179,11 @@ def write_shards(
   """Writes tensors as one file, or as shards of at most `limit` bytes with an index.
 
   Args:
-    specs: name -> (dtype as in DTYPES, shape), in the order of the files.
+    specs: name -> (key of DTYPES, shape), in the order in which shards are filled.
     blocks: name -> the tensor's numbers in C order, in pieces of any size.
+
+  Raises:
+    ValueError: the pieces of a tensor have the wrong number of bytes.
   """
   nbytes = {n: DTYPES[dtype].itemsize * int(np.prod(shape)) for n, (dtype, shape) in specs.items()}
   shards: list[list[str]] = [[]]
@@ -196,7 +203,7 @@ def write_shards(
 
 
 def _write_file(file: Path, specs, nbytes, blocks) -> None:
-  # Wider numbers first, so that each tensor starts at a multiple of its own width.
+  # Wider dtypes first, so that each tensor starts at a multiple of its item size.
   names = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
   header, at = {"__metadata__": {"format": "pt"}}, 0
   for name in names:
@@ -216,7 +223,11 @@ def _write_file(file: Path, specs, nbytes, blocks) -> None:
 
 
 def write_all(target: BinaryIO, piece: np.ndarray | Stretch) -> int:
-  """All bytes of a piece, in C order, to an unbuffered file; returns how many."""
+  """Writes all bytes of a piece, in C order, to an unbuffered file; returns their number.
+
+  Raises:
+    OSError: the file of a Stretch ends early.
+  """
   if isinstance(piece, Stretch):
     with piece.file.open("rb", buffering=0) as source:
       at, end = piece.start, piece.start + piece.nbytes
