@@ -284,13 +284,13 @@ def test_states_and_likeliest_tokens_are_those_of_each_prompts_own_teacher(stage
     params, jax.random.key(0), rows, prompt_tokens=r.prompt_tokens, total_tokens=r.total_tokens, completions=2
   )
   teachers = gather(a, [Teacher("instruction", start, 0.0, ""), Teacher("math", other, 0.0, "")], keep=1)
-  expected = teaching.teacher_logprobs(a, teachers, samples)
+  expected = teaching.teacher_logprobs(a, teachers, samples, np.float32(1))
   heads = teaching.teacher_heads(a, teachers)
   found = teaching.teacher_states(a, teachers, samples)
   logits = np.einsum("QGTD,QDV->QGTV", found["teacher_states_QGTD"], heads[found["teacher_Q"]])
   logprobs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), samples.tokens_QGT[..., None], -1)[..., 0]
   np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)
-  top = teaching.teacher_likeliest(a, teachers, samples, k=1024)
+  top = teaching.teacher_likeliest(a, teachers, samples, 1024, np.float32(1))
   at = np.argmax(top["top_tokens_QGTK"] == samples.tokens_QGT[..., None], axis=-1)
   logprobs = np.take_along_axis(top["top_logprobs_QGTK"], at[..., None], -1)[..., 0]
   np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)

@@ -12,6 +12,7 @@ from experiments.assembly import Assembly
 from experiments.teaching import gather
 from nemocascade.advantage import mopd, mopd_clipped, mopd_outcome
 from nemocascade.checkpoint import Store, load_params
+from nemocascade.domains import domain as domain_lib
 from nemocascade.domains.domain import Verdict
 from nemocascade.metrics import read_lines
 from nemocascade.rollout import score
@@ -41,6 +42,7 @@ def stage(tmp_path_factory):
     c.model.initializer_range = 0.2  # A temperature makes a difference only where logits differ.
     c.domains = ("instruction",)
   a = Assembly(c, root)
+  a.save_model_files(root / "start")
   Store(root / "start" / "checkpoints").save(1, TrainState(np.int32(0), a.fresh_params(jax.random.key(0)), {}), {})
   start = str(root / "start" / "checkpoints" / "1")
   teachers = gather(a, [Teacher("instruction", start, 0.0, "")], keep=1)
@@ -67,7 +69,7 @@ def line(stage, name, temperature, **fields):
 def taken(temperature, top_p, a, start):
   """Samples, and the parameters that made them."""
   params = load_params(start, a.template)
-  rows = rl.draw(a, {"instruction": 1.0}, 0, {}, 4)
+  rows = domain_lib.rows(a.domains["instruction"], "train", 0, 0, 4)
   samples = a.collect(
     params, jax.random.key(3), rows, prompt_tokens=48, total_tokens=112, completions=2,
     temperature=np.float32(temperature), top_p=top_p,
