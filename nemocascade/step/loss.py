@@ -222,7 +222,7 @@ def reverse_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature):
 
 
 def forward_kl(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature):
-  """KL(teacher || policy) on the policy's samples (GKD, arXiv 2306.13649): covers all of the teacher's modes."""
+  """KL(teacher || policy) on the policy's samples (GKD, arXiv 2306.13649); covers all modes of the teacher."""
   sent = rows["teacher_states"], rows["teacher"], heads_ZDV
   return kl_to_states(forward_kl_ref, x_BTD, head_DV, wanted_BT, *sent, temperature)
 
