@@ -30,7 +30,7 @@ class Layout:
 
 
 def rows_within(rows: int, row_bytes: int) -> int:
-  """Rows of a chunk of at most PIECE_BYTES: the largest divisor of `rows`, or the most rows if that is small."""
+  """Rows of a chunk of at most PIECE_BYTES: the largest divisor of `rows`, or the most rows if it is small."""
   most = max(1, min(rows, PIECE_BYTES // max(row_bytes, 1)))
   divisor = next(n for n in range(most, 0, -1) if rows % n == 0)
   return divisor if 2 * divisor > most else most  # A prime `rows` has no divisor but 1: a chunk for every row.
