@@ -10,7 +10,8 @@ from nemocascade.state_files import read_state, refused, write_json
 
 REMEDY = "remove it: finished stages are scored anew from their checkpoints"
 NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
-SCORED = ("scores_after", "scores_intervals_after", "n_eval", "probe")  # In the entry of every finished stage but a reward model's.
+# Required fields of every finished stage but a reward model's.
+SCORED = ("scores_after", "scores_intervals_after", "n_eval", "probe")
 STAGE = {
   "type": "object",
   "required": ["name", "kind", "status", "start", "domains", "wall_s"],

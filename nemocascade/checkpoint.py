@@ -33,7 +33,8 @@ class _Summed(atomicity.AtomicRenameTemporaryPath):
 
   async def finalize(self) -> None:
     final = self._final_path
-    if atomicity.TMP_DIR_SUFFIX in final.parent.name:  # An item inside a checkpoint: the checkpoint's checksums cover it.
+    # An item inside a checkpoint needs no checksums of its own: the checkpoint's cover it.
+    if atomicity.TMP_DIR_SUFFIX in final.parent.name:
       return await super().finalize()
     # Orbax still writes files in super().finalize(), so the folder gets another temporary name first.
     # TMP_DIR_SUFFIX lets Orbax remove it after a kill.
@@ -65,7 +66,8 @@ class Store:
     Raises:
       OSError: the checkpoint cannot be written, such as on a full disk; older ones are kept.
     """
-    if step in self._manager.all_steps():  # An earlier run saved this step, and the stage was restored from an older one.
+    # An earlier run saved this step, but the stage was restored from an older one.
+    if step in self._manager.all_steps():
       self._manager.delete(step)
     try:
       with named(self.path_of(step), needed=_bytes(state)):

@@ -12,9 +12,9 @@ from nemocascade.errors import UserError
 from nemocascade.state_files import read_state, whole
 
 CHECKSUMS = "checksums.json"  # {file: [bytes, crc32 of each PIECE_BYTES of it]}
-PIECE_BYTES = 64 << 20  # Pieces of a large file are read side by side.
+PIECE_BYTES = 64 << 20  # Pieces of a large file are read in parallel.
 BLOCK_BYTES = 1 << 22
-THREADS = 16  # zlib and the reads release Python's lock; network storage is faster with several reads.
+THREADS = 16  # zlib and reads release the GIL, and network storage is faster with several reads at a time.
 SHAPE = {
   "type": "object",
   "minProperties": 1,
@@ -63,7 +63,8 @@ def verify(folder: Path, part: str = "") -> None:
 
 def _verify(folder: Path, part: str) -> None:
   try:
-    os.lstat(folder / CHECKSUMS)  # Unlike `exists`, lstat raises another error for an unreachable file than for a missing one.
+    # Unlike `exists`, lstat raises different errors for a missing file and for an unreachable one.
+    os.lstat(folder / CHECKSUMS)
     sums = read_state(folder / CHECKSUMS, SHAPE, remedy="")
   except FileNotFoundError as error:
     raise Damage(f"{CHECKSUMS} is missing") from error

@@ -249,7 +249,8 @@ def curves(found: dict):
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
   low, high = panels[0].get_ylim()
-  middle, half = (low + high) / 2, max(high - low, 0.1) / 2  # At least 0.1 high, so that small changes look small.
+  # The axis spans at least 0.1, so that small changes look small.
+  middle, half = (low + high) / 2, max(high - low, 0.1) / 2
   panels[0].set_ylim(middle - half, middle + half)
   panels[0].set_ylabel("held-out score, temperature 1")
   figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)

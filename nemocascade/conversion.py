@@ -48,7 +48,7 @@ RECORD_SHAPE = {
     "dtypes": {"type": "object", "additionalProperties": {"enum": list(DTYPES)}},
   },
 }
-# generation_config.json of nvidia/Nemotron-Cascade-2-30B-A3B, without its sampling settings.
+# Token ids of the family's generation_config.json (Hugging Face: nvidia/Nemotron-Cascade-2-30B-A3B).
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

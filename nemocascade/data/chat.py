@@ -132,7 +132,7 @@ def training_sequences(
     now, later = draw(question), draw(question + 1)
     if later[: len(now)] != now:
       sequences.append((now, context))
-      context = len(later)  # The next sequences begin with the same pieces.
+      context = len(later)  # All following sequences begin with these pieces, as context.
   sequences.append((whole, context))
   return [(pieces, n) for pieces, n in sequences if any(piece.learned for piece in pieces[n:])]
 

@@ -142,7 +142,7 @@ class HuggingFaceTokenizer(Tokenizer):
       for token in added:  # Otherwise text that spells a token of FAMILY would be encoded as that token.
         token["special"] = token["special"] or token["content"] in FAMILY
       self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields))
-    except Exception as error:  # The binding raises bare Exceptions.
+    except Exception as error:  # The Rust binding raises plain Exceptions.
       why = " ".join(str(error).split())[:200]
       raise UserError(f"{origin}: not a whole tokenizer.json ({why})") from error
     self._tokenizer.no_truncation()

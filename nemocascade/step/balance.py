@@ -35,7 +35,7 @@ class RouterBalance:
     weight: factor of the balance loss, under auxiliary and both.
 
   Raises:
-    UserError: an unknown kind, or a rate or weight that is not positive where it is used.
+    UserError: an unknown kind, or a rate or weight that its kind uses and that is not positive.
   """
 
   kind: str = "frozen"

@@ -97,7 +97,7 @@ def after_prompts(rows: Rows, Q: int, *, P: int, T: int) -> tuple[dict[str, np.n
     T: tokens of a returned row.
 
   Raises:
-    ValueError: a prompt has more than P tokens, or a row more than T behind its prompt.
+    ValueError: a prompt has more than P tokens, or a row has more than T tokens after its prompt.
   """
   rows = {name: np.asarray(a) for name, a in rows.items()}
   B, G = rows["mask"].shape[0], rows["mask"].shape[0] // Q
