@@ -1,8 +1,7 @@
-"""Advantages: a rollout in, one number for every token out.
+"""Advantage estimators: functions Rollout -> advantages_QGT (`AdvantageFn`).
 
-All are an `AdvantageFn`, Rollout -> advantages_QGT, so a step takes whichever it is handed. The
-group is axis G, so none needs to be told its size. None masks tokens or stops a gradient: the loss
-does both, once, for all. Samples that are not valid take no part in any statistics.
+A group is the G completions of a prompt, axis G of the arrays. Invalid samples are left out of all means
+and deviations. The functions do not mask tokens or stop gradients; the loss does both for all of them.
 """
 
 from collections.abc import Callable
@@ -21,34 +20,36 @@ def _every_token(advantages_QG: jax.Array, r: Rollout) -> jax.Array:
 
 
 def _group_mean(x_QG: jax.Array, r: Rollout) -> jax.Array:
-  """[Q, 1]: the mean over a group's valid samples, 0 where it has none."""
+  """[Q, 1]: the mean over each group's valid samples; 0 for a group without valid samples."""
   count_Q1 = jnp.sum(r.valid_QG, axis=-1, keepdims=True, dtype=jnp.float32)
   total_Q1 = jnp.sum(jnp.where(r.valid_QG, x_QG, 0.0), axis=-1, keepdims=True)
   return total_Q1 / jnp.maximum(count_Q1, 1.0)
 
 
 def _above_mean(r: Rollout) -> jax.Array:
-  """[Q, G]: reward above the mean of its group.
+  """[Q, G]: reward minus the mean of its group.
 
-  Taken from the group's best first: a unanimous group is then exactly 0. The mean of equal rewards
-  is off by a rounding, which a division by their standard deviation would make an advantage of 0.1.
+  The group's largest reward is subtracted first, so that a group of equal rewards gives exactly 0. Otherwise
+  rounding in the mean leaves a small difference, and the division by the group's tiny standard deviation
+  makes it an advantage of about 0.1.
   """
   best_Q1 = jnp.max(
     r.rewards_QG, axis=-1, keepdims=True, where=r.valid_QG, initial=-jnp.inf
-  )  # -inf where no sample is valid; then nothing below is kept.
+  )  # -inf if no sample of the group is valid; the callers mask the results of such a group.
   below_QG = r.rewards_QG - best_Q1
   return below_QG - _group_mean(below_QG, r)
 
 
 def none(r: Rollout) -> jax.Array:
-  """0: the other terms of the loss teach alone, such as a distance from the teacher."""
+  """0 everywhere: only the other terms of the loss have a gradient, such as the distance from a teacher."""
   return jnp.zeros(r.tokens_QGT.shape, jnp.float32)
 
 
 def grpo(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
-  """Reward in standard deviations from its group's mean (Shao et al., 2024; paper.md 4.1).
+  """(reward - group mean) / (group standard deviation + eps): GRPO (Shao et al., 2024, arXiv 2402.03300).
 
-  The deviation divides by the group's size (ddof 0); the paper names neither ddof nor eps.
+  Nemotron-Cascade 2 (arXiv 2603.19220, section 4) uses it too. It states neither eps nor the deviation's ddof;
+  here ddof is 0.
   """
   above_QG = _above_mean(r)
   std_Q1 = jnp.sqrt(_group_mean(jnp.square(above_QG), r))
@@ -56,17 +57,17 @@ def grpo(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
 
 
 def dr_grpo(r: Rollout) -> jax.Array:
-  """Reward above its group's mean, not scaled (Liu et al., 2025, arXiv 2503.20783, section 3.2).
+  """Reward minus its group's mean: Dr. GRPO (Liu et al., 2025, arXiv 2503.20783, section 3.2).
 
-  Their loss is a sum over tokens by a constant: `constant_length` is its aggregation.
+  The paper combines it with the aggregation `constant_length`: a sum over tokens divided by a constant.
   """
   return _every_token(jnp.where(r.valid_QG, _above_mean(r), 0.0), r)
 
 
 def rloo(r: Rollout) -> jax.Array:
-  """Reward above the mean of the group's others (Ahmadian et al., 2024, arXiv 2402.14740, eq. 8).
+  """Reward minus the mean of the group's other samples: RLOO (Ahmadian et al., 2024, arXiv 2402.14740, eq. 8).
 
-  That is the reward above the mean of all, times n / (n - 1); a sample that is alone teaches nothing.
+  This equals (reward - group mean) * n / (n - 1) for n valid samples. A single sample gets 0.
   """
   n_Q1 = jnp.sum(r.valid_QG, axis=-1, keepdims=True, dtype=jnp.float32)
   others_Q1 = n_Q1 / jnp.maximum(n_Q1 - 1.0, 1.0)
@@ -74,10 +75,10 @@ def rloo(r: Rollout) -> jax.Array:
 
 
 def reinforce_pp(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
-  """Reward in standard deviations from the mean of the batch (Hu, 2025, arXiv 2501.03262, eq. 9).
+  """(reward - batch mean) / (batch standard deviation + eps): REINFORCE++ (Hu, 2025, arXiv 2501.03262, eq. 9).
 
-  Groups see each other here, and may be of one. The paper's KL inside the reward is the loss's
-  `kl_weight`.
+  Groups may have a single sample. The paper subtracts a KL from the reward; here `kl_weight` adds it to the
+  loss.
   """
   whole = r.replace(rewards_QG=r.rewards_QG.reshape(1, -1), valid_QG=r.valid_QG.reshape(1, -1))
   above_QG = _above_mean(whole).reshape(r.rewards_QG.shape)
@@ -85,7 +86,7 @@ def reinforce_pp(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
 
 
 def reinforce_pp_baseline(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
-  """Reward above its group's mean, in standard deviations of the batch (same paper, with baseline)."""
+  """(reward - group mean) / (batch deviation of these differences + eps); same paper, variant with baseline."""
   return _every_token(_in_batch_deviations(_above_mean(r), r, eps), r)
 
 
@@ -95,9 +96,9 @@ def _in_batch_deviations(above_QG: jax.Array, r: Rollout, eps: float) -> jax.Arr
 
 
 def maxrl(r: Rollout) -> jax.Array:
-  """Reward above its group's mean, over that mean (Tajwar et al., 2026, arXiv 2602.02710, alg. 1).
+  """(reward - group mean) / group mean: MaxRL (Tajwar et al., 2026, arXiv 2602.02710, algorithm 1).
 
-  For rewards of 0 and 1: hard prompts weigh most, and a group without a success teaches nothing.
+  Meant for rewards of 0 and 1. Prompts with few successes weigh most. A group without a success gets 0.
   """
   mean_Q1 = _group_mean(r.rewards_QG, r)
   scaled_QG = _above_mean(r) / jnp.where(mean_Q1 > 0, mean_Q1, 1.0)
@@ -105,25 +106,31 @@ def maxrl(r: Rollout) -> jax.Array:
 
 
 def mopd(r: Rollout) -> jax.Array:
-  """How much likelier the teacher finds each token than the policy did (paper.md 5.1, eq. 2).
+  """log pi_teacher - log pi_policy of each sampled token, in nats.
 
-  Its expectation over the policy's next token is minus the reverse KL to the teacher there, so the
-  loss descends the sum of these at the states that were visited, held fixed. That is not the
-  gradient of the KL between whole sequences: what a token does to the states after it is left out.
-  On policy, log pi_train is what the sampler recorded; the correction's ratio measures the difference.
+  Nemotron-Cascade 2 (arXiv 2603.19220, section 4.4, eq. 2), multi-domain on-policy distillation.
+  Its expectation over the policy's next token is minus the reverse KL to the teacher. So the loss descends the
+  sum of these KLs over the sampled prefixes, with the prefixes held fixed. This is not the gradient of the KL
+  between whole sequences: the effect of a token on later prefixes is left out.
+
+  The policy's log-probability is the sampler's record, which on policy equals the trainer's except for
+  numerical differences; the loss's correction accounts for these.
   """
   return r.teacher_logprobs_QGT - r.behaviour_logprobs_QGT
 
 
 def mopd_clipped(r: Rollout, *, clip: float = 1.0) -> jax.Array:
-  """`mopd` within [-clip, clip] nats: its tail is long to the left (NeMo-RL's recipe: 20; paper.md 5.4)."""
+  """`mopd` clipped to [-clip, clip] nats, because it has a long negative tail.
+
+  NeMo-RL's recipe for Nemotron-3-Ultra (examples/nemo_gym/nemotron-3-ultra/mopd.yaml) clips at 20 nats.
+  """
   return jnp.clip(mopd(r), -clip, clip)
 
 
 def mopd_outcome(r: Rollout, *, alpha: float = 1.0) -> jax.Array:
-  """`mopd` + alpha x `grpo`: the teacher and the verdict (MiMo-V2-Flash, arXiv 2601.02780, eq. 9).
+  """`mopd` + alpha * `grpo`: teacher and outcome reward together (MiMo-V2-Flash, arXiv 2601.02780, eq. 9).
 
-  The report prints no value of alpha.
+  That report states no value of alpha.
   """
   return mopd(r) + alpha * grpo(r)
 
@@ -140,6 +147,6 @@ ADVANTAGES: dict[str, AdvantageFn] = dict(
   mopd_clipped=mopd_clipped,
   mopd_outcome=mopd_outcome,
 )
-TAUGHT = ("mopd", "mopd_clipped", "mopd_outcome")  # These read a teacher.
-# These compare the completions of a prompt, so that a group of one teaches nothing.
+TAUGHT = ("mopd", "mopd_clipped", "mopd_outcome")  # These read the rollout's teacher_logprobs_QGT.
+# These compare the completions of a prompt, so groups need at least two completions.
 GROUPED = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "maxrl", "mopd_outcome")

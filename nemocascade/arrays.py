@@ -1,4 +1,4 @@
-"""A checkpoint's arrays on disk, made empty and then written and read a piece at a time."""
+"""A checkpoint's arrays on disk: created without data, then written and read in pieces."""
 
 import dataclasses
 import json
@@ -11,18 +11,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-PIECE_BYTES = 64 << 20  # Of a chunk at most: what one read or write holds in memory.
+PIECE_BYTES = 64 << 20  # Upper bound of a chunk's size, and so of the memory of one read or write.
 ZARR_NAMES = {np.dtype(np.float32): "<f4", np.dtype(ml_dtypes.bfloat16): "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How an array lies on disk: uncompressed chunks, the last one of a dimension filled up."""
+  """The storage format of an array: uncompressed chunks of equal shape; those at the end are padded."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
   chunks: tuple[int, ...]
-  order: str  # Of the numbers inside a chunk: "C", or "F" for the reverse of all dimensions.
+  order: str  # Order of the numbers in a chunk: "C", or "F" for all dimensions reversed.
 
   @property
   def chunk_bytes(self) -> int:
@@ -30,14 +30,14 @@ class Layout:
 
 
 def rows_within(rows: int, row_bytes: int) -> int:
-  """Rows of a chunk: the most that divide `rows` and stay within PIECE_BYTES."""
+  """Rows of a chunk of at most PIECE_BYTES: the largest divisor of `rows`, or the most rows if it is small."""
   most = max(1, min(rows, PIECE_BYTES // max(row_bytes, 1)))
   divisor = next(n for n in range(most, 0, -1) if rows % n == 0)
-  return divisor if 2 * divisor > most else most  # A prime size would make a chunk of every row.
+  return divisor if 2 * divisor > most else most  # A prime `rows` has no divisor but 1: a chunk for every row.
 
 
 class _Empty(ocp.type_handlers.TypeHandler):
-  """Writes a Layout as an array without chunks, which Orbax then takes for one of its own."""
+  """Lets Orbax save a Layout: it writes the metadata of an array and no chunks."""
 
   def typestr(self) -> str:
     return "np.ndarray"
@@ -67,11 +67,11 @@ class _Empty(ocp.type_handlers.TypeHandler):
 
 
 def create(directory: Path, layouts: dict[str, Layout]) -> None:
-  """Makes an Orbax checkpoint of parameters whose arrays have no numbers yet.
+  """Creates an Orbax checkpoint of parameters whose arrays have no data yet.
 
   Args:
-    directory: does not exist yet.
-    layouts: "units_0/blocks_1/norm/weight" -> Layout.
+    directory: must not exist.
+    layouts: parameter path, such as "units_0/blocks_1/norm/weight" -> Layout.
   """
   tree: dict = {}
   for name, layout in layouts.items():
@@ -89,12 +89,12 @@ def create(directory: Path, layouts: dict[str, Layout]) -> None:
 
 
 def chunk_file(directory: Path, name: str, place: tuple[int, ...]) -> Path:
-  """The file of one chunk of an array that `create` made."""
+  """The file of a chunk of an array from `create`; `place` is the chunk's index in each dimension."""
   return directory / name.replace("/", ".") / ".".join(map(str, place))
 
 
 def stored_layout(directory: Path, name: str) -> Layout | None:
-  """The layout of an array if its chunks are plain files of plain numbers, else None."""
+  """The layout of an array if its chunks are files of uncompressed fp32 or bf16 numbers, else None."""
   file = directory / name.replace("/", ".") / ".zarray"
   if not file.is_file():
     return None
@@ -106,7 +106,7 @@ def stored_layout(directory: Path, name: str) -> Layout | None:
 
 
 def open_array(directory: Path, name: str) -> ts.TensorStore:
-  """Any array of a checkpoint of ours, for reading by slices; keeps at most one GiB of chunks."""
+  """Opens an array of one of our checkpoints to read slices of it; the chunk cache holds at most 1 GiB."""
   directory, key = directory.resolve(), name.replace("/", ".")
   if (directory / "manifest.ocdbt").exists():
     kvstore = {"driver": "ocdbt", "base": f"file://{directory}/", "path": f"{key}/"}

@@ -1,4 +1,4 @@
-"""The record of a cascade, cascade.json: what each stage did, and where the next one starts."""
+"""The record of a cascade, cascade.json: the state and scores of each stage, and the start of the next one."""
 
 import dataclasses
 import os
@@ -10,7 +10,8 @@ from nemocascade.state_files import read_state, refused, write_json
 
 REMEDY = "remove it: finished stages are scored anew from their checkpoints"
 NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
-SCORED = ("scores_after", "scores_intervals_after", "n_eval", "probe")  # Of each model but a judge.
+# Required fields of every finished stage but a reward model's.
+SCORED = ("scores_after", "scores_intervals_after", "n_eval", "probe")
 STAGE = {
   "type": "object",
   "required": ["name", "kind", "status", "start", "domains", "wall_s"],
@@ -73,7 +74,13 @@ SHAPE = {
 
 @dataclasses.dataclass
 class Record:
-  """cascade.json of a work directory, read and written whole."""
+  """The content of a work directory's cascade.json; `save` writes all of it.
+
+  Attributes:
+    path: of cascade.json.
+    stages: one entry a stage, as in STAGE.
+    teachers: domain -> {"checkpoint", "score", "stage"}.
+  """
 
   path: Path
   stages: list[dict]
@@ -96,12 +103,12 @@ class Record:
     return next((entry for entry in self.stages if entry["name"] == name), None)
 
   def put(self, entry: dict) -> None:
-    """Adds the stage's entry, or replaces the one of its name; saved at once."""
+    """Adds a stage's entry, or replaces the entry with the same name, and saves the file."""
     self.stages = [e for e in self.stages if e["name"] != entry["name"]] + [entry]
     self.save()
 
   def checkpoint(self, name: str) -> str:
-    """The final checkpoint of a finished stage."""
+    """The final checkpoint of a stage. Raises UserError if there is no such stage or it has not finished."""
     entry = self.stage(name)
     if entry is None:
       raise unknown("stage", name, [e["name"] for e in self.stages])
@@ -110,7 +117,15 @@ class Record:
     return entry["checkpoint"]
 
   def start_of(self, name: str, init_from: str, main_line: list[str]) -> str:
-    """Where a stage starts: "" for fresh parameters, or a checkpoint's path."""
+    """The checkpoint from which the stage `name` starts, or "" for fresh parameters.
+
+    Args:
+      init_from: "", "previous", the name of a stage, or a checkpoint.
+      main_line: the stages that "previous" may mean, in their order.
+
+    Raises:
+      UserError: the stage to start from has not finished.
+    """
     if init_from == "":
       return ""
     if init_from == "previous":
@@ -122,7 +137,12 @@ class Record:
 
 
 def columns(scores: dict[str, DomainScore], suffix: str, *, prefix: str = "scores") -> dict:
-  """The fields of a stage's entry that hold one evaluation: means, intervals, counts."""
+  """The fields of a stage's entry for one evaluation: means, intervals and counts of each domain.
+
+  Args:
+    suffix: "before" or "after" the stage.
+    prefix: "scores" at temperature 1, "greedy" at temperature 0.
+  """
   return {
     f"{prefix}_{suffix}": {name: score.mean for name, score in scores.items()},
     f"{prefix}_intervals_{suffix}": {name: [s.low, s.high] for name, s in scores.items()},

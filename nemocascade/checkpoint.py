@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a training state with a JSON record; parameters alone for everyone else."""
+"""Orbax checkpoints of a training state and a JSON record; the parameters can be loaded alone."""
 
 import asyncio
 import logging
@@ -17,23 +17,27 @@ from nemocascade.errors import UserError
 from nemocascade.state_files import named
 from nemocascade.types import Params, TrainState
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and raises what it logs as errors.
+# Orbax logs every save. It raises its errors besides logging them.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-# What our checksums and Orbax, which does not notice a changed byte, raise on a folder with lost or changed files. Others (memory, permission) pass.
+# Exceptions that mean lost or changed files; our checksums and Orbax raise them. Orbax alone does not notice a
+# changed byte. Other errors (memory, permission) are passed on.
 DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
 
 
 class _Summed(atomicity.AtomicRenameTemporaryPath):
-  """A checkpoint under a temporary name; the rename that commits it comes after its checksums.
+  """A checkpoint under a temporary name that gets its checksums before it is renamed to its final name.
 
-  Orbax calls `finalize` in the first process, when all have written.
+  Orbax calls `finalize` in the first process, after all processes have written.
   """
 
   async def finalize(self) -> None:
     final = self._final_path
-    if atomicity.TMP_DIR_SUFFIX in final.parent.name:  # A part of a checkpoint, which has the sums of all.
+    # An item inside a checkpoint needs no checksums of its own: the checkpoint's cover it.
+    if atomicity.TMP_DIR_SUFFIX in final.parent.name:
       return await super().finalize()
-    # Orbax still writes files here. Its suffix marks the folder as one to be cleaned up after a kill.
+    # Orbax still writes files in super().finalize(), so the folder gets another temporary name first.
+    # TMP_DIR_SUFFIX lets Orbax remove it after a kill.
     self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}-whole")
     await super().finalize()
     whole, self._final_path = self._final_path, final
@@ -42,7 +46,7 @@ class _Summed(atomicity.AtomicRenameTemporaryPath):
 
 
 class Store:
-  """The checkpoints of one stage, under DIRECTORY/<step>; the newest `keep` stay."""
+  """The checkpoints of one stage, in DIRECTORY/<step>; only the newest `keep` are kept."""
 
   def __init__(self, directory: str | Path, *, keep: int = 2):
     self.directory = Path(directory).resolve()
@@ -54,14 +58,16 @@ class Store:
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-    """Written whole, checksums included (temporary name, then renamed) when this returns.
+    """Saves a checkpoint with its checksums under a temporary name and renames it; returns when that is done.
 
-    The record: anything JSON that the stage needs to go on (data position, prompt frontier, ...).
+    Args:
+      record: JSON that the stage needs to resume (position in the data, prompt frontier, ...).
 
     Raises:
-      OSError: it can't be written, such as on a full disk; the others stay.
+      OSError: the checkpoint cannot be written, such as on a full disk; older ones are kept.
     """
-    if step in self._manager.all_steps():  # Left by a run that was restored from before it.
+    # An earlier run saved this step, but the stage was restored from an older one.
+    if step in self._manager.all_steps():
       self._manager.delete(step)
     try:
       with named(self.path_of(step), needed=_bytes(state)):
@@ -76,13 +82,13 @@ class Store:
         )
         self._manager.wait_until_finished()
     except OSError:
-      # Orbax's threads may still be writing: what they leave goes when the store is next opened.
+      # Orbax's threads may still be writing. The next opening of the store removes what they leave.
       for partial in self.directory.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
         shutil.rmtree(partial, ignore_errors=True)
       raise
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk."""
+    """Waits until all saves are on disk."""
     self._manager.wait_until_finished()
 
   def latest(self) -> int | None:
@@ -90,20 +96,20 @@ class Store:
     return max(self.steps(), default=None)
 
   def steps(self) -> list[int]:
-    """All finished steps, damaged ones too."""
+    """All finished steps in ascending order, damaged ones included."""
     return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
 
   def path_of(self, step: int) -> Path:
     return self.directory / str(step)
 
   def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-    """(state, record) of a step, the newest by default, like the template in shapes and dtypes.
+    """Restores (state, record) of a step with the template's shapes, dtypes and shardings.
 
-    Without a step, damaged checkpoints newer than the first good one are renamed to damaged-<step>
-    and said on stderr. Nothing is ever removed here.
+    Without a step it restores the newest readable checkpoint. Damaged newer ones are then renamed to
+    damaged-<step> and reported on stderr. Nothing is deleted.
 
     Raises:
-      UserError: there is none, none can be read, or it is of another model or optimizer.
+      UserError: there is no checkpoint, none can be read, or it is of another model or optimizer.
     """
     steps = [step] if step is not None else self.steps()[::-1]
     damaged: dict[int, str] = {}
@@ -146,7 +152,7 @@ class Store:
     return state, found["record"]
 
   def _set_aside(self, step: int) -> None:
-    """Renames a damaged checkpoint, so that its step can be saved again."""
+    """Renames a damaged checkpoint so that its step can be saved again."""
     if jax.process_index() == 0:
       target = self.directory / f"damaged-{step}"
       for i in range(2, 100):
@@ -160,10 +166,12 @@ class Store:
 
 
 def load_params(path: str | Path, template: Params) -> Params:
-  """The parameters of a checkpoint directory; its optimizer state is never read.
+  """Loads the parameters of a checkpoint directory with the template's dtypes and shardings.
+
+  The optimizer state is not read.
 
   Raises:
-    UserError: there is none, it is damaged, or its shapes are not the template's (all are named).
+    UserError: there is no checkpoint, it is damaged, or shapes differ from the template's (all are named).
   """
   path = Path(path).resolve()
   check_params(path, template)
@@ -176,7 +184,7 @@ def load_params(path: str | Path, template: Params) -> Params:
 
 
 def check_params(path: str | Path, template: Params) -> None:
-  """Raises UserError where `load_params` would find none, or other shapes; no array is read."""
+  """Raises UserError if the checkpoint has no parameters or other shapes; no array is read."""
   path = Path(path).resolve()
   if not (path / "params").is_dir():
     raise UserError(f"checkpoint {path}: not found, or without parameters; give STAGE/checkpoints/STEP")
@@ -187,7 +195,7 @@ def check_params(path: str | Path, template: Params) -> None:
 
 
 def check(path: Path, part: str = "") -> None:
-  """Raises UserError unless all files of a checkpoint, or of a folder in it, are as they were written."""
+  """Raises UserError if a file of the checkpoint, or of the folder `part` in it, is missing or has changed."""
   try:
     checksums.verify(path, part)
   except checksums.Damage as error:
@@ -195,7 +203,7 @@ def check(path: Path, part: str = "") -> None:
 
 
 def _same_shapes(path: Path, part: str, template) -> None:
-  """Raises UserError, naming every array that is absent or of another shape."""
+  """Raises UserError that names every array that is absent or has another shape."""
   with ocp.StandardCheckpointer() as checkpointer:
     stored = checkpointer.metadata(path / part).item_metadata
   if stored is None:
@@ -216,7 +224,7 @@ def _same_shapes(path: Path, part: str, template) -> None:
 
 
 def _placed(template):
-  """Shapes with a sharding each: the template's own, or this process's first device."""
+  """The template as ShapeDtypeStructs, each with its own sharding or else this process's first device."""
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def place(leaf):

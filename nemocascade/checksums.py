@@ -1,4 +1,4 @@
-"""Checksums of a folder's files: written before the folder is committed, compared before it is believed."""
+"""Checksums of a folder's files: written before the folder is committed, verified before it is read."""
 
 import errno
 import json
@@ -12,9 +12,9 @@ from nemocascade.errors import UserError
 from nemocascade.state_files import read_state, whole
 
 CHECKSUMS = "checksums.json"  # {file: [bytes, crc32 of each PIECE_BYTES of it]}
-PIECE_BYTES = 64 << 20  # Pieces of a large file are read side by side.
+PIECE_BYTES = 64 << 20  # Pieces of a large file are read in parallel.
 BLOCK_BYTES = 1 << 22
-THREADS = 16  # zlib and the reads release Python's lock; network storage is faster with several reads.
+THREADS = 16  # zlib and reads release the GIL, and network storage is faster with several reads at a time.
 SHAPE = {
   "type": "object",
   "minProperties": 1,
@@ -24,16 +24,16 @@ SHAPE = {
     "minItems": 1,
   },
 }
-# Of these the files are not to blame: nothing is set aside for them.
+# Errors of the machine, not of the files: they are not reported as damage.
 NOT_DAMAGE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Damage(ValueError):
-  """A file that is not as it was written; the message is one line that names it."""
+  """A file is missing, changed or unexpected; the message is one line that names it."""
 
 
 def write(folder: Path) -> None:
-  """Writes checksums.json of all files of the folder, which is still under a temporary name."""
+  """Writes checksums.json for all files of the folder; call it before the folder gets its final name."""
   names = sorted(_files(folder))
   sizes = [(folder / name).stat().st_size for name in names]
   sums = {name: [size] for name, size in zip(names, sizes, strict=True)}
@@ -44,10 +44,10 @@ def write(folder: Path) -> None:
 
 
 def verify(folder: Path, part: str = "") -> None:
-  """Compares all files of the folder, or of `part`, a folder in it, with their checksums.
+  """Compares all files of the folder, or of the folder `part` in it, with their checksums.
 
   Raises:
-    Damage: no complete checksums, or the first file that is missing, changed, or not of the folder.
+    Damage: checksums.json is missing or damaged; or the first file that is missing, changed or not listed.
     UserError: this user may not read a file.
   """
   try:
@@ -63,7 +63,8 @@ def verify(folder: Path, part: str = "") -> None:
 
 def _verify(folder: Path, part: str) -> None:
   try:
-    os.lstat(folder / CHECKSUMS)  # Unlike `exists`, tells what is absent from what is out of reach.
+    # Unlike `exists`, lstat raises different errors for a missing file and for an unreachable one.
+    os.lstat(folder / CHECKSUMS)
     sums = read_state(folder / CHECKSUMS, SHAPE, remedy="")
   except FileNotFoundError as error:
     raise Damage(f"{CHECKSUMS} is missing") from error
@@ -93,7 +94,7 @@ def _verify(folder: Path, part: str) -> None:
 
 
 def _files(folder: Path, part: str = "") -> Iterator[str]:
-  """Names of what lies in the folder or its part, links included, except the checksums themselves."""
+  """Names, relative to `folder`, of all files and links in it or in its part, except checksums.json."""
   for place, folders, files in os.walk(folder / part, onerror=_raise):
     links = [name for name in folders if os.path.islink(os.path.join(place, name))]
     for name in (*files, *links):
@@ -111,7 +112,7 @@ def _pieces(size: int) -> int:
 
 
 def _sums(folder: Path, sizes: dict[str, int]) -> Iterator[tuple[str, int]]:
-  """(file, crc32) of each piece, in order."""
+  """(file, crc32) for each piece of PIECE_BYTES of each file, in order."""
   places = [(name, i * PIECE_BYTES) for name, size in sizes.items() for i in range(_pieces(size))]
   with ThreadPoolExecutor(THREADS) as pool:
     of = pool.map(lambda place: _crc32(folder / place[0], place[1]), places)
@@ -125,6 +126,6 @@ def _crc32(file: Path, start: int) -> int:
       source.seek(start)
       while left and (block := source.read(min(BLOCK_BYTES, left))):
         value, left = zlib.crc32(block, value), left - len(block)
-  except OSError as error:  # A read does not say of which file.
+  except OSError as error:  # An error of read() has no file name; this adds it.
     raise OSError(error.errno, error.strerror, str(file)) from error
   return value

@@ -1,4 +1,4 @@
-"""What arms that ran on paired seeds came to: ablation.json, its tables and its picture."""
+"""Results of an ablation whose arms ran on paired seeds: ablation.json, CSV tables and figures."""
 
 import csv
 import math
@@ -23,13 +23,17 @@ COLOURS = ("#1f5fa8", "#c0672b", "#2e8b57", "#8e4b9e", "#b8a12f", "#4a4a4a", "#c
 
 
 def aligned(lines_of_seeds: Sequence[Sequence[Line]]) -> list[list[Line]]:
-  """Equally many evaluations of every seed: where one ends sooner, its last stands with the others' last."""
+  """Gives every seed the same number of evaluations; the last evaluation of each seed is always kept.
+
+  Args:
+    lines_of_seeds: the evaluations of each seed, in order.
+  """
   n = min(map(len, lines_of_seeds))
   return [[*lines[: n - 1], lines[-1]] for lines in lines_of_seeds]
 
 
 def column(lines_of_seeds: Sequence[Sequence[Line]], name: str) -> np.ndarray:
-  """[seeds, evaluations] of aligned lines."""
+  """The field `name` of aligned evaluations; fp64 [seeds, evaluations]."""
   return np.array([[line[name] for line in lines] for lines in lines_of_seeds], np.float64)
 
 
@@ -47,12 +51,12 @@ def compare(
   """The content of ablation.json.
 
   Args:
-    students, teachers: the score of each seed's.
-    arms: name -> of each seed, the evaluations in order.
-    pairs: (a, b): the difference a - b is looked at.
-    steps: where shares of the gap and differences are taken.
-    ends: (a, b): their difference where each of them ends, with None for its step.
-    reach: the share of the gap at which an arm counts as having come to its teacher.
+    students, teachers: the score of each seed's student and of its teacher.
+    arms: name -> the evaluations of each seed, in order.
+    pairs: (a, b): the difference a - b is computed at each of `steps`.
+    steps: steps at which the shares of the gap and the differences are computed.
+    ends: (a, b): the difference a - b is computed with each arm at its own last step; its "step" is None.
+    reach: share of the gap from student to teacher at which an arm counts as having reached its teacher.
   """
   out: dict[str, Any] = {
     "student_score": {"mean": float(np.mean(students))},
@@ -96,9 +100,9 @@ def scores_at(lines_of_seeds: Sequence[Sequence[Line]], step: float) -> np.ndarr
 
 
 def differences(arms: dict, a: str, b: str, step: int | None) -> np.ndarray | None:
-  """Of each seed the score of a less that of b at the step; None where one of them ended before.
+  """The score of a minus that of b at a step, for each seed; None if one of them ended before that step.
 
-  Without a step: where each of them ends.
+  If `step` is None, each arm's last score is used.
   """
   if step is None:
     return np.subtract(*[[lines[-1]["score"] for lines in arms[name]] for name in (a, b)])
@@ -108,7 +112,7 @@ def differences(arms: dict, a: str, b: str, step: int | None) -> np.ndarray | No
 
 
 def _known(values_N: np.ndarray) -> dict:
-  """`statistics.mean` of the seeds that have a gap; None where none has."""
+  """`statistics.mean` of the finite values (the seeds with a gap); its fields are None if there are none."""
   values_N = values_N[np.isfinite(values_N)]
   return statistics.mean(values_N) if len(values_N) else {"mean": None, "ci95": [None, None]}
 
@@ -116,15 +120,15 @@ def _known(values_N: np.ndarray) -> dict:
 def write(
   out: Path, found: dict, arms: dict, *, students: Sequence[dict], teachers: Sequence[dict], rates: dict
 ) -> None:
-  """ablation.json, curves.csv, summary.csv, paired.csv, domains.csv, curves.png and differences.png.
+  """Writes ablation.json, curves.csv, summary.csv, paired.csv, domains.csv, curves.png and differences.png.
 
-  And domains.png where there are several.
+  With several domains it also writes domains.png.
 
   Args:
-    found: of `compare`.
-    arms: as given to it.
-    students, teachers: of each seed, domain -> score.
-    rates: name -> peak learning rate.
+    found: the result of `compare`.
+    arms: as given to `compare`.
+    students, teachers: domain -> score, for each seed.
+    rates: arm -> peak learning rate.
   """
   write_json(out / "ablation.json", found)
   domains = list(students[0])
@@ -170,9 +174,10 @@ def write(
 
 
 def domain_ends(arms: dict, students: Sequence[dict], teachers: Sequence[dict]) -> list[dict]:
-  """What each arm made of each domain at its end: means over seeds, with 95% intervals.
+  """Each arm's last score on each domain, its change and its share of the gap; means over seeds, 95% intervals.
 
-  Args: those of `write`. Values are None where a domain has no teacher, or none above the student.
+  The arguments are those of `write`. "teacher" is None for a domain without a teacher. "gap_closed" is None
+  if no seed has a teacher above its student.
   """
   of = lambda scores, d: float(np.mean([s[d] for s in scores]))
   ends = []
@@ -196,7 +201,11 @@ def domain_ends(arms: dict, students: Sequence[dict], teachers: Sequence[dict]) 
 
 
 def by_domain(ends: list[dict]):
-  """Where each arm ends on each domain, beside its student and its teacher; of `domain_ends`."""
+  """Figure of each arm's last score on each domain, with the student's and the teacher's scores.
+
+  Args:
+    ends: the result of `domain_ends`.
+  """
   domains, names = (list(dict.fromkeys(end[key] for end in ends)) for key in ("domain", "arm"))
   height = 0.14 * len(names) + 0.3
   figure, axes = plt.subplots(figsize=(9, 1.2 + height * len(domains)), layout="constrained")
@@ -213,7 +222,7 @@ def by_domain(ends: list[dict]):
   for style, label in ((":", "student"), ("--", "teacher")):
     axes.plot([], [], style, color="#555", lw=1.2, label=label)
   axes.set_yticks(range(len(domains)), domains)
-  axes.set_ylim(len(domains) - 0.5, -0.5)  # Read from the top.
+  axes.set_ylim(len(domains) - 0.5, -0.5)  # The first domain is at the top.
   axes.set_xlabel("held-out score where each arm ends, with 95% intervals over seeds")
   axes.spines[["top", "right"]].set_visible(False)
   figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
@@ -221,17 +230,17 @@ def by_domain(ends: list[dict]):
 
 
 def curves(found: dict):
-  """Score against steps, tokens and FLOPs, with the 95% band over seeds, and the teacher's level."""
+  """Figure of the score against steps, tokens and FLOPs: 95% bands over seeds, student and teacher levels."""
   figure, panels = plt.subplots(1, len(AXES), figsize=(14, 4.4), layout="constrained", sharey=True)
   for axes, (name, label) in zip(panels, AXES.items(), strict=True):
-    for kind, x, side in (("student", 1, "right"), ("teacher", 0.01, "left")):  # Where no curve is.
+    for kind, x, side in (("student", 1, "right"), ("teacher", 0.01, "left")):  # No curve is at these places.
       level = found[f"{kind}_score"]["mean"]
       axes.axhline(level, color="#555", lw=1, ls="--" if kind == "teacher" else ":")
       axes.annotate(
         kind, (x, level), xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=8, color="#555"
       )
     for i, (arm, values) in enumerate(found["arms"].items()):
-      colour, style = COLOURS[i % len(COLOURS)], ("-", "--")[i % 2]  # A line under another one shows.
+      colour, style = COLOURS[i % len(COLOURS)], ("-", "--")[i % 2]  # Dashes leave a covered line visible.
       scores = np.array(values["scores"])
       bands = np.array([statistics.bootstrap(scores[:, i]) for i in range(scores.shape[1])])
       axes.plot(values[name], scores.mean(axis=0), style, color=colour, lw=1.8, label=arm.replace("_", " "))
@@ -240,7 +249,8 @@ def curves(found: dict):
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
   low, high = panels[0].get_ylim()
-  middle, half = (low + high) / 2, max(high - low, 0.1) / 2  # What hardly moves is drawn as such.
+  # The axis spans at least 0.1, so that small changes look small.
+  middle, half = (low + high) / 2, max(high - low, 0.1) / 2
   panels[0].set_ylim(middle - half, middle + half)
   panels[0].set_ylabel("held-out score, temperature 1")
   figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -249,7 +259,7 @@ def curves(found: dict):
 
 
 def intervals(found: dict):
-  """Each arm's share of the gap, and the paired differences, with their 95% intervals."""
+  """Figure of each arm's share of the gap and of the paired differences, with 95% intervals."""
   steps = sorted({int(s) for arm in found["summary"].values() for s in arm["gap_closed"]})
   closed = [
     (arm, int(step), g)
@@ -272,7 +282,7 @@ def intervals(found: dict):
     if not lines:
       axes.text(0.5, 0.5, "nothing to show: no teacher is above its student", transform=axes.transAxes, ha="center")
     axes.set_yticks(range(len(lines)), [f"{name.replace('_', ' ')}, {place(step)}" for name, step, _ in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)  # Read from the top.
+    axes.set_ylim(len(lines) - 0.4, -0.6)  # The first line is at the top.
     axes.set_xlabel(label)
     axes.grid(axis="x", color="#ddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -281,12 +291,12 @@ def intervals(found: dict):
 
 
 def place(step: int | None) -> str:
-  """Where two arms are compared, in words."""
+  """The step at which two arms are compared, in words."""
   return "where each ends" if step is None else f"step {step}"
 
 
 def table(found: dict) -> str:
-  """The summary and the paired differences, to be read in a terminal."""
+  """The summary and the paired differences as text for a terminal."""
   number = lambda x, digits=3: "never" if x is None or not math.isfinite(x) else f"{x:.{digits}f}"
   span = lambda value, key="mean", digits=3: (
     f"{number(value[key], digits)} [{', '.join(number(x, digits) for x in value['ci95'])}]"

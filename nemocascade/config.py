@@ -1,4 +1,4 @@
-"""Frozen, self-checking settings of a model; fields carry Hugging Face's names."""
+"""The frozen config of a model. It checks its values; its fields have Hugging Face's names."""
 
 import dataclasses
 import math
@@ -11,11 +11,17 @@ BLOCK_KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-":
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """The Nemotron-H family (paper.md 1.2; HF `configuration_nemotron_h.py`). Hashable, so static."""
+  """A model of the Nemotron-H family (transformers' `configuration_nemotron_h.py`).
+
+  It is hashable, so it can be a static argument of jit. nemocascade/field_table.py describes every field.
+
+  Raises:
+    UserError: a value is outside its range, or two fields do not fit together.
+  """
 
   vocab_size: int
   hidden_size: int
-  hybrid_override_pattern: str  # One letter a block: M, E, * or -.
+  hybrid_override_pattern: str  # One letter for each block: a key of BLOCK_KINDS.
 
   # Attention.
   num_attention_heads: int = 4
@@ -29,31 +35,31 @@ class ModelConfig:
   n_groups: int = 2  # Groups of heads that share B and C.
   conv_kernel: int = 4
   use_conv_bias: bool = True
-  chunk_size: int = 32  # Tokens that the scan takes at a time; a speed, never a number.
-  time_step_min: float = 0.001  # Bounds of dt at initialisation only.
+  chunk_size: int = 32  # Tokens of a chunk of the SSD scan; it affects speed, not results.
+  time_step_min: float = 0.001  # These bounds of dt apply at initialisation only.
   time_step_max: float = 0.1
   time_step_floor: float = 1e-4
-  time_step_limit: tuple[float, float] = (0.0, math.inf)  # Clamp of dt; transformers has (min, inf).
+  time_step_limit: tuple[float, float] = (0.0, math.inf)  # Clamp of dt; transformers: (time_step_min, inf).
 
   # Mixture of experts, and MLP.
   n_routed_experts: int = 4
   num_experts_per_tok: int = 2
   moe_intermediate_size: int = 64
   moe_shared_expert_intermediate_size: int = 64
-  n_group: int = 1  # Groups of experts of which the router first picks `topk_group`.
+  n_group: int = 1  # The router first picks `topk_group` of these groups of experts.
   topk_group: int = 1
   norm_topk_prob: bool = True
   routed_scaling_factor: float = 1.0
-  moe_latent_size: int | None = None  # Width in which experts work; None is hidden_size.
-  router_loss: bool = False  # Whether a score holds the load-balancing loss; of training alone.
-  intermediate_size: int = 128  # Of a dense MLP block.
+  moe_latent_size: int | None = None  # Input and output width of the routed experts; None is hidden_size.
+  router_loss: bool = False  # Whether Scores include the load-balancing loss; training sets it.
+  intermediate_size: int = 128  # Width of a dense MLP block.
 
-  # Throughout.
+  # Whole model.
   layer_norm_epsilon: float = 1e-5
   tie_word_embeddings: bool = False
   initializer_range: float = 0.02
-  rescale_prenorm_residual: bool = True  # Output projections start smaller by sqrt(blocks).
-  dtype: str = "float32"  # Of activations and matmuls.
+  rescale_prenorm_residual: bool = True  # Divides initial output projections by sqrt(blocks).
+  dtype: str = "float32"  # Type of activations and matrix products.
   param_dtype: str = "float32"
   remat: bool = False  # Recompute each block in the backward pass.
 
@@ -87,12 +93,12 @@ class ModelConfig:
 
   @property
   def mamba_inner_size(self) -> int:
-    """Channels of a Mamba block: heads x channels a head (`expand` is not used)."""
+    """Channels of a Mamba block: heads x channels of a head. Hugging Face's `expand` is not used."""
     return self.mamba_num_heads * self.mamba_head_dim
 
   @classmethod
   def from_fields(cls, fields: dict) -> "ModelConfig":
-    """From a config section; raises UserError on a field that does not exist."""
+    """Builds a config from a section of a config file. Raises UserError on an unknown or a missing field."""
     known = {field.name for field in dataclasses.fields(cls)}
     for name in fields:
       if name not in known:

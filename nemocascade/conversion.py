@@ -1,8 +1,9 @@
-"""A Hugging Face folder to a checkpoint of ours and back, streamed: no tensor is held whole.
+"""Converts a Hugging Face folder to one of our checkpoints and back, in pieces: no tensor is in memory whole.
 
-Big matrices need no transposing. A chunk of our arrays holds its numbers in the reverse order of
-the array's dimensions (zarr's order "F"), which for ours [in, out] is the order of theirs [out, in]:
-the bytes of a chunk are the bytes of their tensor. Only attention's four matrices are rearranged.
+In this file "ours" is our checkpoint and "theirs" is the Hugging Face folder.
+Large matrices are not transposed. Ours are [in, out] and theirs [out, in]. Our chunks use zarr's order "F",
+which stores the dimensions reversed, so a chunk has the same bytes as the part of their tensor. Only
+attention's four matrices are rearranged.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ from nemocascade.model.hybrid import init_params
 from nemocascade.model.tensor_files import DTYPES, Stretch, finite, write_all, write_shards
 from nemocascade.state_files import check_shape, parsed, read_state, read_text
 
-# In a checkpoint's `model` folder, beside config.json and the tokenizer.
+# Files in a checkpoint's `model` folder, next to config.json and the tokenizer: their config.json, and the
+# record that `to_hf` needs to write the folder back.
 THEIR_CONFIG, RECORD = "hf_config.json", "hf.json"
 OURS = (CONFIG, THEIR_CONFIG, RECORD, checksums.CHECKSUMS)
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
@@ -46,24 +48,25 @@ RECORD_SHAPE = {
     "dtypes": {"type": "object", "additionalProperties": {"enum": list(DTYPES)}},
   },
 }
-GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}  # paper.md 1.2
+# Token ids of the family's generation_config.json (Hugging Face: nvidia/Nemotron-Cascade-2-30B-A3B).
+GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def from_hf(source: Source, target: Path) -> None:
-  """Writes `target/params` and `target/model`; numbers keep the width that the folder gives them.
+  """Writes a Hugging Face folder as a checkpoint: `target/params` and `target/model`; dtypes are kept.
 
   Raises:
-    UserError: naming every tensor that holds NaN or infinity; nothing is left at the target.
+    UserError: tensors hold NaN or infinity (all are named); then nothing is left at the target.
   """
   layouts = _layouts(source)
-  # Numbers are looked at beside the copying, which is the system's.
+  # A second thread checks the numbers while the operating system copies.
   with _whole_or_nothing(target) as partial, ThreadPoolExecutor(1) as beside:
     arrays.create(partial / "params", layouts)
     checks: dict[str, list[Future[bool]]] = {}
     for named in source.layout.values():
       if named.name == HEAD and source.config.tie_word_embeddings:
-        continue  # The embedding again.
+        continue  # The head is the embedding.
       own = source.names[named.name]
       for part, place in enumerate(named.parts):
         parts = _write_part(source, own, part, place, layouts[place.leaf], partial / "params", beside)
@@ -76,7 +79,7 @@ def from_hf(source: Source, target: Path) -> None:
 
 
 def _layouts(source: Source) -> dict[str, Layout]:
-  """Of each leaf: wide enough for all its tensors, in chunks of one matrix or of some rows of one."""
+  """The layout of each leaf: the widest dtype of its tensors; a chunk is one matrix or some rows of one."""
   template = jax.eval_shape(functools.partial(init_params, source.config), jax.random.key(0))
   shapes = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -96,7 +99,7 @@ def _layout(shape: tuple[int, ...], place: Place, dtype: np.dtype) -> Layout:
   inner, ones = place.shape, (1,) * len(place.index)
   if not _same_bytes(place):
     return Layout(shape, dtype, (*ones, *inner), "C")
-  rows = place.split[0]  # Of theirs: the slowest axis of both.
+  rows = place.split[0]  # The rows of their matrix, which vary slowest in both byte orders.
   rows = arrays.rows_within(rows, dtype.itemsize * int(np.prod(place.split[1:])))
   if len(inner) > 1 and place.axes[0] != 0:
     return Layout(shape, dtype, (*ones, *inner[:-1], rows), "F")
@@ -104,13 +107,13 @@ def _layout(shape: tuple[int, ...], place: Place, dtype: np.dtype) -> Layout:
 
 
 def _same_bytes(place: Place) -> bool:
-  """Whether theirs is ours in C or in F order."""
+  """Whether their matrix has the bytes of ours, in C or in F order."""
   n = len(place.axes)
   return place.axes in (tuple(range(n)), tuple(reversed(range(n))))
 
 
 def _chunks(place: Place, layout: Layout) -> Iterator[tuple[tuple[int, ...], int, int]]:
-  """(place of the chunk, its first number among theirs, how many) of one matrix, in their order."""
+  """The chunks of one matrix in their order: (chunk index, its first number in theirs, how many numbers)."""
   inner = [0] * len(place.axes)
   axis = len(inner) - 1 if layout.order == "F" else 0
   chunk, total = int(np.prod(layout.chunks)), int(np.prod(place.shape))
@@ -120,16 +123,16 @@ def _chunks(place: Place, layout: Layout) -> Iterator[tuple[tuple[int, ...], int
 
 
 def _broken(checks: dict[str, list[Future[bool]]]) -> list[str]:
-  """The tensors of which a part is not finite."""
+  """Names of the tensors that have a part with NaN or infinity."""
   return [name for name, parts in checks.items() if not all([part.result() for part in parts])]
 
 
 def _write_part(
   source: Source, own: str, part: int, place: Place, layout: Layout, params: Path, beside: ThreadPoolExecutor
 ) -> list[Future[bool]]:
-  """One matrix of theirs to its chunks; whether the numbers of each are finite is known later."""
+  """Writes one of their matrices to its chunks; returns a future for each chunk: whether it is finite."""
   dtype, checks = DTYPES[source.folder.tensors[own].dtype], []
-  first = part * int(np.prod(place.split))  # Of this part's numbers in the tensor.
+  first = part * int(np.prod(place.split))  # Index in the tensor of this part's first number.
   for where, start, count in _chunks(place, layout):
     stretch = source.folder.stretch(own, (first + start) * dtype.itemsize, count * dtype.itemsize)
     checks.append(beside.submit(stretch.finite))
@@ -137,12 +140,12 @@ def _write_part(
       for piece in _as_ours(stretch, place, layout):
         write_all(file, piece)
       if count < int(np.prod(layout.chunks)):
-        file.truncate(layout.chunk_bytes)  # The last chunk is filled up with zeros.
+        file.truncate(layout.chunk_bytes)  # Pads the last chunk with zeros.
   return checks
 
 
 def _as_ours(stretch: Stretch, place: Place, layout: Layout) -> Iterator[np.ndarray | Stretch]:
-  """A chunk's numbers as they lie on disk."""
+  """A chunk's numbers in the order and dtype of our file."""
   if not _same_bytes(place):
     numbers = np.concatenate([block.copy() for block in stretch.blocks()])
     yield place.ours(numbers).astype(layout.dtype)
@@ -153,7 +156,7 @@ def _as_ours(stretch: Stretch, place: Place, layout: Layout) -> Iterator[np.ndar
 
 
 def _write_model_files(source: Source, layouts: dict[str, Layout], model: Path) -> None:
-  """Our config, their config, what else the folder holds, and what is needed to write it back."""
+  """Writes our config, their config, the folder's other files without weights, and the record for `to_hf`."""
   model.mkdir()
   for file in sorted(source.path.iterdir()):
     if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHTS):
@@ -169,13 +172,17 @@ def _write_model_files(source: Source, layouts: dict[str, Layout], model: Path) 
 
 
 def to_hf(checkpoint: Path, model: Path, config: ModelConfig, target: Path) -> None:
-  """Writes a checkpoint of ours as a folder that transformers loads.
+  """Writes one of our checkpoints as a folder that transformers can load.
 
   Args:
-    checkpoint: holds `params`.
-    model: the folder with our config.json, the tokenizer and, of a converted model, its own files.
+    checkpoint: the folder that holds `params`.
+    model: the folder with our config.json, the tokenizer and, after `from_hf`, their other files.
+    config: the model's config.
+    target: the folder to write.
+
   Raises:
-    UserError: naming every tensor that holds NaN or infinity; nothing is left at the target.
+    UserError: tensors hold NaN or infinity (all are named), or the checkpoint is damaged; then nothing is left
+      at the target.
   """
   params = checkpoint / "params"
   check(checkpoint, "params")
@@ -210,7 +217,7 @@ def to_hf(checkpoint: Path, model: Path, config: ModelConfig, target: Path) -> N
 
 
 def _pieces(params: Path, named: Named, opened) -> Iterator[np.ndarray | Stretch]:
-  """A tensor of theirs in pieces, in C order: from plain files where the bytes are the same."""
+  """One of their tensors in pieces, in C order; read directly from chunk files if the bytes are the same."""
   for place in named.parts:
     stored = arrays.stored_layout(params, place.leaf)
     if stored is not None and stored == _layout(stored.shape, place, stored.dtype) and _same_bytes(place):
@@ -233,7 +240,7 @@ def _write_their_files(model: Path, config: ModelConfig, target: Path) -> None:
     original = parsed(text, model / THEIR_CONFIG, remedy=AGAIN)
     check_shape(original, {"type": "object"}, model / THEIR_CONFIG, remedy=AGAIN)
   fields = config_fields(config, original)
-  if fields == original:  # Nothing to say anew: the file itself.
+  if fields == original:  # Nothing has changed, so the file's own text is kept.
     (target / CONFIG).write_text(text)
   else:
     _write_json(target / CONFIG, fields)
@@ -245,12 +252,12 @@ def _write_their_files(model: Path, config: ModelConfig, target: Path) -> None:
 
 
 def _write_json(path: Path, value) -> None:
-  """In a folder that is renamed when it is whole: forcing one file to disk would wait for all."""
+  """Writes JSON without fsync, which would wait for all the weights; the folder is renamed once complete."""
   path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 class _whole_or_nothing:
-  """A path beside the target to write to, renamed to the target at the end, or removed on an error."""
+  """Context manager: a temporary path next to the target, renamed to it at the end or removed on an error."""
 
   def __init__(self, target: Path):
     self.target = target

@@ -1,4 +1,4 @@
-"""What a user is told: one line with the field, the value and what is allowed."""
+"""Errors for users. A message is one line with the field, its value and what is allowed."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,17 +9,20 @@ class UserError(Exception):
 
 
 class StageStopped(Exception):
-  """A stage that goes wrong was ended: one line with stage, step and what to do. Commands exit with 1."""
+  """A stage was stopped because training went wrong. The message has the stage, the step and a remedy.
+
+  It is one line. Commands print it and exit with 1.
+  """
 
 
 def nearest(name: object, choices: Iterable[object]) -> str | None:
-  """The choice most like the name, if any is like it."""
+  """The choice most similar to the name, or None if none is similar."""
   near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1)
   return near[0] if near else None
 
 
 def unknown(what: str, name: object, choices: Iterable[object]) -> UserError:
-  """The error for a name that is not one of `choices`, with the nearest one."""
+  """The error for a name that is not in `choices`; its message suggests the most similar choice."""
   choices = sorted(str(choice) for choice in choices)
   near = nearest(name, choices)
   hint = f"did you mean {near!r}? " if near else ""
@@ -27,7 +30,7 @@ def unknown(what: str, name: object, choices: Iterable[object]) -> UserError:
 
 
 def listed(names: Iterable[str], most: int = 140) -> str:
-  """Names in a row; of many the first, and how many more there are."""
+  """The names joined by commas, at most about `most` characters; the rest is given as a number."""
   names = list(names)
   fits = [i for i in range(1, len(names) + 1) if len(", ".join(names[:i])) <= most]
   first = max(fits, default=1)
@@ -36,6 +39,6 @@ def listed(names: Iterable[str], most: int = 140) -> str:
 
 
 def short(said: str, most: int = 60) -> str:
-  """One line of at most so many characters."""
+  """The text on one line, cut to `most` characters."""
   said = " ".join(said.split())
   return said if len(said) <= most else said[: most - 3] + "..."

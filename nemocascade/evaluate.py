@@ -1,4 +1,4 @@
-"""Held-out scores by domain: avg@k and pass@k with 95% intervals, every verdict kept."""
+"""Held-out scores of each domain: avg@k with its 95% interval, and pass@k."""
 
 import dataclasses
 import math
@@ -12,23 +12,23 @@ from nemocascade.rollout.episode import Samples
 
 @dataclasses.dataclass(frozen=True)
 class DomainScore:
-  """Of one domain: the mean verdict over n prompts of k completions each."""
+  """The score of one domain over n prompts with k completions each."""
 
-  mean: float  # avg@k: over the completions that got a verdict.
-  low: float  # 95% interval of the mean, over prompts.
+  mean: float  # avg@k: the mean over prompts of the mean verdict of their unmasked completions.
+  low: float  # The ends of the 95% interval of the mean, over prompts.
   high: float
-  best: float  # pass@k: share of prompts with at least one full verdict.
+  best: float  # pass@k: share of the prompts with a verdict that have at least one success.
   prompts: int
-  masked: int  # Completions without a verdict; not in the mean.
-  unfinished: int
-  tokens: int  # Sampled, over all completions.
+  masked: int  # Completions without a verdict; they are not in the mean.
+  unfinished: int  # Completions that met the length limit.
+  tokens: int  # Sampled tokens of all completions.
 
 
 def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
-  """95% interval of the mean over prompts.
+  """95% interval (low, high) of the mean over prompts, within [0, 1].
 
-  Wilson's where every prompt counts 0 or 1 (it stays honest near the ends); else the normal
-  interval of the per-prompt means.
+  If every prompt has 0 or 1 it is the Wilson interval, which stays accurate near 0 and 1. Otherwise it is the
+  normal interval of the prompts' means.
   """
   n = len(success_Q)
   if n == 0:
@@ -43,7 +43,11 @@ def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
 
 
 def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], samples: Samples | None = None):
-  """DomainScore of verdicts[q][g]; `samples`, of the same prompts, adds tokens and unfinished."""
+  """The DomainScore of verdicts[q][g].
+
+  Args:
+    samples: the samples of the same prompts; without them `tokens` and `unfinished` are 0.
+  """
   means, best = [], []
   for verdicts_G in verdicts_QG:
     rewards = [v.reward for v in verdicts_G if not v.masked]
@@ -70,10 +74,14 @@ def evaluate(
   *,
   batch: int,
 ) -> dict[str, DomainScore]:
-  """Scores each domain's rows.
+  """Scores the rows of each domain.
 
-  `collect(rows, index)` samples completions of exactly `batch` rows (the last batch is filled up
-  with copies of its last row, whose completions are dropped), `index` the first one's number.
+  Args:
+    rows: domain -> its rows.
+    collect: (rows, index) -> Samples of exactly `batch` rows; `index` is the number of the first row. The last
+      batch is filled up with copies of its last row, whose samples are dropped.
+    judge: Samples -> verdicts[q][g].
+    batch: rows that are sampled together.
   """
   flat = [(name, row) for name, domain_rows in rows.items() for row in domain_rows]
   verdicts: dict[str, list] = {name: [] for name in rows}

@@ -1,7 +1,7 @@
-"""Every field of every config: type, range, choices and meaning, each said once.
+"""The fields of all configs: type, range, choices and meaning.
 
-A field is one line of a table below. `check` refuses a config by it, `--help` shows it, and
-experiments/FIELDS.md is written from it (`python -m nemocascade.field_table`).
+Each field is one line of a table below. `check` validates configs against the tables, `--help` prints them, and
+`python -m nemocascade.field_table` writes experiments/FIELDS.md from them.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ MODEL = {
   "model.remat": flag("Whether the backward pass recomputes each block.", optional=True),
 }
 
-# Guard -> what its threshold counts; the names are those of nemocascade.guards.GUARDS.
+# Guard, a key of nemocascade.guards.GUARDS -> the quantity and unit of its threshold.
 GUARDS = {
   "entropy_collapse": "Nats a token; fires below it.",
   "reward_collapse": "Share of the best average reward that is lost.",
@@ -228,17 +228,17 @@ ABLATION = CASCADE | {
   "search.seeds": several("Seeds of the tries, none of them in seeds.", whole("a seed", 0), unique=True),
 }
 
-# Kind of config -> its own fields. A stage inside of a cascade has no shared ones.
+# Kind of config -> its own fields. A stage inside a cascade has only these, not the SHARED ones.
 OWN = {
   "sft": STAGE | SFT, "rl": STAGE | RL, "reward_model": STAGE | REWARD_MODEL, "cascade": CASCADE, "ablation": ABLATION,
 }  # fmt: skip
 WHOLE = {kind: SEED | SHARED | own for kind, own in OWN.items()}
-# A comparison has `seeds` in its place.
+# An ablation has `seeds` instead of `seed`.
 WHOLE["ablation"]["seed"] = dataclasses.replace(SEED["seed"], optional=True)
 
 
 def kind_of(config: Mapping) -> str:
-  """Which of OWN a config is, by the fields that it has."""
+  """The kind of a config, a key of OWN, inferred from its fields. Raises UserError if there is none."""
   if "arms" in config:
     return "ablation"
   if "stages" in config:
@@ -250,10 +250,13 @@ def kind_of(config: Mapping) -> str:
 
 
 def check(c: Any, *kinds: str) -> None:
-  """Refuses a ConfigDict whose fields are not those of its kind, or whose values are not within their ranges.
+  """Validates a ConfigDict: its fields must be those of its kind, and their values within the ranges.
+
+  Args:
+    kinds: the kinds that the caller accepts; none accepts all.
 
   Raises:
-    UserError: names the first such field, its value and what is allowed; or the kind, if it is none of `kinds`.
+    UserError: names the first wrong field, its value and what is allowed; or the kind, if it is not accepted.
   """
   config = c.to_dict()
   kind = kind_of(config)
@@ -263,14 +266,18 @@ def check(c: Any, *kinds: str) -> None:
 
 
 def check_values(part: str, **values: Any) -> None:
-  """The same for some fields of the section `part`, wherever they come from."""
+  """Validates values of fields of the section `part`, such as "optimizer", outside a config.
+
+  Raises:
+    UserError: names the first wrong field, its value and what is allowed.
+  """
   tables = SHARED | STAGE | RL
   for name, value in values.items():
     tables[f"{part}.{name}"].check(f"{part}.{name}", value)
 
 
 def field_of(config: Mapping, name: str) -> tuple[Field | None, list[str]]:
-  """(the field of this dotted name in a config, or None; the names that its section may have)."""
+  """Looks up a dotted name: (its field or None, the names that are allowed in its section)."""
   table, (first, *rest) = WHOLE[kind_of(config)], name.split(".")
   if first in ("stages", "arms") and len(rest) > 1 and rest[0] in config.get(first, {}):
     kind = "rl" if first == "arms" else config[first][rest[0]].get("kind")
@@ -316,7 +323,7 @@ def _stage(stage: Any, name: str, arm: bool) -> None:
 
 
 def _find(table: Mapping[str, Field], name: str) -> Field | None:
-  """The field of the name, or of the pattern with the fewest stars that fits it."""
+  """The field of the name, or else of the matching pattern with the fewest stars; None if there is none."""
   if name in table:
     return table[name]
   parts, found = name.split("."), []
@@ -328,7 +335,7 @@ def _find(table: Mapping[str, Field], name: str) -> Field | None:
 
 
 def _siblings(table: Mapping[str, Field], name: str, stars: bool = False) -> list[str]:
-  """The names, or patterns of names too, that may stand beside this one."""
+  """The last parts of names that are allowed in the section of `name`; with `stars`, "*" is included."""
   before = name.split(".")[:-1]
   below = (p.split(".") for p in table if p.count(".") >= len(before))
   return sorted({p[len(before)] for p in below if all(b in ("*", a) for a, b in zip(before, p))} - ({"*"} if not stars else set()))
@@ -348,7 +355,7 @@ def _has(config: Mapping, name: str) -> bool:
 
 
 def described(c: Any) -> Iterator[tuple[str, Any, Field]]:
-  """(dotted name, value, field) of every field that the config has; c passes `check`."""
+  """(dotted name, value, field) for every field of a config that has passed `check`."""
   config = c.to_dict()
 
   def walk(node: Mapping, path: str):
@@ -363,7 +370,7 @@ def described(c: Any) -> Iterator[tuple[str, Any, Field]]:
 
 
 def markdown() -> str:
-  """The reference page."""
+  """The text of experiments/FIELDS.md."""
   parts = {
     "Shared by all": SEED | SHARED, "Of every stage": STAGE, "SFT": SFT, "Reward model": REWARD_MODEL, "RL": RL,
     "Cascade": CASCADE, "Ablation": {n: f for n, f in ABLATION.items() if n not in CASCADE},

@@ -1,4 +1,4 @@
-"""What a setting may be: its type, range and choices, and how a value is read and refused."""
+"""Fields of configs: type, range and choices; parsing and validation of a value."""
 
 import ast
 import dataclasses
@@ -9,23 +9,27 @@ from typing import Any
 
 from nemocascade.errors import UserError, listed, nearest, short, unknown
 
-LARGEST = 2**31 - 1  # Of every whole number: programs count in int32.
+LARGEST = 2**31 - 1  # Upper bound of every whole number, because programs count in int32.
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Field:
-  """One setting. `kind` is int, float, bool, str, tuple or dict.
+  """One field of a config.
 
   Attributes:
-    help: one sentence, with the unit.
-    low, high: bounds that the value may equal. above, below: bounds that it may not.
-    also: values outside of the bounds that are allowed too, such as None or -1.
-    choices: the words allowed, or "module:NAME" of the dict whose keys they are. The dict is named and not
-      imported here, since it lies on a higher floor.
-    empty: whether "" , () or {} is allowed.
-    item: of a tuple, what its values may be. unique: no value twice. length: how many values.
-    optional: whether a config may lack it.
+    kind: int, float, bool, str, tuple or dict.
+    help: one sentence on its meaning, with the unit.
+    low, high: inclusive bounds. above, below: exclusive bounds.
+    infinite: whether an infinite float is allowed.
+    also: further allowed values outside the bounds, such as None or -1.
+    choices: the allowed words, or "module:NAME" of a dict whose keys they are. The dict is given by name,
+      because this module may not import modules of a higher layer.
+    empty: whether "", () or {} is allowed.
+    item: the field that each value of a tuple must satisfy.
+    unique: whether the values of a tuple must differ.
+    length: the number of values of a tuple; None allows any.
+    optional: whether a config may leave the field out.
   """
 
   kind: type
@@ -44,7 +48,7 @@ class Field:
   optional: bool = False
 
   def check(self, name: str, value: Any) -> None:
-    """Raises UserError, with the name, the value and what is allowed, where the value is not."""
+    """Raises UserError with the name, the value and what is allowed, if the value is not allowed."""
     if any(value is other or (type(value) is type(other) and value == other) for other in self.also):
       return
     if isinstance(value, float) and math.isnan(value):
@@ -61,7 +65,7 @@ class Field:
         raise UserError(f"{name}={shown(value)}: has {twice[0]!r} twice; must be {self.allowed()}")
 
   def parse(self, name: str, text: str) -> Any:
-    """The value that a command line spells. Raises UserError where it spells none of this kind."""
+    """Parses a value from the command line. Raises UserError if the text is not of the field's kind."""
     if None in self.also and text in ("None", "none"):
       return None
     if self.kind is str:
@@ -79,14 +83,14 @@ class Field:
     return value
 
   def words(self) -> tuple[str, ...]:
-    """The choices."""
+    """The allowed words; imports the dict that `choices` names."""
     if isinstance(self.choices, str):
       module, name = self.choices.split(":")
       return tuple(getattr(importlib.import_module(module), name))
     return self.choices
 
   def allowed(self, value: Any = None) -> str:
-    """What may be given, in words; a bound that every whole number has only where `value` is beyond it."""
+    """The allowed values, in words. LARGEST is mentioned only if `value` exceeds it."""
     return " or ".join([self._allowed(value), *("None" if v is None else str(v) for v in self.also)])
 
   def _allowed(self, value: Any) -> str:
@@ -138,11 +142,11 @@ class Field:
     return self.length is None or len(value) == self.length
 
 
-# Short forms, so that a table has a line a field.
+# Constructors with short names, so that a field fits on one line of a table.
 
 
 def whole(help: str, low: int | None = 1, high: int | None = None, **more: Any) -> Field:
-  """A whole number; of at least 1 unless told otherwise."""
+  """A whole number, at least 1 by default."""
   return Field(kind=int, help=help, low=low, high=high, **more)
 
 
@@ -159,28 +163,28 @@ def text(help: str, **more: Any) -> Field:
 
 
 def word(help: str, choices: Iterable[str] | str, *, empty: bool = False, **more: Any) -> Field:
-  """One of some words."""
+  """One of the words `choices`."""
   choices = choices if isinstance(choices, str) else tuple(choices)
   return Field(kind=str, help=help, choices=choices, empty=empty, **more)
 
 
 def several(help: str, item: Field, **more: Any) -> Field:
-  """A tuple of `item`."""
+  """A tuple whose values satisfy `item`."""
   return Field(kind=tuple, help=help, item=item, **more)
 
 
 def section(help: str, **more: Any) -> Field:
-  """Fields under names that the user gives."""
+  """A section whose field names the config chooses, such as domains or stages."""
   return Field(kind=dict, help=help, **more)
 
 
 def shown(value: Any, most: int = 60) -> str:
-  """A value as a message quotes it: one line, not too long."""
+  """A value as quoted in messages: one line of at most `most` characters."""
   return short(repr(value.to_dict() if hasattr(value, "to_dict") else value), most)
 
 
 def no_field(name: str, among: Iterable[str]) -> UserError:
-  """The error for a field that does not exist, beside those that do."""
+  """The error for a field that does not exist; its message lists the fields of the section."""
   section_, _, last = name.rpartition(".")
   where = f"in {section_.removeprefix('--config.')} " if section_ not in ("", "--config") else ""
   among = sorted(among)

@@ -1,7 +1,7 @@
-"""Guards of a stage: named thresholds on what its steps report, that say when a run is going wrong.
+"""Guards: thresholds on the metrics of a stage that detect a run that is going wrong.
 
-A guard follows one metric by its moving average. What it remembers is plain JSON, so that a resumed stage
-judges as the uninterrupted one does. experiments/OBJECTIVES.md has the table of thresholds and reasons.
+A guard compares the moving average of one metric with its threshold. Its history is stored as JSON, so that a
+resumed stage decides like an uninterrupted one. experiments/OBJECTIVES.md lists the thresholds and reasons.
 """
 
 import dataclasses
@@ -9,17 +9,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-SMALL_REWARD = 0.1  # A fall from a reward below this is judged as a fall from this: else it is noise.
+# reward_collapse measures a fall from a smaller reward than this relative to this, because it may be noise.
+SMALL_REWARD = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class History:
-  """Of one metric: `mean` is the plain mean of the first `window` steps, then the moving average."""
+  """The history of one metric."""
 
   steps: int = 0
-  mean: float = 0.0
+  mean: float = 0.0  # The plain mean of the first `window` steps; after them an exponential moving average.
   first: float = 0.0  # The mean of the first `window` steps.
-  best: float = -math.inf  # The largest mean since then.
+  best: float = -math.inf  # The largest `mean` from step `window` on.
 
   def plus(self, value: float, window: int) -> "History":
     steps = self.steps + 1
@@ -32,7 +33,11 @@ class History:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-  """Fires where fires(history, threshold) is true; `says` completes "METRIC is VALUE, "."""
+  """A guard of `metric`.
+
+  fires: (history, threshold) -> whether the guard fires.
+  says: (history, threshold) -> the end of the message that begins "METRIC is VALUE, ".
+  """
 
   metric: str
   fires: Callable[[History, float], bool]
@@ -44,45 +49,50 @@ def _fell(h: History, share: float) -> bool:
 
 
 GUARDS = dict(
-  # Nats of a token: too little is left to explore with.
+  # Entropy in nats a token: the policy explores too little.
   entropy_collapse=Guard("policy/entropy", lambda h, x: h.mean < x, lambda h, x: f"below {x:g} nats"),
-  # Share of the best average so far that was lost. Raw verdicts: shaped rewards of filtered groups fall
-  # to 0 also where everything is solved.
+  # Share of the best average reward that was lost. The metric is raw verdicts, because the shaped rewards of
+  # filtered groups also fall to 0 when every prompt is solved.
   reward_collapse=Guard(
     "rollout/verdict", _fell, lambda h, x: f"and was {h.best:.3g}: more than {x:g} of it is lost"
   ),
-  # Sampled tokens of a completion, in units of the stage's first steps.
+  # Sampled tokens of a completion, relative to the mean of the stage's first steps.
   length_explosion=Guard(
     "rollout/tokens", lambda h, x: h.mean > x * h.first, lambda h, x: f"more than {x:g} x the first {h.first:.3g}"
   ),
-  # Mean |log(pi_train / pi_sampler)| of a token: the gradient is of another policy than the one that sampled.
+  # Mean |log(pi_train / pi_sampler)| a token: the trainer's policy differs from the sampler's.
   sampler_mismatch=Guard("policy/sampler_error", lambda h, x: h.mean > x, lambda h, x: f"above {x:g} nats a token"),
-  # Share of tokens on which a teacher knows no more than the size of the vocabulary, of the worst teacher.
+  # Share of tokens on which a teacher is within a nat of the uniform distribution; the largest of all teachers.
   uniform_teacher=Guard("teacher/uniform", lambda h, x: h.mean > x, lambda h, x: f"above {x:g} of the tokens"),
-  # Share of groups whose verdicts differ: the others have no advantage.
+  # Share of groups whose verdicts differ; in other groups every advantage is 0.
   few_signals=Guard("rollout/groups_with_signal", lambda h, x: h.mean < x, lambda h, x: f"below {x:g} of the groups"),
-  # Checkpoints of this stage that still fit on the disk.
+  # Number of checkpoints of this stage for which the disk has room.
   disk_full=Guard("disk/checkpoints", lambda h, x: h.mean < x, lambda h, x: f"below {x:g} checkpoints that still fit"),
 )
-AT_ONCE = ("disk_full",)  # Judged by the last value alone, which is of the machine and no part of the run's state.
+# These guards use the last value alone. It describes the machine, so no history of it is kept.
+AT_ONCE = ("disk_full",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """A guard that fires at this step."""
+  """The report of a guard that fired."""
 
   guard: str
-  action: str  # warn | stop
-  line: str
+  action: str  # "warn" or "stop".
+  line: str  # One line for the user.
 
 
 def observe(
   histories: Mapping[str, History], metrics: Mapping[str, float], settings: Mapping[str, Any]
 ) -> tuple[dict[str, History], list[Finding], dict[str, float]]:
-  """(the histories with this step's metrics, the guards that fire, "guard/<name>" -> 0 or 1 of those that judged).
+  """Adds a step's metrics: (new histories, findings, {"guard/<name>": 1 if it fired, else 0}).
 
-  A guard that is off, whose metric is not there or not finite, or that has seen less than `window` steps
-  says nothing. `settings` is a section as `check` wants it.
+  A guard is skipped if it is off, if its metric is missing or not finite, or if it has seen fewer than
+  `window` steps.
+
+  Args:
+    histories: guard -> History.
+    settings: the validated section `guards` of the config.
   """
   histories, findings, flags = dict(histories), [], {}
   for name, guard in GUARDS.items():
@@ -102,7 +112,7 @@ def observe(
 
 
 def standing(histories: Mapping[str, History], settings: Mapping[str, Any]) -> list[Finding]:
-  """What the histories alone say: of a stage that a guard has ended, what ended it."""
+  """The findings from the histories alone; for a stage that a guard has ended, these say which one."""
   judged = [n for n, h in histories.items() if settings[n]["action"] != "off" and h.steps >= settings["window"]]
   return [finding for name in judged for finding in _judge(name, histories[name], settings)]
 
@@ -116,7 +126,7 @@ def _judge(name: str, h: History, settings: Mapping[str, Any]) -> list[Finding]:
 
 
 def to_json(histories: Mapping[str, History]) -> dict[str, Any]:
-  """Plain JSON; an infinite `best` is left out. `from_json` gives the same histories, bit by bit."""
+  """The histories as JSON, without an infinite `best`; `from_json` restores them bitwise."""
   fields = {name: dataclasses.asdict(h) for name, h in histories.items()}
   return {name: {k: v for k, v in of.items() if math.isfinite(v)} for name, of in fields.items()}
 

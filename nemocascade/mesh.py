@@ -1,4 +1,4 @@
-"""The device mesh, and the one table from a parameter's logical axes to the mesh's."""
+"""The device mesh, the table from logical axes of parameters to mesh axes, and shardings made from it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_table import check_values
 
-BATCH = ("data", "expert")  # Mesh axes that cut rows and tokens: all of them.
+BATCH = ("data", "expert")  # Mesh axes that shard rows and tokens: all of them.
 
-# Logical axis of a parameter -> mesh axes that cut it; none keeps it whole on every device.
+# Logical axis of a parameter -> mesh axes that shard it; None replicates it.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-  # Every matrix has a side of hidden_size: fully sharded data parallelism, over what is left of the
-  # mesh by the array's other axes.
+  # The axis of size hidden_size, which every matrix has: fully sharded data parallelism over the mesh axes
+  # that the array's other axes leave free.
   "embed": BATCH,
   "experts": "expert",
   "vocab": None,
@@ -27,20 +27,23 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "mamba_heads": None,
   "mamba_inner": None,
   "hidden": None,
-  "layers": None,  # The scan's axis; a shard of it would be gathered at every step.
+  "layers": None,  # The axis of the scan over units; if it were sharded, every step would gather it.
 }
 
 
 def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | None = None) -> Mesh:
-  """All devices as a [data, expert] grid; -1, in one of the two, takes what the other leaves.
+  """A mesh of all devices with the axes [data, expert].
 
-  1 x 1 is one device of this process, however many there are.
+  One of the sizes may be -1: it becomes (number of devices) / (the other size). 1 x 1 uses only the first
+  device of this process.
 
   Args:
-    of: devices in the place of those here, such as a TPU topology's that is only compiled for.
+    data: size of the axis that shards rows alone.
+    expert: size of the axis that shards experts and rows.
+    of: devices to use instead of the present ones, such as those of a TPU topology to compile for.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the product of the sizes is not the number of devices.
   """
   if of is None and data == expert == 1:
     of = jax.local_devices()[:1]
@@ -62,7 +65,7 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
       f"mesh.data={sizes['data']} x mesh.expert={sizes['expert']} is {sizes['data'] * sizes['expert']},"
       f" but there are {devices} devices: set one of them to -1"
     )
-  # A torus is cut inside its axes where it must be: 8 x 8 devices out of 4 x 4 x 4.
+  # An axis of a TPU's torus may be split between mesh axes: 8 x 8 devices out of 4 x 4 x 4 need it.
   grid = mesh_utils.create_device_mesh(
     (sizes["data"], sizes["expert"]), devices=of, allow_split_physical_axes=True
   )
@@ -70,10 +73,13 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
 
 
 def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None) -> Any:
-  """The tree of tuples of logical axes as a tree of NamedSharding.
+  """Maps a tree of tuples of logical axes to a tree of NamedSharding, by RULES.
 
-  With `arrays` (a like tree of arrays, or of their shapes and dtypes) a dimension is not cut by a mesh
-  axis that does not divide it. Of two dimensions that ask for one mesh axis the first gets it.
+  If two dimensions map to the same mesh axis, the first one gets it.
+
+  Args:
+    arrays: a matching tree of arrays or of their shapes. If given, a mesh axis that does not divide a
+      dimension does not shard it.
 
   Raises:
     UserError: a logical axis is not in RULES.
@@ -106,9 +112,13 @@ def _sharding(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] |
 
 
 def rows(mesh: Mesh, count: int) -> NamedSharding:
-  """Of an array whose first dimension is `count` rows: over all devices, or as many as divide them."""
+  """The sharding of an array whose first dimension is `count` rows.
+
+  It uses all devices if their number divides `count`; otherwise the longest mesh axis that divides it, or
+  replication.
+  """
   cut = tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
-  # The most devices first.
+  # Longer axes first.
   alone = sorted(((axis,) for axis in cut), key=lambda axes: -mesh.shape[axes[0]])
   for axes in (cut, *alone):
     if count % math.prod(mesh.shape[axis] for axis in axes) == 0:
@@ -117,28 +127,29 @@ def rows(mesh: Mesh, count: int) -> NamedSharding:
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-  """Of an array that every device has all of."""
+  """The sharding of an array that is replicated on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def placed(shapes: Any, places: Any) -> Any:
-  """A tree of shapes and dtypes with a sharding each."""
+  """A tree of ShapeDtypeStruct from a tree of shapes and dtypes and a tree of shardings."""
   struct = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
   return jax.tree.map(struct, shapes, places)
 
 
 def alike(tree: Any, params: Any, mesh: Mesh) -> Any:
-  """The shardings of a tree that holds trees like `params`, such as an optimizer's moments.
+  """The shardings of a tree that contains trees like `params`, such as an optimizer's moments.
 
-  What lies at the path of a parameter, below whatever else, lies as it does; all else is whole.
+  A leaf whose path ends in the path of a parameter of the same shape gets that parameter's sharding. All other
+  leaves are replicated.
 
   Args:
-    params: shapes with a sharding each.
+    params: a tree of shapes with shardings.
   """
   at = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
   def place(path, leaf):
-    # The longest end of the path first: a parameter's name may end in another's.
+    # Longest suffix of the path first, because a parameter's path may end in another one's.
     found = (at[path[i:]] for i in range(len(path)) if path[i:] in at)
     param = next(found, None)
     return param.sharding if param is not None and param.shape == leaf.shape else whole(mesh)
@@ -147,12 +158,12 @@ def alike(tree: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def first_rows(tree: Any, mesh: Mesh) -> Any:
-  """The shardings of arrays whose first dimension is rows; scalars are whole."""
+  """The shardings of arrays whose first dimension is rows; scalars are replicated."""
   return jax.tree.map(lambda a: rows(mesh, a.shape[0]) if a.ndim else whole(mesh), tree)
 
 
 def by_rows(tree: Any, B: int, mesh: Mesh) -> Any:
-  """The shardings of arrays that hold B rows along their first or their second dimension, or are whole."""
+  """The shardings of arrays with B rows along their first or second dimension; other arrays are replicated."""
   spec = rows(mesh, B).spec
 
   def place(a):
@@ -163,9 +174,9 @@ def by_rows(tree: Any, B: int, mesh: Mesh) -> Any:
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-  """Arrays that every process has whole, onto the mesh by their first dimension.
+  """Puts host arrays on the mesh, sharded along their first dimension.
 
-  Each process copies only the rows of its own devices.
+  Every process must have the whole arrays. It copies only the rows of its own devices.
   """
   tree = jax.tree.map(np.asarray, tree)
   put = lambda a, place: jax.make_array_from_callback(a.shape, place, lambda index: a[index])
@@ -173,7 +184,7 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_rows(what: str, count: int, mesh: Mesh) -> None:
-  """Raises UserError where rows are not equally many on every device: some would do others' work again."""
+  """Raises UserError unless `count` is a multiple of the devices: otherwise devices would repeat rows."""
   if count % mesh.size:
     raise UserError(
       f"{what} is {count} rows over the {mesh.size} devices of the mesh: give a multiple of {mesh.size},"
@@ -181,25 +192,25 @@ def check_rows(what: str, count: int, mesh: Mesh) -> None:
     )
 
 
-# Inside a program. They do nothing without a mesh, or where it is one device.
+# For use inside a jitted program. Without a mesh, or on a mesh of one device, these do nothing.
 
 
 def constrain_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """x with its rows over the devices: parameters then come to rows, and not rows to parameters."""
+  """Shards x by rows, so that XLA gathers parameters to the rows and does not move the rows."""
   return x if mesh is None else constrain_batch(x, x.shape[0], mesh)
 
 
 def constrain_batch(tree: Any, B: int, mesh: Mesh) -> Any:
-  """Arrays with their B rows over the devices, as in by_rows."""
+  """Shards arrays by their B rows, as in by_rows."""
   return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, by_rows(tree, B, mesh))
 
 
 def on_own_rows(fn: Callable, mesh: Mesh | None, *, shared: Sequence[int] = ()) -> Callable:
-  """fn of arrays by rows, done by each device on its own rows alone.
+  """Wraps fn in a shard_map, so that each device applies it to its own rows.
 
   Args:
-    fn: takes and returns arrays whose first dimension is rows that know nothing of each other.
-    shared: numbers of the arguments that are no rows; each device has all of them.
+    fn: takes and returns arrays whose first dimension is independent rows.
+    shared: positions of the arguments that are not rows; they are replicated.
   """
   if mesh is None or mesh.size == 1:
     return fn
@@ -208,7 +219,7 @@ def on_own_rows(fn: Callable, mesh: Mesh | None, *, shared: Sequence[int] = ()) 
     B = next(a.shape[0] for i, a in enumerate(args) if i not in shared)
     cut = rows(mesh, B).spec
     specs = tuple(PartitionSpec() if i in shared else cut for i in range(len(args)))
-    # Unchecked, so that fn's own constants need not say that they differ over the devices.
+    # check_vma=False, so that constants inside fn need no pcast to device-varying values.
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(*args)
 
   return apart

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: metrics.jsonl, samples.jsonl, TensorBoard events, a progress bar."""
+"""Output of a run: metrics.jsonl, samples.jsonl, TensorBoard events, the progress bar; timers and counters."""
 
 import contextlib
 import io
@@ -23,8 +23,8 @@ from tqdm import tqdm
 from nemocascade.errors import UserError
 from nemocascade.state_files import check_shape, named, parsed, read_text, whole
 
-_numbers = itertools.count()  # Of the event files of this process.
-# Of each line of metrics.jsonl and samples.jsonl.
+_numbers = itertools.count()  # Numbers the event files of this process.
+# JSON schema of a line of metrics.jsonl and samples.jsonl.
 LINE = {
   "type": "object",
   "required": ["step"],
@@ -33,9 +33,9 @@ LINE = {
 
 
 class MetricsWriter:
-  """One line a step, and the same to TensorBoard; of several processes only the first one's.
+  """Writes metrics to metrics.jsonl, one line a step, and to TensorBoard. Only the first process writes.
 
-  On resume, lines from `start_step` on are dropped: they are made again.
+  On resume, lines from `start_step` on are removed, because the stage writes them again.
   """
 
   def __init__(self, directory: str | Path, *, start_step: int = 0):
@@ -51,15 +51,15 @@ class MetricsWriter:
     if lost := set(range(start_step)) - steps:
       print(f"{files['metrics']} lacks steps {min(lost)} to {max(lost)}: the stage goes on without them", file=sys.stderr)
     self._files = {name: path.open("a", encoding="utf-8") for name, path in files.items()}
-    # The name by which TensorBoard finds its files, in their order.
+    # TensorBoard finds its files by this pattern and reads them in the order of their names.
     name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
     self._files["events"] = (directory / name).open("wb")
     self._event(file_version="brain.Event:2")
-    # TensorBoard forgets what an earlier process wrote from this step on.
+    # This event makes TensorBoard drop what an earlier process wrote from this step on.
     self._event(step=start_step, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """"part/quantity" -> number; one that is not finite is null in the file."""
+    """Writes a step's metrics, "part/quantity" -> number; metrics.jsonl has null for one that is not finite."""
     if not self._files:
       return
     numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
@@ -69,7 +69,7 @@ class MetricsWriter:
     self._event(step=step, summary=Summary(value=values))
 
   def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-    """Prompts, completions and verdicts of one step, a line each."""
+    """Writes samples of one step (prompt, completion, verdict, ...) to samples.jsonl, one line each."""
     for sample in samples if self._files else ():
       self._line("samples", {"step": step} | sample)
 
@@ -79,7 +79,7 @@ class MetricsWriter:
       self._files[name].flush()
 
   def _event(self, **fields: Any) -> None:
-    """Written at once: TensorBoard's own writer fails in a thread of its own where the disk is full."""
+    """Writes an event in this thread: TensorBoard's own writer has a thread, which dies if the disk is full."""
     file = self._files["events"]
     with named(Path(file.name)):
       RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
@@ -89,30 +89,30 @@ class MetricsWriter:
     return self
 
   def __exit__(self, *_) -> None:
-    for file in self._files.values():  # All is written; what is left after an error can't be.
+    for file in self._files.values():  # All data is flushed. After a write error, close() fails again.
       with contextlib.suppress(OSError):
         file.close()
 
 
 def _dumps(value: Any) -> str:
-  """ASCII: a completion may hold a lone surrogate or any of Unicode's line ends."""
+  """JSON in ASCII, because a completion may contain lone surrogates or Unicode line separators."""
   return json.dumps(value, ensure_ascii=True)
 
 
 def read_lines(path: str | Path, shape: dict = LINE) -> list[dict[str, Any]]:
-  """The lines of a .jsonl file, without one at its end that a kill cut off. [] if there is none.
+  """The objects of a .jsonl file; [] if there is no file. An incomplete last line is left out.
 
   Args:
-    shape: a JSON schema of each.
+    shape: the JSON schema of a line.
 
   Raises:
-    UserError: a line is not JSON, or of another shape; the file and the line are named.
+    UserError: a line is not JSON or does not match the schema; the file and the line are named.
   """
   path, lines = Path(path), []
   if not os.path.lexists(path):
     return []
   remedy = "remove the line, or the file"
-  *whole, rest = read_text(path, remedy="remove it").split("\n")  # U+2028 and its like end no line of JSON.
+  *whole, rest = read_text(path, remedy="remove it").split("\n")  # splitlines() would also split at U+2028.
   for number, line in enumerate([*whole, rest], start=1):
     if not line.strip():
       continue
@@ -129,7 +129,7 @@ def read_lines(path: str | Path, shape: dict = LINE) -> list[dict[str, Any]]:
 
 
 def _drop_from(path: Path, step: int) -> None:
-  """Keeps the lines of earlier steps."""
+  """Removes the lines of `step` and later steps."""
   if not os.path.lexists(path):
     return
   kept = [line for line in read_lines(path) if line["step"] < step]
@@ -138,21 +138,21 @@ def _drop_from(path: Path, step: int) -> None:
 
 
 class Phases:
-  """Seconds of each phase of a step; a phase that comes again adds up."""
+  """Measures the seconds of each phase of a step. Repeated phases add up."""
 
   def __init__(self):
     self.seconds: dict[str, float] = {}
     self._last = time.perf_counter()
 
   def end(self, phase: str) -> None:
-    """What ran since the phase before ended was this one."""
+    """Ends a phase, which began when the previous one ended (the first: at construction)."""
     now = time.perf_counter()
     self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
     self._last = now
 
 
 class Progress:
-  """A bar with the stage's figures; where no terminal shows it, a line every `every_s` seconds."""
+  """A progress bar with the stage's figures. Without a terminal it prints a line every `every_s` seconds."""
 
   def __init__(
     self, total: int, *, initial: int, desc: str, file: TextIO | None = None, every_s: float = 10.0
@@ -161,7 +161,7 @@ class Progress:
     self._terminal, self._every_s = self._file.isatty(), every_s
     self._bar = tqdm(
       total=total, initial=initial, desc=f"{desc:16}", unit="step", dynamic_ncols=self._terminal,
-      # Away from a terminal tqdm only counts: it would write one endless line of carriage returns.
+      # Without a terminal tqdm only counts; its output would be one long line of carriage returns.
       file=self._file if self._terminal else io.StringIO(), ascii=not self._terminal,
       mininterval=0.5 if self._terminal else 1e9, leave=True,
     )  # fmt: skip
@@ -170,10 +170,16 @@ class Progress:
     self._shown = 0  # The step of the last line.
 
   def update(self, steps: int, *, tokens: int | None = None, **figures: float) -> None:
-    """`tokens` counts from the stage's beginning; `figures`: reward, loss."""
+    """Advances the bar.
+
+    Args:
+      steps: number of finished steps since the last call.
+      tokens: total tokens since the stage's beginning; the bar shows their rate.
+      figures: numbers to show, such as reward and loss.
+    """
     shown = {name: f"{value:.3f}" for name, value in figures.items()}
     if tokens is not None:
-      if self._first_tokens is None:  # The first step compiles: speed is counted after it.
+      if self._first_tokens is None:  # The first step compiles, so the speed is measured from its end.
         self._began, self._first_tokens = time.time(), tokens
       else:
         speed = (tokens - self._first_tokens) / max(time.time() - self._began, 1e-9)
@@ -194,15 +200,15 @@ class Progress:
 
 
 def progress(total: int, *, initial: int, desc: str) -> Progress:
-  """A progress bar of `total` steps, `initial` of which are done."""
+  """A Progress over `total` steps, of which `initial` are done."""
   return Progress(total, initial=initial, desc=desc)
 
 
-# JAX times a read from the persistent cache as a compilation, too, and reports the read before it.
+# JAX reports _BUILT for compilations and for reads from the persistent cache; before a read it reports _READ.
 _BUILT = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_hits"
 _lock = threading.Lock()
-_built: list[str] = []  # Names of all programs of this process, compiled or read.
+_built: list[str] = []  # Names of all programs of this process, compiled or read from the cache.
 _read = 0
 
 
@@ -225,10 +231,14 @@ jax.monitoring.register_event_listener(_on_event)
 
 
 class CompileCounter:
-  """What XLA compiled while it was open, operations outside of jitted programs too; may be read any time.
+  """Context manager that counts XLA compilations, including those of operations outside jitted programs.
 
-  Attributes: count, the programs compiled; loaded, those read from the persistent cache instead; programs, the
-  names of both in their order.
+  The attributes may be read inside the context and after it.
+
+  Attributes:
+    count: number of programs compiled.
+    loaded: number of programs read from the persistent cache instead.
+    programs: the names of both, in order.
   """
 
   def __enter__(self) -> "CompileCounter":

@@ -1,4 +1,4 @@
-"""The report of a work directory: pictures, tables and samples in one self-contained page."""
+"""The report of a work directory: figures, tables and samples in one self-contained HTML page."""
 
 import base64
 import csv
@@ -33,7 +33,7 @@ SAMPLE = LINE | {
 
 
 def write(workdir: str | Path) -> Path:
-  """Writes report/index.html with its PNGs and CSVs; works on a run that is half done."""
+  """Writes report/index.html, with PNGs and CSVs beside it, and returns its path. The run may be unfinished."""
   workdir = Path(workdir)
   out = workdir / "report"
   out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,12 @@ def write(workdir: str | Path) -> Path:
 
 
 def heat_map(stages: list[dict], kind: str):
-  """Stage x domain: the score, and under it the change against where the stage started."""
+  """Heat map of stage x domain: the score after the stage and its change since the stage's start.
+
+  Args:
+    stages: entries of cascade.json with scores.
+    kind: "scores" (temperature 1) or "greedy".
+  """
   domains = list(stages[0][f"{kind}_after"])
   after = np.array([[s[f"{kind}_after"][d] for d in domains] for s in stages])
   figure, axes = plt.subplots(
@@ -89,7 +94,10 @@ def heat_map(stages: list[dict], kind: str):
 
 
 def learning_curves(workdir: Path, stages: list[dict]):
-  """A panel a stage: loss for SFT and the judge, verdict or teacher gap for RL; entropy beside."""
+  """A panel for each stage that has metrics; None if there is no such stage.
+
+  SFT and reward-model stages show the loss, RL stages the mean verdict and the entropy.
+  """
   logs = [(s, read_lines(workdir / s["name"] / "metrics.jsonl")) for s in stages]
   logs = [(s, lines) for s, lines in logs if lines]
   if not logs:
@@ -109,7 +117,7 @@ def learning_curves(workdir: Path, stages: list[dict]):
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if stage["kind"] == "sft":  # Most of its fall is in the first steps, most of its skill after.
+    if stage["kind"] == "sft":  # Most of the loss falls in the first steps; a log scale shows the rest.
       axes.set_yscale("log")
     if stage["kind"] == "rl":
       axes.set_ylim(0, 1)
@@ -134,7 +142,7 @@ def _picture(figure, path: Path) -> str:
 
 
 def _table(path: Path, header: list[str], rows: list[list]) -> str:
-  """The rows as a CSV file, and as HTML."""
+  """Writes the rows to a CSV file and returns them as an HTML table."""
   with named(path), path.open("w", newline="") as file:
     csv.writer(file).writerows([header, *rows])
   cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
@@ -191,7 +199,7 @@ def _costs(stages: list[dict], path: Path) -> str:
 
 
 def _samples(workdir: Path, stage: str, count: int = 6) -> str:
-  """The stage's last samples. Completions are hostile text: everything is escaped."""
+  """The stage's last samples as HTML. Completions are untrusted text, so everything is escaped."""
   lines = read_lines(workdir / stage / "samples.jsonl", SAMPLE)[-count:]
   if not lines:
     return ""

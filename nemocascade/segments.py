@@ -1,17 +1,17 @@
-"""Arithmetic on packed rows: starts, positions, masked sums with their counts."""
+"""Functions of packed rows: starts and positions of documents, means over documents, masked sums."""
 
 import jax
 import jax.numpy as jnp
 
 
 def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
-  """bool [B, T]: true on the first token of every document (and of every run of padding)."""
+  """bool [B, T]: true on the first token of every document, and on the first of every run of padding."""
   before_BT = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
   return segment_ids_BT != before_BT
 
 
 def positions(segment_ids_BT: jax.Array) -> jax.Array:
-  """int32 [B, T]: how many tokens of its own document stand before a token."""
+  """int32 [B, T]: the position of each token in its document, from 0."""
   place_BT = jnp.broadcast_to(
     jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None], segment_ids_BT.shape
   )
@@ -20,9 +20,9 @@ def positions(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def document_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-  """On every token the mean of x where mask over its document; 0 where nothing is masked in.
+  """At each token, the mean of x over the tokens of its document where mask is true; 0 if there are none.
 
-  x, and so the result, is [B, T] or has more axes behind.
+  x and the result have shape [B, T, ...]; x must be a float.
   """
 
   def of_row(x_T, mask_T, segment_ids_T):
@@ -35,15 +35,15 @@ def document_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array
 
 
 def masked_sum(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(sum of x where mask, count of mask), both fp32 scalars.
+  """(sum of x where mask, number of true entries of mask), both fp32 scalars.
 
-  Masks by choosing, not by multiplying: a NaN in an unwanted place does no harm.
+  It masks with `where` and does not multiply, so a NaN outside the mask does not spread.
   """
   total = jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32)
   return total, jnp.sum(mask, dtype=jnp.float32)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean of x where mask; 0 where nothing is. For metrics: losses keep (sum, count)."""
+  """Mean of x where mask is true; 0 if it is nowhere true. For metrics only: losses keep (sum, count)."""
   total, count = masked_sum(x, mask)
   return total / jnp.maximum(count, 1.0)

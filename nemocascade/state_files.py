@@ -1,4 +1,4 @@
-"""JSON files that a run leaves and reads again: written whole, and read by their shape."""
+"""JSON state files of a run: atomic writes, and reads that validate against a JSON schema."""
 
 import contextlib
 import errno
@@ -17,15 +17,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_state(path: str | Path, shape: dict, *, remedy: str) -> Any:
-  """The value of a JSON file.
+  """Reads a JSON file and validates it.
 
   Args:
-    shape: a JSON schema of it.
-    remedy: what the user can do where the file is damaged, such as "remove it to start anew".
+    shape: its JSON schema.
+    remedy: what the user can do if the file is damaged, such as "remove it to start anew".
 
   Raises:
-    UserError: it is absent, not a file, not JSON, or of another shape; the file, the place in it and
-      the remedy are named.
+    UserError: the file is missing, not a regular file, not JSON, or does not match the schema. The message
+      names the file, the place in it and the remedy.
   """
   path = Path(path)
   value = parsed(read_text(path, remedy=remedy), path, remedy=remedy)
@@ -34,9 +34,9 @@ def read_state(path: str | Path, shape: dict, *, remedy: str) -> Any:
 
 
 def read_text(path: Path, *, remedy: str) -> str:
-  """The UTF-8 text of a regular file; UserError where it is none."""
+  """The text of a regular file in UTF-8. Raises UserError if it cannot be read or is not such a file."""
   try:
-    if path.exists() and not path.is_file():  # Opening a pipe would wait for ever.
+    if path.exists() and not path.is_file():  # Opening a named pipe would block.
       raise refused(path, "not a file", remedy)
     return path.read_bytes().decode()
   except OSError as error:
@@ -46,7 +46,7 @@ def read_text(path: Path, *, remedy: str) -> str:
 
 
 def parsed(text: str, where: str | Path, *, remedy: str) -> Any:
-  """The value of JSON text; UserError names `where` it stands."""
+  """Parses JSON text. Raises UserError, which names `where` the text comes from."""
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
@@ -55,7 +55,7 @@ def parsed(text: str, where: str | Path, *, remedy: str) -> Any:
 
 
 def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> None:
-  """Raises UserError, naming the place in the value, unless it has the shape."""
+  """Raises UserError if the value does not match the JSON schema `shape`; it names the place in the value."""
   error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(value))
   if error is not None:
     place = error.json_path.removeprefix("$").removeprefix(".")
@@ -63,7 +63,7 @@ def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> N
 
 
 def _said(error: jsonschema.ValidationError) -> str:
-  """One line, whatever the size of the value."""
+  """The validation error in one short line, whatever the size of the value."""
   value = json.dumps(error.instance)
   value = value if len(value) <= 40 else value[:37] + "..."
   if error.validator == "required":
@@ -85,7 +85,7 @@ def refused(where: str | Path, why: str, remedy: str) -> UserError:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-  """Written under a temporary name, then renamed: the file is whole at every instant."""
+  """Writes a JSON file atomically: under a temporary name, with fsync, then renamed."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -96,7 +96,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-  """A temporary path beside `path` to write to, then renamed to it; removed on an error."""
+  """Context manager: a temporary path next to `path`, renamed to it at the end or removed on an error."""
   partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
     with named(path):
@@ -109,14 +109,21 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def named(path: Path, needed: int | None = None) -> Iterator[None]:
-  """Gives an error of writing the path's name and, where the disk is full, the bytes needed and free."""
+  """Context manager for writing: errors get the path's name and, on a full disk, the sizes needed and free.
+
+  Args:
+    needed: bytes that will be written, for the message.
+
+  Raises:
+    OSError: replaces an OSError without a file name, and every error of a full disk.
+  """
   try:
     yield
   except OSError as error:
     if error.errno is None or (error.filename and error.errno not in FULL):
       raise
     raise _told(error, error.errno, path, needed) from error
-  except Exception as error:  # TensorStore, and Orbax above it, raise ValueErrors with the system's words.
+  except Exception as error:  # TensorStore and Orbax raise ValueErrors that hold the system's message.
     number = next((n for n in FULL if os.strerror(n) in str(error)), None)
     if number is None:
       raise

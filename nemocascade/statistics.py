@@ -1,4 +1,4 @@
-"""What paired runs say of each other: means and medians with bootstrap intervals, differences, p-values."""
+"""Statistics of paired runs: means and medians with bootstrap intervals, p-values, points of score curves."""
 
 import itertools
 import math
@@ -7,25 +7,27 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 RESAMPLES = 10_000
-EXACT_SIGNS = 16  # Up to so many pairs every assignment of signs is looked at.
+EXACT_SIGNS = 16  # Up to this many pairs the test uses every assignment of signs.
 
 
 def bootstrap(
   values_N: Sequence[float] | np.ndarray, *, of: Callable = np.mean, level: float = 0.95
 ) -> tuple[float, float]:
-  """The interval of a statistic over seeds: percentiles of it over resampled seeds.
+  """Percentile bootstrap interval (low, high) of a statistic over seeds.
+
+  The resampling has a fixed seed, so the same values give the same interval. For one value both ends are
+  that value.
 
   Args:
-    values_N: one number a seed; infinities are allowed where the statistic is a median.
+    values_N: one number for each seed; infinities are allowed if the statistic is a median.
     of: the statistic, called as of(values, axis=...).
-
-  The same numbers always give the same interval. Of one seed it is that seed's value: no interval.
+    level: coverage of the interval.
   """
   values_N = np.asarray(values_N, np.float64)
   rng = np.random.default_rng(0)
   drawn = values_N[rng.integers(len(values_N), size=(RESAMPLES, len(values_N)))]
   low, high = (1 - level) / 2, (1 + level) / 2
-  # Ranks and not interpolation: between a number and infinity there is nothing to interpolate.
+  # Takes order statistics without interpolation, which is undefined between a number and infinity.
   ranked = np.sort(of(drawn, axis=1))
   pick = lambda q: float(ranked[min(int(q * RESAMPLES), RESAMPLES - 1)])
   return pick(low), pick(high)
@@ -37,13 +39,13 @@ def mean(values_N: Sequence[float]) -> dict:
 
 
 def lower_median(values, axis=None):
-  """The middle value, the smaller of two: of counts, some of them infinite, it is one of them."""
+  """The median; for an even number of values the smaller middle one, so that it is always one of the values."""
   values = np.sort(values, axis=axis)
   return np.take(values, (values.shape[axis if axis is not None else 0] - 1) // 2, axis=axis or 0)
 
 
 def median(values_N: Sequence[float]) -> dict:
-  """{"median", "ci95"} over seeds; what is infinite (never reached) is None."""
+  """{"median", "ci95"} over seeds; infinite results (a level that was never reached) become None."""
   values_N = np.asarray(values_N, np.float64)
   known = lambda x: float(x) if math.isfinite(x) else None
   return {
@@ -53,10 +55,10 @@ def median(values_N: Sequence[float]) -> dict:
 
 
 def paired_p(differences_N: Sequence[float]) -> float:
-  """Two-sided p-value of a mean difference of 0, by flipping the signs of the pairs.
+  """Two-sided p-value of the hypothesis that the mean difference is 0, by a sign-flip permutation test.
 
-  All 2^N flips where there are few pairs, and else RESAMPLES of them with the flips as seen.
-  With N pairs it cannot be less than 2 / 2^N.
+  Up to EXACT_SIGNS pairs it uses all 2^N sign assignments, so p is at least 2 / 2^N. With more pairs it uses
+  RESAMPLES random assignments, the observed one included.
   """
   d_N = np.asarray(differences_N, np.float64)
   if len(d_N) <= EXACT_SIGNS:
@@ -69,14 +71,14 @@ def paired_p(differences_N: Sequence[float]) -> float:
 
 
 def gap_closed(scores_N, students_N, teachers_N) -> np.ndarray:
-  """Of each seed the share of the way from its student to its teacher; NaN where there is no way."""
+  """For each seed, (score - student) / (teacher - student); NaN if the teacher is not above the student."""
   scores_N, students_N, teachers_N = (np.asarray(x, np.float64) for x in (scores_N, students_N, teachers_N))
   gap_N = teachers_N - students_N
   return np.where(gap_N > 0, (scores_N - students_N) / np.where(gap_N > 0, gap_N, 1.0), np.nan)
 
 
 def first_at(steps: Sequence[float], scores: Sequence[float], level: float) -> float:
-  """Where the curve, straight between its points, first comes to the level; infinity if it does not."""
+  """The step at which the piecewise linear curve first reaches the level; infinity if it never does."""
   for i, score in enumerate(scores):
     if score >= level:
       if i == 0:
@@ -87,5 +89,5 @@ def first_at(steps: Sequence[float], scores: Sequence[float], level: float) -> f
 
 
 def at(steps: Sequence[float], scores: Sequence[float], step: float) -> float:
-  """The curve at a step, straight between its points; its end is held."""
+  """The score of the piecewise linear curve at a step; outside its range the first or last score."""
   return float(np.interp(step, steps, scores))

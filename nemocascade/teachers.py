@@ -1,4 +1,4 @@
-"""The cascade's checkpoints as teachers: the best for each domain, probed after every load."""
+"""Checkpoints of the cascade as teachers: the best one for each domain; a probe verifies every load."""
 
 import dataclasses
 import math
@@ -10,37 +10,42 @@ import numpy as np
 from nemocascade.errors import UserError, unknown
 from nemocascade.types import Params, ScoreFn
 
-# Nats between a probe's log-probabilities then and now, the mean over its tokens, by the dtype of products.
-# A mesh cuts sums elsewhere than one device does. Hybrids of 5 and 21 blocks on 1 x 1, 2 x 4 and 8 x 1 devices
-# differed by at most 1e-6 in fp32 and by 0.002 to 0.09 in bf16, where single tokens that chose other experts
-# were up to 1.9 off: so it is the mean. Other weights were 0.4 to 2 off in either.
+# dtype of products -> the largest mean |difference|, in nats a token, between a probe's log-probabilities at
+# registration and now. Meshes split sums differently. For hybrids of 5 and 21 blocks on 1 x 1, 2 x 4 and 8 x 1
+# devices the difference was at most 1e-6 in fp32, and 0.002 to 0.09 in bf16. In bf16 single tokens that chose
+# other experts differed by up to 1.9, so the mean is used. Other weights differed by 0.4 to 2 in both dtypes.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.2}
-UNIFORM = 0.995  # Of ln V: from this mean entropy on all logits are alike, so its weights are lost.
+# If the mean entropy is at least this fraction of ln V, the logits are almost uniform: the weights are lost.
+UNIFORM = 0.995
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """What a model said of some tokens when it was registered; JSON by dataclasses.asdict."""
+  """A model's log-probabilities of some tokens when it was registered. dataclasses.asdict makes it JSON."""
 
-  tokens: tuple[tuple[int, ...], ...]  # [B, T], one whole document a row.
-  logprobs: tuple[tuple[float, ...], ...]
-  entropy: float  # Mean over the tokens that have something before them.
+  tokens: tuple[tuple[int, ...], ...]  # [B, T]; a row is one document without padding.
+  logprobs: tuple[tuple[float, ...], ...]  # [B, T], nats.
+  entropy: float  # Nats; the mean over all tokens but the first of each row.
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """A checkpoint that teaches a domain; parameters alone are ever loaded of it."""
+  """A checkpoint that teaches a domain. Only its parameters are loaded."""
 
   domain: str
   checkpoint: str
-  score: float  # Held out, temperature 1.
+  score: float  # Held-out score at temperature 1.
   stage: str
   probe: Probe | None = None
-  tokenizer: str = ""  # Fingerprint; "" where it is not known.
+  tokenizer: str = ""  # The tokenizer's fingerprint; "" if unknown.
 
 
 def best_checkpoints(stages: list[dict]) -> dict[str, Teacher]:
-  """Each domain's best finished stage by held-out score at temperature 1; the first of equals."""
+  """Domain -> the finished stage with the best held-out score at temperature 1; of equal ones the first.
+
+  Args:
+    stages: entries of cascade.json.
+  """
   best: dict[str, Teacher] = {}
   for entry in stages:
     if entry["status"] != "done":
@@ -52,13 +57,13 @@ def best_checkpoints(stages: list[dict]) -> dict[str, Teacher]:
 
 
 def of_stage(entry: dict, domain: str) -> Teacher:
-  """A finished stage of a cascade's record as the teacher of a domain."""
+  """A finished stage as the teacher of a domain; `entry` is the stage's entry of cascade.json."""
   probe = Probe(**entry["probe"]) if "probe" in entry else None
   return Teacher(domain, entry["checkpoint"], entry["scores_after"][domain], entry["name"], probe)
 
 
 def take_probe(score_fn: ScoreFn, params: Params, tokens_BT) -> Probe:
-  """What these parameters say of the tokens (int [B, T], no padding); T at least 2."""
+  """The probe of these parameters on tokens_BT (int [B, T], no padding, T at least 2)."""
   tokens_BT = np.asarray(tokens_BT, np.int32)
   scores = jax.device_get(score_fn(params, tokens_BT, np.ones_like(tokens_BT), None))
   return Probe(
@@ -71,14 +76,16 @@ def take_probe(score_fn: ScoreFn, params: Params, tokens_BT) -> Probe:
 def check_probe(
   score_fn: ScoreFn, params: Params, probe: Probe, *, vocab_size: int, name: str, dtype: str = "float32"
 ) -> None:
-  """Raises UserError unless the parameters say what they said when the probe was taken.
+  """Raises UserError unless the parameters give the probe's log-probabilities within TOLERANCES[dtype].
 
-  `dtype`: of the model's products; one of TOLERANCES.
+  Args:
+    name: of the teacher, for the message.
+    dtype: of the model's products; a key of TOLERANCES.
   """
   now = take_probe(score_fn, params, probe.tokens)
   # The first token of a document has no log-probability.
   error, most = np.mean(np.abs(np.subtract(now.logprobs, probe.logprobs))[:, 1:]), TOLERANCES[dtype]
-  if not error <= most:  # Also where it is NaN.
+  if not error <= most:  # True for NaN as well.
     raise UserError(
       f"teacher {name}: its probe's log-probabilities moved by {error:.2g} since it was registered"
       f" (at most {most} in {dtype}): the checkpoint or the model's code has changed; train the teacher anew"
@@ -87,7 +94,7 @@ def check_probe(
 
 
 def check_entropy(now: Probe, *, vocab_size: int, name: str) -> None:
-  """Raises UserError where the probe is that of a model whose weights are lost."""
+  """Raises UserError if the probe's distribution is nearly uniform or not finite: the weights are lost."""
   if not now.entropy < UNIFORM * math.log(vocab_size) or not np.isfinite(now.logprobs).all():
     raise UserError(
       f"teacher {name}: mean entropy {now.entropy:.2f} of at most ln {vocab_size} ="
@@ -96,7 +103,7 @@ def check_entropy(now: Probe, *, vocab_size: int, name: str) -> None:
 
 
 class Teachers:
-  """A teacher a domain, with the parameters of at most `keep` checkpoints in memory at a time."""
+  """The teachers of all domains. At most `keep` checkpoints are in memory at a time."""
 
   def __init__(
     self,
@@ -109,15 +116,15 @@ class Teachers:
     tokens_BT=None,
     dtype: str = "float32",
   ):
-    """Knows no teacher yet.
+    """Starts without teachers; `register` adds them.
 
     Args:
       load: checkpoint -> params.
-      score_fn: jitted.
-      tokenizer: the student's fingerprint.
-      keep: checkpoints that may be in memory together.
-      tokens_BT: what a teacher that came without a probe is probed on when it is first loaded.
-      dtype: of the model's products, which says how nearly a probe must agree.
+      score_fn: a jitted ScoreFn.
+      tokenizer: fingerprint of the student's tokenizer.
+      keep: the most checkpoints in memory at a time.
+      tokens_BT: tokens for the probe of a teacher that was registered without one, taken at its first load.
+      dtype: of the model's products; it selects the tolerance of probes.
     """
     if keep < 1:
       raise UserError(f"teachers in memory, {keep}: must be at least 1")
@@ -125,14 +132,14 @@ class Teachers:
     self._vocab_size, self._tokenizer, self._dtype = vocab_size, tokenizer, dtype
     self._teachers: dict[str, Teacher] = {}
     self._tokens_BT, self._probes = tokens_BT, {}  # Checkpoint -> probe.
-    self._keep, self._held = keep, {}  # Checkpoint -> params, the longest held first.
+    self._keep, self._held = keep, {}  # Checkpoint -> params, in the order of loading.
     self.loads = 0
 
   def register(self, teacher: Teacher) -> None:
-    """The teacher of its domain from here on.
+    """Makes this the teacher of its domain, in place of an earlier one.
 
     Raises:
-      UserError: it reads tokens of another tokenizer than the student.
+      UserError: its tokenizer is not the student's.
     """
     if teacher.tokenizer and self._tokenizer and teacher.tokenizer != self._tokenizer:
       raise UserError(
@@ -142,24 +149,31 @@ class Teachers:
     self._teachers[teacher.domain] = teacher
 
   def of(self, domain: str) -> Teacher:
-    """The domain's teacher; UserError if it has none."""
+    """The domain's teacher. Raises UserError if it has none."""
     if domain not in self._teachers:
       raise unknown("domain with a teacher", domain, self._teachers)
     return self._teachers[domain]
 
   def checkpoints(self) -> dict[str, str]:
-    """Checkpoint -> a domain it teaches, of all, in an order that depends on nothing else."""
+    """Each teacher's checkpoint -> one domain that it teaches, sorted by checkpoint."""
     return dict(sorted((teacher.checkpoint, domain) for domain, teacher in self._teachers.items()))
 
   def by_checkpoint(self, domains: Iterable[str]) -> dict[str, list[int]]:
-    """Checkpoint -> places in `domains` it teaches: visited in this order, each loads once."""
+    """Checkpoint -> indices of the `domains` that it teaches.
+
+    Checkpoints in memory come first, so that visiting them in order loads every other one once.
+    """
     places: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):
       places.setdefault(self.of(domain).checkpoint, []).append(i)
     return dict(sorted(places.items(), key=lambda item: (item[0] not in self._held, item[0])))
 
   def params(self, domain: str) -> Params:
-    """The teacher's parameters, probed if they had to be loaded; others are let go before."""
+    """The parameters of the domain's teacher. If they must be loaded, the oldest others are dropped before.
+
+    Raises:
+      UserError: the domain has no teacher, or the loaded parameters fail the probe.
+    """
     teacher = self.of(domain)
     if teacher.checkpoint not in self._held:
       while len(self._held) >= self._keep:
@@ -171,7 +185,7 @@ class Teachers:
     return self._held[teacher.checkpoint]
 
   def check(self) -> None:
-    """Loads and probes every checkpoint once, so that a bad one is found before a batch needs it."""
+    """Loads and probes every checkpoint once, so that a bad one is found before training."""
     for places in self.by_checkpoint(domains := list(self._teachers)).values():
       self.params(domains[places[0]])
 

@@ -1,1 +1,1 @@
-"""From conversations to packed rows of tokens."""
+"""Turns conversations into packed rows of tokens."""

@@ -1,8 +1,9 @@
-"""Messages to tokens with a mask of what is learned.
+"""Renders messages with the chat template; the result says which tokens are trained on.
 
-The template is the family's (paper.md 2.2 to 2.4). It is rendered as pieces, cut where a
-generation prompt ends and where the assistant's `<|im_end|>` stands, so that training on a
-conversation sees exactly the tokens that a rollout of it makes. `chat_parse` reads them back.
+The template is that of Nemotron-Cascade 2 (arXiv 2603.19220, section 3.1.2); the details follow NVIDIA's
+`nano3.jinja`. The output is a list of pieces. A piece ends where a generation prompt ends and at the
+assistant's `<|im_end|>`, so training on a conversation sees exactly the tokens that a rollout of it produces.
+`chat_parse` turns an assistant's tokens back into a message.
 """
 
 import itertools
@@ -24,12 +25,12 @@ DEFAULT_SYSTEM = (
   "You are a helpful and harmless assistant.\n\nYou are not allowed to use any tools."
 )
 
-# Fixed strings of the template, as cut by special tokens: each is worth a token of its own.
+# The template's fixed strings between special tokens. A tokenizer that we train gives each one token.
 PHRASES: tuple[str, ...] = (
   "system\n", "user\n", "assistant\n", DEFAULT_SYSTEM, *tool_format.PHRASES,
 )  # fmt: skip
 
-# What a user may set of the template, and the kinds of value.
+# The template's arguments that a user may set -> the types allowed.
 ARGUMENTS: dict[str, tuple[type, ...]] = {
   "enable_thinking": (bool,),
   "truncate_history_thinking": (bool,),
@@ -52,11 +53,19 @@ def render(
   reasoning_budget: int | None = None,
   **misspelt: object,
 ) -> list[Piece]:
-  """Pieces of a conversation, beginning with a system turn.
+  """Renders a conversation as pieces; the first turn is always a system turn.
 
-  Thoughts from before the last user message are cut unless `truncate_history_thinking` is
-  false; a turn that lost its thoughts is context only, since no prompt would bring it forth.
-  Without a system message there is the default one, or with tools the tools alone.
+  Without a system message the system turn holds the list of tools, or DEFAULT_SYSTEM if there are no tools.
+
+  Args:
+    messages: in OpenAI form.
+    tools: function schemas in OpenAI form.
+    add_generation_prompt: whether the opening of an assistant turn follows the last message.
+    enable_thinking: whether that opening starts a thought (`<think>`) or skips it (`<think></think>`).
+    truncate_history_thinking: whether thoughts before the last user message are removed. A turn whose
+      thought was removed is not trained on, because the model never generates it in that form.
+    reasoning_budget: number of tokens stated at the end of the last user message; None states none.
+    misspelt: catches unknown arguments, so that they raise UserError.
 
   Raises:
     UserError: a message or tool that cannot be rendered, or an argument that does not exist.
@@ -107,12 +116,13 @@ def render(
 def training_sequences(
   messages: Sequence[Message], *, tools: Sequence[Mapping] | None = None, truncate_history_thinking: bool = True
 ) -> list[tuple[list[Piece], int]]:
-  """A conversation as a model is trained on it: sequences of (pieces, how many of them at its start are context only).
+  """Splits a conversation into training sequences: (pieces, number of leading pieces that are context only).
 
-  The turns of a question, tool calls included, are learned behind the history that the model is shown when it
-  makes them: earlier questions' thoughts are cut. Where the next question changes how a question's turns are
-  shown, the conversation up to there is a sequence of its own, and so each turn is learned in exactly one.
-  A conversation without thoughts before its last question, or whose history is not cut, is one sequence.
+  Every assistant turn is trained on in exactly one sequence, with the history that the model sees when it
+  generates that turn: thoughts of earlier questions are removed. If the next user message changes how the turns
+  so far are rendered, the conversation up to that message becomes a sequence of its own.
+  The result is one sequence if no thought precedes the last user message, or if
+  `truncate_history_thinking` is false. Sequences without a trained piece are left out.
   """
   messages = list(messages)
   draw = lambda count: render(messages[:count], tools=tools, truncate_history_thinking=truncate_history_thinking)
@@ -122,13 +132,13 @@ def training_sequences(
     now, later = draw(question), draw(question + 1)
     if later[: len(now)] != now:
       sequences.append((now, context))
-      context = len(later)  # The next sequences begin with the same pieces.
+      context = len(later)  # All following sequences begin with these pieces, as context.
   sequences.append((whole, context))
   return [(pieces, n) for pieces, n in sequences if any(piece.learned for piece in pieces[n:])]
 
 
 def check_arguments(arguments: Mapping[str, object]) -> None:
-  """Raises UserError on an argument that the template does not have, or on a value it cannot be."""
+  """Raises UserError on an unknown template argument or on a value of the wrong type."""
   for name, value in arguments.items():
     if name not in ARGUMENTS:
       raise unknown("template argument", name, ARGUMENTS)
@@ -139,24 +149,24 @@ def check_arguments(arguments: Mapping[str, object]) -> None:
 
 
 def user_turn(text: str, *, enable_thinking: bool) -> list[Piece]:
-  """What follows a sampled `<|im_end|>`: the user's next message, then a generation prompt."""
+  """Pieces to append after a sampled `<|im_end|>`: the user's next message and a generation prompt."""
   turn = [mark("<|im_start|>"), Piece("user\n"), Piece(text), *_END]
   return [Piece("\n"), *turn, *generation_prompt(enable_thinking)]
 
 
 def tool_response(results: Sequence[str], *, enable_thinking: bool) -> list[Piece]:
-  """What follows a sampled `<|im_end|>`: results of its calls, then the next generation prompt."""
+  """Pieces to append after a sampled `<|im_end|>`: the results of the turn's calls and a generation prompt."""
   return [Piece("\n"), *_result_turn(results), *generation_prompt(enable_thinking)]
 
 
 def generation_prompt(enable_thinking: bool) -> list[Piece]:
-  """The assistant's opening, after which it is its turn to speak."""
+  """The opening of an assistant turn, up to the first token that the model samples."""
   opening = (mark("<think>"), Piece("\n")) if enable_thinking else _NO_THOUGHT
   return [mark("<|im_start|>"), Piece("assistant\n"), *opening]
 
 
 def _result_turn(results: Sequence[str]) -> list[Piece]:
-  """There is no tool role: results of neighbouring calls share one user turn."""
+  """The user turn that holds consecutive tool results; the template has no tool role."""
   return [mark("<|im_start|>"), Piece("user\n"), *tool_format.responses(results), *_END]
 
 
@@ -166,7 +176,7 @@ def _assistant_turn(message: Message, *, cut: bool) -> list[Piece]:
   calls = message.get("tool_calls") or ()
   header = (mark("<|im_start|>"), Piece("assistant\n"))
 
-  # The thought with its newlines, and what follows </think>.
+  # `thought` includes its newlines; `answer` is all text after </think>.
   if isinstance(reasoning, str) and reasoning.strip():
     thought, answer = f"\n{reasoning}\n", f"\n{content}"
   elif not _THINK_TAG.search(content):
@@ -174,9 +184,9 @@ def _assistant_turn(message: Message, *, cut: bool) -> list[Piece]:
   elif "</think>" in content and (cut or content.lstrip().startswith("<think>")):
     thought, _, answer = content.lstrip().removeprefix("<think>").rpartition("</think>")
   elif cut and calls:
-    answer, thought, _ = content.partition("<think>")  # A thought without an end.
+    answer, thought, _ = content.partition("<think>")  # The thought has no </think>.
   else:
-    # Half a pair of tags, or one in mid-text: as it was written, with no thought made up.
+    # The content has one tag without the other, or a tag in mid-text: keep it as written, add no thought.
     spans = _THINK_TAG.split(content.strip() + ("\n" if calls else ""))
     as_written = [Piece(span, bool(_THINK_TAG.fullmatch(span)), learned=True) for span in spans]
     said = [*header, *as_written, *tool_format.calls(calls, learned=True)]
@@ -185,12 +195,12 @@ def _assistant_turn(message: Message, *, cut: bool) -> list[Piece]:
   learned = not (cut and thought.strip())
   if cut:
     thought, answer = "", answer.rpartition("</think>")[2]
-  if calls:  # On a line of their own, also where nothing was said.
+  if calls:  # Calls start on a new line, even after an empty answer.
     answer = (answer.strip() if cut else answer.rstrip()) + "\n"
   else:
     answer = answer.rstrip()
 
-  # The generation prompt holds the newline after <think>; the rest is the assistant's.
+  # The newline after <think> belongs to the generation prompt; the model samples everything after it.
   if thought:
     newline = "\n" if thought.startswith("\n") else ""
     opening = [mark("<think>"), Piece(newline)]
@@ -202,7 +212,7 @@ def _assistant_turn(message: Message, *, cut: bool) -> list[Piece]:
 
 
 def _text(content: object) -> str:
-  """The text of a message's content: a string, nothing, or OpenAI's list of text parts."""
+  """The text of a message's content, which is a string, None, or OpenAI's list of text parts."""
   if content is None:
     return ""
   if isinstance(content, str):

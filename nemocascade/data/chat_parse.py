@@ -1,4 +1,4 @@
-"""An assistant's tokens, as they are sampled, to thoughts, text and tool calls."""
+"""Parses an assistant's tokens into its thought, its text and its tool calls, while they are sampled."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,13 @@ STOPS = (special.IM_END, special.EOS)
 
 @dataclasses.dataclass(frozen=True)
 class FormatError:
-  """What is malformed in a turn.
+  """A format error in a turn.
 
-  kind: "thought", "answer", "tool_call" or "after_call", by where it stands.
-  call: the number of the call, from 0, where it is one.
-  text: the malformed call as it was written.
+  Attributes:
+    kind: the part of the turn that has the error: "thought", "answer", "tool_call" or "after_call".
+    message: one line that says what is wrong.
+    call: number of the malformed call, from 0; None for the other kinds.
+    text: the malformed call as written; "" for the other kinds.
   """
 
   kind: str
@@ -28,7 +30,7 @@ class FormatError:
   text: str = ""
 
   def as_response(self) -> str:
-    """A tool's response that tells the model what to mend."""
+    """The error as JSON, to be sent to the model as a tool response."""
     fields = {"type": self.kind, "message": self.message}
     if self.call is not None:
       fields["call"] = self.call
@@ -37,18 +39,18 @@ class FormatError:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """What an assistant's tokens say."""
+  """A parsed assistant turn."""
 
-  reasoning: str | None  # None when it was not asked to think.
+  reasoning: str | None  # None in non-thinking mode.
   content: str
   tool_calls: tuple[ToolCall, ...] = ()
-  error: FormatError | None = None  # The first; calls that are well formed are kept.
-  finished: bool = False  # It ended by itself.
+  error: FormatError | None = None  # The first error. Well-formed calls are in tool_calls all the same.
+  finished: bool = False  # True if the model sampled a stop token.
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-  """What a token made certain: more text, or a whole call or error. One field is set."""
+  """An increment of a turn: more text, one complete call or one error. Exactly one field is set."""
 
   reasoning: str = ""
   content: str = ""
@@ -57,20 +59,20 @@ class Delta:
 
 
 class TurnParser:
-  """Reads what follows a generation prompt, as it comes. Any tokens are a turn.
+  """Incremental parser of the tokens after a generation prompt. It accepts every token sequence.
 
-  Only special tokens are structure; text that merely spells a tag is content. What all deltas
-  say together is `turn()`.
+  Only special tokens are structure; plain text that spells a tag is content. The deltas of all calls
+  add up to `turn()`.
   """
 
   def __init__(self, tokenizer: Tokenizer, *, thinking: bool):
     self._tokenizer, self._thinking = tokenizer, thinking
     self._text = Detokenizer(tokenizer)
-    self._part = "thought" if thinking else "answer"  # Or "call", "between", "after", "end".
-    self._held = ""  # White space that is dropped if nothing follows it.
-    self._begun = not thinking  # Whether the newline that follows </think> has been dealt with.
-    self._call: list[int] = []  # Tokens of the call that is being read.
-    self._number = 0  # Of calls, well formed or not.
+    self._part = "thought" if thinking else "answer"  # Later "call", "between", "after" or "end".
+    self._held = ""  # Trailing white space, kept back: it is dropped if no text follows.
+    self._begun = not thinking  # Whether the newline after </think> has been removed.
+    self._call: list[int] = []  # Tokens of the current call.
+    self._number = 0  # Calls so far, malformed ones included.
     self._finished = False
     self._reasoning: list[str] = []
     self._content: list[str] = []
@@ -78,7 +80,7 @@ class TurnParser:
     self._error: FormatError | None = None
 
   def feed(self, tokens: Sequence[int]) -> list[Delta]:
-    """Takes tokens in; those after a stop token are not read."""
+    """Parses more tokens and returns their deltas; tokens after a stop token are ignored."""
     deltas = []
     for token, run in itertools.groupby(map(int, tokens), self._structure):
       if self._part == "end":
@@ -94,7 +96,7 @@ class TurnParser:
     return [delta for delta in deltas if delta != Delta()]
 
   def finish(self) -> list[Delta]:
-    """No more tokens come. What was held back comes out, or is found unfinished."""
+    """Ends the turn: returns the text that was held back, or an error if a part is incomplete."""
     part, self._part = self._part, "end"
     if part == "thought":
       deltas = self._think(self._text.finish()) + self._say_thought(self._held)
@@ -106,7 +108,7 @@ class TurnParser:
     return self._follow(self._text.finish()) if part == "between" else []
 
   def turn(self) -> Turn:
-    """All that was read so far."""
+    """The turn parsed so far."""
     return Turn(
       "".join(self._reasoning) if self._thinking else None,
       "".join(self._content),
@@ -116,16 +118,16 @@ class TurnParser:
     )
 
   def _structure(self, token: int) -> int | None:
-    """The token if it is a special one, None where it is only text."""
+    """The token itself if it is special, None if it is text."""
     return token if token in self._tokenizer.special_names or token in STOPS else None
 
-  # Each part of a turn takes the next special token, or the next tokens of text.
+  # One method for each part of a turn. `tokens` is one special token, or a run of text tokens.
 
   def _in_thought(self, tokens: list[int]) -> list[Delta]:
     if tokens != [special.THINK_END]:
       return self._think(self._text.add(tokens))
     deltas = self._think(self._text.finish())
-    self._part, self._held = "answer", ""  # The newline before </think> is not of the thought.
+    self._part, self._held = "answer", ""  # Drops the newline before </think>.
     return deltas
 
   def _in_answer(self, tokens: list[int]) -> list[Delta]:
@@ -162,17 +164,17 @@ class TurnParser:
     return deltas
 
   def _follow(self, text: str) -> list[Delta]:
-    """White space may stand after a call; anything else is not the format's."""
+    """Handles text after a call: white space is allowed, other text is an error."""
     if not text.strip():
       return []
     self._part = "end" if self._part == "end" else "after"
     return self._fail("after_call", "text follows a tool call")
 
   def _after_calls(self, tokens: list[int]) -> list[Delta]:
-    del tokens  # Nothing that follows is believed.
+    del tokens  # Once other text has followed a call, the rest of the turn is ignored.
     return []
 
-  # Text comes out but for white space at an end, which may have to be dropped.
+  # These return text at once, except for trailing white space, which is dropped at the end of a part.
 
   def _think(self, text: str) -> list[Delta]:
     text = self._held + text
@@ -212,7 +214,12 @@ _PARTS = {
 
 
 def parse(tokens: Sequence[int], tokenizer: Tokenizer, *, thinking: bool) -> Turn:
-  """What all of the tokens say, up to their end."""
+  """Parses a complete turn.
+
+  Args:
+    tokens: the sampled tokens after the generation prompt.
+    thinking: whether the generation prompt opened a thought.
+  """
   parser = TurnParser(tokenizer, thinking=thinking)
   parser.feed(tokens)
   parser.finish()

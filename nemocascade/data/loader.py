@@ -1,4 +1,4 @@
-"""The input pipeline: conversations to packed batches, sharded by host and exactly resumable."""
+"""The input pipeline: packs conversations into batches, shards them by host and can be resumed exactly."""
 
 import hashlib
 import json
@@ -15,9 +15,13 @@ from nemocascade.types import Batch
 
 
 def to_documents(example: Mapping[str, Any], tokenizer) -> list[Document]:
-  """A conversation as a model is trained on it: one document, or one a question (chat.training_sequences).
+  """Tokenizes a conversation into documents: one for each sequence of chat.training_sequences.
 
-  Messages and tools may be lists or their JSON.
+  Args:
+    example: has "messages" and optionally "tools", each a list or its JSON text.
+
+  Raises:
+    UserError: the messages or tools have another form, or no assistant turn can be trained on.
   """
   messages, tools = (_decoded(example.get(key)) for key in ("messages", "tools"))
   if not messages:
@@ -36,7 +40,7 @@ def to_documents(example: Mapping[str, Any], tokenizer) -> list[Document]:
 
 
 def tokenize_all(source: Sequence[Mapping[str, Any]], tokenizer) -> list[Document]:
-  """The documents of every example of a source, in its order."""
+  """The documents of all examples, in order. A UserError names the number of the bad example."""
   documents = []
   for i in range(len(source)):
     try:
@@ -47,12 +51,20 @@ def tokenize_all(source: Sequence[Mapping[str, Any]], tokenizer) -> list[Documen
 
 
 class Loader:
-  """An endless (or `epochs` long) iterator over batches of B packed rows of T tokens.
+  """An iterator over batches of B packed rows of T tokens, endless unless `epochs` is given.
 
-  An epoch is every row once, in an order drawn from (seed, epoch); documents are packed
-  once. Each of `shard_count` hosts gets B / shard_count rows of every batch, so that
-  all together get what one would get alone. `get_state` is plain JSON, may be taken
-  between any two batches, and is the same on every host.
+  Documents are packed once. An epoch visits every row once, in an order drawn from (seed, epoch).
+  Each of `shard_count` hosts gets B / shard_count rows of every batch; together the hosts get the
+  batches that a single host would get. `get_state` returns plain JSON, works between any two batches,
+  and is the same on every host.
+
+  Attributes:
+    rows: the document numbers of each packed row.
+    dropped: number of documents longer than T, which are in no row (overlong="drop").
+    fraction_filled: share of the tokens of all rows that are not padding.
+
+  Raises:
+    UserError: B does not divide over the hosts, no document fits, or the epochs hold less than a batch.
   """
 
   def __init__(
@@ -73,7 +85,7 @@ class Loader:
       raise UserError(f"B={B} rows a batch: must be a multiple of shard_count={shard_count}")
     lengths = [len(document.tokens_T) for document in documents]
     self.rows = packing.pack(lengths, capacity=T, overlong=overlong)
-    self.dropped = sum(length > T for length in lengths)  # Documents too long for a row.
+    self.dropped = sum(length > T for length in lengths)
     if not self.rows:
       raise UserError(f"no document fits into a row: {len(lengths)} given, T={T}")
     self.fraction_filled = sum(n for n in lengths if n <= T) / (len(self.rows) * T)
@@ -81,7 +93,7 @@ class Loader:
 
     ordered = grain.MapDataset.source(self.rows).seed(seed).shuffle().repeat(epochs)
     if epochs is not None:
-      whole = len(ordered) // B * B  # Hosts must run out together.
+      whole = len(ordered) // B * B  # All hosts must end after the same number of batches.
       if not whole:
         raise UserError(f"B={B} rows a batch, but {epochs} epochs have {len(ordered)} rows")
       ordered = ordered[:whole]
@@ -101,11 +113,11 @@ class Loader:
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
-    """What to save so that the next batch can be made again."""
+    """The position in the data, as JSON; `set_state` with it continues with the same next batch."""
     return {"iterator": self._iterator.get_state(), "fingerprint": self._fingerprint}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Goes to where `get_state` was taken, on the same data with the same settings."""
+    """Continues from a saved position. Raises UserError if the data or the settings have changed."""
     if state.get("fingerprint") != self._fingerprint:
       raise UserError(
         "state of the input pipeline: was saved with other data, T, B, seed or epochs; "

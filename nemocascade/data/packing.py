@@ -10,24 +10,33 @@ from nemocascade.data.tokenizer import PAD
 from nemocascade.errors import UserError, unknown
 from nemocascade.types import Batch
 
-OVERLONG = ("error", "drop")  # What may be done with a document that no row can hold.
+OVERLONG = ("error", "drop")  # Choices for a document longer than a row.
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A tokenised conversation, with what of it is learned."""
+  """A tokenised conversation with its loss mask."""
 
   tokens_T: np.ndarray  # int32
-  loss_mask_T: np.ndarray  # bool
+  loss_mask_T: np.ndarray  # bool; true on the tokens that are trained on.
 
 
 def pack(
   lengths: Sequence[int], *, capacity: int, overlong: str = "error", window: int = 65_536
 ) -> list[list[int]]:
-  """Rows of document numbers, each row's lengths summing to at most `capacity`.
+  """Best-fit packing: the document numbers of each row; the lengths of a row sum to at most `capacity`.
 
-  Longest first within each window of documents, each into the fullest row that still
-  holds it. With `overlong="drop"` longer documents are in no row.
+  Within each window of documents the longest comes first; each goes into the fullest row that still
+  has room for it.
+
+  Args:
+    lengths: tokens of each document; at least 1.
+    capacity: tokens of a row.
+    overlong: "drop" leaves out documents longer than `capacity`; "error" refuses them.
+    window: number of documents that are sorted together.
+
+  Raises:
+    UserError: a document is empty, or longer than `capacity` under overlong="error".
   """
   if overlong not in OVERLONG:
     raise unknown("overlong", overlong, OVERLONG)
@@ -63,7 +72,7 @@ def pack(
 
 
 def fill(documents: Sequence[Document], rows: Sequence[Sequence[int]], *, T: int) -> Batch:
-  """The given rows as arrays (numpy, [len(rows), T]), documents left to right, then padding."""
+  """Fills rows into numpy arrays of shape [len(rows), T]: the documents from left to right, then padding."""
   B = len(rows)
   tokens_BT = np.full((B, T), PAD, np.int32)
   segment_ids_BT = np.zeros((B, T), np.int32)

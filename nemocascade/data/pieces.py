@@ -1,4 +1,4 @@
-"""A rendered conversation as pieces of text and special tokens, and its tokens with their mask."""
+"""Pieces of a rendered conversation (text or a special token), and their tokenization with a loss mask."""
 
 import dataclasses
 import itertools
@@ -9,11 +9,11 @@ from nemocascade.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A stretch of a rendered conversation; a special token stands alone."""
+  """A part of a rendered conversation: either text or one special token."""
 
-  text: str
+  text: str  # The name of the token if `special`.
   special: bool = False
-  learned: bool = False
+  learned: bool = False  # Whether its tokens are trained on.
 
 
 def mark(name: str, learned: bool = False) -> Piece:
@@ -22,12 +22,12 @@ def mark(name: str, learned: bool = False) -> Piece:
 
 
 def text_of(pieces: Sequence[Piece]) -> str:
-  """The rendered text, as a template in text would write it."""
+  """The rendered conversation as text, special tokens included by name."""
   return "".join(piece.text for piece in pieces)
 
 
 def tokenize(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-  """(tokens, loss_mask). Neighbouring text that is learned alike is encoded as one."""
+  """Returns (tokens, loss_mask). Adjacent text pieces with equal `learned` are encoded as one string."""
   tokens, loss_mask = [], []
   for (is_special, learned), run in itertools.groupby(pieces, lambda p: (p.special, p.learned)):
     if is_special:

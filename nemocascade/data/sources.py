@@ -1,4 +1,4 @@
-"""Conversations on disk: TFDS datasets in array_record, JSON lines, and mixtures of sources."""
+"""Conversations on disk: TFDS datasets in array_record format, JSON lines, and mixtures of sources."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 from nemocascade.errors import UserError, unknown
 
 SPLIT = "train"
-_BLOCK = 4096  # Examples handed to the writer at a time.
+_BLOCK = 4096  # Examples passed to the writer at a time.
 
 
 def write_demonstrations(
@@ -26,12 +26,16 @@ def write_demonstrations(
   version: str = "1.0.0",
   examples_per_shard: int = 65_536,
 ) -> pathlib.Path:
-  """Prepares a TFDS dataset in array_record at `directory`, whole or not at all.
+  """Writes a TFDS dataset in array_record format; on an error nothing new is left at `directory`.
 
-  Every example has the keys of the first; values are text, truth or numbers, and lists or
-  dicts (messages, tools) become JSON. An older dataset of the place is replaced.
+  All examples have the keys and types of the first. Values are str, bool, int or float; lists and dicts
+  (messages, tools) are stored as JSON. An older dataset at `directory` is replaced.
+
+  Raises:
+    UserError: `directory` holds other files, there are no examples, a value cannot be stored, or an
+      example differs from the first in its keys or types.
   """
-  import tensorflow_datasets as tfds  # Half a second, and only here and in reading.
+  import tensorflow_datasets as tfds  # The import takes half a second, so only writing and reading do it.
 
   directory = pathlib.Path(directory)
   is_dataset = (directory / "dataset_info.json").exists()
@@ -68,12 +72,18 @@ def write_demonstrations(
 
 
 def read_demonstrations(directory: str | os.PathLike) -> "Demonstrations":
-  """The examples that `write_demonstrations` (or TFDS itself) wrote, by number."""
+  """Opens a dataset that `write_demonstrations` or TFDS wrote; examples are read by index."""
   return Demonstrations(directory)
 
 
 class Demonstrations(Sequence):
-  """Random access to a TFDS dataset in array_record; every shard is checked when it is opened."""
+  """Random access to a TFDS dataset in array_record format.
+
+  Opening it checks that every shard is there and has the expected number of examples.
+
+  Raises:
+    UserError: the dataset or a shard is missing or damaged; also on reading a damaged example.
+  """
 
   def __init__(self, directory: str | os.PathLike):
     import tensorflow_datasets as tfds
@@ -82,7 +92,7 @@ class Demonstrations(Sequence):
     if not directory.is_dir():
       raise UserError(f"{directory}: no such dataset")
     info, features = directory / "dataset_info.json", directory / "features.json"
-    # TFDS raises many kinds of error for metadata that are JSON but not its own.
+    # TFDS raises many exception types for valid JSON that is not its metadata.
     _read_json(features)
     try:
       self._features = tfds.features.FeaturesDict.from_config(str(directory))
@@ -112,13 +122,13 @@ class Demonstrations(Sequence):
     try:
       (record,) = self._readers[shard].read([int(place - self._ends[shard])])
       example = self._features.deserialize_example_np(record)
-    except Exception as error:  # array_record and protobuf have no common kind of error.
+    except Exception as error:  # array_record and protobuf share no exception type.
       raise UserError(f"{self.files[shard]}: example {place} is damaged") from error
     return {key: _plain(value) for key, value in example.items()}
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The objects of a JSON lines file; blank lines are none. Raises UserError on the first bad one."""
+  """The objects of a JSON lines file, without blank lines. Raises UserError on the first bad line."""
   rows = []
   for number, row in numbered_jsonl(path):
     if isinstance(row, UserError):
@@ -128,7 +138,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any] | UserError]]:
-  """(line number, its object or what is wrong with it) of each line that is not blank."""
+  """For each line that is not blank: (line number from 1, its object or a UserError that names the fault)."""
   path = pathlib.Path(path)
   rows: list[tuple[int, dict[str, Any] | UserError]] = []
   try:
@@ -140,7 +150,7 @@ def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any] | 
       continue
     try:
       row = json.loads(line)
-    except ValueError as error:  # Of JSON, or of UTF-8.
+    except ValueError as error:  # Invalid JSON or invalid UTF-8.
       row = UserError(f"not JSON ({error})")
     else:
       if not isinstance(row, dict):
@@ -150,7 +160,11 @@ def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any] | 
 
 
 def mixture(sources: Mapping[str, Sequence], weights: Mapping[str, float]) -> grain.MapDataset:
-  """Sources interleaved in proportion to weights, until the first would run out; by number."""
+  """Interleaves sources in proportion to weights; the result ends where the first source would run out.
+
+  Raises:
+    UserError: there are no weights, a weight is not positive, or it names no source.
+  """
   if not weights:
     raise UserError("mixture weights are empty: name at least one source")
   for name, weight in weights.items():
@@ -168,7 +182,7 @@ def _open_shard(file: pathlib.Path, length: int):
   try:
     reader = array_record_module.ArrayRecordReader(str(file))
     found = reader.num_records()
-  except Exception as error:  # The binding raises several kinds for a file cut short.
+  except Exception as error:  # The binding raises several exception types for a truncated file.
     raise UserError(f"{file}: shard is cut short or damaged") from error
   if found != length:
     raise UserError(f"{file}: holds {found} examples, dataset_info.json says {length}")
@@ -225,7 +239,7 @@ def _entries(metadata: Any, key: str) -> list[dict]:
 
 
 def _move_into_place(partial: pathlib.Path, directory: pathlib.Path) -> None:
-  """Renames over what was there; a folder with files cannot be replaced in one motion."""
+  """Replaces `directory` by `partial` in two renames: one rename cannot replace a folder that has files."""
   old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
   shutil.rmtree(old, ignore_errors=True)
   if directory.exists():

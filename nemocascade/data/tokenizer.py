@@ -1,4 +1,4 @@
-"""Text to ids and back, without loss, and without text ever spelling a special token."""
+"""Lossless tokenizers. Plain text never encodes to a special token, even if it spells one."""
 
 import abc
 import hashlib
@@ -20,7 +20,7 @@ THINK, THINK_END = 12, 13
 TOOL_CALL, TOOL_CALL_END = 14, 15
 TOOL_RESPONSE, TOOL_RESPONSE_END = 16, 17
 
-# Ids 0 to 17 of the family (paper.md 2.1), in order.
+# Ids 0 to 17 of the Nemotron 3 tokenizers, in order.
 SPECIAL_NAMES = (
   "<unk>", "<s>", "</s>",
   "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
@@ -29,22 +29,22 @@ SPECIAL_NAMES = (
   "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
 )  # fmt: skip
 
-# The ids that the chat template and its parser work with.
+# The special tokens that the chat template and its parser use -> ids.
 FAMILY = {name: i for i, name in enumerate(SPECIAL_NAMES) if i >= IM_START}
 
-_SPACE = "\u2581"  # SentencePiece writes a space so; a text that has it needs bytes instead.
+_SPACE = "\u2581"  # SentencePiece writes a space as this character; the character itself is encoded as bytes.
 
 
 class Tokenizer(abc.ABC):
-  """The face that all tokenizers have.
+  """The interface of all tokenizers.
 
   Attributes:
-    special: name -> id of each special token; the family's are among them.
+    special: name -> id of each special token; it includes all of FAMILY.
     special_names: the same, id -> name.
     vocab_size: one more than the largest id.
-    fingerprint: names the tokenizer: equal files, equal fingerprints.
-    byte_ids: ids that spell one byte each and whose text depends on the bytes beside them.
-    file_name: what a folder that holds the tokenizer calls it.
+    fingerprint: SHA-256 of the tokenizer's file.
+    byte_ids: ids of single bytes; their text depends on the adjacent bytes.
+    file_name: the name of the tokenizer's file in a folder.
   """
 
   file_name: str
@@ -58,14 +58,14 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
-    """Ids of plain text: never a special one, whatever the text spells."""
+    """The ids of plain text. No id is special, whatever the text spells."""
 
   @abc.abstractmethod
   def _decode(self, ids: list[int]) -> str:
-    """The text of neighbouring ids, none of them special."""
+    """The text of adjacent ids, none of which is special."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of any ids; a special id as its name, one outside the vocabulary as U+FFFD."""
+    """The text of any ids. A special id gives its name, an id outside the vocabulary gives U+FFFD."""
     parts, run = [], []
     for i in map(int, ids):
       if 0 <= i < self.vocab_size and i not in self.special_names:
@@ -78,7 +78,7 @@ class Tokenizer(abc.ABC):
     return "".join(parts)
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes the file it was read from, or into a folder by its name; whole or not at all."""
+    """Writes the tokenizer's file to `path`, or to `path`/file_name if that is a folder; atomic."""
     path = pathlib.Path(path)
     path = path / self.file_name if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,11 @@ class Tokenizer(abc.ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """A SentencePiece model whose ids 0 to 17 are the family's special tokens."""
+  """A SentencePiece model whose ids 0 to 17 are SPECIAL_NAMES.
+
+  Raises:
+    UserError: the model is damaged, or one of these ids is another token.
+  """
 
   file_name = "tokenizer.model"
 
@@ -117,13 +121,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-  """A `tokenizer.json` in which ids 10 to 17 are the family's."""
+  """A `tokenizer.json` in which ids 10 to 17 are those of FAMILY.
+
+  Raises:
+    UserError: the package `tokenizers` is missing, the file is damaged, or one of these ids is another token.
+  """
 
   file_name = "tokenizer.json"
 
   def __init__(self, data: bytes, *, origin: str = "tokenizer"):
     try:
-      import tokenizers  # Of the extra [hf].
+      import tokenizers  # Installed by the extra [hf].
     except ImportError as error:
       raise UserError(
         f"{origin}: needs the package tokenizers: pip install 'nemocascade[hf]'"
@@ -131,15 +139,15 @@ class HuggingFaceTokenizer(Tokenizer):
     try:
       fields = json.loads(data)
       added = fields.get("added_tokens") or []
-      for token in added:  # Else a text that spells it would be read as it.
+      for token in added:  # Otherwise text that spells a token of FAMILY would be encoded as that token.
         token["special"] = token["special"] or token["content"] in FAMILY
       self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields))
-    except Exception as error:  # The binding raises bare Exceptions.
+    except Exception as error:  # The Rust binding raises plain Exceptions.
       why = " ".join(str(error).split())[:200]
       raise UserError(f"{origin}: not a whole tokenizer.json ({why})") from error
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    self._tokenizer.encode_special_tokens = True  # As any other text.
+    self._tokenizer.encode_special_tokens = True  # Encodes names of special tokens as plain text.
 
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     _check_family(vocabulary, origin)
@@ -149,17 +157,17 @@ class HuggingFaceTokenizer(Tokenizer):
     if "ByteFallback" in decoder:
       spelt = (vocabulary.get(f"<0x{byte:02X}>") for byte in range(256))
       self.byte_ids = frozenset(i for i in spelt if i is not None)
-    # Names cut after their first letter are names no more.
+    # Matches the names of special tokens; `encode` splits text inside them.
     longest_first = sorted(self.special, key=len, reverse=True)
     self._named = re.compile("|".join(map(re.escape, longest_first)))
 
   def encode(self, text: str) -> list[int]:
-    """As the face says; `<unk>` alone may come up, where a vocabulary lacks a character."""
+    """The ids of plain text. The only special id may be `<unk>`, for a character that the vocabulary lacks."""
     text = _whole(text)
     ids = self._encode(text)
     if self.special_names.keys().isdisjoint(ids):
       return ids
-    # A vocabulary may hold a special token's name as a word.
+    # The vocabulary holds a special token's name as a word: split each name after its first character.
     ends = [match.start() + 1 for match in self._named.finditer(text)]
     parts = zip([0, *ends], [*ends, len(text)], strict=True)
     return [i for start, end in parts for i in self._encode(text[start:end])]
@@ -175,10 +183,10 @@ TOKENIZERS = (HuggingFaceTokenizer, SentencePieceTokenizer)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-  """Reads a file, or what a folder has: `tokenizer.json`, else `tokenizer.model`.
+  """Reads a tokenizer's file; in a folder that is `tokenizer.json`, or else `tokenizer.model`.
 
   Raises:
-    UserError: there is none, it is damaged, or of another family.
+    UserError: there is no such file, it is damaged, or its special tokens have other ids.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -198,23 +206,30 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def train_sentencepiece(
   texts: Iterable[str], *, vocab_size: int, phrases: Iterable[str] = ()
 ) -> SentencePieceTokenizer:
-  """Learns byte-pair pieces from texts; "\\n" and every phrase are one token each from the start.
+  """Trains a byte-pair SentencePiece model; "\\n" and every phrase are one token each.
 
-  The same texts in the same order give the same bytes. A corpus too small for
-  `vocab_size` gives fewer pieces, so ask the tokenizer for its size.
+  Training is deterministic: the same texts in the same order give the same bytes.
+
+  Args:
+    texts: the corpus.
+    vocab_size: the most pieces; a small corpus gives fewer, so read the result's `vocab_size`.
+    phrases: plain texts that become one token each.
+
+  Raises:
+    UserError: a phrase is empty or special, there is no text, or `vocab_size` is too small.
   """
   phrases = list(dict.fromkeys(["\n", *phrases]))
   for phrase in phrases:
     if not phrase or _SPACE in phrase or phrase in SPECIAL_NAMES:
       raise UserError(f"tokenizer phrase {phrase!r}: must be plain text, not empty or special")
-  floor = len(SPECIAL_NAMES) + len(phrases) + 256  # Special, phrases, bytes.
+  floor = len(SPECIAL_NAMES) + len(phrases) + 256  # Special tokens, phrases, bytes.
   if vocab_size <= floor:
     raise UserError(
       f"tokenizer vocab_size={vocab_size}: special tokens, {len(phrases)} phrases and bytes "
       f"alone take {floor}"
     )
 
-  # Line by line, and without the phrases, which need no learning.
+  # Train on single lines, without the phrases, which are tokens already.
   cut = re.compile("|".join(map(re.escape, sorted(phrases, key=len, reverse=True))))
   lines = (part for text in texts for part in cut.split(text.replace(_SPACE, "")))
   lines = [line.encode("utf-8", "replace").decode() for line in lines if line.strip()]
@@ -234,7 +249,7 @@ def train_sentencepiece(
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
     "split_digits": True,
-    "max_sentence_length": 1 << 30,  # Bytes; longer lines would be left out.
+    "max_sentence_length": 1 << 30,  # Bytes; SentencePiece skips longer lines.
     "unk_id": 0,
     "bos_id": 1,
     "eos_id": 2,
@@ -243,7 +258,7 @@ def train_sentencepiece(
     "bos_piece": SPECIAL_NAMES[1],
     "eos_piece": SPECIAL_NAMES[2],
     "control_symbols": list(SPECIAL_NAMES[3:]),
-    # A phrase is matched after spaces have become U+2581, so it must spell them so.
+    # SentencePiece matches phrases after it has replaced spaces by U+2581.
     "user_defined_symbols": [phrase.replace(" ", _SPACE) for phrase in phrases],
     "minloglevel": 2,
     "num_threads": 1,
@@ -256,12 +271,12 @@ def train_sentencepiece(
 
 
 def _whole(text: str) -> str:
-  """Half of a surrogate pair is no text; everything else survives."""
+  """The text with lone surrogates replaced by "?"; UTF-8 cannot hold them."""
   return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _check_family(vocabulary: Mapping[str, int], origin: str) -> None:
-  """Raises UserError, naming every token of the family that is missing or has another id."""
+  """Raises UserError that names every token of FAMILY that is missing or has another id."""
   missing = [name for name in FAMILY if name not in vocabulary]
   if missing:
     raise UserError(f"{origin}: lacks the special tokens {', '.join(map(repr, missing))}")

@@ -1,4 +1,7 @@
-"""How tools are told to the model and how it calls them (paper.md 2.4), written and read back."""
+"""The text format of tool definitions, tool calls and tool results: rendering and parsing.
+
+The format is that of NVIDIA's template `nano3.jinja` (github.com/NVIDIA-NeMo/Nemotron).
+"""
 
 import dataclasses
 import json
@@ -8,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from nemocascade.data.pieces import Piece, mark
 from nemocascade.errors import UserError
 
-# What the template says of tools, word for word: models were trained on it.
+# The template's instructions on tools. Keep them verbatim: models were trained on this wording.
 _HEAD = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
 _TAIL = (
   "\n</tools>\n\n"
@@ -33,7 +36,7 @@ _REMINDER_END = (
   "knowledge and do not tell the user about function calls\n</IMPORTANT>"
 )
 
-# Fixed strings of the format, as cut by special tokens: each is worth a token of its own.
+# The format's fixed strings between special tokens. A tokenizer that we train gives each one token.
 PHRASES: tuple[str, ...] = (
   _HEAD, _TAIL, _EXAMPLE, _REMINDER, _REMINDER_END,
   "\n<function>\n<name>", "</name>\n<description>", "</name>\n<parameters>", "</name>\n<type>",
@@ -46,20 +49,20 @@ PHRASES: tuple[str, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-  """A call as written: values are strings, to be read by whoever knows the schema."""
+  """A parsed tool call. Argument values are strings; the caller converts them by the tool's schema."""
 
   name: str
   arguments: dict[str, str]
 
 
-# Writing.
+# Rendering.
 
 
 def tools_section(tools: Sequence[Mapping]) -> list[Piece]:
-  """The part of the system turn that offers the tools.
+  """The part of the system turn that lists the tools.
 
   Raises:
-    UserError: a tool is no object or has no name.
+    UserError: a tool is not an object or has no name.
   """
   text = _HEAD
   for place, tool in enumerate(tools):
@@ -97,10 +100,10 @@ def tools_section(tools: Sequence[Mapping]) -> list[Piece]:
 
 
 def calls(tool_calls: Sequence[Mapping], *, learned: bool) -> list[Piece]:
-  """Calls of an assistant's message, each in its own wrapper.
+  """Renders the calls of an assistant's message, each between <tool_call> and </tool_call>.
 
   Raises:
-    UserError: a call lacks a name, or its arguments are no object.
+    UserError: a call has no name, or its arguments are not an object.
   """
   pieces = []
   for call in tool_calls:
@@ -110,7 +113,7 @@ def calls(tool_calls: Sequence[Mapping], *, learned: bool) -> list[Piece]:
 
 
 def responses(results: Sequence[str]) -> list[Piece]:
-  """Results of calls, in the order of the calls."""
+  """Renders the results of calls, in the order of the calls."""
   pieces = []
   for result in results:
     pieces += [mark("<tool_response>"), Piece(f"\n{result}\n"), mark("</tool_response>")]
@@ -148,10 +151,10 @@ def _json(value: object) -> str:
   return json.dumps(value, ensure_ascii=False)
 
 
-# Reading back.
+# Parsing.
 
-# Whole because a value may itself hold tags: the last </function> closes, and a
-# </parameter> only where another parameter or the end follows.
+# An argument's value may itself contain tags. So the last </function> ends the call, and a </parameter>
+# ends a value only if another parameter or the end of the call follows it.
 _CALL = re.compile(r"\s*<function=([^\n>]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(
   r"\s*<parameter=([^\n>]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL
@@ -159,7 +162,7 @@ _PARAMETER = re.compile(
 
 
 def parse_call(text: str) -> ToolCall | str:
-  """The call that stands between <tool_call> and </tool_call>, or what is wrong with it."""
+  """Parses the text between <tool_call> and </tool_call>; returns a message if it is malformed."""
   call = _CALL.fullmatch(text)
   if call is None:
     return "a tool call is not <function=NAME> ... </function>"

@@ -1,1 +1,1 @@
-"""Sampling completions, and turning them into what a step learns from."""
+"""Samples completions, judges them, and turns them into the rollouts that a step trains on."""

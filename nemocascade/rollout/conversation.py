@@ -1,4 +1,4 @@
-"""One conversation with a model: its decode state is kept, and answers come as they are sampled."""
+"""A conversation with a model that keeps its decode state between turns and streams the answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,23 +13,24 @@ from nemocascade.errors import UserError
 from nemocascade.rollout.engine import Decoding, Engine
 from nemocascade.types import Params
 
-STRIDE = 4  # Tokens sampled between two looks at them.
-NARROWEST = 64  # Of the widths that prompts are padded to.
-# Given tokens are taken in one by one; from so many on, it is faster to take in all anew at once.
+STRIDE = 4  # Tokens that a call of the decoding loop samples before they are parsed.
+NARROWEST = 64  # The smallest width that prompts are padded to.
+# Up to this many new tokens are fed one by one; with more it is faster to prefill the whole history again.
 TAKEN_SINGLY = 128
 
 
 class Conversation:
-  """Messages, and the tokens that the model has seen of them.
+  """The messages of a conversation and the tokens that the model was given for them.
 
-  Sampled tokens stay as they are: a further message is only added. Where the template cuts the
-  thoughts of earlier turns (paper.md 2.3), the history is another, and is rendered and taken in anew.
+  A new message is appended to the sampled tokens as they are. There is one exception: if the template removes
+  the thoughts of earlier turns (nano3.jinja's `truncate_history_thinking`), the history changes, so it is
+  rendered and prefilled again.
 
   Attributes:
-    messages: in OpenAI form; the system's is kept apart.
-    turn: the last answer, once it ended.
-    tokens: all that the model has seen, or will at the next answer.
-    prefills: how often a whole history was taken in.
+    messages: in OpenAI form, without the system message, which is `system`.
+    turn: the last complete answer, or None.
+    tokens: all tokens so far, those for the next answer included.
+    prefills: how often the whole history was prefilled.
   """
 
   def __init__(
@@ -56,21 +57,21 @@ class Conversation:
     self.reset()
 
   def reset(self) -> None:
-    """Forgets all that was said."""
+    """Starts an empty conversation; system message and tools are kept."""
     self.messages: list[dict[str, Any]] = []
     self.turn: Turn | None = None
     self._forget()
 
   def offer(self, tools: Sequence[dict[str, Any]]) -> None:
-    """Other tools from now on. The system turn tells of them, so the history is taken in anew."""
+    """Replaces the tools. They are part of the system turn, so the next message prefills the history again."""
     self.tools = list(tools)
     self._forget()
 
   def ask(self, text: str) -> None:
-    """The user's next message.
+    """Adds the user's next message.
 
     Raises:
-      UserError: there is no room for it; the conversation is as it was.
+      UserError: it does not fit into the engine's total tokens; the conversation is then unchanged.
     """
     message = {"role": "user", "content": text}
     if self._d is None or (self._has_thoughts and self.truncate_history_thinking):
@@ -80,15 +81,15 @@ class Conversation:
     self.messages.append(message)
 
   def respond(self, results: Sequence[str]) -> None:
-    """Results of the last answer's calls, in order. Raises UserError as `ask` does."""
+    """Adds the results of the last answer's calls, in their order. Raises UserError like `ask`."""
     self._add(chat.tool_response(results, enable_thinking=self.thinking))
     self.messages += [{"role": "tool", "content": result} for result in results]
 
   def answer(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Delta]:
-    """Samples the next turn and yields what becomes certain of it; the turn ends with the iterator.
+    """Samples the next turn and yields its deltas; `turn` and `messages` are updated at the end.
 
     Args:
-      stopped: asked every few tokens; the turn ends where it is true.
+      stopped: called every STRIDE tokens; the turn ends when it returns true.
     """
     parser = TurnParser(self.tokenizer, thinking=self.thinking)
     begin, new = len(self.tokens), []
@@ -100,7 +101,7 @@ class Conversation:
         break
     yield from parser.finish()
     self.turn = parser.turn()
-    # A turn that was cut off is closed for it, when more is said.
+    # Tokens that close an unfinished turn. They are added in front of the next message.
     self._owed = []
     if not self.turn.finished:
       in_thought = self.thinking and THINK_END not in self.tokens[begin:]
@@ -112,7 +113,7 @@ class Conversation:
     self.tokens: list[int] = []
     self._d: Decoding | None = None
     self._owed: list[int] = []
-    self._has_thoughts = False  # Whether `tokens` hold thoughts that a next question cuts.
+    self._has_thoughts = False  # Whether `tokens` hold thoughts that the next user message would remove.
 
   def _begin(self, messages: Sequence[dict[str, Any]]) -> None:
     system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -153,7 +154,7 @@ class Conversation:
       )
 
   def _sample(self, limit: int) -> list[int]:
-    """Goes on to a stop token or to `limit` tokens in all; returns the new ones."""
+    """Decodes up to a stop token or to `limit` tokens in total; returns the new tokens."""
     assert self._d is not None
     d = self._d.replace(limit_B=np.array([limit], np.int32), done_B=np.array([False]))
     self._d = self.engine.decode(self.params, d, self.key, self.temperature, self.top_p)

@@ -1,4 +1,4 @@
-"""Prefill once a prompt, then one jitted loop that decodes all rows until each is done."""
+"""The rollout engine: prefills each prompt once, then decodes all rows in one jitted loop."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,34 +18,45 @@ from nemocascade.types import Params
 
 @struct.dataclass
 class Decoding:
-  """B rows on their way. A token is known when given or sampled, taken in when the model saw it."""
+  """The state of decoding B rows.
+
+  A token is known once it was given or sampled. It is taken in once the model has processed it.
+  """
 
   state: Any  # The model's decode state.
-  logits_BV: jax.Array  # fp32; of the token after the last one taken in.
+  logits_BV: jax.Array  # fp32; for the token after the last one taken in.
   tokens_BT: jax.Array  # int32
-  sampled_BT: jax.Array  # bool; chosen by the policy.
-  behaviour_logprobs_BT: jax.Array  # fp32; of softmax(logits / temperature), 0 on given tokens.
-  known_B: jax.Array  # int32
-  taken_B: jax.Array  # int32
-  limit_B: jax.Array  # int32; tokens that may be known at most.
-  done_B: jax.Array  # bool
-  row_id_B: jax.Array  # int32; names the row's random numbers.
-  drawn_logprobs_BT: jax.Array | None = None  # fp32; of the nucleus drawn from, only if asked for at the start.
+  sampled_BT: jax.Array  # bool; true on tokens that the policy sampled.
+  behaviour_logprobs_BT: jax.Array  # fp32; under softmax(logits / temperature), 0 on given tokens.
+  known_B: jax.Array  # int32; number of known tokens.
+  taken_B: jax.Array  # int32; number of tokens taken in.
+  limit_B: jax.Array  # int32; sampling stops at this number of known tokens.
+  done_B: jax.Array  # bool; the row has stopped or met its limit.
+  row_id_B: jax.Array  # int32; selects the row's random numbers.
+  drawn_logprobs_BT: jax.Array | None = None  # fp32; under the top_p nucleus; None unless start(drawn=True).
 
 
 class Engine:
-  """Programs for prompts of at most P tokens and sequences of at most T.
+  """Prefill and decoding programs for prompts of at most P tokens and sequences of at most T tokens.
+
+  JAX compiles a program again if its arguments have another sharding or none. So parameters and rows are put to
+  their shardings before each call; this copies only what is not there yet.
 
   Args:
     prefill_fn: (params, tokens_BP, length_B, capacity) -> (logits_BV, state).
     step_fn: (params, state, tokens_B, active_B) -> (state, logits_BV).
-    repeat_fn: (state, G) -> state of each row G times, side by side.
-    mesh: whose devices share the rows; one device by default.
-    params_places: the parameters' sharding in it, or a tree of theirs; whole on every device by default.
+    repeat_fn: (state, G) -> the state with each row G times, the copies adjacent.
+    prompt_tokens: P.
+    total_tokens: T.
+    stop_ids: a row is done when it samples one of these tokens.
+    mesh: the rows are sharded over its devices; one device by default.
+    params_places: the parameters' sharding, or a tree of shardings; replicated by default.
 
-  Attributes: start_fn and decode_fn, the two jitted programs. JAX compiles a program again for arguments that lie
-  elsewhere, or that are not bound to a device yet: so parameters and rows are put where they belong before
-  each call, which copies nothing that lies there.
+  Attributes:
+    start_fn, decode_fn: the two jitted programs.
+
+  Raises:
+    UserError: not 0 < prompt_tokens < total_tokens.
   """
 
   def __init__(
@@ -77,14 +88,14 @@ class Engine:
     self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None,
     drawn: bool = False,
   ) -> Decoding:  # fmt: skip
-    """Takes in each prompt once, for G rows of it.
+    """Prefills each prompt once and returns a Decoding with G rows for each prompt.
 
     Args:
-      width: what prompts are padded to where that is less than P; each width compiles once.
-      drawn: record drawn_logprobs_BT too, which differ from behaviour_logprobs_BT where top_p < 1.
+      width: the prompts' padded length, at most P (the default); each width compiles once.
+      drawn: whether to record drawn_logprobs_BT, which differ from behaviour_logprobs_BT if top_p < 1.
 
     Raises:
-      UserError: a prompt is empty or too long.
+      UserError: a prompt is empty or longer than `width`.
     """
     width = self.P if width is None else min(width, self.P)
     tokens_QP = np.zeros((len(prompts), width), np.int32)
@@ -101,14 +112,17 @@ class Engine:
     return jax.device_put(params, self._params_places)
 
   def decode(self, params: Params, d: Decoding, key: jax.Array, temperature: float, top_p: float):
-    """Every row goes on until it stops or meets its limit. `d` is used up; its arrays may be the host's."""
+    """Decodes every row until it stops or meets its limit. `d` is donated; its arrays may be numpy arrays."""
     d = jax.device_put(d, by_rows(d, d.known_B.shape[0], self._mesh))
     return self.decode_fn(self._placed(params), d, key, np.float32(temperature), np.float32(top_p))
 
   def extend(self, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
-    """Gives tokens to rows (tool results) and opens them again; all rows not named stay done.
+    """Appends tokens (tool results) to rows and marks these rows as not done; other rows are unchanged.
 
-    A row without room for its tokens and one more stays done, as it was.
+    A row is left unchanged if its limit does not leave room for the tokens and one more.
+
+    Args:
+      given: row number -> tokens.
     """
     tokens_BT, known_B = np.array(d.tokens_BT), np.array(d.known_B)
     done_B, limit_B = np.array(d.done_B), np.asarray(d.limit_B)
@@ -134,7 +148,7 @@ def _start(
     sampled_BT=jnp.zeros((B, T), bool),
     behaviour_logprobs_BT=jnp.zeros((B, T), jnp.float32),
     known_B=repeat(length_Q),
-    # A copy: the two are donated together later.
+    # The addition makes a copy: known_B and taken_B are donated later and must not share a buffer.
     taken_B=repeat(length_Q) + 0,
     limit_B=jnp.full((B,), T, jnp.int32),
     done_B=jnp.zeros((B,), bool),
@@ -149,13 +163,13 @@ def _decode(step_fn, place_fn, stop_ids, params, d: Decoding, key, temperature, 
   put_row = jax.vmap(lambda a_T, place, value: a_T.at[place].set(value, mode="drop"))
 
   def tick(d: Decoding) -> Decoding:
-    """Every open row takes in one more token: the next given one, or else one it samples now."""
+    """Each row that is not done takes in one more token: the next given one, or one that it samples now."""
     place_B = d.taken_B
     new_B = ~d.done_B & (place_B == d.known_B)
     key_B = row_keys(key, d.row_id_B, place_B)
     token_B, logprobs_B, drawn_B = sample(key_B, d.logits_BV, temperature=temperature, top_p=top_p)
 
-    def put(a_BT, value_B):  # Where a token was sampled; out of range is dropped.
+    def put(a_BT, value_B):  # Rows that did not sample a token get the index T, which mode="drop" ignores.
       return put_row(a_BT, jnp.where(new_B, place_B, a_BT.shape[1]), value_B)
 
     tokens_BT = put(d.tokens_BT, token_B)
@@ -165,7 +179,7 @@ def _decode(step_fn, place_fn, stop_ids, params, d: Decoding, key, temperature, 
     )[:, 0]
     stop_B = new_B & jnp.any(here_B[:, None] == jnp.array(stop_ids)[None], axis=1)
     active_B = ~d.done_B
-    # A sampled stop token is taken in too: a tool's result may follow it.
+    # A sampled stop token is taken in too, because a tool's result may follow it.
     state, logits_BV = step_fn(params, d.state, here_B, active_B)
     d = d.replace(
       state=state,

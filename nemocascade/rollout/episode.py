@@ -1,4 +1,4 @@
-"""From rows to finished episodes: prompts rendered, turns sampled, tools answered, nothing re-encoded."""
+"""Runs episodes: renders prompts, samples turns and answers tool calls. Sampled tokens are never re-encoded."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,17 +17,17 @@ class Samples:
   """G completions of each of Q rows, on the host."""
 
   rows: list[Row]
-  domains: list[str]  # Of each row.
-  tokens_QGT: np.ndarray
-  segment_ids_QGT: np.ndarray
-  loss_mask_QGT: np.ndarray  # bool; sampled by the policy.
-  behaviour_logprobs_QGT: np.ndarray  # fp32; of softmax(logits / temperature).
+  domains: list[str]  # The domain's name for each row.
+  tokens_QGT: np.ndarray  # int32; prompt and completion, then 0.
+  segment_ids_QGT: np.ndarray  # int32; 1 on tokens, 0 on padding.
+  loss_mask_QGT: np.ndarray  # bool; true on tokens that the policy sampled.
+  behaviour_logprobs_QGT: np.ndarray  # fp32; under softmax(logits / temperature), 0 on given tokens.
   limit_QG: np.ndarray  # int32; tokens, prompt included, at which the sampler ends a completion.
   completions: list[list[Completion]]  # [Q][G]
-  drawn_logprobs_QGT: np.ndarray | None = None  # fp32; of the nucleus drawn from; None at top_p = 1.
+  drawn_logprobs_QGT: np.ndarray | None = None  # fp32; under the top_p nucleus; None at top_p = 1.
 
   def take(self, q: Iterable[int]) -> "Samples":
-    """The prompts of these numbers."""
+    """The samples of the prompts with these indices."""
     q = list(q)
 
     def pick(value):
@@ -39,7 +39,7 @@ class Samples:
 
   @classmethod
   def concatenate(cls, parts: Sequence["Samples"]) -> "Samples":
-    """All prompts of the parts, in order."""
+    """The samples of all parts, in order."""
 
     def join(name):
       values = [getattr(part, name) for part in parts]
@@ -51,12 +51,12 @@ class Samples:
 
 
 def row_domain(row: Row) -> str:
-  """The name of the domain that made the row."""
+  """The name of the row's domain."""
   return row["agent_ref"]["name"]
 
 
 def prompt_of(row: Row, domain: Domain, tokenizer, thinking: bool | None = None) -> list[int]:
-  """The tokens of a row's prompt, up to where the assistant begins; `thinking` as in `collect`."""
+  """The tokens of a row's prompt, the assistant's opening included; `thinking` as in `collect`."""
   pieces = chat.render(
     prompt_messages(row), tools=prompt_tools(row) or None,
     enable_thinking=domain.thinking if thinking is None else thinking, add_generation_prompt=True,
@@ -82,9 +82,11 @@ def collect(
   """Samples G episodes of every row.
 
   Args:
-    prompts: what `prompt_of` gives for the rows, where it is known already.
-    completion_tokens: most tokens behind a prompt, tool results included, where that is not all there is room for.
-    thinking: whether the assistant thinks; None leaves it to each row's domain.
+    key: the random key of the sampling.
+    domains: name -> Domain, for the names in the rows.
+    prompts: the result of `prompt_of` for each row, if the caller has it already.
+    completion_tokens: the most tokens after a prompt, tool results included; None allows all that fit.
+    thinking: whether the assistant thinks; None takes each row's domain's setting.
   """
   of_row = [domains[row_domain(row)] for row in rows]
   thinks = [domain.thinking if thinking is None else thinking for domain in of_row]

@@ -1,4 +1,4 @@
-"""One token a row from its logits, and its log-probabilities before and after top_p cut the distribution."""
+"""Samples one token a row, with its log-probabilities before and after the top_p cut."""
 
 import math
 
@@ -9,7 +9,7 @@ from nemocascade.kernels.product import einsum
 
 
 def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.Array:
-  """A key for each row and place, so that a sample does not depend on its neighbours."""
+  """A random key for each row and position, so that a row's samples do not depend on the other rows."""
   fold = lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place)  # noqa: E731
   return jax.vmap(fold)(row_id_B, position_B)
 
@@ -17,15 +17,15 @@ def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.
 def sample(key_B, logits_BV, *, temperature, top_p):
   """(tokens_B int32, logprobs_B fp32, drawn_B fp32).
 
-  `logprobs_B` is of softmax(logits / temperature), which a trainer can score again. `drawn_B` is of the
-  distribution that the token was drawn from: the nucleus of the former, renormalised; they are equal at
-  top_p = 1.
+  `logprobs_B` is the token's log-probability under softmax(logits / temperature), which a trainer can
+  recompute. `drawn_B` is its log-probability under the distribution that it was drawn from: the top_p nucleus
+  of that softmax, renormalised. Both are equal at top_p = 1.
 
   Args:
-    key_B: a key a row.
+    key_B: a key for each row.
     logits_BV: fp32.
-    temperature: scalar, traced; 0 takes the likeliest token, whose log-probabilities are then those
-      at temperature 1.
+    temperature: scalar, traced. 0 takes the likeliest token; its log-probabilities are those at
+      temperature 1 and top_p 1.
     top_p: scalar, traced.
   """
   greedy_B = jnp.argmax(logits_BV, axis=-1)
@@ -40,9 +40,9 @@ def sample(key_B, logits_BV, *, temperature, top_p):
 
 
 def _draw(key_B, prob_BV):
-  """A token a row, by inversion in two levels: a block of tokens, then a token of it.
+  """Draws a token for each row by inverse-transform sampling: first a block of tokens, then a token in it.
 
-  Two random numbers a row instead of one a token, and sums no longer than the root of V.
+  This needs two random numbers a row instead of V, and no sum is longer than sqrt(V) terms.
   """
   B, V = prob_BV.shape
   size = math.isqrt(V - 1) + 1
@@ -54,9 +54,9 @@ def _draw(key_B, prob_BV):
 
 
 def _invert(weight_BC, uniform_B):
-  """The first place up to which the weights sum to more than `uniform` of their total.
+  """The first index at which the cumulative weight exceeds `uniform` times the total weight.
 
-  Rounding never lets it be one of weight 0.
+  It is never an index of weight 0, whatever the rounding.
   """
   C = weight_BC.shape[1]
   sum_BC = einsum("BC,CD->BD", weight_BC, jnp.triu(jnp.ones((C, C), weight_BC.dtype)))
@@ -67,11 +67,15 @@ def _invert(weight_BC, uniform_B):
 
 
 def _nucleus(logprobs_BV, top_p):
-  """The fewest tokens that together reach top_p, likeliest first, renormalised; unchanged at 1."""
+  """Log-probabilities of the smallest set of likeliest tokens whose sum reaches top_p, renormalised.
+
+  Other tokens get -inf. At top_p = 1 the input is returned unchanged.
+  """
 
   def cut(logprobs_BV):
     token_BV = jax.lax.broadcasted_iota(jnp.int32, logprobs_BV.shape, 1)
-    # By rank, not by a threshold: of equally likely tokens only as many as are needed are kept.
+    # The cut is by rank and not by a threshold, so that only as many of several equally likely tokens are kept
+    # as are needed.
     minus_BV, order_BV = jax.lax.sort((-logprobs_BV, token_BV), num_keys=2)
     prob_BV = jnp.exp(-minus_BV)
     before_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV

@@ -1,4 +1,4 @@
-"""Verdicts to rewards: what is judged, what is left out, and how much of each."""
+"""Turns verdicts into rewards: judging, unfinished completions, and filters on groups."""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -11,30 +11,33 @@ from nemocascade.types import Rollout
 
 Verdicts = list[list[Verdict]]  # [Q][G]
 
-# Overlong: what becomes of completions that met the limit. (rewards_QG; finished_QG, bool; room_QG,
-# tokens that were left of the sampler's limit) -> (rewards_QG, kept_QG).
+# Rules for completions that met the sampler's limit:
+# (rewards_QG; finished_QG, bool; room_QG, tokens left to the limit) -> (rewards_QG, kept_QG, bool).
 
 
 def zero(rewards_QG, finished_QG, room_QG):
-  """Unfinished is paid 0 (paper.md 4.2)."""
+  """An unfinished completion gets reward 0 (IF-RL in Nemotron-Cascade 2, arXiv 2603.19220, section 4.2)."""
   del room_QG
   return np.where(finished_QG, rewards_QG, np.float32(0)), np.ones_like(finished_QG)
 
 
 def drop(rewards_QG, finished_QG, room_QG):
-  """Unfinished is left out: overlong filtering (DAPO, arXiv 2503.14476, section 3.4)."""
+  """An unfinished completion is left out: overlong filtering (DAPO, arXiv 2503.14476, section 3.4)."""
   del room_QG
   return rewards_QG, finished_QG
 
 
 def keep(rewards_QG, finished_QG, room_QG):
-  """Judged as any other."""
+  """An unfinished completion keeps its reward."""
   del room_QG
   return rewards_QG, np.ones_like(finished_QG)
 
 
 def soft(rewards_QG, finished_QG, room_QG, *, tokens: int = 16):
-  """Up to 1 less where the room was less than `tokens`, and 1 less for unfinished (DAPO, eq. 13)."""
+  """Subtracts a penalty from 0 to 1 that grows over the last `tokens` before the limit (DAPO, eq. 13).
+
+  An unfinished completion gets the full penalty of 1.
+  """
   penalty_QG = np.clip(room_QG / tokens - 1.0, -1.0, 0.0)
   penalty_QG = np.where(finished_QG, penalty_QG, -1.0)
   return (rewards_QG + penalty_QG).astype(np.float32), np.ones_like(finished_QG)
@@ -44,7 +47,7 @@ OVERLONG = {"zero": zero, "filter": drop, "keep": keep, "soft": soft}
 
 
 def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
-  """Each completion's verdict; a domain gets all of its completions in one call."""
+  """The verdict of each completion. A domain's `verify` gets all of its completions in one call."""
   verdicts: Verdicts = [[] for _ in samples.rows]
   for name in dict.fromkeys(samples.domains):
     q = [i for i, other in enumerate(samples.domains) if other == name]
@@ -59,13 +62,13 @@ def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
 def to_rollout(
   samples: Samples, verdicts: Verdicts, *, overlong: Callable = keep, rewards_QG: np.ndarray | None = None
 ) -> tuple[Rollout, dict[str, float]]:
-  """The record a step learns from, and counts of what was left out.
+  """Returns the Rollout that a step trains on, and metrics "rollout/<name>" of what was left out.
 
   Args:
-    overlong: one of OVERLONG.
-    rewards_QG: in the place of the verdicts, where rewards compare a group's completions. Then a masked
-      verdict leaves nothing out: it says that the row cannot be judged by itself. A reward that is not
-      finite masks its sample.
+    overlong: a value of OVERLONG.
+    rewards_QG: rewards to use instead of the verdicts', for judges that compare the completions of a group.
+      Then a masked verdict does not leave out its sample, because it only says that the row has no verdict
+      of its own. A reward that is not finite masks its sample.
   """
   finished_QG = np.array([[c.finished for c in group] for group in samples.completions])
   masked_QG = np.array([[v.masked for v in group] for group in verdicts])
@@ -103,19 +106,19 @@ def to_rollout(
 
 
 def _signal(verdicts: Verdicts) -> list[bool]:
-  """Of each group: whether its verdicts differ."""
+  """For each group, whether its unmasked verdicts differ."""
   return [len({v.reward for v in group if not v.masked}) > 1 for group in verdicts]
 
 
 def informative(verdicts: Sequence[Verdicts]) -> list[list[int]]:
-  """Of each round: the groups whose raw verdicts are not all equal."""
+  """For each round, the indices of the groups whose raw verdicts are not all equal."""
   return [[q for q, yes in enumerate(_signal(round_)) if yes] for round_ in verdicts]
 
 
 def refill(rounds: Sequence[tuple[Samples, Verdicts]], prompts: int) -> tuple[Samples, Verdicts]:
-  """The first `prompts` informative groups of all rounds; uninformative ones fill up if too few.
+  """The first `prompts` groups of all rounds whose verdicts differ, filled up with other groups if too few.
 
-  One shape whatever was found; `dynamic_filter` leaves the uninformative out.
+  The result always has the same shape. `dynamic_filter` then masks the groups that were filled up.
   """
   samples = Samples.concatenate([s for s, _ in rounds])
   verdicts = [group for _, round_ in rounds for group in round_]
@@ -125,5 +128,8 @@ def refill(rounds: Sequence[tuple[Samples, Verdicts]], prompts: int) -> tuple[Sa
 
 
 def dynamic_filter(rollout: Rollout, verdicts: Verdicts) -> Rollout:
-  """Leaves out groups whose raw verdicts are all equal (paper.md 4.2): raw, not shaped rewards."""
+  """Masks groups whose verdicts are all equal (Nemotron-Cascade 2, arXiv 2603.19220, section 4.2).
+
+  It compares raw verdicts, not shaped rewards.
+  """
   return rollout.replace(valid_QG=rollout.valid_QG & np.array(_signal(verdicts))[:, None])

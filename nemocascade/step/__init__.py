@@ -1,1 +1,1 @@
-"""Pure training steps; none of them knows what a model is."""
+"""Pure training steps. A step gets the model as a scoring function and does not depend on nemocascade.model."""

@@ -1,4 +1,4 @@
-"""How routers are kept in balance: not at all, by their bias's sign update, or by a loss; and its metrics."""
+"""Load balancing of the experts (none, sign update of the router's bias, auxiliary loss), and its metrics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,22 +10,32 @@ from nemocascade.errors import UserError
 from nemocascade.field_table import check_values
 from nemocascade.types import Metrics, Params, Routing
 
-# (params, change_LE) -> params with the change added to the routers' biases.
+# (params, change_LE) -> params, with change_LE added to the routers' e_score_correction_bias.
 AddToBias = Callable[[Params, jax.Array], Params]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterBalance:
-  """What keeps the experts' loads alike (paper.md 1.4, 3.1, 4.1).
+  """How the loads of the experts are balanced.
 
-  frozen: nothing; the bias keeps its values. sign: after each step the bias of an expert moves by
-  `rate` towards fewer tokens where it had more than the mean, else towards more (DeepSeek-V3, arXiv
-  2412.19437, 2.1.2). auxiliary: `weight` times the balance loss of model/moe.py, summed over blocks,
-  mean over real tokens, is added to the loss; the bias keeps its values. both: sign and auxiliary.
-  No kind lets the optimizer touch the bias.
+  Kinds:
+    frozen: no balancing; the router's bias keeps its values.
+    sign: after each step the bias of an expert falls by `rate` if its load was above the mean, and rises
+      by `rate` if it was below (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    auxiliary: `weight` times the balance loss of model/moe.py is added to the training loss. The balance
+      loss is summed over blocks and averaged over real tokens. The bias keeps its values.
+    both: sign and auxiliary.
+  Under every kind the optimizer leaves the bias alone. NVIDIA's SFT of Nemotron-3-Nano (report: arXiv
+  2512.20848) uses rate 1e-3 and weight 1e-4. The open recipe of its RL freezes the router's weights and has no
+  balance loss, but still updates the bias, at rate 1e-3.
+
+  Attributes:
+    kind: one of the above.
+    rate: change of the bias a step, under sign and both.
+    weight: factor of the balance loss, under auxiliary and both.
 
   Raises:
-    UserError: an unknown kind, or a rate or weight that is not positive where it is used.
+    UserError: an unknown kind, or a rate or weight that its kind uses and that is not positive.
   """
 
   kind: str = "frozen"
@@ -50,11 +60,12 @@ class RouterBalance:
     return self.kind in ("auxiliary", "both")
 
   def loss(self, routing: Routing | None, scale: jax.Array) -> jax.Array | float:
-    """What a part of the batch adds to its summed loss.
+    """The balance loss of a part of the batch, to be added to its summed loss; 0 if none is used.
 
     Args:
-      scale: the batch's divisor of the summed loss over its real tokens, so that after that division
-        the whole batch has added weight times the mean over its real tokens.
+      routing: of this part; None if the model has no router.
+      scale: (divisor of the batch's summed loss) / (real tokens of the batch). After the division by that
+        divisor the parts add up to `weight` times the mean over the batch's real tokens.
     """
     if not self.has_loss or routing is None:
       return 0.0
@@ -63,7 +74,7 @@ class RouterBalance:
     return self.weight * scale * routing.loss
 
   def move(self, params: Params, routing: Routing | None, add_to_bias: AddToBias | None) -> Params:
-    """The parameters after the sign update by the whole batch's loads."""
+    """The parameters after the sign update of the biases; `routing` holds the loads of the whole batch."""
     if not self.moves_bias or routing is None:
       return params
     load_LE = routing.load_LE
@@ -71,10 +82,17 @@ class RouterBalance:
 
 
 def routing_metrics(routing: Routing | None, real: jax.Array) -> Metrics:
-  """Of a whole batch of `real` tokens; loads are in units of the fair share.
+  """Metrics of the routers over a whole batch; {} if nothing is routed. A load of 1 is the mean load.
 
-  expert/load_max is that of the busiest expert of any block, expert/imbalance the mean over blocks
-  and experts of |load - 1|; both are there for each block too. A block without tokens counts as balanced.
+  expert/load_max: the largest load of an expert in any block; load_max/block_<i> is that of block i.
+  expert/imbalance: the mean of |load - 1| over blocks and experts; imbalance/block_<i> is that of block i.
+  expert/unused: the share of experts without a token.
+  expert/dropped: the number of choices that no expert worked on.
+  loss/balance: the mean balance loss of a block and real token, if it was computed.
+  A block without tokens counts as balanced.
+
+  Args:
+    real: number of tokens of the batch that are not padding.
   """
   if routing is None:
     return {}
@@ -91,5 +109,5 @@ def routing_metrics(routing: Routing | None, real: jax.Array) -> Metrics:
   for block in range(L):
     metrics |= {f"load_max/block_{block}": max_L[block], f"imbalance/block_{block}": imbalance_L[block]}
   if routing.loss is not None:
-    metrics["loss/balance"] = routing.loss / (L * jnp.maximum(real, 1.0))  # 1 where loads are equal.
+    metrics["loss/balance"] = routing.loss / (L * jnp.maximum(real, 1.0))  # 1 if all loads are equal.
   return metrics

@@ -1,4 +1,4 @@
-"""AdamW under a schedule, with frozen parameters by path."""
+"""AdamW with a learning-rate schedule; parameters can be frozen by path."""
 
 import functools
 import re
@@ -11,14 +11,16 @@ from nemocascade.errors import UserError
 from nemocascade.field_table import check_values
 from nemocascade.types import Params, TrainState
 
-# Moved by load, not by gradient (paper.md 1.4): no optimizer ever touches it.
+# The router's bias is updated by expert load, not by gradient (DeepSeek-V3, arXiv 2412.19437, section 2.1.2;
+# RouterBalance). The optimizer never changes it.
 NEVER = ("e_score_correction_bias$",)
 
-# Not decayed, whatever their rank: where units are scanned, vectors are stacked to matrices.
+# Parameters without weight decay. They are named, because scanned units stack vectors to matrices and the rank
+# cannot tell.
 NOT_DECAYED = ("bias$", "(^|/)norm(_f)?(/weight)?$", "(^|/)(A_log|D)$")
 
 
-# Decay after warm-up: progress t from 0 to 1, and the fraction at the end -> fraction of the peak.
+# Decay after warm-up: (progress t in [0, 1], fraction at the end) -> fraction of the peak learning rate.
 SCHEDULES = dict(
   constant=lambda t, final: jnp.ones_like(t),
   linear=lambda t, final: 1.0 - (1.0 - final) * t,
@@ -27,28 +29,32 @@ SCHEDULES = dict(
 
 
 def path_name(path) -> str:
-  """A parameter's path as "units_0/blocks_1/mixer/gate"."""
+  """A parameter's path as text, such as "units_0/blocks_1/mixer/gate"."""
   return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
 def matches(path, patterns: tuple[str, ...]) -> bool:
-  """Whether a pattern is found in the parameter's path."""
+  """Whether one of the regular expressions matches a part of the parameter's path."""
   return any(re.search(pattern, path_name(path)) for pattern in patterns)
 
 
 def decayed(params):
-  """Tree of bool: true on the matrices that weight decay shrinks."""
+  """Tree of bool: true for parameters with weight decay, which are the matrices outside NOT_DECAYED."""
   shrinks = lambda path, p: jnp.ndim(p) > 1 and not matches(path, NOT_DECAYED)  # noqa: E731
   return jax.tree_util.tree_map_with_path(shrinks, params)
 
 
 def norm(tree) -> jax.Array:
-  """Of all numbers of the tree together; fp32, whatever their dtype."""
+  """The L2 norm over all numbers of the tree, computed in fp32."""
   return optax.tree.norm(jax.tree.map(lambda a: a.astype(jnp.float32), tree))
 
 
 def clip_by_norm(most: float) -> optax.GradientTransformation:
-  """optax.clip_by_global_norm with the norm and the division in fp32, also of bf16 gradients."""
+  """optax.clip_by_global_norm that computes in fp32, for bf16 gradients too; dtypes are kept.
+
+  Args:
+    most: the largest norm of the gradient.
+  """
   clip = optax.clip_by_global_norm(most)
 
   def update(updates, state, params=None):
@@ -59,9 +65,13 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
 
 
 def make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, *, schedule: str):
-  """Linear warm-up from 1 / warmup_steps of the peak, then the named decay to its fraction.
+  """Linear warm-up from 1 / warmup_steps of the peak, then decay to `final_fraction` of the peak.
 
-  optax's schedules want numbers; these may be traced, so that they need not be compiled in.
+  The arguments may be traced arrays, so that a compiled step serves any values; optax's own schedules
+  need Python numbers.
+
+  Args:
+    schedule: a key of SCHEDULES.
   """
 
   def learning_rate(step):
@@ -87,15 +97,18 @@ def make_optimizer(
   clip_norm: float = 1.0,
   frozen: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
-  """AdamW; parameters whose path matches a pattern of `frozen` keep their values.
+  """AdamW with gradient clipping and a schedule; parameters that match `frozen` keep their values.
 
-  The gradient is clipped by the norm of what is trained. Weight decay spares vectors and scalars.
-  The numbers of the schedule are kept in the state: optimizers that differ in them alone have the
-  same update, so that stages share a compiled step.
+  The clipped norm is that of the trained parameters alone. Vectors and scalars have no weight decay.
+  The schedule's numbers are kept in the optimizer state. So stages that differ only in these numbers share
+  one compiled step.
+
+  Args:
+    frozen: regular expressions, each searched in the parameters' paths.
 
   Raises:
-    UserError: a setting that nemocascade/field_table.py does not allow and, at `init`, a pattern of `frozen`
-      that no parameter matches.
+    UserError: a setting outside the ranges of nemocascade/field_table.py, or an invalid regular expression.
+      `init` raises it for a pattern of `frozen` that matches no parameter.
   """
   check_values(
     "optimizer", peak_lr=peak_lr, warmup_steps=warmup_steps, schedule=schedule, final_fraction=final_fraction,
@@ -133,5 +146,5 @@ def make_optimizer(
 
 
 def new_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
-  """Parameters under a new optimizer."""
+  """A training state at step 0 with these parameters and a fresh optimizer state."""
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))

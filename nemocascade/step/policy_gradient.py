@@ -1,4 +1,4 @@
-"""The one policy-gradient step: GRPO, MOPD or any other advantage, in the same jitted program."""
+"""The policy-gradient step, one program for GRPO, MOPD and all other advantages."""
 
 from collections.abc import Callable
 
@@ -33,29 +33,50 @@ def policy_gradient_step(
 ):
   """Returns step(state, rows, count, heads_ZDV=None, prompts=None, temperature=1.0) -> (state, metrics).
 
-  Pure and ready to jit.
+  The step is pure and can be jitted.
 
-  Rows and count are those of rows.to_rows, packed or not. `temperature`, a scalar, is what the rows were
-  sampled at: the policy's distribution is softmax(logits / temperature) wherever the loss reads it.
+  The proximal policy is the one before the first update of a batch. Its log-probabilities are rows["proximal"]
+  if the batch is used for several updates; otherwise it is the current policy. The correction compares the
+  proximal policy with the sampler, and with the sampler's nucleus if rows have "drawn". The ratio compares the
+  current policy with the proximal one. The sign of the advantage decides which side is clipped, so a
+  correction's weights must be at least 0.
 
-  The proximal policy is rows["proximal"] where the batch is learned from more than once, and else
-  the policy itself. The correction is of that policy against the sampler and, where rows have "drawn",
-  against the nucleus that it drew from; the ratio is of the policy against the proximal one. Clipping is judged by a token's advantage, so weights of the correction are at least 0.
+  Tokens of invalid samples do not contribute to any sum or count. Rows without a learned token are treated as
+  padding, for load balancing too.
 
-  `accumulate` pieces of the rows one after another equal the whole; a piece that teaches nothing
-  costs nothing. Tokens of samples that are not valid learn nothing and count nowhere, rows of which
-  nothing is learned are padding to the routers' balance too. `heads_ZDV` are those of the teachers
-  whose states the rows carry. `add_to_bias` is needed where `balance` moves the routers' bias.
+  Args:
+    score_fn: scores the rows under the policy.
+    tx: the optimizer.
+    ratio, correction, kl, distillation: functions of step/loss.py, see there.
+    kl_weight: factor of the KL to rows["reference"].
+    entropy_weight: factor of the entropy bonus.
+    distillation_weight: factor of the distance from the teachers.
+    accumulate: the rows are processed in this many pieces, one after another; the result equals that of one
+      piece. A piece without a learned token is skipped.
+    balance: the load balancing of the routers. With `prompts` its loss must have weight 0, because documents
+      are then split into prompt and completion.
+    add_to_bias: needed if `balance` moves the routers' bias.
+    take_in_fn: prefills the prompts; needed with `prompts`.
 
-  With `prompts` (rows.after_prompts) each is taken in once, by `take_in_fn`, and so is its gradient: pieces
-  are of the samples of every prompt, and add up what they say of it. The balance's loss, whose documents
-  would lie in two parts, must then be without weight.
+  Args of step:
+    rows, count: those of rows.to_rows, packed or not.
+    heads_ZDV: the heads of the teachers whose states are in the rows.
+    prompts: those of rows.after_prompts. Each prompt's forward and backward pass runs once for all its
+      completions. Each piece of the rows then has completions of every prompt.
+    temperature: the sampling temperature of the rows, a scalar. The loss uses softmax(logits / temperature).
   """
 
   def part(params, after, rows: Rows, scale: jax.Array, heads_ZDV, temperature):
-    """`after`: None, or (Prefix, length_Q) of the prompts; gradients are of the parameters and of the prefix."""
+    """Loss sums and gradients of one piece of the rows.
+
+    Args:
+      after: (Prefix, length_Q) of the prompts, or None.
+
+    Returns:
+      ((sums, gradient of the parameters, gradient of the prefix), the largest sampler gap).
+    """
     prefix, length_Q = after or (None, None)
-    # In fp32 while the pieces add theirs.
+    # The prefix is fp32 here, so that its gradient is summed over the pieces in fp32.
     prefix_32 = jax.tree.map(lambda a: a.astype(jnp.float32), prefix)
 
     def distance(x_BTD, head_DV, wanted_BT):
@@ -68,7 +89,7 @@ def policy_gradient_step(
         **({"after": (own, length_Q)} if after else {}), temperature=temperature,
       )  # fmt: skip
       logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
-      # Without gradient, and the sampler's own where nothing is learned.
+      # Without gradient. Where nothing is learned the policy's own values are used.
       own_BT = jax.lax.stop_gradient(logprobs_BT)
       proximal_BT = jnp.where(mask_BT, rows["proximal"], own_BT) if "proximal" in rows else own_BT
       gap_BT = sampler_gap(proximal_BT, rows, "behaviour")
@@ -140,7 +161,7 @@ def policy_gradient_step(
 
 
 def rollout_metrics(r: Rollout) -> Metrics:
-  """Of the samples that are learned from."""
+  """The mean reward of the valid samples and the share of samples that are valid."""
   return {
     "reward/mean": masked_mean(r.rewards_QG, r.valid_QG),
     "rollout/valid": jnp.mean(r.valid_QG, dtype=jnp.float32),
@@ -148,18 +169,21 @@ def rollout_metrics(r: Rollout) -> Metrics:
 
 
 def sampler_gap(proximal_BT: jax.Array, rows: Rows, name: str) -> jax.Array:
-  """log pi_train of each learned token less the sampler's rows[name], without gradient; 0 elsewhere."""
+  """proximal_BT less the sampler's log-probabilities rows[name], in nats, on learned tokens; 0 elsewhere."""
   return jnp.where(rows["mask"], proximal_BT - rows[name], 0.0)
 
 
 def reference_kl(logprobs_BT: jax.Array, rows: Rows, kl: Callable) -> jax.Array:
-  """KL to the reference of each learned token, 0 elsewhere."""
+  """The estimated KL to the reference, in nats, on each learned token; 0 elsewhere."""
   there_BT = jnp.where(rows["mask"], rows["reference"], jax.lax.stop_gradient(logprobs_BT))
   return jnp.where(rows["mask"], kl(logprobs_BT, there_BT), 0.0)
 
 
 def _take_in(take_in_fn: TakeInFn, params: Params, prompts: Prompts):
-  """((Prefix, length_Q), pull: the prefix's gradient in fp32 -> the parameters', Routing or None)."""
+  """Prefills the prompts: ((Prefix, length_Q), pull, Routing or None).
+
+  `pull` maps the prefix's gradient, fp32, to the parameters' gradient.
+  """
   prefix, pull, routing = jax.vjp(lambda params: take_in_fn(params, prompts), params, has_aux=True)
 
   def pull_32(dprefix):
@@ -172,7 +196,10 @@ def proximal_logprobs(
   score_fn: ScoreFn, params: Params, rows: Rows, prompts: Prompts | None = None,
   temperature: float | jax.Array = 1.0, *, accumulate: int, take_in_fn: TakeInFn | None = None,
 ) -> jax.Array:  # fmt: skip
-  """logprobs_BT of the learned tokens under the policy before its first update of this batch."""
+  """logprobs_BT of the learned tokens under the proximal policy: call it before the first update of a batch.
+
+  The arguments are those of policy_gradient_step and of its step.
+  """
   how = {"temperature": temperature}
   if prompts is not None:
     how["after"] = (take_in_fn(params, prompts)[0], prompts.length_Q)

@@ -1,4 +1,4 @@
-"""One step of a Bradley-Terry reward model: the chosen answer above the rejected one."""
+"""The training step of a Bradley-Terry reward model, on pairs of a chosen and a rejected answer."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Rows = tuple[jax.Array, jax.Array]  # tokens_BT, segment_ids_BT.
 
 
 def bradley_terry_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(sum, count) of -log sigmoid(chosen - rejected)."""
+  """(sum of -log sigmoid(chosen - rejected) in nats, number of pairs)."""
   losses_B = -jax.nn.log_sigmoid(chosen_B - rejected_B)
   return jnp.sum(losses_B), jnp.asarray(losses_B.shape[0], jnp.float32)
 
@@ -21,7 +21,9 @@ def bradley_terry_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> tuple[jax.
 def reward_model_step(reward_fn: Callable, tx: optax.GradientTransformation):
   """Returns step(state, chosen rows, rejected rows) -> (state, metrics).
 
-  `reward_fn(params, tokens_BT, segment_ids_BT) -> reward_B`.
+  Args:
+    reward_fn: (params, tokens_BT, segment_ids_BT) -> reward_B.
+    tx: the optimizer.
   """
 
   def step(state: TrainState, chosen: Rows, rejected: Rows) -> tuple[TrainState, Metrics]:

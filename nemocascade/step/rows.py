@@ -1,4 +1,4 @@
-"""What a rollout teaches, as the rows that a policy-gradient step takes: apart, packed, or after shared prompts."""
+"""Turns a rollout into the rows of a policy-gradient step: unpacked, packed, or after shared prompts."""
 
 from collections.abc import Callable
 
@@ -10,18 +10,27 @@ from nemocascade.data import packing
 from nemocascade.step import loss
 from nemocascade.types import Prompts, Rollout
 
-# name -> [B, T, ...]; each document of a row is one prompt and completion.
+# name -> [B, T, ...]. A document in a row is a prompt with one completion.
 Rows = dict[str, jax.Array]
 
 
 def to_rows(
   r: Rollout, advantages_QGT: jax.Array, aggregation: Callable = loss.token_mean
 ) -> tuple[Rows, jax.Array]:
-  """What a rollout teaches, as [Q * G, T] rows of one document each, and the loss's count.
+  """Flattens a rollout to rows of shape [Q * G, T], one document each: (rows, count).
 
-  Advantages and weights have seen whole groups and sequences, so rows may be packed and cut from
-  here on. What multiplies a gradient is 0 where nothing is learned: a NaN that a loss only masks
-  still reaches its gradient.
+  Advantages and weights are computed here from whole groups and sequences, so the rows may be packed or cut
+  afterwards. Factors of a gradient are set to 0 on tokens that are not learned: a NaN there would reach the
+  gradient even if the loss masks it.
+
+  Args:
+    advantages_QGT: the advantage of each token.
+    aggregation: one of loss.AGGREGATIONS; it gives the weights and the count.
+
+  Returns:
+    rows: "tokens", "segment_ids", "mask", "weights", "behaviour", "advantages"; further arrays of the rollout
+      that are not None.
+    count: fp32, the divisor of the summed loss.
   """
   flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
   mask_BT = flat(r.loss_mask_QGT & r.valid_QG[..., None])
@@ -49,15 +58,15 @@ def to_rows(
 
 
 def rows_needed(documents: int, longest: int, T: int) -> int:
-  """Rows of T tokens that surely hold so many documents of at most `longest`, best fit first."""
+  """Rows of T tokens that always suffice for this many documents of at most `longest` tokens."""
   return -(-documents // (T // longest))
 
 
 def pack_rows(rows: Rows, *, B: int, T: int, accumulate: int = 1) -> dict[str, np.ndarray]:
-  """The documents that teach something, packed into B rows of T; numbers stay what they are.
+  """Packs the documents that have a learned token into B rows of T tokens; all values are copied unchanged.
 
-  Full rows come first in the order in which a step of `accumulate` pieces takes them, so that
-  pieces without a document, which the step skips, are whole.
+  Rows are filled in the order in which a step with `accumulate` pieces reads them. So the empty rows fall into
+  the last pieces, which the step skips if they have no document.
   """
   rows = {name: np.asarray(a) for name, a in rows.items()}
   kept = np.flatnonzero(rows["mask"].any(axis=1))
@@ -76,13 +85,19 @@ def pack_rows(rows: Rows, *, B: int, T: int, accumulate: int = 1) -> dict[str, n
 
 
 def after_prompts(rows: Rows, Q: int, *, P: int, T: int) -> tuple[dict[str, np.ndarray], Prompts]:
-  """The rows without their prompts, which the G rows of one have in common, and the prompts: (rows, Prompts).
+  """Splits the G rows of each prompt into the shared prompt and the completions: (rows, Prompts).
 
-  A prompt is what stands before the first token that one of its samples learns from. Rows stay in their
-  places, those that teach nothing are padding.
+  A prompt ends before the first token that one of its samples learns from. Rows keep their order; rows without
+  a learned token become padding.
+
+  Args:
+    rows: those of to_rows, [Q * G, T'].
+    Q: number of prompts.
+    P: most tokens of a prompt.
+    T: tokens of a returned row.
 
   Raises:
-    ValueError: a prompt has more than P tokens, or a row more than T behind its prompt.
+    ValueError: a prompt has more than P tokens, or a row has more than T tokens after its prompt.
   """
   rows = {name: np.asarray(a) for name, a in rows.items()}
   B, G = rows["mask"].shape[0], rows["mask"].shape[0] // Q

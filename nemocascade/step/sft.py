@@ -1,4 +1,4 @@
-"""One step of supervised fine-tuning: next-token loss on what the assistant says."""
+"""The step of supervised fine-tuning: next-token loss on the assistant's tokens."""
 
 from collections.abc import Callable
 
@@ -14,12 +14,18 @@ from nemocascade.types import Batch, Metrics, ScoreFn, TrainState
 
 
 def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | None = None):
-  """The first axis of `parts` cut in `accumulate` equal pieces, taken one after another.
+  """Applies `fn` to `accumulate` equal pieces of `parts`, one after another; returns (sum, stack).
 
-  `fn(piece) -> (summed, listed)`; returns the sum of the first and a stack of the second. A scan, so
-  that only one piece's activations exist at a time. A piece takes every `accumulate`-th row, so
-  that rows sharded over devices stay where they are. Pieces that are not `worth(piece)` are skipped
-  and count as zeros.
+  A scan runs the pieces, so that only one piece's activations exist at a time. A piece is every
+  `accumulate`-th row, so that rows sharded over devices stay on their devices.
+
+  Args:
+    fn: piece -> (summed, listed); `summed` is added up and `listed` is stacked over the pieces.
+    parts: a tree of arrays with equal first axes.
+    worth: piece -> scalar bool; pieces for which it is false are skipped and count as zeros.
+
+  Raises:
+    UserError: `accumulate` does not divide the rows.
   """
   B = jax.tree.leaves(parts)[0].shape[0]
   if B % accumulate:
@@ -28,7 +34,7 @@ def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | No
     summed, listed = fn(parts)
     return summed, jax.tree.map(lambda a: a[None], listed)
   cut = lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
-  parts, fn = jax.tree.map(cut, parts), jax.jit(fn)  # So that asking for shapes is no second trace.
+  parts, fn = jax.tree.map(cut, parts), jax.jit(fn)  # The jit keeps eval_shape from tracing a second time.
   shapes = jax.eval_shape(fn, jax.tree.map(lambda a: a[0], parts))
   zero, nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -43,7 +49,7 @@ def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | No
 
 
 def real_tokens(segment_ids_BT: jax.Array) -> jax.Array:
-  """How many tokens are not padding, fp32."""
+  """The number of tokens that are not padding; fp32 scalar."""
   return jnp.sum(segment_ids_BT > 0, dtype=jnp.float32)
 
 
@@ -55,10 +61,12 @@ def sft_step(
   balance: RouterBalance = RouterBalance(),  # noqa: B008 (frozen)
   add_to_bias: AddToBias | None = None,
 ):
-  """Returns step(state, Batch) -> (state, metrics), pure and ready to jit.
+  """Returns step(state, Batch) -> (state, metrics), which is pure and can be jitted.
 
-  `accumulate` pieces of the batch's rows one after another equal the whole batch at once.
-  `add_to_bias` is needed where `balance` moves the routers' bias.
+  Args:
+    accumulate: the rows are processed in this many pieces; the result equals that of one piece.
+    balance: the load balancing of the routers.
+    add_to_bias: needed if `balance` moves the routers' bias.
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

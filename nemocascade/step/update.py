@@ -1,4 +1,4 @@
-"""The one place where a gradient changes a state, or does not: updates that are not finite are refused."""
+"""Applies gradients to a training state. All steps use it; an update that is not finite is not applied."""
 
 from collections.abc import Callable
 
@@ -19,25 +19,28 @@ def apply_gradients(
   loss: jax.Array,
   move: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[TrainState, Metrics]:
-  """(the next state, norms of gradient, update and parameters, and whether the update was refused).
+  """Returns (next state, metrics): the norms of gradient, update and parameters, and SKIPPED (0 or 1).
 
-  The update is refused where the loss, or the norm of the gradient, of the update or of the parameters
-  after it, is not finite. Then parameters, moments and the optimizer's own counts keep every bit; only
-  `step` counts on, so that the data's order and the number of a checkpoint stay defined. Norms are sums
-  of squares in fp32: entries beyond about 1e19, finite by themselves, are refused too.
-  The norms and the loss are those of the attempt, so that they show what was not finite. A loss of
-  finite but absurd parameters is not recognised here: the next loss or gradient is.
+  The update is skipped if the loss or one of these norms is not finite; the parameters' norm is the one after
+  the update. Then parameters and optimizer state stay bitwise the same. `step` still advances, so that the
+  order of the data and the numbers of checkpoints stay defined.
+
+  Norms are square roots of sums of squares in fp32, so finite entries above about 1e19 are skipped too.
+  The norms in the metrics are those of the attempted update, so they show what was not finite.
+  Finite but useless parameters are not detected here; the next step's loss or gradient shows them.
 
   Args:
+    tx: the optimizer.
+    grads: a tree like state.params.
     loss: the batch's loss, a scalar.
-    move: what changes parameters after the optimizer (the routers' bias); undone with the rest.
+    move: changes the parameters after the optimizer (the routers' bias); a skipped update undoes it too.
   """
   def attempt(grads, opt_state, params):
     updates, opt_state = tx.update(grads, opt_state, params)
     return updates, opt_state, move(optax.apply_updates(params, updates))
 
-  # Computed twice, with a barrier before the first: whether to keep it is known only when all of it is
-  # there, and holding it until then would cost a second copy of parameters and moments.
+  # The update is computed twice. The first pass finds out whether all of it is finite; keeping its result until
+  # then would cost a second copy of parameters and moments. The barrier keeps XLA from merging both passes.
   updates, _, params = attempt(*jax.lax.optimization_barrier((grads, state.opt_state, state.params)))
   metrics = {
     "norm/grad": norm(grads),
