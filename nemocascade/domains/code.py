@@ -25,7 +25,8 @@ from nemocascade.domains.sandbox import Sandbox
 
 STYLE = domain.Style("exact", "rush", error_rate=0.65)
 THREE_STEPS_SHARE = 0.3
-# Tests run per row: the cap that Nemotron-3-Nano (arXiv 2512.20848) uses. The first failure ends it.
+# Most tests that are run per row, as in Nemotron-3-Nano (arXiv 2512.20848). Its first failure ends
+# the testing of a solution.
 MOST_TESTS = 50
 RECURSION = 50_000  # Recursion limit of a solution, in frames, as in LiveCodeBench.
 

@@ -8,7 +8,7 @@ import re
 from nemocascade.domains import limited
 
 LIMIT_S = 5.0  # Wall time of one comparison.
-MAX_CHARS = 300  # A longer answer is wrong, unless it is at most 4 times as long as the expected one.
+MAX_CHARS = 300  # A longer answer is wrong, unless at most 4 times as long as the expected one.
 DEEPEST = 40  # Largest nesting of brackets; the parser is extremely slow beyond it.
 MOST_SIDES = 8  # An equation with more sides is wrong.
 DIGITS = 60  # Precision to which numbers are evaluated.

@@ -56,7 +56,7 @@ class Judge(Protocol):
 
 
 class PointwiseJudge(Judge, Protocol):
-  """A judge that also gives each answer a score by itself: float [len(answers)], NaN if none."""
+  """A judge that also scores each answer by itself: float [len(answers)], NaN without a finite score."""
 
   def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray: ...
 
@@ -315,7 +315,8 @@ def batch_rewards(
   Args:
     think_tokens_QG: length of each completion's thoughts, in tokens.
     answer_tokens_QG: length of each completion's answer, in tokens.
-    pairs: a key of PAIRINGS.
+    pairs: a key of PAIRINGS: "all_pairs" as in Nemotron-Cascade 2 (arXiv 2603.19220, section 4.5),
+      "circular" as in Nemotron-3-Nano.
 
   Raises:
     UserError: unknown `pairs`, or a group of fewer than 2.

@@ -73,7 +73,7 @@ def serve():
     number += 1
     size = int.from_bytes(read(requests, 8), "little")
     code = read(requests, size).decode("utf-8", "replace")
-    sys.stdin = open(0, closefd=False)  # exit() closes it.
+    sys.stdin = open(0, closefd=False)  # Reopened, because `exit()` in the code closes it.
     run(code, f"<call {number}>", module.__dict__)
     try:
       sys.stdout.flush()

@@ -122,7 +122,8 @@ def _ranges(column: int) -> list[tuple[int, Instructions]]:
     column: index into the tuples of _ALLOWED.
   """
   denied, unknown = ([(_RETURN, 0, 0, _FAIL | error)] for error in (_EPERM, _ENOSYS))
-  actions = {_CLONE3: unknown}  # A filter cannot read its flags in memory. Libc falls back to clone.
+  # A filter cannot read the flags of clone3, which are in memory. On ENOSYS, libc falls back to clone.
+  actions = {_CLONE3: unknown}
   for name, numbers in _ALLOWED.items():
     if numbers[column] is not None:
       actions[numbers[column]] = _checks(*_CHECKED[name]) if name in _CHECKED else _allow()

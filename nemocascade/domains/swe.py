@@ -263,7 +263,7 @@ class Agentic(Swe):
 
   def repaired(self, row: domain.Row, completion: domain.Completion) -> dict[str, str]:
     world = completion.world
-    if world is None:  # The completion has only its turns, e.g. read from a file. Replays the calls.
+    if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
       world = self.start(row)
       for turn in completion.turns:
         self.act(world, turn)

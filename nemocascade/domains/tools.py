@@ -164,7 +164,7 @@ class Tools(domain.Domain):
       if result.startswith("error:"):
         return domain.Verdict(0.0, f"true call {name!r} gives {result!r}", masked=True)
     world = completion.world
-    if world is None:  # The completion has only its turns, e.g. read from a file. Replays the calls.
+    if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
       world = self.start(row)
       for turn in completion.turns:
         self.act(world, turn)

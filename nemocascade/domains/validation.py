@@ -17,7 +17,8 @@ import referencing.exceptions
 
 from nemocascade.domains import formats
 
-Answer = dict[str, str]  # {"valid": ""}, {"invalid": reason}, or {"row": reason}: the schema is bad.
+# {"valid": ""}, {"invalid": reason}, or {"row": reason} if the schema is bad.
+Answer = dict[str, str]
 
 _LITERALS = {"True": True, "False": False, "None": None}  # As the chat template prints them.
 # A branch describes only a part of an object. Forbidding other properties in a branch would forbid
