@@ -1,4 +1,7 @@
-"""Text to SymPy expressions by Python's grammar, without evaluating the text as SymPy's parser does."""
+"""Parses text into SymPy expressions through Python's `ast`, without eval.
+
+SymPy's own parser calls `eval` on the text, which would run code that a model wrote.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 
 _INTEGER = re.compile(r"\s*\d+\s*", re.ASCII)
 _DECIMAL = re.compile(r"\s*(\d+\.\d*|\.\d+)\s*", re.ASCII)
-LARGEST_BITS = 1 << 16  # Of a power of whole numbers.
+LARGEST_BITS = 1 << 16  # Largest result of a power, and largest left shift, in bits.
 
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
   ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -36,28 +39,34 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 
 def parse(text: str, local_dict: Mapping[str, Any] | None = None, **_: Any):
-  """What `sympy.parse_expr` makes of numbers, names, + - * / **, and elementary functions.
+  """A replacement for `sympy.parse_expr` that accepts only arithmetic.
+
+  It accepts numbers, names, the operators + - * / **, and elementary functions of one argument.
 
   Args:
-    local_dict: what names mean; else E, I and pi are the constants, and the others are symbols.
-    _: `parse_expr`'s other arguments, so that this can stand in its place; numbers are always
-      worked out.
+    local_dict: values of names. E, I and pi default to the constants; any other name becomes a
+      symbol.
+    _: the other keyword arguments of `parse_expr`, all ignored. Numbers are always evaluated, as
+      with `evaluate=True`.
+
+  Returns:
+    A SymPy expression.
 
   Raises:
-    ValueError: the text holds anything else.
+    ValueError: the text contains anything else, or a power of more than LARGEST_BITS bits.
   """
   import sympy
 
-  if _INTEGER.fullmatch(text):  # Leading zeros included.
+  if _INTEGER.fullmatch(text):  # Python's grammar rejects leading zeros; `int` accepts them.
     return sympy.Integer(int(text))
-  if _DECIMAL.fullmatch(text):  # As many digits as are written.
+  if _DECIMAL.fullmatch(text):  # Keeps every written digit; `ast` would round to a Python float.
     return sympy.Float(text)
   constants = {"E": sympy.E, "I": sympy.I, "pi": sympy.pi}
   return _value(_tree(text), constants | dict(local_dict or {}))
 
 
 def stand_in_for_sympy() -> None:
-  """Puts `parse` in the place of SymPy's parser in this process, and of all that SymPy reads by it."""
+  """Replaces SymPy's `parse_expr` by `parse` in this process, also where SymPy itself calls it."""
   import sympy
   from sympy.parsing import sympy_parser
 
@@ -65,7 +74,11 @@ def stand_in_for_sympy() -> None:
 
 
 def whole(text: str) -> int:
-  """The value of an expression of whole numbers with + - * and the operators of bits."""
+  """Evaluates an integer expression with + - * and the bitwise operators.
+
+  Raises:
+    ValueError: the text contains anything else, or shifts left by more than LARGEST_BITS.
+  """
   return _whole(_tree(text))
 
 

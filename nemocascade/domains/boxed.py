@@ -1,4 +1,4 @@
-"""Answers in \\boxed{}: what the last one of a text holds."""
+"""Reads and writes \\boxed{} answers."""
 
 import re
 from collections.abc import Sequence
@@ -12,10 +12,16 @@ def box(answer: object) -> str:
 
 
 def last_boxed(text: str, commands: Sequence[str] = (BOXED,)) -> str | None:
-  """What the last \\boxed{} holds, braces balanced; None where there is none or it never closes.
+  """The content of the last \\boxed{}, which may contain balanced braces.
 
-  As in LaTeX, blanks may stand before the brace. A later command of `commands` counts only where
-  the text has none of the earlier ones.
+  As in LaTeX, whitespace may precede the opening brace.
+
+  Args:
+    commands: command names in order of priority. A name is used only if the text has no box of
+      any earlier name.
+
+  Returns:
+    The stripped content; None if there is no box, or if the last one is never closed.
   """
   for command in commands:
     starts = [match.end() for match in re.finditer(rf"\\{command}\s*\{{", text)]
@@ -25,10 +31,10 @@ def last_boxed(text: str, commands: Sequence[str] = (BOXED,)) -> str | None:
 
 
 def _inside(text: str, start: int) -> str | None:
-  """The text from `start` to the brace that closes the one before `start`."""
+  """The text between the opening brace just before `start` and its closing brace."""
   depth, i = 1, start
   while i < len(text):
-    if text[i] == "\\":  # \{ and \} are characters, not groups.
+    if text[i] == "\\":  # \{ and \} are literal characters and do not open or close a group.
       i += 2
       continue
     depth += (text[i] == "{") - (text[i] == "}")

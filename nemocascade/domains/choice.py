@@ -1,4 +1,4 @@
-"""Which option of a multiple-choice question a text chooses, as NeMo Gym's `mcqa` server reads it."""
+"""Extracts the chosen option of a multiple-choice question, as NeMo Gym's `mcqa` server does."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _BETWEEN_CHOICES = re.compile(r"\s*[/|&,;]\s*|\s+(?:or|and)\s+|\s+", re.IGNORECA
 _LEADING_LETTER = re.compile(r"([A-Za-z])(?![A-Za-z0-9])")
 _CAPITAL_WORD = re.compile(r"\b[A-Z]\b")
 _WRAP = "\\text{"
-# Letters of options in Arabic and Bengali translations of MMLU.
+# Option letters in the Arabic and Bengali translations of MMLU.
 _LOCAL_LETTERS = str.maketrans({"أ": " A", "ب": " B", "ج": " C", "د": " D",
                                 "অ": " A", "ব": " B", "ড": " C", "ঢ": " D"})  # fmt: skip
 
 
 def options_of(row: Mapping[str, Any]) -> Options:
-  """The row's options by capital letter; those without a text are left out."""
+  """The row's options by capital letter; options without a text are dropped."""
   return {
     letter.upper(): str(text)
     for option in row.get("options") or ()
@@ -42,15 +42,17 @@ def options_of(row: Mapping[str, Any]) -> Options:
 
 
 def chosen(text: str, options: Options, mode: str, template: Mapping[str, Any]) -> str | None:
-  """The letter that the text chooses, None where it chooses none.
+  """The letter that the text chooses, or None if it chooses none.
 
   Args:
     mode: one of MODES.
-    template: the row's `template_metadata`: `output_regex`, one pattern or a list of them, comes
-      before the mode; `answer_prefix` is another beginning of an answer in the last mode.
+    template: the row's `template_metadata`. `output_regex` (one pattern or a list) is tried before
+      the mode. `answer_prefix` is an alternative to `Answer:`, used in `lenient_answer_colon_md`
+      only.
 
   Raises:
-    limited.NoAnswer: a pattern of the row took too long.
+    limited.NoAnswer: a pattern of the row exceeded the time limit.
+    ValueError: a pattern of the row has more than one group.
   """
   text = text.strip()
   letter = _by_patterns(text, options, template.get("output_regex"))
@@ -68,7 +70,7 @@ def chosen(text: str, options: Options, mode: str, template: Mapping[str, Any]) 
 
 
 def _by_patterns(text: str, options: Options, given: str | Sequence[str] | None) -> str | None:
-  """By the first pattern that leads to a letter. A letter that is no option's counts too."""
+  """The letter found by the first pattern that yields one, even if no option has that letter."""
   for pattern in [given] if isinstance(given, str) else given or ():
     try:
       found = patterns.last_match(pattern, text)
@@ -97,7 +99,7 @@ def _boxed_letter(text: str, options: Options) -> str | None:
 
 
 def _boxed_text(text: str, options: Options) -> str | None:
-  """The letter of the only option whose text the box holds."""
+  """The letter of the option whose text appears in the box; None unless exactly one does."""
   inner = last_boxed(text)
   if inner is None:
     return None
@@ -110,7 +112,7 @@ def _boxed_text(text: str, options: Options) -> str | None:
 
 
 def _after_colon(text: str, options: Options) -> str | None:
-  """What follows the first `Answer:` of the text: a letter, or the whole text of an option."""
+  """The option after the first `Answer:`, given as its letter or as its full text."""
   match = _AFTER_ANSWER.search(text)
   if match is None:
     return None
@@ -121,7 +123,10 @@ def _after_colon(text: str, options: Options) -> str | None:
 
 
 def _after_any_colon(text: str, options: Options, prefix: str | None) -> str | None:
-  """The last `Answer:`, or `prefix`, with marks of Markdown or none, that a letter follows."""
+  """The letter after the last `Answer:` or `prefix` that is followed by one.
+
+  `Answer` may be set in Markdown emphasis.
+  """
   text = unicodedata.normalize("NFKC", text)
   found = [(match.start(), match[1]) for match in _AFTER_MARKED_ANSWER.finditer(text)]
   if prefix:
@@ -135,7 +140,7 @@ def _after_any_colon(text: str, options: Options, prefix: str | None) -> str | N
 
 
 def _letter_in(answer: str, options: Options) -> str | None:
-  """The letter that an answer begins with, else the last capital that stands alone in it."""
+  """The letter at the start of the answer, else the last capital letter that is a word by itself."""
   answer = _localized(answer).strip("*_` \t\n\r.,;:")
   if _lists_choices(answer, options):
     return None
@@ -149,7 +154,7 @@ def _letter_in(answer: str, options: Options) -> str | None:
 
 
 def _lists_choices(answer: str, options: Options) -> bool:
-  """Whether two different options stand side by side, as in `A or B`."""
+  """Whether two different option letters are adjacent, as in `A or B`."""
   letters = [m for m in _SINGLE_LETTER.finditer(answer) if m[1].upper() in options]
   return any(
     a[1].upper() != b[1].upper() and _BETWEEN_CHOICES.fullmatch(answer[a.end() : b.start()])
@@ -158,7 +163,7 @@ def _lists_choices(answer: str, options: Options) -> bool:
 
 
 def _unwrapped(text: str) -> str:
-  """The text without \\text{ } around the whole of it."""
+  """Strips every \\text{...} that wraps the whole text."""
   text = text.strip()
   while text.startswith(_WRAP) and text.endswith("}"):
     text = text[len(_WRAP) : -1].strip()

@@ -1,4 +1,4 @@
-"""Code: short functions (and real contest programs), judged by hidden tests in the sandbox."""
+"""Code: short functions and real contest programs, judged by hidden tests in the sandbox."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from nemocascade.domains.sandbox import Sandbox
 
 STYLE = domain.Style("exact", "rush", error_rate=0.65)
 THREE_STEPS_SHARE = 0.3
-MOST_TESTS = 50  # Of one row, as in the paper's predecessor; the first to fail ends the run.
-RECURSION = 50_000  # Frames that a solution may nest, as in LiveCodeBench.
+# Most tests that are run per row, as in Nemotron-3-Nano (arXiv 2512.20848). Its first failure ends
+# the testing of a solution.
+MOST_TESTS = 50
+RECURSION = 50_000  # Recursion limit of a solution, in frames, as in LiveCodeBench.
 
-# LiveCodeBench imports these before a solution, in this order: first all names of each, then the
-# modules themselves.
+# Modules that LiveCodeBench imports before a solution, in this order: first `from module import *`
+# for each, then `import module` for each.
 STARRED = (
   "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
   "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing",
 )  # fmt: skip
 IMPORTED = tuple(name for name in STARRED if name not in ("builtins", "typing"))
-# `sys` has names that come and go, so those that solutions use are listed.
+# The public names of `sys` vary between Python builds, so the ones that solutions use are listed.
 OF_SYS = ("argv", "exit", "maxsize", "setrecursionlimit", "stderr", "stdin", "stdout")
 THINK_TAGS = ("<think>", "</think>")
 _FENCE = re.compile(r"^\s*```|```\w*\s*$")
@@ -49,7 +51,7 @@ FENCE, FUNCTION, END = "```python", "def f ( x ) : ", "return x\n```"
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What a word asks for."""
+  """One instruction of the prompt: the assignment operator in Python, and its effect."""
 
   code: str
   run: Callable[[int, int], int]
@@ -61,21 +63,21 @@ STEPS = {
   "times": Step("*=", operator.mul),
   "over": Step("//=", operator.floordiv),
 }
-ASSUMED = Step("%=", operator.mod)  # What a sloppy author writes, whatever was asked for.
+ASSUMED = Step("%=", operator.mod)  # A sloppy author writes this whatever the prompt asks for.
 NUMBERS = range(2, 10)
 INPUTS = (0, 1, 2, 5, 9, 24, 100, -3, -16)
 
-Asked = list[tuple[str, int]]  # Words of STEPS with their numbers.
-Test = tuple[Program, Callable[[Result], bool]]
+Asked = list[tuple[str, int]]  # (key of STEPS, operand) per step.
+Test = tuple[Program, Callable[[Result], bool]]  # A program, and whether its result passes.
 
 
 @dataclasses.dataclass
 class Code(domain.Domain):
-  """One line of code a step of thought; a sloppy one assumes the operator."""
+  """Each step of thought writes one line of code; a sloppy step assumes the operator."""
 
   name: str = "code"
   style: domain.Style = STYLE
-  sandbox: Sandbox | None = None  # Made when it is first needed.
+  sandbox: Sandbox | None = None  # None: created on first use.
 
   def __post_init__(self):
     code = [f"x {step.code} " for step in (*STEPS.values(), ASSUMED)]
@@ -90,7 +92,7 @@ class Code(domain.Domain):
       asked = [(str(rng.choice(list(STEPS))), int(rng.choice(NUMBERS))) for _ in range(count)]
       outputs, *mistaken = (_outputs(steps) for steps in _ways(asked))
       if outputs not in mistaken:
-        break  # The tests tell every sloppy program from the right one.
+        break  # The tests distinguish every sloppy program from the right one.
     text = THEN.join(f"{word} {number}" for word, number in asked)
     unit_tests = {
       "fn_name": "f",
@@ -116,14 +118,17 @@ class Code(domain.Domain):
   def verify(
     self, rows: Sequence[domain.Row], completions: Sequence[domain.Completion]
   ) -> list[domain.Verdict]:
-    """1 iff all hidden tests pass. Tests of all completions run side by side, a few at a time."""
+    """Reward 1 iff all hidden tests pass.
+
+    The tests of all completions run in parallel, in rounds of 1, 2, 4, ... tests per completion.
+    """
     verdicts: dict[int, domain.Verdict] = {}
     tests: dict[int, list[Test]] = {}
     for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
       solution = last_block(completion.content)
       try:
         tests[i] = make_tests(row, solution or "")
-      except (KeyError, TypeError, ValueError, zlib.error) as error:  # Of the row.
+      except (KeyError, TypeError, ValueError, zlib.error) as error:  # The row is malformed.
         verdicts[i] = domain.no_verdict("row", f"no test to judge by: {error!r}")
         continue
       if any(tag in completion.content for tag in THINK_TAGS):
@@ -141,7 +146,7 @@ class Code(domain.Domain):
         if verdict is not None:
           verdicts[i] = verdict
       start += count
-      count *= 2  # Most wrong programs fail at once, right ones should not wait for many rounds.
+      count *= 2  # Most wrong programs fail in the first round; doubling keeps the rounds few.
       for i in pending:
         if len(tests[i]) <= start:
           verdicts.setdefault(i, domain.Verdict(1.0, "all tests passed"))
@@ -149,10 +154,14 @@ class Code(domain.Domain):
 
 
 def make_tests(row: domain.Row, solution: str) -> list[Test]:
-  """Programs and what their results must be: expected values stay out here.
+  """The programs to run, each with a check of its result.
 
-  A row with `fn_name` has its arguments and value as JSON, an argument a line; one without has
-  stdin and stdout.
+  The expected values never enter the sandbox. If the row has `fn_name`, each input holds the
+  arguments as JSON, one per line, and each output the returned value as JSON. Otherwise inputs are
+  stdin and outputs are stdout.
+
+  Raises:
+    KeyError, TypeError, ValueError, zlib.error: the row is malformed, or has no tests.
   """
   unit_tests = _unpacked(row["verifier_metadata"]["unit_tests"])
   pairs = list(zip(unit_tests["inputs"], unit_tests["outputs"], strict=True))[:MOST_TESTS]
@@ -173,7 +182,7 @@ def make_tests(row: domain.Row, solution: str) -> list[Test]:
 
 
 def _unpacked(unit_tests: dict[str, Any]) -> dict[str, Any]:
-  """The tests of a row that may keep its inputs and outputs compressed, under `packed`."""
+  """The row's tests; `packed`, if present, holds inputs and outputs as base64 of zlib of JSON."""
   if "packed" not in unit_tests:
     return unit_tests
   tests = json.loads(zlib.decompress(base64.b64decode(unit_tests["packed"])))
@@ -181,12 +190,12 @@ def _unpacked(unit_tests: dict[str, Any]) -> dict[str, Any]:
 
 
 def prelude(solution: str) -> str:
-  """What LiveCodeBench imports before a solution, as far as the solution may use it; one line.
+  """One line with those of LiveCodeBench's imports that the solution may use.
 
-  Each import costs a start of the interpreter some milliseconds, so only names that stand in the
-  text are imported.
+  Each import adds some milliseconds to the start of the interpreter, so only names that occur in
+  the text are imported.
   """
-  if "__future__" in solution:  # Which must come first.
+  if "__future__" in solution:  # Such an import must be the first statement.
     return ""
   words = set(_WORD.findall(solution))
   modules = [name for name in IMPORTED if name in words]
@@ -198,7 +207,7 @@ def prelude(solution: str) -> str:
 
 @functools.cache
 def _starred() -> dict[str, str]:
-  """The module that each name of LiveCodeBench's `from module import *` comes from, the last first."""
+  """Maps each name from LiveCodeBench's `from module import *` to its module; the last one wins."""
   found: dict[str, str] = {}
   for name in STARRED:
     module = importlib.import_module(name)
@@ -208,7 +217,7 @@ def _starred() -> dict[str, str]:
 
 
 def returns(expected: Sequence[Any], result: Result) -> bool:
-  """Whether each call came back, with the expected value."""
+  """Whether every call returned its expected value."""
   return len(result.returns) == len(expected) and all(
     "value" in given and same_value(value, given["value"])
     for value, given in zip(expected, result.returns, strict=True)
@@ -216,10 +225,11 @@ def returns(expected: Sequence[Any], result: Result) -> bool:
 
 
 def last_block(content: str) -> str | None:
-  """The lines between the last two fences, as in LiveCodeBench; None where there are not two.
+  """The lines between the last two fences, as in LiveCodeBench; None if there are fewer than two.
 
-  A fence is a line that begins or ends with three backticks and a language; tildes count where no
-  backticks do. A block that is indented as a whole is moved to the margin.
+  A fence is a line that begins with three backticks, or ends with three backticks and an optional
+  language. Tildes count only if there are fewer than two backtick fences. A block whose first line
+  is indented is dedented.
   """
   lines = content.split("\n")
   for fence in (_FENCE, _TILDES):
@@ -228,7 +238,7 @@ def last_block(content: str) -> str | None:
       block = lines[places[-2] + 1 : places[-1]]
       first = next((line for line in block if line.strip()), "")
       text = "\n".join(block)
-      # Otherwise left alone: `dedent` also empties blank lines, which a string may hold.
+      # Not always: `dedent` also strips whitespace-only lines, which may be part of a string.
       return textwrap.dedent(text) if first[:1].isspace() else text
   return None
 
@@ -247,7 +257,7 @@ def _failure(result: Result, passes: Callable[[Result], bool]) -> domain.Verdict
 
 
 def _ways(asked: Asked) -> Iterator[tuple[tuple[Step, int], ...]]:
-  """The steps as asked for, then with one of them or more mistaken."""
+  """The requested steps first, then every variant in which one or more steps are mistaken."""
   return itertools.product(*([(STEPS[word], n), (ASSUMED, n)] for word, n in asked))
 
 

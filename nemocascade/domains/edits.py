@@ -1,4 +1,4 @@
-"""SEARCH/REPLACE edits: the form in which a model without tools changes files."""
+"""SEARCH/REPLACE edits: the format in which a model without tools changes files."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ FENCE = "```"
 
 
 class EditError(Exception):
-  """Why text holds no edits, or they do not apply."""
+  """The text contains no well-formed edits, or they do not apply."""
 
 
 class UnknownFile(EditError):
-  """An edit of a file that is not among those at hand."""
+  """An edit names a file that was not given."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-  """Whole lines to find in a file, and what takes their place."""
+  """Whole lines to find in a file, and the lines that replace them."""
 
   path: str
   search: str
@@ -25,10 +25,13 @@ class Edit:
 
 
 def parse(text: str) -> list[Edit]:
-  """The edits of a text, in order.
+  """The edits in a text, in order.
 
-  Each stands in a fenced block: the path on a line of its own (with or without "### "), then the
-  lines to find and to put between the three markers. Text outside of fences is free.
+  Each edit is inside a fenced block: the path on its own line (with or without "### "), then SEARCH,
+  the lines to find, DIVIDER, the lines to insert, REPLACE. Text outside fences is ignored.
+
+  Raises:
+    EditError: there is no edit, or one is malformed.
   """
   edits: list[Edit] = []
   path, fenced = "", False
@@ -57,14 +60,19 @@ def parse(text: str) -> list[Edit]:
 
 
 def apply(files: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, str]:
-  """The files after the edits, in order. Each must find its lines exactly once."""
+  """The files after applying the edits in order. Each edit must match exactly once.
+
+  Raises:
+    UnknownFile: an edit names a file that is not in `files`.
+    EditError: an edit's lines are missing or ambiguous, or the edits change nothing.
+  """
   changed = dict(files)
   for edit in edits:
     if edit.path not in changed:
       raise UnknownFile(f"no file {edit.path[:80]!r}")
     if not edit.search.strip():
       raise EditError("nothing to search for")
-    # Newlines around both make a match of whole lines; they are taken off again.
+    # With newlines around both, only whole lines match. The outer newlines are removed at the end.
     text, search = f"\n{changed[edit.path]}\n", f"\n{edit.search}\n"
     place = text.find(search)
     if place < 0:
@@ -79,7 +87,7 @@ def apply(files: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, str]:
 
 
 def show(edit: Edit, language: str = "diff") -> str:
-  """The edit as a model would write it."""
+  """Formats an edit as a model would write it."""
   return "\n".join(
     [f"{FENCE}{language}", edit.path, SEARCH, edit.search, DIVIDER, edit.replace, REPLACE, FENCE]
   )

@@ -1,4 +1,4 @@
-"""Mathematical equality by math-verify, in a process of its own that is ended at a time limit."""
+"""Mathematical equality by math-verify, in a separate process that is killed at a time limit."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import re
 
 from nemocascade.domains import limited
 
-LIMIT_S = 5.0  # For one question.
-MAX_CHARS = 300  # A longer answer is wrong, unless the expected one is about as long.
-DEEPEST = 40  # Brackets within brackets; the parser takes ages over more.
-MOST_SIDES = 8  # Of one equation.
-DIGITS = 60  # To which numbers are worked out.
-FAR, NEAR = 1e-4, 1e-40  # Relative differences: more is another number, less is the same.
-SMALL = 1e-20  # Below it both may be 0.
+LIMIT_S = 5.0  # Wall time of one comparison.
+MAX_CHARS = 300  # A longer answer is wrong, unless at most 4 times as long as the expected one.
+DEEPEST = 40  # Largest nesting of brackets; the parser is extremely slow beyond it.
+MOST_SIDES = 8  # An equation with more sides is wrong.
+DIGITS = 60  # Precision to which numbers are evaluated.
+# Relative differences. Above FAR two numbers differ, below NEAR they are equal. Between the two,
+# math-verify decides.
+FAR, NEAR = 1e-4, 1e-40
+SMALL = 1e-20  # Two numbers below this may both be 0, so math-verify decides.
 
 _INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
-# Powers of powers and factorials that no memory holds: not worth the wait for the limit.
+# Nested powers and huge factorials do not fit in memory. They are rejected without waiting for the
+# time limit.
 _HUGE = re.compile(r"\^\s*\{[^{}]*[\^!]|\^\s*\{?\s*\d{5,}|\d{4,}\s*!|!\s*!|\*\*")
 _EQUALS = re.compile(r"(?<![<>!:\\])=")
 _SEPARATOR = re.compile(r",|;|\\text\{\s*(?:,|and|or)\s*\}|\\(?:quad|qquad|lor|land)\b|\b(?:and|or)\b")
 _SPACING = re.compile(r"\\[,;:! ]|~|&")
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
-# What an equation may be solved for. A product or a function of unknowns is no name: x^2 = 5 does
-# not say that x is 5.
+# Names of the quantity that an equation gives: x, f(x), \angle ABC. A product or a power of unknowns
+# is not a name: x^2 = 5 does not say that x is 5.
 _LETTER = (
   r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa"
   r"|lambda|mu|nu|xi|pi|rho|sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi"
@@ -46,10 +49,10 @@ _NAMES = re.compile(rf"\s*(?:{_NAME}|(?:\\left)?\(\s*{_NAME}(?:\s*,\s*{_NAME})*\
 
 
 def equal(expected: str, answer: str) -> bool | None:
-  """Whether the answer equals the expected one; None where the expected one cannot be read.
+  """Whether the answer equals the expected one; None if the expected one cannot be parsed.
 
   Raises:
-    NoAnswer: the comparison came to no end within LIMIT_S.
+    NoAnswer: the comparison exceeded LIMIT_S or its memory, or math-verify failed.
   """
   answer, expected = answer.strip(), expected.strip()
   if not answer or len(answer) > max(MAX_CHARS, 4 * len(expected)):
@@ -64,10 +67,14 @@ def equal(expected: str, answer: str) -> bool | None:
 
 
 def claims(expected: str, answer: str) -> list[tuple[str, str]] | None:
-  """Pairs of the sides of the answer's equations that must be equal; None where one says too much.
+  """Pairs of sides of the answer's equations that must be equal for the answer to count.
 
-  `26 = 25` is not 25 and `x^2 = 5` is not 5: beside the last side of an equation stand only names
-  of what is sought, and sides that equal it. An expected equation may be answered by any other.
+  math-verify reads only the last side of an equation and would accept `26 = 25` for 25 and
+  `x^2 = 5` for 5. So every other side must equal the last one; leading sides that are names of the
+  sought quantity are exempt. If the expected answer is itself an equation, no pair is required.
+
+  Returns:
+    (last side, other side) pairs; None if an equation has an empty side or more than MOST_SIDES.
   """
   if _EQUALS.search(expected):
     return []
@@ -83,7 +90,7 @@ def claims(expected: str, answer: str) -> list[tuple[str, str]] | None:
 
 
 def _parts(text: str) -> list[str]:
-  """The text cut at the separators that stand in no brackets."""
+  """Splits the text at separators that are outside all brackets."""
   depths = _depths(text)
   cuts = [match.span() for match in _SEPARATOR.finditer(text) if depths[match.start()] == 0]
   starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
@@ -91,7 +98,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _depths(text: str) -> list[int]:
-  """How many brackets each character stands in; \\{ is one as { is."""
+  """The bracket depth at each character; \\{ counts as a bracket, as { does."""
   depth, depths = 0, []
   for sign in text:
     depths.append(depth)
@@ -100,21 +107,21 @@ def _depths(text: str) -> list[int]:
 
 
 def _undelimited(text: str) -> str:
-  """The text without its spaces and the signs that mark it as mathematics."""
+  """The text without whitespace and LaTeX math delimiters."""
   return re.sub(r"\s+|\\[()\[\]]|\$", "", text)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _ask(expected: str, answer: str) -> bool | None:
-  """The answer of the process; none is remembered where there was none."""
+  """The grading process's result, cached; a NoAnswer is not cached."""
   return limited.call(compare, expected, answer, limit_s=LIMIT_S)
 
 
-# ---- in the process
+# ---- runs in the grading process
 
 
 def prepare() -> None:
-  """Imports math-verify, with a parser in the place of the one that would evaluate text."""
+  """Imports math-verify and replaces its expression parser, which would evaluate the text."""
   from math_verify import parser
 
   from nemocascade.domains import arithmetic
@@ -124,7 +131,7 @@ def prepare() -> None:
 
 
 def compare(expected: str, answer: str) -> bool | None:
-  """math-verify's word on the answer, and on the claims that it makes."""
+  """Whether math-verify accepts the answer and all of its `claims`; None as in `equal`."""
   pairs = claims(expected, answer)
   if pairs is None:
     return False
@@ -137,7 +144,7 @@ def compare(expected: str, answer: str) -> bool | None:
 
 
 def _bare(text: str) -> str:
-  """An expected answer without the delimiters around it, with which it is not read."""
+  """An expected answer without surrounding LaTeX delimiters, which math-verify cannot parse in a box."""
   for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$")):
     if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
       text = text[len(opening) : -len(closing)].strip()
@@ -147,7 +154,8 @@ def _bare(text: str) -> str:
 def _parsed(text: str, *, boxed: bool = True) -> list:
   import math_verify
 
-  # Its own limits are signals, which would leave SymPy in any state: the process has the limit.
+  # math-verify's own time limit raises from a signal handler and can leave SymPy in a broken state.
+  # The time limit of the process replaces it.
   return math_verify.parse(f"\\boxed{{{text}}}" if boxed else text, parsing_timeout=None)
 
 
@@ -163,10 +171,10 @@ def _same(truth: list, given: list) -> bool:
 
 
 def _by_value(truth: object, given: object) -> bool | None:
-  """Whether two numbers are equal, by their digits; None where that is left to math-verify.
+  """Whether two numbers are equal by their numeric values; None leaves it to math-verify.
 
-  It would expand expressions as (2 - sqrt 3)^2016, for which no time limit is long enough. Atoms,
-  percentages and near misses, which it may round, are its own.
+  math-verify would expand expressions such as (2 - sqrt 3)^2016, which exceeds any time limit.
+  Atoms, percentages and close values are left to it, because it may round them.
   """
   import sympy
   from math_verify.grader import is_atomic_or_pct_atomic
@@ -180,7 +188,7 @@ def _by_value(truth: object, given: object) -> bool | None:
   try:
     a, b = (_digits(side) for side in sides)
     apart, size = abs(a - b), max(abs(a), abs(b))
-  except (TypeError, ValueError):  # It has no value, such as one of infinities.
+  except (TypeError, ValueError):  # No finite value, e.g. an expression of infinities.
     return None
   if size < SMALL or size * NEAR < apart <= size * FAR:
     return None
@@ -188,7 +196,7 @@ def _by_value(truth: object, given: object) -> bool | None:
 
 
 def _digits(side: object):
-  """The value of a SymPy number to DIGITS digits, as a number of mpmath."""
+  """The mpmath value of a SymPy number, to DIGITS digits."""
   import mpmath
 
   with mpmath.workdps(DIGITS):

@@ -1,7 +1,6 @@
-"""Texts in JSON, YAML, XML, TOML or CSV as plain values, types as a schema asks for them.
+"""Parses JSON, YAML, XML, TOML and CSV into plain values, typed by a schema where needed.
 
-Stricter than NeMo Gym in two points, in every format: a key that is given twice and a number that is
-not finite are errors. What a parser raises on is no value of its format.
+It is stricter than NeMo Gym in every format: a duplicate key or a non-finite number is an error.
 """
 
 from __future__ import annotations
@@ -19,18 +18,20 @@ import yaml
 
 FORMATS = ("json", "yaml", "xml", "toml", "csv")
 
-Schema = Any  # A dict, or a bool.
-Fits = Callable[[Any, Schema], bool]  # Whether a value is valid by a part of the schema.
+Schema = Any  # A JSON schema: a dict or a bool.
+Fits = Callable[[Any, Schema], bool]  # Whether a value is valid under a part of the schema.
 
 
 def parse(kind: str, text: str, schema: Schema, fits: Fits) -> Any:
-  """The value that the text says.
+  """Parses the text.
 
   Args:
-    kind: one of FORMATS. XML and CSV know only strings: these become what `schema` asks for.
+    kind: one of FORMATS.
+    schema: gives the types of XML and CSV values, which are strings in the text.
+    fits: chooses among the branches of a union in `schema`.
 
   Raises:
-    ValueError and others: it says none.
+    ValueError, or another exception of the parser: the text is not valid in this format.
   """
   if not text.strip():
     raise ValueError("empty")
@@ -45,7 +46,7 @@ def parse(kind: str, text: str, schema: Schema, fits: Fits) -> Any:
 
 
 def load_json(text: str) -> Any:
-  """As the standard has it: no NaN, no infinity, each key once."""
+  """Parses standard JSON: a NaN, an infinity or a duplicate key is a ValueError."""
   value = json.loads(text, object_pairs_hook=_once)
   _refuse_infinite(value)
   return value
@@ -61,28 +62,28 @@ def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def _refuse_infinite(value: Any) -> None:
-  """By a list instead of recursion: a value may be nested deeper than the stack."""
+  """Raises ValueError on a non-finite number. Iterative, as nesting may exceed the recursion limit."""
   rest, seen = [value], set()
   while rest:
     value = rest.pop()
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f"{value} is not a finite number")
     if isinstance(value, dict | list):
-      if id(value) in seen:  # YAML's aliases.
+      if id(value) in seen:  # A YAML alias can repeat a value, or make it contain itself.
         continue
       seen.add(id(value))
       rest += value.values() if isinstance(value, dict) else value
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-  """The safe loader, with each key once."""
+  """The safe YAML loader, which here also rejects duplicate keys."""
 
   def __init__(self, stream: str):
     super().__init__(stream)
     self._flattened: set[int] = set()
 
   def flatten_mapping(self, node: yaml.MappingNode) -> None:
-    """Sees each mapping before merge keys (`<<`) add others' pairs, which own keys may repeat."""
+    """Checks a mapping's own keys before merge keys (`<<`) add pairs that they may override."""
     if id(node) not in self._flattened:
       self._flattened.add(id(node))
       keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -91,7 +92,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 
 
 def _yaml(text: str) -> Any:
-  return yaml.load(text, Loader=_Loader)  # noqa: S506  A safe loader.
+  return yaml.load(text, Loader=_Loader)  # noqa: S506  _Loader derives from a safe loader.
 
 
 def _csv(text: str) -> list[dict[Any, Any]]:
@@ -101,7 +102,7 @@ def _csv(text: str) -> list[dict[Any, Any]]:
 
 
 def _scalar(text: str, kind: str) -> Any:
-  """A string as the kind that the schema asks for; itself where it is none."""
+  """Converts a string to the schema type `kind`; returns it unchanged if it cannot be converted."""
   try:
     if kind == "integer":
       return int(text)
@@ -155,7 +156,7 @@ def _typed_xml(data: Any, schema: Schema, root: Schema, fits: Fits) -> Any:
 
 
 def _referred(pointer: str, root: Schema) -> Schema:
-  """The part of the schema that a local `#/...` points to; True where there is none."""
+  """The part of the schema that a local `#/...` pointer names; True (any value) if it is missing."""
   part = root
   for name in pointer.removeprefix("#").split("/")[1:]:
     part = part.get(name, True) if isinstance(part, dict) else True
@@ -177,7 +178,10 @@ def _typed_record(record: Mapping[Any, Any], schema: Schema) -> dict[Any, Any]:
 
 
 def _cell(text: Any, kinds: list[str]) -> Any:
-  """A cell as the first of the kinds that it can be; a short row's missing cell is None."""
+  """Converts a cell to the first of the types that it fits.
+
+  An empty cell becomes None if null is allowed. A cell missing from a short row is None.
+  """
   if not isinstance(text, str) or not text:
     return None if "null" in kinds else text
   for kind in kinds:

@@ -1,7 +1,8 @@
 """Checkers of IFBench's instructions (arXiv 2507.02833) on counts, words and sentences.
 
-Rules are the reference's, odd ones included. Not here, for they need a tagger or lists that no
-package brings: ratio:stop_words, words:start_verb, words:odd_even_syllables.
+Each rule is that of the reference implementation, even where it is odd. Three instructions are
+missing because no package provides their tagger or word list: ratio:stop_words, words:start_verb,
+words:odd_even_syllables.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from nemocascade.domains import sentences
 from nemocascade.domains.ifeval import whole_words
 
-TIMES = (1, 2, 3, 5, 7)  # How often the five keywords are to appear.
+TIMES = (1, 2, 3, 5, 7)  # Required counts of the five keywords of count:keywords_multiple.
 NAMES = (
   "Emma Liam Sophia Jackson Olivia Noah Ava Lucas Isabella Mason Mia Ethan Charlotte Alexander "
   "Amelia Benjamin Harper Leo Zoe Daniel Chloe Samuel Lily Matthew Grace Owen Abigail Gabriel Ella "
@@ -53,12 +54,12 @@ def unique_word_count(text: str, *, N: int) -> bool:
 
 
 def numbers(text: str, *, N: int) -> bool:
-  """Digits in a row, punctuation left out: 1,200 and 1.5 are one number each."""
+  """Whether there are N runs of digits once punctuation is removed: 1,200 and 1.5 are one each."""
   return len(re.findall(r"\d+", text.translate(NO_MARKS))) == N
 
 
 def keywords_multiple(text: str, **keywords: str) -> bool:
-  """keyword1 .. keyword5 once, twice, three, five and seven times."""
+  """keyword1 .. keyword5 appear 1, 2, 3, 5 and 7 times."""
   given = [keywords[f"keyword{i}"].strip() for i in range(1, len(TIMES) + 1)]
   return all(whole_words(text, word) == n for word, n in zip(given, TIMES, strict=True))
 
@@ -81,7 +82,7 @@ def pronouns(text: str, *, N: int) -> bool:
 
 
 def punctuation(text: str) -> bool:
-  """Each of . , ! ? ; : beside one ?! or !?."""
+  """The text contains ?! or !? or ‽, and besides it each of . , ! ? ; : at least once."""
   if not any(mark in text for mark in ("!?", "?!", "‽")):
     return False
   rest = text.replace("?!", "", 1) if "?!" in text else text.replace("!?", "", 1)
@@ -89,7 +90,7 @@ def punctuation(text: str) -> bool:
 
 
 def overlap(text: str, *, reference_text: str, percentage: int) -> bool:
-  """Of the text's trigrams, the share that the reference has, within 2 points."""
+  """The percentage of the text's trigrams found in the reference is within 2 points of the target."""
   ours, theirs = (
     set(zip(tokens, tokens[1:], tokens[2:]))
     for tokens in (sentences.tokens(text), sentences.tokens(reference_text))
@@ -98,7 +99,7 @@ def overlap(text: str, *, reference_text: str, percentage: int) -> bool:
 
 
 def _endings(text: str) -> tuple[int, int, int]:
-  """Sentences that end in a full stop, a question mark, an exclamation mark."""
+  """The numbers of sentences that end in a full stop, a question mark, an exclamation mark."""
   ends = Counter(sentence[-1:] for sentence in sentences.punkt(text))
   return ends["."], ends["?"], ends["!"]
 
@@ -113,7 +114,7 @@ def sentence_balance(text: str) -> bool:
 
 
 def sentence_words(text: str) -> bool:
-  """Three sentences of as many characters, no word twice."""
+  """Three sentences of equal length in characters, in which no word is repeated."""
   found = sentences.punkt(text)
   words = bare_words(" ".join(found).lower())
   return len(found) == 3 and len({len(s.strip()) for s in found}) == 1 and len(words) == len(set(words))
@@ -123,7 +124,7 @@ def sentence_words(text: str) -> bool:
 
 
 def alphabet(text: str) -> bool:
-  """Each word begins with the letter after that of the word before, Z being followed by A."""
+  """The initials of consecutive words follow the alphabet, from Z on to A."""
   firsts = [word[0].lower() for word in bare_words(text)]
   if not firsts or firsts[0] not in string.ascii_lowercase:
     return False
@@ -132,13 +133,13 @@ def alphabet(text: str) -> bool:
 
 
 def vowels(text: str) -> bool:
-  """One paragraph with at most three kinds of vowels."""
+  """One line that uses at most three different vowels."""
   text = text.strip()
   return "\n" not in text and len(set(text.lower()) & set("aeiou")) <= 3
 
 
 def consonants(text: str) -> bool:
-  """Two consonants side by side in every word."""
+  """Every word contains two adjacent consonants."""
   return all(re.search("[bcdfghj-np-tv-z]{2}", word) for word in text.lower().split())
 
 
@@ -159,13 +160,13 @@ def repeats(text: str, *, small_n: int) -> bool:
 
 
 def words_japanese(text: str, *, N: int) -> bool:
-  """Every N-th word has a Japanese character, but numbers."""
+  """Every N-th word contains a Japanese character, unless it is a number."""
   nth = [word.strip(EDGES) for word in text.split()[N - 1 :: N]]
   return all(re.search("[\u3040-\u30ff\u4e00-\u9fff]", w) for w in nth if w and not w.isdigit())
 
 
 def last_first(text: str) -> bool:
-  """The last word of each sentence is the first of the next."""
+  """The last word of each sentence is the first word of the next."""
   for one, after in itertools.pairwise(sentences.punkt(text)):
     last, first = one.rstrip(EDGES).split(), after.lstrip(EDGES).split()
     if not last or not first or last[-1].lower() != first[0].lower():
@@ -188,14 +189,14 @@ def _marked_words(text: str) -> list[str]:
 
 
 def keywords_specific_position(text: str, *, keyword: str, n: int, m: int) -> bool:
-  """The keyword is the m-th word of the n-th sentence, whatever its case."""
+  """The keyword is the m-th word of the n-th sentence, ignoring case."""
   found = sentences.punkt(text)
   words = _marked_words(found[n - 1]) if 1 <= n <= len(found) else []
   return 1 <= m <= len(words) and words[m - 1].lower() == keyword.strip().lower()
 
 
 def words_position(text: str, *, keyword: str) -> bool:
-  """It is the second word and the last but one."""
+  """The keyword is both the second word and the second to last, ignoring case."""
   words = _marked_words(text.lower())
   return len(words) > 1 and words[1] == words[-2] == keyword.strip().lower()
 
@@ -204,10 +205,11 @@ def words_position(text: str, *, keyword: str) -> bool:
 
 
 def alliteration_increment(text: str) -> bool:
-  """Each sentence has more words that begin as a neighbour does than the sentence before."""
+  """Each sentence has more alliterating words than the one before."""
   return rises([-1, *map(_alliterating, sentences.punkt(text))])
 
 
+# The number of words that begin with the same letter as an adjacent word.
 def _alliterating(sentence: str) -> int:
   words = [word.lstrip(EDGES) for word in sentence.lower().split()]
   firsts = [word[0] for word in words if word]
@@ -221,6 +223,6 @@ def sentence_keyword(text: str, *, word: str, N: int) -> bool:
 
 
 def increment(text: str, *, small_n: int) -> bool:
-  """Each sentence has so many words more than the one before."""
+  """Each sentence has `small_n` more words than the one before."""
   counts = [len(bare_words(sentence)) for sentence in sentences.punkt(text)]
   return all(b == a + small_n for a, b in itertools.pairwise(counts))

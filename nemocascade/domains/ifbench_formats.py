@@ -1,7 +1,7 @@
 """Checkers of IFBench's instructions (arXiv 2507.02833) on formats, repeats and fixed tasks.
 
-Rules are the reference's, odd ones included. Not here: format:emoji, which needs a list of emoji, and
-custom:mcq_count_length, custom:csv_special_character, custom:csv_quotes.
+Each rule is that of the reference implementation, even where it is odd. Missing: format:emoji, which
+needs a list of emoji, and custom:mcq_count_length, custom:csv_special_character, custom:csv_quotes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CAPITALS = (
   "Amsterdam Warsaw London Brussels Prague Luxembourg Paris Vienna Bratislava Budapest Vaduz "
   "Chisinau Bern Ljubljana Zagreb"
 ).split()
-AFRICA = 52  # Lines at least, from Zimbabwe on.
+AFRICA = 52  # Least number of African countries (one per line) in custom:reverse_newline.
 
 
 def _ascii(text: str) -> str:
@@ -32,13 +32,13 @@ def _ascii(text: str) -> str:
 
 
 def line_indent(text: str) -> bool:
-  """Every line begins with more spaces than the one before; blank lines do not count."""
+  """Every line begins with more spaces than the one before. Blank lines are skipped."""
   lines = [line for line in text.split("\n") if line.strip()]
   return rises(len(line) - len(line.lstrip(" ")) for line in lines)
 
 
 def parentheses(text: str) -> bool:
-  """Brackets of any kind, five deep, the innermost closed."""
+  """Brackets of any kind are nested at least five deep, and the innermost pair is closed."""
   opened: list[str] = []
   deepest = 0
   for char in text:
@@ -56,7 +56,7 @@ def parentheses(text: str) -> bool:
 
 
 def quotes(text: str) -> bool:
-  """Quotation marks three deep, double and single in turn, closed."""
+  """Quotation marks, alternately double and single, are nested three deep and closed."""
   opened: list[str] = []
   deepest = 0
   for char in text:
@@ -71,7 +71,10 @@ def quotes(text: str) -> bool:
 
 
 def options(text: str, *, options: str) -> bool:
-  """One of the options and nothing else; letters of choices as they are written."""
+  """The text is one of the options and nothing else.
+
+  Case and outer punctuation are ignored, unless the options are the letters a, b, c.
+  """
   separator = "/" if "/" in options else "or" if "or" in options else ","
   given = [option.strip() for option in options.split(separator)]
   if re.match(r"\W*[aA]\W*[bB]\W*[cC]\W*", options):
@@ -85,7 +88,7 @@ def newline(text: str) -> bool:
 
 
 def quote_unquote(text: str) -> bool:
-  """No quotation follows another, and none ends the text."""
+  """No quotation directly follows another, and no quotation ends the text."""
   text = text.replace("“", '"').replace("”", '"').replace("'\"'", "")
   text = "".join(text.split())
   rest = text.strip(string.digits + string.punctuation.replace('"', ""))
@@ -97,7 +100,7 @@ def separated_list(text: str, *, sep: str) -> bool:
 
 
 def thesis(text: str) -> bool:
-  """Something in HTML's italics, and something after it."""
+  """There is text in HTML italics (<i> or <em>), and more text after it."""
   starts = [place for place in (text.find("<i>"), text.find("<em>")) if place >= 0]
   text = text[starts[0] :] if starts else ""
   ends = [place for place in (text.find("</i>"), text.find("</em>")) if place >= 0]
@@ -109,12 +112,12 @@ def sub_bullets(text: str) -> bool:
 
 
 def no_bullets_bullets(text: str) -> bool:
-  """Two sentences or more, then two bullets or more and nothing else."""
+  """At least two sentences come first, then at least two `*` bullets and nothing else."""
   lines = [line.strip() for line in text.split("\n")]
   bullets = [line.startswith("*") for line in lines]
   first = bullets.index(True) if True in bullets else len(lines)
   before = list(itertools.takewhile(bool, map(sentences.punkt, lines[:first])))
-  # A line without a sentence ends the first part, and only bullets may follow it.
+  # The first line without a sentence ends the first part; only bullets may follow it.
   return (
     len(before) + (len(before) < first) == first and sum(map(len, before)) > 1
     and len(bullets) - first > 1 and all(bullets[first:])
@@ -141,7 +144,7 @@ def no_whitespace(text: str) -> bool:
 
 
 def repeat_change(text: str, *, prompt_to_repeat: str) -> bool:
-  """The request with another first word."""
+  """The text repeats the prompt with its first word changed."""
   return text != prompt_to_repeat and text.split()[1:] == prompt_to_repeat.split()[1:]
 
 
@@ -194,7 +197,10 @@ def csv_city(text: str, **_: object) -> bool:
 
 
 def date_format_list(text: str, **_: object) -> bool:
-  """YYYY-MM-DD of Napoleon's years, in months and days that there are."""
+  """Comma-separated YYYY-MM-DD dates within Napoleon's lifetime (1769 to 1821).
+
+  February has 29 days in every year, and month and day 00 pass.
+  """
   for date in text.split(","):
     match = re.fullmatch(r"(\d{4})-(\d{2})-(\d{2})", date.strip())
     if not match:

@@ -1,8 +1,8 @@
-"""Checkers of IFEval's instructions, and of those that its extension for RL training adds.
+"""Checkers of IFEval's instructions and of those that IFBench's training set adds.
 
 Ids and rules are those of instruction_following_eval (arXiv 2311.07911) and of IFBench's training
-set (arXiv 2507.02833), odd ones included: they are what a model is trained and measured by. Every
-checker is linear in the text, for a policy may write anything.
+set (arXiv 2507.02833). Odd rules are kept, because models are trained and measured by them. Every
+checker takes time linear in the text, because a policy may write anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from nemocascade.domains import sentences
 
-Checker = Callable[..., bool]  # (text, **arguments) -> whether it holds
+Checker = Callable[..., bool]  # (text, **arguments) -> whether the text follows the instruction.
 
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 COMPARISONS: dict[str, Callable[[int, int], bool]] = {
@@ -32,17 +32,17 @@ def compare(count: int, n: int, relation: str) -> bool:
 
 
 def _occurrences(text: str, part: str) -> int:
-  """Of a keyword anywhere, inside words too, whatever its case."""
+  """Counts a keyword anywhere, also inside words, ignoring case."""
   return len(re.findall(re.escape(part.strip()), text, re.IGNORECASE))
 
 
 def whole_words(text: str, word: str) -> int:
-  """Occurrences of a word between word boundaries, whatever its case."""
+  """Counts a word between word boundaries, ignoring case."""
   return len(re.findall(rf"\b{re.escape(word)}\b", text, re.IGNORECASE))
 
 
 def _one(value: str | list[str]) -> str:
-  """Rows give some words as a list of one."""
+  """Unwraps a word that a row may give as a list with one element."""
   return (value if isinstance(value, str) else value[0]).strip()
 
 
@@ -62,7 +62,7 @@ def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
 
 
 def exclude_word_harder(text: str, *, keyword: str) -> bool:
-  """Not between spaces, in this case."""
+  """The keyword does not appear between two spaces. Case matters."""
   return f" {keyword.strip()} " not in text
 
 
@@ -85,13 +85,13 @@ def letter_counting(text: str, *, N: int, relation: str = "at least") -> bool:
 
 
 def start_end(text: str) -> bool:
-  """The first word is the last, whatever its case; punctuation around them does not count."""
+  """The first word equals the last, ignoring case and punctuation around them."""
   words = [token.lower() for token in sentences.tokens(text) if any(sign.isalnum() for sign in token)]
   return len(words) > 1 and words[0] == words[-1]
 
 
 def palindrome(text: str) -> bool:
-  """Between spaces; one letter is one too."""
+  """Some word is a palindrome. Words are split at whitespace, and a single letter counts."""
   return any(word == word[::-1] for word in text.split())
 
 
@@ -103,7 +103,7 @@ def keyword_specific_position(text: str, *, keyword: str, n: int, m: int) -> boo
 
 
 def no_adjacent_consecutive(text: str) -> bool:
-  """No two neighbours begin with letters that follow each other in the alphabet."""
+  """No two adjacent words have initials that are consecutive in the alphabet."""
   firsts = [word[0].lower() for word in text.split()]
   if len(firsts) > 1 and any(len(first) != 1 for first in firsts):
     return False
@@ -122,7 +122,7 @@ def number_sentences(text: str, *, num_sentences: int, relation: str = "at least
 
 
 def _paragraphs(text: str, divider: str) -> int | None:
-  """How many there are; dividers at both ends make none, and None stands for an empty one between."""
+  """Counts paragraphs; None if an inner one is empty. A divider at either end adds none."""
   pieces = [piece.strip() for piece in text.split(divider)]
   if not all(pieces[1:-1]):
     return None
@@ -140,7 +140,10 @@ def two_paragraphs(divider: str) -> Checker:
 def nth_paragraph_first_word(
   text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str
 ) -> bool:
-  """The n-th is counted with empty paragraphs, their number without."""
+  """Checks the number of paragraphs and the first word of the n-th.
+
+  Empty paragraphs count for the position n, but not for the number.
+  """
   pieces = [piece.strip() for piece in text.split("\n\n")]
   count = sum(map(bool, pieces))
   if not 1 <= nth_paragraph <= count or not pieces[nth_paragraph - 1]:
@@ -150,13 +153,13 @@ def nth_paragraph_first_word(
 
 
 def count_unique(text: str) -> bool:
-  """No token comes twice, punctuation marks included."""
+  """No token is repeated. Punctuation marks are tokens too."""
   tokens = sentences.tokens(text)
   return len(tokens) == len(set(tokens))
 
 
 def counting_composition(text: str, *, n_sent: int, n_words: int) -> bool:
-  """Three paragraphs divided by ***, each of n_sent sentences of n_words tokens."""
+  """Three paragraphs separated by ***, each of n_sent sentences of n_words tokens."""
   pieces = text.split("***")
   return len(pieces) == 3 and all(
     len(found) == n_sent and all(len(sentences.tokens(s)) == n_words for s in found)
@@ -233,9 +236,9 @@ def copy_span_idx(text: str, *, prompt_to_repeat: str, n_start: int, n_end: int)
 
 
 def repeat_phrase(text: str, *, phrase: str, small_n: int) -> bool:
-  """From the phrase's first word to its last so many times, with at most one word changed.
+  """The phrase appears small_n times, each with at most one changed word, the last with exactly one.
 
-  In the last of them exactly one is.
+  A span from the phrase's first word to its last counts as an appearance.
   """
   words = phrase.split()
   found = [span.split() for line in text.split("\n") for span in _spans(line, words[0], words[-1])]
@@ -246,7 +249,7 @@ def repeat_phrase(text: str, *, phrase: str, small_n: int) -> bool:
 
 
 def _spans(line: str, first: str, last: str) -> list[str]:
-  """The shortest pieces from `first ` to ` last`, one after the other."""
+  """The shortest spans from `first ` to ` last`, without overlap, from left to right."""
   found, place = [], 0
   while (start := line.find(f"{first} ", place)) >= 0:
     end = line.find(f" {last}", start + len(first) + 1)
@@ -267,7 +270,7 @@ def two_responses(text: str) -> bool:
 
 
 def title(text: str) -> bool:
-  """<<...>> on one line, from its first << to its last >>."""
+  """Some line contains a nonempty <<...>>, from its first << to its last >>."""
   for line in text.split("\n"):
     start, end = line.find("<<"), line.rfind(">>")
     if 0 <= start < end - 2 and line[start : end + 2].lstrip("<").rstrip(">").strip():
@@ -276,7 +279,7 @@ def title(text: str) -> bool:
 
 
 def number_bullet_lists(text: str, *, num_bullets: int) -> bool:
-  """Lines that begin with - or with one *. A * alone takes the next line into its bullet."""
+  """Counts lines that begin with - or with a single *. After a lone *, the next line is its text."""
   lines = [line.lstrip() for line in text.split("\n")]
   count = sum(line.startswith("-") for line in lines)
   place = 0
@@ -289,7 +292,7 @@ def number_bullet_lists(text: str, *, num_bullets: int) -> bool:
 
 
 def number_highlighted_sections(text: str, *, num_highlights: int) -> bool:
-  """*one* and **two** each count once."""
+  """Whether there are enough highlights; *one* and **two** each count once."""
   single = re.findall(r"\*([^\n*]*)\*", text)
   double = re.findall(r"\*\*([^\n*]*)\*\*", text)
   return sum(bool(inside.strip()) for inside in single + double) >= num_highlights
@@ -316,7 +319,7 @@ def constrained_response(text: str) -> bool:
 
 
 def number_placeholders(text: str, *, num_placeholders: int) -> bool:
-  """From a [ to the next ] of its line."""
+  """A placeholder reaches from a [ to the next ] in the same line."""
   return sum(map(_placeholders, text.split("\n"))) >= num_placeholders
 
 
@@ -329,7 +332,7 @@ def _placeholders(line: str) -> int:
 
 def postscript(text: str, *, postscript_marker: str = "P.S.") -> bool:
   marker = postscript_marker.strip()
-  spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}  # May be written apart.
+  spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}  # Their letters may be spaced.
   return bool(re.search(spaced.get(marker, re.escape(marker.lower())), text.lower()))
 
 
@@ -338,20 +341,23 @@ def square_brackets(text: str) -> bool:
 
 
 def bigram_wrapping(text: str) -> bool:
-  """<<Two words>> <<each time>>; a word that is left over is free."""
+  """Every pair of words is wrapped: <<Two words>> <<each time>>. An odd last word is not checked."""
   words = text.split()
   pairs = zip(words[::2], words[1::2])
   return all(a.startswith("<<") and b.endswith(">>") for a, b in pairs)
 
 
 def sentence_hyphens(text: str) -> bool:
-  """Sentences are joined by hyphens, with no space between."""
+  """Sentences are joined by hyphens without spaces."""
   expected = sentences.by_rules(text.replace("-", " "))
   return all(a == a.strip() == b for a, b in zip(text.split("-"), expected))
 
 
 def response_language(text: str, *, language: str) -> bool:
-  """By langdetect, seeded. A text of no language, such as digits alone, keeps to any."""
+  """Checks the language by langdetect, with a fixed seed.
+
+  A text without a detectable language, such as digits alone, passes for any language.
+  """
   detect, unsure = _langdetect()
   try:
     return detect(text) == language

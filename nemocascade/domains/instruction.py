@@ -13,9 +13,9 @@ from nemocascade.domains import domain, instructions, limited
 
 STYLE = domain.Style("keep", "maybe", error_rate=0.6)
 THREE_CONSTRAINTS_SHARE = 0.15
-FORGOTTEN = "none"  # The note of a constraint that the answer will not keep.
+FORGOTTEN = "none"  # The thought's note for a constraint that the answer will ignore.
 
-TOPICS = {  # Each with what it is usually called, and what it may be called instead.
+TOPICS = {  # Topic -> its usual adjective, and an alternative.
   "sea": ("blue", "deep"),
   "fire": ("hot", "red"),
   "snow": ("cold", "white"),
@@ -30,21 +30,24 @@ ENDINGS = ("that is all", "so it goes", "we rest now")
 PLACEHOLDERS = ("[name]", "[place]")
 POSTSCRIPT = "P.S. thanks"
 GRADING_MODES = ("binary", "fraction")
-SHORTEST = 3  # Words of a text without constraints.
+SHORTEST = 3  # Words in the text when there are no constraints.
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """One kind of constraint: how it is asked for, and how it is noted before it is kept."""
+  """One kind of constraint: how the prompt asks for it, and how a thought notes it."""
 
   id: str
-  # Letters of what it claims, for constraints of one prompt must not meet: s start, e end, b body,
-  # a adjective, k keyword, p comma. Of c case and w words of its own, one rules out the other.
+  # One letter for each part of the answer that the constraint fixes: s start, e end, b body,
+  # a adjective, k keyword, p comma, h placeholder, c letter case, w words with a case of their own.
+  # Two constraints of one prompt conflict if they share a letter other than w, or if one of them has
+  # c and one has w.
   claims: str
-  ask: str  # {} is the value.
-  values: Callable[[str], tuple[Any, ...]]  # To choose from, given the topic.
-  arguments: Callable[[Any], dict[str, Any]]
-  note: Callable[[Any, str], str]  # Of (value, topic), in the words that the answer will hold.
+  ask: str  # The prompt's line; {} stands for the value.
+  values: Callable[[str], tuple[Any, ...]]  # topic -> the values to draw from.
+  arguments: Callable[[Any], dict[str, Any]]  # value -> the arguments of the checker.
+  # (value, topic) -> the thought's note, in the words of the answer: when right, and when it errs.
+  note: Callable[[Any, str], str]
   wrong: Callable[[Any, str], str] = lambda value, topic: FORGOTTEN
 
 
@@ -113,7 +116,7 @@ def _clash(a: Kind, b: Kind) -> bool:
 
 
 def _in_peace(count: int) -> list[tuple[Kind, ...]]:
-  """All sets of so many kinds that can be kept together."""
+  """All sets of `count` kinds without a conflict."""
   return [
     kinds
     for kinds in itertools.combinations(KINDS.values(), count)
@@ -122,7 +125,10 @@ def _in_peace(count: int) -> list[tuple[Kind, ...]]:
 
 
 def _asked(kind: Kind) -> str:
-  """The fixed start of its line. A digit stands without its space, a word with it."""
+  """The fixed start of a kind's line, as a phrase.
+
+  It ends in a space before a number, but not before a word, whose own token includes the space.
+  """
   return kind.ask.partition("{}" if kind.values("sea")[0] in range(10) else " {}")[0]
 
 
@@ -131,7 +137,7 @@ SETS = {count: _in_peace(count) for count in (2, 3)}
 
 @dataclasses.dataclass
 class Instruction(domain.Domain):
-  """A thought notes what each constraint asks for; the answer is written from the notes."""
+  """Each thought notes what one constraint asks for; the answer is composed from the notes."""
 
   name: str = "instruction"
   style: domain.Style = STYLE
@@ -170,9 +176,9 @@ class Instruction(domain.Domain):
     return [domain.assistant(compose(topic, notes), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """Every instruction must hold, or in mode "fraction" each pays its share.
+    """Reward 1 iff every instruction is followed; in mode "fraction", the share that is followed.
 
-    One that cannot be checked leaves the row without a verdict.
+    If any instruction cannot be checked, the verdict is masked.
     """
     mode = row.get("grading_mode") or GRADING_MODES[0]
     if mode not in GRADING_MODES:
@@ -194,13 +200,17 @@ class Instruction(domain.Domain):
 
 
 def _value(arguments: dict[str, Any]) -> Any:
-  """The argument that our prompts vary, None where there is none."""
+  """The argument that the prompts of this domain vary; None if there is none."""
   value = next(iter(arguments.values()), None)
   return value[0] if isinstance(value, list) else value
 
 
 def compose(topic: str, notes: dict[str, str]) -> str:
-  """The text that the notes lead to, right or wrong, by instruction id."""
+  """Writes the answer that follows from the notes, right or wrong.
+
+  Args:
+    notes: instruction id -> the thought's note.
+  """
 
   def noted(name: str, default: str = "") -> str:
     note = notes.get(name, default)
@@ -224,7 +234,7 @@ def compose(topic: str, notes: dict[str, str]) -> str:
     noted("last_word:last_word_answer").removeprefix("last "),
     noted("detectable_content:postscript"),
   )
-  # Bullets stand at the start of a line, whatever comes before.
+  # The bullets start on a new line if something precedes them.
   first, rest = words[0], " ".join(filter(None, words[1:]))
   text = (first + ("\n" if bullets else " ") if first else "") + rest
   if noted("detectable_format:title"):

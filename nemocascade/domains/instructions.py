@@ -1,4 +1,4 @@
-"""Checkable instructions by id: does a text keep to them, with these arguments?"""
+"""The checkers of verifiable instructions, by instruction id."""
 
 from __future__ import annotations
 
@@ -120,29 +120,34 @@ CHECKERS: dict[str, ifeval.Checker] = {
 
 
 def prepare() -> None:
-  """Loads what splits texts, once, in a process that checks them under a time limit."""
+  """Loads the tokenizers in advance. `limited` calls this once per process, before its clock starts."""
   sentences.tokens("Ready.")
 
 
 def check(
   text: str, names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None]
 ) -> dict[str, Any]:
-  """{"kept": [whether the text keeps to each]}, or {"row": why} where arguments do not fit."""
+  """Checks the text against each instruction.
+
+  Returns:
+    {"kept": [whether the text follows each instruction]}, or {"row": reason} if the arguments do not
+    fit their checker.
+  """
   kept = []
   for name, given in zip(names, arguments, strict=True):
     try:
       kept.append(follows(text, name, given))
     except (TypeError, KeyError, AttributeError, IndexError) as error:
       return {"row": f"{name}: {type(error).__name__}: {error}"}
-    except (ValueError, csv.Error, RecursionError):  # The text cannot be read as what was asked.
+    except (ValueError, csv.Error, RecursionError):  # The text is not in the required format.
       kept.append(False)
   return {"kept": kept}
 
 
 def follows(text: str, instruction_id: str, arguments: Mapping[str, Any] | None) -> bool:
-  """Whether the text keeps to the instruction; an empty text keeps to none.
+  """Whether the text follows the instruction. False if it is empty or longer than MAX_CHARS.
 
-  Arguments may be padded with nulls, or carry whole numbers as floats: released rows do both.
+  Arguments may be padded with nulls, and may hold integers as floats: released rows do both.
   """
   checker = CHECKERS[instruction_id]
   if not text.strip() or len(text) > MAX_CHARS:

@@ -1,4 +1,4 @@
-"""Judges of answers, pointwise or in pairs, and the rewards of groups that were compared."""
+"""Judges that score or compare answers, and the rewards of groups computed from comparisons."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nemocascade.domains.domain import Completion, Message
 
 Prompt = Sequence[Message]
 
-LOWEST, HIGHEST = 1.0, 5.0  # A score.
-FIRST_FAR_BETTER, SECOND_FAR_BETTER = 1.0, 6.0  # A ranking.
+LOWEST, HIGHEST = 1.0, 5.0  # The range of a score.
+FIRST_FAR_BETTER, SECOND_FAR_BETTER = 1.0, 6.0  # The range of a ranking.
 EVEN_SCORE, EVEN_RANKING = 3.0, 3.5
 
 
 class Match(NamedTuple):
-  """Two answers to one prompt, to be compared."""
+  """Two answers to one prompt that are to be compared."""
 
   prompt: Prompt
   first: str
@@ -30,7 +30,10 @@ class Match(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """A judge's word on a match: scores of 1 (bad) to 5; ranking from 1 (first far better) to 6."""
+  """A judge's result on a match.
+
+  Scores go from 1 (bad) to 5 (good), the ranking from 1 (first far better) to 6 (second far better).
+  """
 
   score_1: float
   score_2: float
@@ -43,36 +46,37 @@ SECOND_WALKS_OVER = Comparison(LOWEST, HIGHEST, SECOND_FAR_BETTER)
 
 
 class Judge(Protocol):
-  """What compares answers. A judge that is a reward model has `scores` besides (PointwiseJudge)."""
+  """Compares answers in pairs. A judge that is a reward model is a PointwiseJudge."""
 
   def compare(self, prompt: Prompt, first: str, second: str) -> Comparison: ...
 
   def compare_many(self, matches: Sequence[Match]) -> list[Comparison]:
-    """The same for many matches, of many prompts, in as few calls of the model as possible."""
+    """Compares many matches, possibly of many prompts, in as few model calls as possible."""
     ...
 
 
 class PointwiseJudge(Judge, Protocol):
-  """A judge that gives every answer a number of its own."""
+  """A judge that also scores each answer by itself: float [len(answers)], NaN without a finite score."""
 
   def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray: ...
 
 
 def first_wins(comparison: Comparison) -> bool:
-  """Whether the first answer is preferred: by score, and by ranking where the scores tie."""
+  """Whether the first answer is preferred: by score, or by ranking if the scores tie."""
   if comparison.score_1 != comparison.score_2:
     return comparison.score_1 > comparison.score_2
   return comparison.ranking < EVEN_RANKING
 
 
 class BradleyTerryJudge:
-  """A pointwise reward model that speaks as a pairwise judge does.
+  """Turns a pointwise reward model into a pairwise judge.
 
-  With p = sigmoid(reward_1 - reward_2), the model's probability that the first is preferred, the
-  scores are 1 + 4p and 5 - 4p and the ranking is 6 - 5p: equal rewards give 3, 3 and 3.5.
-  The matches of an answer whose reward is not finite have scores of NaN.
-  `reward_fn(prompts, answers) -> rewards` is called once for a whole list of matches, with every
-  (prompt, answer) once, however many matches it plays.
+  Let p = sigmoid(reward_1 - reward_2), the model's probability that the first answer is preferred.
+  The scores are 1 + 4p and 5 - 4p and the ranking is 6 - 5p, so equal rewards give 3, 3 and 3.5.
+  If a reward is not finite, all matches of that answer have NaN scores.
+
+  `reward_fn(prompts, answers) -> rewards [len(answers)]` is called once per list of matches. Each
+  distinct (prompt, answer) is passed once, even if it is in several matches.
   """
 
   def __init__(self, reward_fn: Callable[[list[Prompt], list[str]], np.ndarray]):
@@ -93,7 +97,7 @@ class BradleyTerryJudge:
     players: dict[tuple[str, str], int] = {}
     prompts, answers = [], []
 
-    names: dict[int, str] = {}  # A prompt object is written out once, not once a match.
+    names: dict[int, str] = {}  # Serialises each prompt object once, not once per match.
 
     def number(prompt: Prompt, answer: str) -> int:
       if id(prompt) not in names:
@@ -115,7 +119,7 @@ class BradleyTerryJudge:
 
 
 def roles_prompt(match: Match) -> list[Message]:
-  """The conversation, then the answers in roles of their own, as released GenRMs read them."""
+  """The conversation, then the answers as roles response_1 and response_2, for released GenRMs."""
   return [
     *match.prompt,
     {"role": "response_1", "content": match.first},
@@ -126,8 +130,8 @@ def roles_prompt(match: Match) -> list[Message]:
 def words_prompt(match: Match) -> list[Message]:
   """One user message that any chat model can follow.
 
-  The conversation and the answers are written as JSON strings, so that no answer can pose as the
-  end of itself and speak to the judge.
+  The conversation and the answers are JSON strings, so that an answer cannot imitate its own end
+  and then give the judge instructions.
   """
   conversation = json.dumps(
     [{"role": m["role"], "content": m.get("content") or ""} for m in match.prompt],
@@ -146,7 +150,7 @@ def words_prompt(match: Match) -> list[Message]:
 
 
 def parse_comparison(text: str) -> Comparison | None:
-  """The last JSON object of the text that holds both scores and the ranking, all in range."""
+  """Parses the last JSON object that holds both scores and the ranking, all in range; else None."""
   decoder = json.JSONDecoder()
   found, place = None, text.find("{")
   while place >= 0:
@@ -157,7 +161,7 @@ def parse_comparison(text: str) -> Comparison | None:
       continue
     comparison = _as_comparison(value)
     found = comparison or found
-    place = text.find("{", end if comparison else place + 1)  # It may lie within another object.
+    place = text.find("{", end if comparison else place + 1)  # It may be nested in another object.
   return found
 
 
@@ -175,8 +179,9 @@ def _as_comparison(value: dict) -> Comparison | None:
 class GenRMJudge:
   """A generative reward model: it reads both answers, thinks, and ends with scores in JSON.
 
-  `generate(messages) -> text` samples from it; what cannot be parsed is asked for again `retries`
-  times, then counts as even (3, 3, 3.5). `workers` requests are under way at a time.
+  `generate(messages) -> text` samples from the model. Text that cannot be parsed is sampled again,
+  up to `retries` times; then the match counts as even (3, 3, 3.5). `workers` is the number of
+  concurrent requests.
   """
 
   def __init__(
@@ -209,12 +214,12 @@ class GenRMJudge:
 
 
 def _all_pairs(G: int) -> list[tuple[int, int]]:
-  """Everyone meets everyone once: G (G - 1) / 2 matches."""
+  """Each answer meets every other once: G (G - 1) / 2 matches."""
   return list(itertools.combinations(range(G), 2))
 
 
 def _circular(G: int) -> list[tuple[int, int]]:
-  """Everyone meets the next, the last the first: G matches."""
+  """Each answer meets the next, and the last meets the first: G matches."""
   return [(i, (i + 1) % G) for i in range(G)]
 
 
@@ -222,9 +227,9 @@ PAIRINGS = {"all_pairs": _all_pairs, "circular": _circular}
 
 
 def answer_of(completion: Completion) -> str | None:
-  """The final answer that a judge reads; None where there is none to read.
+  """The final answer that a judge reads.
 
-  None when the completion was cut off, its thoughts or calls are malformed, or it says nothing.
+  None if the completion was cut off, its thoughts or calls are malformed, or its content is empty.
   """
   if not completion.finished or completion.turns[-1].error or not completion.content.strip():
     return None
@@ -234,9 +239,15 @@ def answer_of(completion: Completion) -> str | None:
 def base_scores(
   seats: Sequence[tuple[int, int]], comparisons: Sequence[Comparison], G: int
 ) -> np.ndarray:
-  """The mean of an answer's scores over its matches; a tie in scores is moved by the ranking.
+  """The mean score of each answer over its matches, float64 [G].
 
-  A match whose scores are not finite counts for neither side; an answer without another match gets NaN.
+  If the scores of a match tie, 3.5 - ranking is added to the first and subtracted from the second.
+  A match with non-finite numbers counts for neither side. An answer without any other match gets
+  NaN.
+
+  Args:
+    seats: the two answers (indices below G) of each match.
+    comparisons: the result of each match.
   """
   total_G, count_G = np.zeros(G), np.zeros(G)
   for (i, j), (score_1, score_2, ranking) in zip(seats, comparisons, strict=True):
@@ -251,7 +262,7 @@ def base_scores(
 
 
 def length_weights(tokens_G: Sequence[int]) -> np.ndarray:
-  """1 for the shortest to 0 for the longest, less the group's mean; all 0 where all are equal."""
+  """Weights [G] from 1 (shortest) to 0 (longest), minus their mean; all 0 if all lengths are equal."""
   tokens_G = np.asarray(tokens_G, np.float64)
   spread = tokens_G.max() - tokens_G.min()
   if spread == 0:
@@ -263,10 +274,10 @@ def length_weights(tokens_G: Sequence[int]) -> np.ndarray:
 def concise(
   base_G: np.ndarray, tokens_G: np.ndarray, present_G: np.ndarray, *, quantile: float
 ) -> np.ndarray:
-  """bool [G]: the shortest, where they score among the best (1 - quantile) of the group.
+  """bool [G]: which completions are the shortest and score in the top (1 - quantile) of the group.
 
-  That share is rounded down, but is one answer at least. Lengths of 0 do not take part; answers
-  of one length stand or fall together, so that their order in the group makes no difference.
+  The size of the top is rounded down, but is at least 1. Absent answers, NaN scores and lengths of 0
+  are excluded. All that tie for the shortest can qualify, so the order in the group does not matter.
   """
   best = max(1, math.floor(len(base_G) * (1.0 - quantile) + 1e-9))
   judged_G = np.isfinite(base_G)
@@ -290,17 +301,29 @@ def batch_rewards(
   bonus: float = 0.5,
   quantile: float = 0.8,
 ) -> np.ndarray:
-  """Rewards [Q, G] of groups that a judge compares in pairs, all of them in one call.
+  """Rewards, float32 [Q, G], of groups whose answers a judge compares in pairs, in one call.
 
-  reward = base score + lambda_think w_think + lambda_answer w_answer + bonuses, where w are the
-  centred length weights, and the shortest thoughts and the shortest answer earn a bonus each if
-  their base score is in the group's top. A completion without an answer loses every match
-  unjudged, and passes for the longest of its group: brevity is no merit in silence. One of whose
-  matches no score is finite gets NaN, which masks it.
+  The reward follows the Nemotron-3-Nano report (arXiv 2512.20848):
+
+    base score + lambda_think w_think + lambda_answer w_answer + bonuses
+
+  where w are the centred length weights. The shortest thoughts and the shortest answer each earn
+  `bonus` if their base score is in the group's top (see `concise`). A completion without an answer
+  loses every match without being judged, and gets the length of the longest in its group, so that
+  it gains nothing by being short. A completion without any finite score gets NaN, which masks it.
+
+  Args:
+    think_tokens_QG: length of each completion's thoughts, in tokens.
+    answer_tokens_QG: length of each completion's answer, in tokens.
+    pairs: a key of PAIRINGS: "all_pairs" as in Nemotron-Cascade 2 (arXiv 2603.19220, section 4.5),
+      "circular" as in Nemotron-3-Nano.
+
+  Raises:
+    UserError: unknown `pairs`, or a group of fewer than 2.
   """
   if pairs not in PAIRINGS:
     raise errors.unknown("pairing", pairs, PAIRINGS)
-  matches, played = [], []  # What the judge is asked, and its (prompt, match) place.
+  matches, played = [], []  # Matches for the judge, and the (prompt, match) indices of each.
   seats_Q, comparisons_Q, present_QG = [], [], []
   for q, (prompt, completions_G) in enumerate(zip(prompts, completions_QG, strict=True)):
     if len(completions_G) < 2:
@@ -346,6 +369,6 @@ def group_rewards(
   answer_tokens_G: Sequence[int],
   **settings: str | float,
 ) -> np.ndarray:
-  """`batch_rewards` of one group."""
+  """`batch_rewards` of one group: float32 [G]."""
   lengths = {"think_tokens_QG": [think_tokens_G], "answer_tokens_QG": [answer_tokens_G]}
   return batch_rewards(judge, [messages], [completions_G], **lengths, **settings)[0]

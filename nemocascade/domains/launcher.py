@@ -1,20 +1,25 @@
-"""What runs inside the sandbox: processes that fork, so that a program starts in a few milliseconds.
+"""Runs inside the sandbox: forks processes, so that a program starts in a few milliseconds.
 
-There are three, each of the one before. The first learns nothing of any program, so that its copies
-hold nothing of an earlier one. Its copy, the attendant, makes a new file system for one program and
-new process numbers, takes in the program's files, waits for its end and ends. The attendant's copy is
-the program's, which may do to it as it likes: nothing here judges, and no expected value ever comes
-here. Both others are out of the program's reach, in an outer namespace of processes.
+There are three processes, each forked from the one before:
+
+  1. The launcher (`serve`) forks an attendant per program. It never receives data of any program, so
+     its forks contain nothing of earlier programs.
+  2. The attendant (`attend`) makes a new file system and process namespace for one program, writes
+     the program's files, waits for its end, and exits.
+  3. The program's process. The program can do anything to it; this is safe because nothing here
+     judges and no expected value ever enters the sandbox.
+
+The program cannot reach the other two processes, which are in the outer process namespace.
 """
 
 FOLDER, PAGE = b"/tmp", 4096
 NOBODY = 65534
-NEW_MOUNTS, NEW_PROCESSES = 0x20000, 0x20000000  # Flags of unshare.
-NO_SETUID, NO_DEVICES, NO_EXECUTABLES = 2, 4, 8  # Flags of mount.
+NEW_MOUNTS, NEW_PROCESSES = 0x20000, 0x20000000  # Flags of unshare: CLONE_NEWNS, CLONE_NEWPID.
+NO_SETUID, NO_DEVICES, NO_EXECUTABLES = 2, 4, 8  # Flags of mount: MS_NOSUID, MS_NODEV, MS_NOEXEC.
 
 
 def encode(value, quote):
-  """JSON of plain values; anything else is a TypeError. (Importing json would cost more.)"""
+  """Encodes plain values as JSON; anything else is a TypeError. Importing `json` would be slower."""
   if value is None or value is True or value is False:
     return {None: "null", True: "true", False: "false"}[value]
   if isinstance(value, str):
@@ -33,7 +38,7 @@ def encode(value, quote):
 
 
 def call(module, function, arguments):
-  """`module.function(*arguments)`; a function may also be a method of a class Solution."""
+  """Returns `module.function(*arguments)`; the function may be a method of a class Solution."""
   import sys
 
   __import__(module)
@@ -44,9 +49,10 @@ def call(module, function, arguments):
 
 
 def new_folder(libc, content_bytes, files):
-  """A file system of this process and its children alone, mounted on FOLDER; it ends with them.
+  """Mounts a new tmpfs on FOLDER that only this process and its children see; it ends with them.
 
-  All of its files, names, attributes and times, its mode and its numbers of files begin anew.
+  It keeps nothing of an earlier program: no file, name, attribute, time, mode or inode number. The
+  children also get a new process namespace.
   """
   import ctypes
 
@@ -59,7 +65,7 @@ def new_folder(libc, content_bytes, files):
 
 
 def drop_privileges(libc):
-  """Makes this process nobody's, without the privileges that mounting took."""
+  """Switches to user and group nobody, and drops the capabilities that mounting required."""
   import ctypes
   import os
   import struct
@@ -74,7 +80,7 @@ def drop_privileges(libc):
 
 
 def install_filter(libc, code):
-  """Takes on a seccomp filter, for good."""
+  """Installs a seccomp filter, which cannot be removed again."""
   import ctypes
   import struct
 
@@ -89,7 +95,14 @@ def install_filter(libc, code):
 
 
 def become(fds, channel, limits, libc, code):
-  """Makes the forked process a program's: its streams, its limits, its filter. Returns control."""
+  """Prepares the forked process for the program: streams, limits, filter.
+
+  Args:
+    fds: descriptors that become stdin, stdout, stderr and control.
+
+  Returns:
+    The descriptor of control.
+  """
   import os
   import resource
   import sys
@@ -99,13 +112,13 @@ def become(fds, channel, limits, libc, code):
   for fd, place in ((stdin, 0), (stdout, 1), (stderr, 2)):
     os.dup2(fd, place)
   os.dup2(control, 3)
-  os.closerange(4, 256)  # All that there is: what came by the socket has small numbers.
+  os.closerange(4, 256)  # Covers all open descriptors: those received over the socket are small.
   sys.stdin = sys.__stdin__ = open(0, closefd=False, errors="surrogateescape")
   sys.stdout = sys.__stdout__ = open(1, "w", closefd=False, errors="surrogateescape")
   sys.stderr = sys.__stderr__ = open(2, "w", 1, closefd=False, errors="backslashreplace")
   for name, value in limits:
     limit = getattr(resource, name)
-    _, most = resource.getrlimit(limit)  # What is stricter already stays so.
+    _, most = resource.getrlimit(limit)  # A stricter existing limit stays.
     value = value if most == resource.RLIM_INFINITY else min(value, most)
     resource.setrlimit(limit, (value, value))
   install_filter(libc, code)
@@ -113,7 +126,11 @@ def become(fds, channel, limits, libc, code):
 
 
 def run(argv, calls, control, quote):
-  """`control` is told "+" before the program's first line, then a line for each call's result."""
+  """Runs the program and ends the process.
+
+  It writes a line to `control` for each event: "+" before the program's first line, "!" if the
+  script raised, and one JSON object per call, {"value": ...} or {"error": name of the exception}.
+  """
   import os
   import sys
 
@@ -139,7 +156,7 @@ def run(argv, calls, control, quote):
   for module, function, arguments in calls:
     try:
       line = f'{{"value":{encode(call(module, function, arguments), quote)}}}\n'
-    except BaseException as error:  # Even SystemExit: the next call has its own verdict.
+    except BaseException as error:  # SystemExit included, so that the remaining calls still run.
       line = f'{{"error":{quote(type(error).__name__)}}}\n'
     data = line.encode()
     while data:
@@ -149,10 +166,10 @@ def run(argv, calls, control, quote):
 
 
 def finish(module, code):
-  """Ends the process as Python does, but for taking its own modules apart, which takes milliseconds.
+  """Ends the process as Python does, but skips tearing down modules, which takes milliseconds.
 
   Args:
-    code: what the program left with, as of SystemExit.
+    code: the exit code, in any form that SystemExit allows.
   """
   import atexit
   import gc
@@ -160,13 +177,13 @@ def finish(module, code):
   import sys
 
   if "threading" in sys.modules:
-    sys.modules["threading"]._shutdown()  # Waits for threads.
+    sys.modules["threading"]._shutdown()  # Joins the threads.
   atexit._run_exitfuncs()
   if code is not None and not isinstance(code, int):
     print(code, file=sys.stderr)
     code = 1
   code = (code or 0) & 0xFF
-  module.__dict__.clear()  # Closes files and runs what objects do at their end.
+  module.__dict__.clear()  # Closes files and runs finalizers.
   gc.collect()
   for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
     try:
@@ -190,10 +207,10 @@ def put(files):
 
 
 def readable(content):
-  """A descriptor to read the content from: of a file without a name, within the program's limits."""
+  """A descriptor of an unlinked file with the content. It counts towards the program's folder."""
   import os
 
-  name = ".stdin"  # Gone before the program begins.
+  name = ".stdin"  # Unlinked before the program starts.
   with open(name, "xb") as file:
     file.write(content)
   fd = os.open(name, os.O_RDONLY)
@@ -202,16 +219,17 @@ def readable(content):
 
 
 def ended(child, limits):
-  """The wait status of a program. One that used up its CPU time ends as if by SIGXCPU.
+  """Waits for the program and returns its wait status; SIGXCPU if it used up its CPU time.
 
-  The program is the first process of its namespace, which SIGXCPU does not end: SIGKILL does, at the
-  hard limit.
+  The program is process 1 of its namespace, which SIGXCPU does not kill. The kernel sends SIGKILL at
+  the hard limit instead, so that status is translated.
   """
   import os
   import signal
 
   _, status, usage = os.wait4(child, 0)
-  # What it reports differs a little from what it counts. Only a machine without memory kills sooner.
+  # The reported CPU time differs a little from the time that the limit counts, so half is enough.
+  # Only a machine out of memory sends SIGKILL earlier.
   much = dict(limits)["RLIMIT_CPU"] / 2
   if status == signal.SIGKILL and usage.ru_utime + usage.ru_stime >= much:
     status = int(signal.SIGXCPU)
@@ -219,11 +237,14 @@ def ended(child, limits):
 
 
 def attend(channel, taken, libc, limits, code, folder_bytes, most_files):
-  """Serves one program. Returns in its process, with what `run` takes; the attendant ends here.
+  """Serves one program. Returns only in the program's process; the attendant exits here.
 
-  It writes to `taken` when it has a request, and answers with the program's wait status. Where no
-  program could be started, it says why on the program's stderr and answers with a status of 1;
-  `control` was told nothing then.
+  The attendant writes to `taken` when it has received a request, and sends the program's wait status
+  (4 bytes, little-endian) over `channel`. If it cannot start the program, it writes the reason to the
+  program's stderr and sends the status of exit code 1; `control` is empty in that case.
+
+  Returns:
+    (argv, calls, control): the first arguments of `run`.
   """
   import marshal
   import os
@@ -236,7 +257,7 @@ def attend(channel, taken, libc, limits, code, folder_bytes, most_files):
   os.write(taken, message)
   os.close(taken)
   status = 1 << 8
-  signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # Ignored, it would take the program's status away.
+  signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # If ignored, the program's status would be lost.
   try:
     with open(fds.pop(0), "rb") as file:
       files, argv, calls, stdin = marshal.load(file)
@@ -250,7 +271,7 @@ def attend(channel, taken, libc, limits, code, folder_bytes, most_files):
       fds.insert(0, readable(stdin))
     child = os.fork()
     if child:
-      for fd in fds:  # The trainer waits for their end.
+      for fd in fds:  # The trainer reads these pipes until every writer has closed them.
         os.close(fd)
       status = ended(child, limits)
   except BaseException as error:
@@ -263,12 +284,20 @@ def attend(channel, taken, libc, limits, code, folder_bytes, most_files):
 
 
 def serve(place, limits, code, folder_bytes, most_files):
-  """Forks an attendant for each program that comes over the socket. Ends when the socket does.
+  """Forks an attendant for each program that arrives over the socket; returns at the socket's end.
 
-  The next attendant is there before the program of this one has ended: a start waits for one fork.
+  The next attendant is forked as soon as one has taken a request, so that it is ready in advance and
+  starting a program takes a single fork.
+
+  Args:
+    place: descriptor of the socket.
+    limits: (name of a resource limit, value) pairs for programs.
+    code: the seccomp filter.
+    folder_bytes: bytes that a program may add to its folder.
+    most_files: inodes of its folder.
   """
   import _sitebuiltins
-  import atexit  # noqa: F401  (This and others are loaded for the copies.)
+  import atexit  # noqa: F401  (The unused imports are inherited by the forks.)
   import builtins
   import ctypes
   import gc
@@ -281,10 +310,10 @@ def serve(place, limits, code, folder_bytes, most_files):
   import sys
   from _json import encode_basestring_ascii as quote
 
-  for name in ("exit", "quit"):  # Else made by `site`, which is left out to start faster.
+  for name in ("exit", "quit"):  # Normally defined by `site`, which is skipped for a faster start.
     setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
   signal.signal(signal.SIGINT, signal.SIG_DFL)
-  signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nothing is to be learnt from an attendant's end.
+  signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Attendants' statuses are not needed: no zombies.
   libc = ctypes.CDLL(None, use_errno=True)
   channel = socket.socket(fileno=place)
   sys.path.insert(0, FOLDER.decode())

@@ -1,8 +1,8 @@
-"""Grading with a time limit: pure functions, run in confined processes that can be killed.
+"""Grading with a time limit: runs pure functions in confined processes that can be killed.
 
-What a model wrote may take a grader any time: a schema's pattern that backtracks, an expression
-that does not simplify. `call` runs such a grader in a process of its own and ends that process at
-the limit. The grader never evaluates what it reads; the confinement is a second wall.
+Grading a model's text may take arbitrarily long, e.g. if a regular expression backtracks or an
+expression does not simplify. `call` runs the grader in another process and kills that process at the
+limit. Graders must never evaluate the text; the confinement is a second line of defence.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 
 from nemocascade.domains import confinement
 
-LIMIT_S = 5.0  # Of one question, in wall time.
-START_S = 60.0  # For a process to start and to import the grader's module.
-MEMORY_BYTES = 4 << 30
+LIMIT_S = 5.0  # Wall time of one call.
+START_S = 60.0  # Wall time for a process to start and to import the grader's module.
+MEMORY_BYTES = 4 << 30  # Address space of one process.
 MAX_REPLY_BYTES = 1 << 20
-FOLDER_BYTES = 1 << 20  # What a confined process may write to its empty folder.
-WORKERS = 2
-HARMLESS = ("error", "evaluation")  # Causes after which a process may go on.
-# Libraries that write code of their own, from nothing but numbers and their own fields' names.
+FOLDER_BYTES = 1 << 20  # Size of a confined process's writable folder.
+WORKERS = 2  # Threads, each with one process per module.
+HARMLESS = ("error", "evaluation")  # Causes after which the process is kept.
+# Modules that may call exec: they generate code only from numbers and their own fields' names.
 GENERATORS = ("collections", "dataclasses", "sympy.polys.monomials")
 
 _ROOT = str(pathlib.Path(__file__).resolve().parents[2])
@@ -45,12 +45,12 @@ _BOOT = (
 
 
 class NoAnswer(Exception):
-  """The grader gave no answer, for a reason that says nothing about what was graded.
+  """The grader gave no answer, which says nothing about the graded text.
 
   Attributes:
-    cause: "time" (over the limit), "memory", "crash" (the process ended or did not start), or
-      "error" (the grader raised), "evaluation" (it was about to run what it read). Masked samples
-      are counted by it.
+    cause: "time" (over the limit), "memory", "crash" (the process ended or did not start), "error"
+      (the grader raised) or "evaluation" (it tried to run the text as code). Masked samples are
+      counted per cause.
   """
 
   def __init__(self, cause: str, text: str):
@@ -59,17 +59,18 @@ class NoAnswer(Exception):
 
 
 def call(function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S) -> Any:
-  """`function(*arguments)`, computed in another process.
+  """Returns `function(*arguments)`, computed in another process.
 
   Args:
-    function: of a module's top level. The module is imported there before the clock starts, so
-      its slow imports belong at its top or in a function named `prepare`, which is called once.
-    arguments: plain JSON values; so is what the function returns.
-    limit_s: wall time for this question.
+    function: a function at the top level of a module. The process imports the module before the
+      clock starts, so slow imports belong at the module's top or in its function `prepare`, which
+      is called once after the import.
+    arguments: plain JSON values. The function must return one too.
+    limit_s: wall time of this call.
 
   Raises:
-    NoAnswer: there is none. Nothing is remembered here, so the same question may succeed later;
-      a cache around `call` (functools.lru_cache) keeps answers only, for an exception is none.
+    NoAnswer: the function gave no result. Failures are not cached, so the same call may succeed
+      later. A functools.lru_cache around `call` does not cache them either.
   """
   return _pool().submit(_ask, _name(function), arguments, limit_s).result()
 
@@ -82,7 +83,8 @@ def _name(function: Callable[..., Any]) -> tuple[str, str]:
 
 @functools.cache
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
-  # A confined process dies with the thread that started it, so each thread has its own process.
+  # Bubblewrap's --die-with-parent kills a process when the thread that started it ends. So each
+  # thread of a lasting pool owns its processes.
   pool = concurrent.futures.ThreadPoolExecutor(WORKERS, thread_name_prefix="grader")
   atexit.register(_stop_all)
   return pool
@@ -98,7 +100,7 @@ def _stop_all() -> None:
 
 
 def _ask(name: tuple[str, str], arguments: Sequence[Any], limit_s: float) -> Any:
-  """Runs in a thread of the pool, with the thread's process for that module."""
+  """Asks the calling pool thread's process for that module, and starts it if needed."""
   module, function = name
   workers = vars(_own).setdefault("workers", {})
   worker = workers.get(module)
@@ -109,16 +111,16 @@ def _ask(name: tuple[str, str], arguments: Sequence[Any], limit_s: float) -> Any
   try:
     return worker.ask(function, arguments, limit_s)
   except NoAnswer as error:
-    if error.cause not in HARMLESS:  # After the others, nobody knows what the process would say next.
+    if error.cause not in HARMLESS:  # The process may be broken: its next reply cannot be trusted.
       worker.stop()
     raise
 
 
 def _start(module: str) -> _Worker:
-  """A process that has imported the module, confined by the first way that works here.
+  """Starts a process that has imported the module, confined by the first way that works here.
 
-  Without bubblewrap the limits on memory and CPU time remain, and the filter of system calls where
-  the kernel has it.
+  If bubblewrap does not work, what remains are the limits on memory and CPU time, and the system
+  call filter if the kernel supports it.
   """
   complaints = []
   for prefix in _prefixes(module):
@@ -133,21 +135,24 @@ def _start(module: str) -> _Worker:
     except NoAnswer as error:
       worker.stop()
       complaints.append(str(error))
-      if error.cause in ("time", "error"):  # Confined or not, it would be no better.
+      if error.cause in ("time", "error"):  # Another way to confine would not help.
         break
   raise NoAnswer("crash", f"the grader's process does not start: {'; '.join(complaints)}")
 
 
 @functools.cache
 def _prefixes(module: str) -> list[list[str]]:
-  """The ways to confine a process. It sees this package, the module's, and what is installed."""
+  """Command prefixes that confine a process, best first; the last one, [], confines nothing.
+
+  A confined process sees this package, the package of the module, and the installed packages.
+  """
   packages = [*_source(module), *_source(__name__), *_packages()]
   seen = confinement.arguments(_executable(), folder_bytes=FOLDER_BYTES, packages=packages)
   return [*([bwrap, *seen] for bwrap in confinement.bubblewraps()), []]
 
 
 def _source(module: str) -> list[str]:
-  """The file, or the folder of the package, that a module of this process is part of."""
+  """The file or package folder of an imported module's top-level package; [] if not imported."""
   top = sys.modules.get(module.split(".")[0])
   if top is None:
     return []
@@ -160,8 +165,8 @@ def _executable() -> str:
 
 
 def _path(module: str) -> list[str]:
-  """Where the process finds modules: the grader's and this package, the standard library, and what
-  is installed. Not the folder of a script or of the caller, which may hold anything.
+  """`sys.path` of the process: the grader's package, this package, the standard library, and the
+  installed packages. The folder of the script or of the caller is excluded; it may hold anything.
   """
   bases = (sys.base_prefix, sys.base_exec_prefix)
   standard = [path for path in sys.path if path.startswith(bases) and path not in _packages()]
@@ -178,7 +183,7 @@ def _packages() -> list[str]:
 
 
 class _Worker:
-  """One process that answers questions, one at a time, over a socket of its own."""
+  """One process that answers requests over its own socket, one at a time."""
 
   def __init__(self, prefix: Sequence[str], module: str):
     self._ids = itertools.count(1)
@@ -204,7 +209,7 @@ class _Worker:
     self._socket.close()
 
   def greet(self) -> None:
-    """Waits until the module is imported, outside the limit of any question."""
+    """Waits until the module is imported. This does not count against a call's limit."""
     self._exchange({}, START_S)
 
   def ask(self, function: str, arguments: Sequence[Any], limit_s: float) -> Any:
@@ -230,7 +235,7 @@ class _Worker:
     return reply["value"]
 
   def _line(self, deadline: float) -> bytes:
-    """The next line; empty where the other end has closed or says too much."""
+    """Reads a line; returns b"" if the other end has closed, or the line exceeds MAX_REPLY_BYTES."""
     data = b""
     while not data.endswith(b"\n"):
       left = deadline - time.monotonic()
@@ -244,11 +249,16 @@ class _Worker:
     return data
 
 
-# ---- in the process
+# ---- runs in the grading process
 
 
 def serve(fd: int, name: str) -> None:
-  """Answers questions until the socket closes. Only this function holds the socket."""
+  """Answers requests until the socket closes. Only this function has access to the socket.
+
+  Args:
+    fd: descriptor of the socket.
+    name: the grader's module.
+  """
   import logging
   import resource
 
@@ -262,7 +272,7 @@ def serve(fd: int, name: str) -> None:
       getattr(module, "prepare", lambda: None)()
     except Exception as error:  # noqa: BLE001
       failure = _failure("error", error)
-    # Libraries may do on import what these deny, so they come after.
+    # These come after the import, which may need what they deny.
     _filter()
     sys.addaudithook(_refuse_evaluation)
     for line in lines:
@@ -277,7 +287,7 @@ def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
   if "function" not in request:
     return {"value": None}
   used = resource.getrusage(resource.RUSAGE_SELF)
-  # The parent's clock is the limit; this one holds where the parent is gone.
+  # The parent enforces the wall time. This CPU limit ends the process if the parent has died.
   cpu_s = math.ceil(used.ru_utime + used.ru_stime + request["limit_s"]) + 1
   _, most = resource.getrlimit(resource.RLIMIT_CPU)
   soft = cpu_s if most == resource.RLIM_INFINITY else min(cpu_s, most)
@@ -288,19 +298,19 @@ def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"cause": "evaluation", "text": _refused[0]} if _refused else {"value": value}
   except MemoryError as error:
     return _failure("memory", error)
-  except Exception as error:  # noqa: BLE001  Whatever a text provokes, the next one is judged.
+  except Exception as error:  # noqa: BLE001  No text may prevent the grading of the next one.
     return _failure("evaluation" if _refused else "error", error)
   finally:
     _refused.clear()
 
 
-_refused: list[str] = []  # Since the question came.
+_refused: list[str] = []  # Evaluations refused during the current request.
 
 
 def _refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
-  """Stops eval, exec and unpickling, however a library comes to them; imports of files go on.
+  """An audit hook that blocks eval, exec and unpickling, also within libraries, but not imports.
 
-  The library may catch what is raised here, so it is noted too.
+  A library may catch the exception raised here, so the refusal is also recorded in `_refused`.
   """
   if event == "exec":
     caller = sys._getframe(1).f_globals.get("__name__")
@@ -333,7 +343,7 @@ def _limit(kind: int, amount: int) -> None:
 
 
 def _filter() -> None:
-  """No new processes, programs or sockets from here on, where the kernel can hold that."""
+  """Denies new processes, programs and sockets by a seccomp filter, if the kernel supports it."""
   import ctypes
 
   from nemocascade.domains import launcher, seccomp

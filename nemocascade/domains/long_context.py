@@ -1,4 +1,4 @@
-"""Long contexts: many short documents, and a question that one of them answers."""
+"""Long contexts: many short documents and a question that one of them answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy as np
 from nemocascade.domains import domain
 from nemocascade.domains.boxed import box, last_boxed
 
-# One step of thought, so that most of it must be sloppy for the demonstrations to be mixed.
+# There is only one step of thought, so its error rate must be high for demonstrations of mixed
+# quality.
 STYLE = domain.Style("found", "seems", sloppy_rate=0.6, error_rate=0.85)
-DOCUMENTS = 24  # Prompts are then some ten times as long as those of the other domains.
-TEACHING_DOCUMENTS = (3, 7)  # Most demonstrations are short: the skill is learned cheaply ...
-TEACHING_FULL_SHARE = 0.08  # ... and some are of full length.
+DOCUMENTS = 24  # Per prompt. Prompts are then about ten times as long as in the other domains.
+# Documents in a short demonstration, least and most. Most demonstrations are short, which makes the
+# skill cheap to learn.
+TEACHING_DOCUMENTS = (3, 7)
+TEACHING_FULL_SHARE = 0.08  # Share of demonstrations with all DOCUMENTS.
 
 NAMES = (
   "Abby", "Adam", "Alan", "Alma", "Amos", "Beth", "Carl", "Cora", "Dale", "Dora", "Earl", "Edna",
@@ -27,10 +30,10 @@ INSTRUCTION = "Which box is for"
 
 @dataclasses.dataclass
 class LongContext(domain.Domain):
-  """The thought quotes the document that answers; a sloppy one quotes the last document.
+  """The thought quotes the document that answers; a thought that errs quotes the last document.
 
-  What is asked for stands two tokens after the name: within reach of one convolution, so that a
-  model of one attention layer can look it up.
+  The number asked for is two tokens after the name, within the width of one convolution. So a model
+  with one attention layer can look it up.
   """
 
   name: str = "long_context"
@@ -71,12 +74,12 @@ class LongContext(domain.Domain):
     texts = row["documents"]
     others = [text for text in texts if _box(text) != row["expected_answer"]]
     text = others[-1] if errs and others else texts[row["asked"]]
-    # What is in the box is not asked, so it is not quoted.
+    # The box's content is not asked for, so the quote leaves it out.
     thoughts = [f"{marker} {text.partition(' with')[0]}"] if thinking else None
     return [domain.assistant(box(_box(text)), thoughts=thoughts)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """The last \\boxed{} must hold the expected answer, letter for letter."""
+    """Reward 1 iff the last \\boxed{} holds exactly the expected answer."""
     answer = last_boxed(completion.content)
     if answer is None:
       return domain.Verdict(0.0, "no \\boxed{} answer")
@@ -92,7 +95,13 @@ def make_domain(
   *, documents: int = DOCUMENTS, teaching_documents: tuple[int, int] = TEACHING_DOCUMENTS,
   teaching_full_share: float = TEACHING_FULL_SHARE,
 ) -> LongContext:  # fmt: skip
-  """`documents` in the prompts of RL and evaluation (at most 32), and in demonstrations."""
+  """Makes the domain.
+
+  Args:
+    documents: documents in a prompt of RL and evaluation, at most len(NAMES) = 32.
+    teaching_documents: least and most documents in a short demonstration.
+    teaching_full_share: share of demonstrations that have `documents` documents.
+  """
   return LongContext(
     documents=documents, teaching_documents=teaching_documents,
     teaching_full_share=teaching_full_share,

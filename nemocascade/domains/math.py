@@ -13,21 +13,22 @@ from nemocascade.domains.boxed import BOXED, FBOX, box, last_boxed
 
 STYLE = domain.Style("sum", "about", error_rate=0.65)
 INSTRUCTION = "Solve it and put the answer inside \\boxed{}:"
-POOL = 1 << 30  # Problems that reasoning-gym is asked to number; each is drawn by its index.
+POOL = 1 << 30  # Size of the reasoning-gym dataset; a problem is generated from its index.
 
 
 @dataclasses.dataclass
 class Math(domain.Domain):
-  """A thought takes in one more term; a sloppy total is too high by one, and the rest builds on it.
+  """Each thought adds one term; one that errs has a total too high by 1, which the next ones use.
 
-  It is written out, `8 - 2 = 6`, so that to find the term and to add it are two small steps.
+  A thought is a full equation, `8 - 2 = 6`, so that finding the term and adding it are two separate
+  small steps.
   """
 
   name: str = "math"
   style: domain.Style = STYLE
-  terms: tuple[int, int] = (3, 4)  # Of a short and a long problem.
-  long_share: float = 0.35
-  largest_total: int = 9  # Of every running total, so that the table to be learned stays small.
+  terms: tuple[int, int] = (3, 4)  # Number of terms of a short and of a long problem.
+  long_share: float = 0.35  # Share of long problems.
+  largest_total: int = 9  # Running totals are 0 .. 9, which keeps the addition table small.
   phrases: tuple[str, ...] = (
     f"{INSTRUCTION} ", "sum ", "about ", " + ", " - ", " =", " = ", "\\boxed{",
   )  # fmt: skip
@@ -56,7 +57,10 @@ class Math(domain.Domain):
     return [domain.assistant(box(total), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """The last \\boxed{} must equal the expected answer, or please the scorer of its dataset."""
+    """Judges the last \\boxed{}: reward 1 iff it equals the row's `expected_answer`.
+
+    A row without `expected_answer` is scored in [0, 1] by the reasoning-gym dataset that it names.
+    """
     content = completion.content
     answer = last_boxed(content, (BOXED, FBOX))
     if "expected_answer" not in row:
@@ -70,7 +74,7 @@ class Math(domain.Domain):
 
 
 def _scored(row: domain.Row, answer: str) -> domain.Verdict:
-  """A row of reasoning-gym: it asks for a format of its own, in a tag, a box, or neither."""
+  """The verdict on a reasoning-gym row, whose answer may be in an <answer> tag, a box, or neither."""
   entry = {key: row.get(key) for key in ("question", "answer", "metadata")}
   if not (entry["metadata"] or {}).get("source_dataset"):
     return domain.no_verdict("row", "neither expected_answer nor metadata.source_dataset")
@@ -98,8 +102,8 @@ def _expression(entry: domain.Row) -> str:
 
 @functools.cache
 def _chains(terms: int) -> Callable[[int], domain.Row]:
-  """The numbered problems of so many one-digit terms."""
-  import reasoning_gym  # Slow to import, and needed only where rows are made.
+  """Maps an index below POOL to a problem of `terms` one-digit terms."""
+  import reasoning_gym  # Slow to import, and needed only to make rows.
 
   dataset = reasoning_gym.create_dataset(
     "chain_sum", min_terms=terms, max_terms=terms, min_digits=1, max_digits=1, seed=0, size=POOL

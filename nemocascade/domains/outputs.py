@@ -1,7 +1,7 @@
-"""When what a program gave is what was expected of it: values of functions, lines of text.
+"""Compares a program's output with the expected one: returned values, or lines of text.
 
-As LiveCodeBench judges: whole numbers and words are exact, and only where a fractional number is
-expected may the answer differ from it a little.
+The rules follow LiveCodeBench: integers and words must match exactly, and a tolerance applies only
+if the expected number is fractional.
 """
 
 import decimal
@@ -9,15 +9,15 @@ import math
 import re
 from typing import Any
 
-VALUE_RELATIVE, VALUE_ABSOLUTE = 1e-5, 1e-8  # Of a function's floats.
-TEXT_TOLERANCE = decimal.Decimal("1e-6")  # Of printed numbers: absolute, and relative above 1.
-DEEPEST = 50
+VALUE_RELATIVE, VALUE_ABSOLUTE = 1e-5, 1e-8  # Tolerances of returned floats; they are added.
+TEXT_TOLERANCE = decimal.Decimal("1e-6")  # Of printed numbers: absolute, but relative above 1.
+DEEPEST = 50  # Values nested deeper are never equal.
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,6})?", re.ASCII)
 
 
 def same_value(expected: Any, given: Any, depth: int = 0) -> bool:
-  """Equality of plain values, where tuples are lists, and True is not 1."""
+  """Whether plain values are equal. A tuple equals a list; True does not equal 1."""
   if depth > DEEPEST:
     return False
   if isinstance(expected, bool) or isinstance(given, bool):
@@ -36,9 +36,9 @@ def same_value(expected: Any, given: Any, depth: int = 0) -> bool:
 
 
 def same_text(expected: str, given: str) -> bool:
-  """Equality line by line, but for blanks around the text and each line.
+  """Whether texts are equal line by line, ignoring whitespace around the text and each line.
 
-  Lines that consist of numbers are equal number by number, however they are spaced or written.
+  Lines of numbers are compared number by number, whatever their spacing and notation.
   """
   expected_lines, given_lines = _lines(expected), _lines(given)
   return len(expected_lines) == len(given_lines) and all(
@@ -66,12 +66,12 @@ def _same_number(expected: str, given: str) -> bool:
     return False
   try:
     return abs(e - g) <= TEXT_TOLERANCE * max(abs(e), 1)
-  except decimal.DecimalException:  # Numbers beyond the range of decimals.
+  except decimal.DecimalException:  # Outside the range of `decimal`.
     return False
 
 
 def _close(expected: float, given: float) -> bool:
   try:
     return abs(expected - given) <= VALUE_ABSOLUTE + VALUE_RELATIVE * abs(expected) < math.inf
-  except OverflowError:  # An integer that no float can hold.
+  except OverflowError:  # An integer too large for a float.
     return False

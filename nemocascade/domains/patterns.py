@@ -1,4 +1,4 @@
-"""Matching a pattern that a data row brings: it may backtrack for ever, so `limited` runs it."""
+"""Matches regular expressions from data rows, in `limited`, because they may backtrack forever."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from nemocascade.domains import limited
 
 
 class BadPattern(ValueError):
-  """The row's pattern does not compile."""
+  """A pattern does not compile."""
 
 
 def last_match(pattern: str, text: str) -> list[str] | None:
-  """The groups of the last match, case ignored; the whole match where there are no groups.
+  """The groups of the last match, ignoring case.
+
+  Returns:
+    One string per group, "" if it did not take part; the whole match if the pattern has no groups;
+    None if there is no match.
 
   Raises:
-    BadPattern: it does not compile.
-    limited.NoAnswer: over the limit.
+    BadPattern: the pattern does not compile.
+    limited.NoAnswer: the search exceeded the time limit or failed.
   """
   answer = limited.call(search, pattern, text)
   if "bad" in answer:
@@ -25,7 +29,7 @@ def last_match(pattern: str, text: str) -> list[str] | None:
 
 
 def search(pattern: str, text: str) -> dict[str, str | list[str] | None]:
-  """What `last_match` asks the other process: {"groups": ...}, or {"bad": why}."""
+  """Runs `last_match` in the other process. Returns {"groups": ...}, or {"bad": reason}."""
   try:
     compiled = re.compile(pattern, re.IGNORECASE)
   except (re.error, OverflowError, RecursionError) as error:

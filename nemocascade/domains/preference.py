@@ -1,4 +1,4 @@
-"""Requests for household advice, with better and worse answers, and the pairs that say which."""
+"""Requests for household advice, answers of different quality, and preference pairs of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASKINGS = (
   "How do I", "How can I", "Tell me how to", "Show me how to",
   "Explain how to", "Teach me to", "Help me to", "I want to",
 )  # fmt: skip
-STEPS = {  # What one does first, then next.
+STEPS = {  # Verb of the request -> the two steps of the right advice, in order.
   "clean": ("soak", "rinse"),
   "fix": ("test", "mend"),
   "paint": ("prime", "brush"),
@@ -36,18 +36,18 @@ POLITE, RUDE = "Gladly , ", "Obviously , "
 VAGUE = "it depends"
 RAMBLING = " And so on and so on and so on ."
 SNEER = " Everyone knows that ."
-SPOILT_SHARE = 0.15  # Of the pairs: an answer beside a spoilt copy of itself.
-MANNERS = {POLITE: "kind", RUDE: "blunt"}  # How the thoughts name an opening.
+SPOILT_SHARE = 0.15  # Share of pairs whose second answer is a spoilt copy of the first.
+MANNERS = {POLITE: "kind", RUDE: "blunt"}  # Opening -> its name in the thoughts.
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """An answer by its qualities; the default is the best there is."""
+  """An answer described by its qualities. With the defaults and the right steps it is the best."""
 
   verb: str
   thing: str
-  steps: tuple[str, str] | None  # None is vague.
-  opening: str = POLITE  # POLITE, RUDE or none.
+  steps: tuple[str, str] | None  # None: vague advice.
+  opening: str = POLITE  # POLITE, RUDE or "".
   rambles: bool = False
   sneers: bool = False
 
@@ -65,16 +65,16 @@ def best_answer(prompt: Prompt) -> Answer:
 
 
 def read_request(prompt: Prompt) -> tuple[str, str]:
-  """(verb, thing) of a request that `Preference` made."""
+  """The (verb, thing) of a request made by `Preference`."""
   words = prompt[-1]["content"].split()
   the = words.index("the")
   return words[the - 1], words[the + 1]
 
 
 def gold_quality(prompt: Prompt, answer: str) -> float:
-  """The hidden measure behind the pairs, of any text; the best answer has 6.
+  """The hidden quality of any text, which orders the pairs; the best answer has 6.
 
-  No reward is computed from it in training: a reward model learns it from pairs.
+  Training never uses it as a reward. A reward model learns it from the pairs.
   """
   verb, thing = read_request(prompt)
   text = answer.strip().lower()
@@ -90,14 +90,14 @@ def gold_quality(prompt: Prompt, answer: str) -> float:
 
 
 def _repeats(text: str) -> bool:
-  """Whether the advice or its opening is given more than once."""
+  """Whether the advice or an opening appears more than once."""
   return max(text.count(part) for part in (" : ", "gladly ,", "obviously ,")) > 1
 
 
 class Preference(domain.Domain):
-  """Two steps of thought: what to advise and how to say it. Careless: nothing much, and rudely.
+  """Two steps of thought: what to advise, and in which manner. An error gives vague or rude answers.
 
-  The answer is set against the row's `reference`, which has one small fault, by a judge.
+  A judge compares the answer with the row's `reference`, which has one small fault.
   """
 
   name = "preference"
@@ -137,7 +137,7 @@ class Preference(domain.Domain):
   def verify(
     self, rows: Sequence[domain.Row], completions: Sequence[domain.Completion]
   ) -> list[domain.Verdict]:
-    """1 iff the judge prefers the answer to the row's reference; all in one call of the judge."""
+    """Reward 1 iff the judge prefers the answer to the row's reference. Calls the judge once."""
     verdicts: list[domain.Verdict | None] = []
     matches = []
     for row, completion in zip(rows, completions, strict=True):
@@ -154,7 +154,7 @@ class Preference(domain.Domain):
     if matches:
       try:
         compared = iter(self.preference_judge.compare_many(matches))
-      except Exception as error:  # A judge that fails has said nothing of any answer.
+      except Exception as error:  # A failure of the judge leaves all answers without a verdict.
         failed = domain.no_verdict("error", f"judge failed: {type(error).__name__}: {error}")
         return [verdict or failed for verdict in verdicts]
       verdicts = [
@@ -171,7 +171,7 @@ def _verdict(comparison: Comparison) -> domain.Verdict:
 
 
 def _any_answer(verb: str, thing: str, rng: np.random.Generator) -> Answer:
-  """An answer with each fault now and then, off the topic and wrong advice included."""
+  """A random answer: each fault has its own probability, also a wrong topic and wrong advice."""
   others = [other for other in STEPS if other != verb]
   steps = (STEPS[verb], None, STEPS[others[rng.integers(len(others))]])[
     rng.choice(3, p=(0.6, 0.3, 0.1))
@@ -189,7 +189,7 @@ def _other(words: Sequence[str], word: str, rng: np.random.Generator) -> str:
 
 
 def _one_change(answer: Answer, rng: np.random.Generator) -> Answer:
-  """The answer with one quality changed: the pairs from which each quality is learned by itself."""
+  """The answer with one quality changed, so that a reward model learns each quality separately."""
   others = tuple(steps for steps in STEPS.values() if steps != answer.steps)
   changes = (
     {"steps": None if answer.steps else STEPS[answer.verb]},
@@ -204,7 +204,10 @@ def _one_change(answer: Answer, rng: np.random.Generator) -> Answer:
 
 
 def _spoilt(answer: Answer, rng: np.random.Generator) -> str:
-  """The answer as no demonstration has it, but a policy in training may: cut, doubled, swapped."""
+  """The answer cut, doubled, with a doubled opening, or with its steps swapped.
+
+  Demonstrations never look like this, but the outputs of a policy in training may.
+  """
   words = answer.text.split()
   match rng.integers(4):
     case 0:
@@ -221,10 +224,11 @@ def _spoilt(answer: Answer, rng: np.random.Generator) -> str:
 def preference_pairs(
   seed: int, count: int, split: str = "train"
 ) -> list[tuple[list[domain.Message], str, str]]:
-  """(messages, chosen, rejected) for a reward model, on prompts of the split, none of them tied.
+  """Pairs (messages, chosen, rejected) for a reward model, on prompts of the split, without ties.
 
-  A third are two independent answers, a third differ in one quality, a third are the best answer
-  beside any; in place of some seconds stands a spoilt copy of the first.
+  One third of the pairs have two independent random answers, one third differ in one quality, and
+  one third have the best answer and a random one. In SPOILT_SHARE of all pairs the second answer is
+  a spoilt copy of the first.
   """
   pairs = []
   for i, row in enumerate(domain.rows(Preference(), split, seed, 0, count)):
@@ -242,7 +246,7 @@ def preference_pairs(
 
 
 def _ordered(prompt: Prompt, first: str, second: str) -> tuple[str, str] | None:
-  """(better, worse), None where they are equally good."""
+  """(better, worse); None if they are equally good."""
   quality_1, quality_2 = gold_quality(prompt, first), gold_quality(prompt, second)
   if quality_1 == quality_2:
     return None

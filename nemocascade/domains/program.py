@@ -1,4 +1,4 @@
-"""What a sandbox is given, and what it answers with."""
+"""The inputs and results of a sandbox: programs, limits, results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 STATUSES = ("passed", "failed", "error", "timeout", "killed", "unstarted")
-REPEATABLE = ("passed", "failed", "error")  # The others may depend on the machine's load.
+REPEATABLE = ("passed", "failed", "error")  # Cached; the others may depend on the machine's load.
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """A function of one of the program's modules, and plain values to call it with."""
+  """A function of one of the program's modules, and plain values as its arguments."""
 
   module: str
   function: str
@@ -23,7 +23,10 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Files, and either a script among them with its arguments and stdin, or functions to call."""
+  """Files (path -> content), and either a script to run or functions to call.
+
+  `argv` is the script's path and its arguments. With `calls`, no script runs.
+  """
 
   files: Mapping[str, str]
   argv: tuple[str, ...] = ("main.py",)
@@ -37,19 +40,25 @@ class Program:
         raise ValueError(f"{path=} is not a path inside the program's folder")
 
   def digest(self) -> bytes:
-    """Equal for equal programs alone."""
+    """A SHA-256 digest: equal programs have equal digests, others differ."""
     parts = (sorted(self.files.items()), self.argv, self.stdin, self.calls)
     return hashlib.sha256(as_bytes(repr(parts))).digest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a run ended, with what it wrote.
+  """How a run ended, and what it wrote.
 
-  passed: exit code 0. failed: another. error: an exception that nothing caught. timeout: out of
-  CPU or wall time. killed: by a signal, or for writing too much. unstarted: the program was never
-  reached, so nothing can be said of it.
-  `returns` has one entry a call that came back: {"value": ...} or {"error": name}.
+  `status` is one of:
+    passed: exit code 0.
+    failed: another exit code.
+    error: an uncaught exception.
+    timeout: over the limit of CPU or wall time.
+    killed: by a signal, or because it wrote too much.
+    unstarted: the program did not run, so the result says nothing about it.
+
+  `returns` has one entry per finished call, in order: {"value": ...}, or {"error": name of the
+  exception}.
   """
 
   status: str
@@ -61,19 +70,19 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Of one program."""
+  """The limits of one program. A MB is 2^20 bytes, a KB 2^10."""
 
-  cpu_s: float = 2  # Counted in whole seconds.
+  cpu_s: float = 2  # Rounded up to whole seconds.
   wall_s: float = 6.0
-  memory_mb: int = 256
-  file_mb: int = 8
-  folder_mb: int = 16  # All files together, beside those that it came with.
-  files: int = 4096
-  output_kb: int = 1024
+  memory_mb: int = 256  # Address space.
+  file_mb: int = 8  # One file.
+  folder_mb: int = 16  # All files together, in addition to those of the Program.
+  files: int = 4096  # Inodes in its folder.
+  output_kb: int = 1024  # Each of stdout, stderr and the results of calls.
   open_files: int = 64
   threads: int = 32
 
 
 def as_bytes(text: str) -> bytes:
-  """Any text, halves of surrogate pairs included: whether it is a program is not for us to say."""
+  """Encodes any text, lone surrogates included, so that only the interpreter can reject a program."""
   return text.encode("utf-8", "surrogatepass")

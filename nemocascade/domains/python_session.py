@@ -1,21 +1,22 @@
-"""What runs inside the sandbox for the Python tool: code comes, runs in one namespace, and is answered.
+"""Runs inside the sandbox for the Python tool: executes code, request by request, in one namespace.
 
-A request is 8 bytes of a name that was drawn for it, 8 bytes of length, then the code. The answer is
-all that the code wrote; a line on the control file that holds the request's name says that it is
-complete. The code may do to this process as it likes: the one outside believes nothing.
+A request is a random name (8 bytes), the length of the code (8 bytes, little-endian), and the code
+(UTF-8). The answer is everything that the code writes; a line with the request's name on the control
+file marks its end. The code can do anything to this process, so the process outside trusts nothing
+that it writes.
 """
 
 CONTROL, NAME_BYTES = 3, 8
-READY = b"\0" * NAME_BYTES  # The name of what was asked for at first: to begin.
+READY = b"\0" * NAME_BYTES  # The name that is answered when the session has started.
 
 
 def reply(name):
-  """What the control file is told when the request of this name is answered: a line of its own."""
+  """The line on the control file that marks the end of the answer to the request of this name."""
   return b"\n" + name.hex().encode() + b"\n"
 
 
 def run(code, name, namespace):
-  """Runs the code as a notebook's cell: the value of a last expression is shown."""
+  """Runs the code like a notebook cell: prints the value of a final expression, or the traceback."""
   import ast
   import linecache
   import sys
@@ -37,12 +38,12 @@ def run(code, name, namespace):
   except BaseException as error:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != name:
-      trace = trace.tb_next  # Frames of this file tell nothing.
+      trace = trace.tb_next  # Skips the frames of this file.
     traceback.print_exception(type(error), error, trace, file=sys.stdout)
 
 
 def read(fd, size):
-  """Exactly `size` bytes, or b"" at the end."""
+  """Reads exactly `size` bytes; returns b"" if the input ends first."""
   import os
 
   data = b""
@@ -55,15 +56,15 @@ def read(fd, size):
 
 
 def serve():
-  """Until no more code comes."""
+  """Answers requests until stdin ends."""
   import os
   import sys
 
   requests = os.dup(0)
   empty, end = os.pipe()
   os.close(end)
-  os.dup2(empty, 0)  # The code's own stdin; /dev/null cannot be opened in here.
-  sys.stderr = sys.__stderr__ = sys.stdout  # In the order in which it is written.
+  os.dup2(empty, 0)  # The code gets an empty stdin. /dev/null cannot be opened in the sandbox.
+  sys.stderr = sys.__stderr__ = sys.stdout  # One stream keeps the order of what is written.
   module = type(sys)("__main__")
   sys.modules["__main__"] = module
   number = 0
@@ -72,11 +73,11 @@ def serve():
     number += 1
     size = int.from_bytes(read(requests, 8), "little")
     code = read(requests, size).decode("utf-8", "replace")
-    sys.stdin = open(0, closefd=False)  # exit() closes it.
+    sys.stdin = open(0, closefd=False)  # Reopened, because `exit()` in the code closes it.
     run(code, f"<call {number}>", module.__dict__)
     try:
       sys.stdout.flush()
-    except (OSError, ValueError):  # The code closed it: what it wrote is lost, its state is not.
+    except (OSError, ValueError):  # The code closed stdout: its output is lost, its state is kept.
       sys.stdout = sys.stderr = open(1, "w", closefd=False)
     os.write(CONTROL, reply(name))
 

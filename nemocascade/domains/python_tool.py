@@ -1,4 +1,8 @@
-"""The Python tool of paper.md 2.4: code in a sandbox that keeps its variables between calls."""
+"""The Python tool: runs code in a sandbox and keeps its variables between calls.
+
+Its name, its 120 s timeout and the limit of 100 calls are those of the Nemotron-Cascade 2 report
+(arXiv 2603.19220, section 3.1.2 and appendix A) and its model card.
+"""
 
 import contextlib
 import os
@@ -16,18 +20,18 @@ from nemocascade.domains.worker import MB
 from nemocascade.errors import UserError
 
 NAME = "stateful_python_code_exec"
-TIMEOUT_S = 120.0
-MOST_CALLS = 100  # Of a conversation.
-MOST_SHOWN = 10_000  # Characters of a result; of a longer one the middle is left out.
-MEMORY_MB = 1024
-POLL_S = 0.05
-START_S = 60.0  # Until a new session is ready; not counted as the code's time.
-_OUTPUT_BYTES = MB  # Of one call.
+TIMEOUT_S = 120.0  # Wall time of one call.
+MOST_CALLS = 100  # Per conversation.
+MOST_SHOWN = 10_000  # Characters of a result; the middle of a longer one is cut out.
+MEMORY_MB = 1024  # Address space of the session's process, in MB of 2^20 bytes.
+POLL_S = 0.05  # Interval between checks of the deadline and of `stopped`.
+START_S = 60.0  # Wall time for starting a session; it does not count against TIMEOUT_S.
+_OUTPUT_BYTES = MB  # Largest output of one call.
 _SOURCE = pathlib.Path(python_session.__file__).read_text()
 
 
 class PythonTool:
-  """One conversation's session. Its process is made at the first call, in the calling thread."""
+  """The session of one conversation. The first call starts its process, in the calling thread."""
 
   def __init__(
     self, sandbox: Sandbox, *, timeout_s: float = TIMEOUT_S, most_calls: int = MOST_CALLS
@@ -40,7 +44,7 @@ class PythonTool:
 
   @property
   def schema(self) -> dict[str, Any]:
-    """What the model is told of it."""
+    """The tool's description for the model, in OpenAI form."""
     return {
       "type": "function",
       "function": {
@@ -61,10 +65,12 @@ class PythonTool:
   def call(
     self, name: str, arguments: Mapping[str, str], *, stopped: Callable[[], bool] = lambda: False
   ) -> str:
-    """The result as text for the model; what is wrong with a call begins with "error:".
+    """Runs one call and returns its result as text for the model. Errors begin with "error:".
 
     Args:
-      stopped: asked again and again while the code runs; it is ended once this is true.
+      name: must be NAME.
+      arguments: must be {"code": ...}.
+      stopped: polled while the code runs. If it returns True, the session is ended.
     """
     if name != NAME:
       return f"error: there is no tool {name!r}, only {NAME!r}"
@@ -86,7 +92,7 @@ class PythonTool:
     return "\n".join(part for part in (_shortened(output).rstrip("\n"), ended) if part)
 
   def reset(self) -> None:
-    """For a new conversation: no variables, all calls free."""
+    """Prepares for a new conversation: drops all variables and resets the count of calls."""
     self._end()
     self.calls = 0
 
@@ -97,7 +103,7 @@ class PythonTool:
 
 
 class _Session:
-  """A confined process and the ends of its pipes."""
+  """A confined process and our ends of its pipes."""
 
   def __init__(self, sandbox: Sandbox, cpu_s: float):
     limits = Limits(cpu_s=cpu_s, memory_mb=MEMORY_MB)
@@ -121,9 +127,9 @@ class _Session:
       raise OSError(f"it did not start: {ended} {output.strip()[-200:]}".strip())
 
   def run(self, code: str, timeout_s: float, stopped: Callable[[], bool]) -> tuple[str, str]:
-    """(output, why the session is at its end: "" if it is not)."""
+    """Runs code. Returns (output, reason why the session must be ended, or "")."""
     data = code.encode("utf-8", "replace")
-    # No code of an earlier request knows this name, so none can have answered to it.
+    # The name is fresh, so code of an earlier request cannot have faked the answer to it.
     name = os.urandom(python_session.NAME_BYTES)
     request = name + len(data).to_bytes(8, "little") + data
     return self._until_done(name, request, timeout_s, stopped)
@@ -131,7 +137,7 @@ class _Session:
   def _until_done(
     self, name: bytes, data: bytes, timeout_s: float, stopped: Callable[[], bool]
   ) -> tuple[str, str]:
-    """Sends the data, and reads until the other side answers to the name or must be ended."""
+    """Sends the data and reads until the session answers to the name, or must be ended."""
     deadline = time.monotonic() + timeout_s
     request, awaited, control = memoryview(data), python_session.reply(name), b""
     output, ended = b"", ""
@@ -151,7 +157,7 @@ class _Session:
             part = _read(key.fd)
             output += part or b""
             if part == b"":
-              selector.unregister(key.fd)  # Closed by the code: its control is still there.
+              selector.unregister(key.fd)  # The code closed its output; control may still be open.
           else:
             told = _read(key.fd)
             control += told or b""
@@ -164,7 +170,7 @@ class _Session:
           ended = "the user stopped the code"
         elif not done and not ended and time.monotonic() > deadline:
           ended = f"no result within {timeout_s:g} seconds"
-    while part := _read(self._output):  # All of it was written before the control was told.
+    while part := _read(self._output):  # Output written before the end was announced on control.
       output += part
       if len(output) > _OUTPUT_BYTES:
         break
@@ -172,7 +178,7 @@ class _Session:
 
 
 def _read(fd: int) -> bytes | None:
-  """What there is; b"" at the end, None if there is nothing yet."""
+  """The available bytes; b"" at the end of the file, None if nothing is available yet."""
   try:
     return os.read(fd, 1 << 16)
   except BlockingIOError:
@@ -187,7 +193,7 @@ def _write(fd: int, data: memoryview) -> int:
 
 
 def _shortened(text: str) -> str:
-  """Its beginning and end."""
+  """The text, or its beginning and end if it is longer than MOST_SHOWN."""
   if len(text) <= MOST_SHOWN:
     return text
   half = MOST_SHOWN // 2

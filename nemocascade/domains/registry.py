@@ -1,4 +1,4 @@
-"""The domains by name; each file is imported only when its domain is asked for."""
+"""The domains by name. A domain's file is imported only when the domain is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemocascade.domains.domain import Domain, Style
 
 @dataclasses.dataclass(frozen=True)
 class _Factory:
-  """Picks what its domain needs of what is offered (`sandbox`, `judge`)."""
+  """Builds a domain, and passes it only those of the offered objects (`needs`) that it takes."""
 
   file: str
   needs: tuple[str, ...] = ()
@@ -38,21 +38,24 @@ DOMAINS: dict[str, _Factory] = {
 
 
 def that_need(what: str, names: Iterable[str]) -> list[str]:
-  """Those of the named domains that need what may be offered to `build`."""
+  """Those of the named domains that take the object `what` ("sandbox" or "judge")."""
   return [name for name in names if name in DOMAINS and what in DOMAINS[name].needs]
 
 
 def build(
   names: Iterable[str], *, tasks: Mapping[str, Mapping] | None = None, **offered: object
 ) -> dict[str, Domain]:
-  """The named domains.
+  """Builds the named domains.
 
   Args:
-    tasks: domain -> fields of it that are not as usual: those of its `style`, and those of its own.
-    offered: `sandbox` to run untrusted code in, `judge` to compare answers in pairs.
+    tasks: domain name -> {field: value} that replaces fields of its Style or of the domain itself.
+    offered: `sandbox` runs untrusted code, `judge` compares answers in pairs.
+
+  Returns:
+    name -> domain.
 
   Raises:
-    UserError: no such domain or field.
+    UserError: unknown domain or field.
   """
   names, tasks = list(names), tasks or {}
   for name in names:  # All are checked before any is built.

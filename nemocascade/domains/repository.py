@@ -1,4 +1,4 @@
-"""A repository of text files, the functions by which an agent works on it, and its tests."""
+"""A repository of text files, the functions by which an agent edits it, and its tests."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemocascade.domains.program import Call, Program, Result
 Tests = Mapping[str, Mapping[str, Any]]
 
 LONGEST_FILE = 200_000  # Characters.
-SHOWN = 40  # Characters of a value that an error repeats.
+SHOWN = 40  # Characters of a value quoted in an error.
 REPLIES = REPLACED, NOT_FOUND, NOT_UNIQUE = (
   "replaced", "error: old is not there", "error: old is there more than once",
 )  # fmt: skip
 
 
 class Repository:
-  """Files by path; each function answers in one short text and never raises."""
+  """Files by path. Each function returns a short text, an error too, and never raises."""
 
   def __init__(self, files: Mapping[str, str]):
     self.files = dict(files)
@@ -48,7 +48,7 @@ class Repository:
 
 
 def tests_program(files: Mapping[str, str], tests: Tests) -> Program:
-  """The calls of all tests, in order. What they should return stays out of the sandbox."""
+  """A program that makes the calls of all tests, in order. It does not contain expected values."""
   calls = [
     Call(_module(test["path"]), test["fn_name"], tuple(arguments))
     for test in tests.values()
@@ -58,7 +58,7 @@ def tests_program(files: Mapping[str, str], tests: Tests) -> Program:
 
 
 def failed_tests(result: Result, tests: Tests) -> list[str]:
-  """The names of the tests that did not pass; a call that never came back fails its test."""
+  """The names of the tests that did not pass. A call without a result fails its test."""
   given = list(result.returns)
   failed = []
   for name, test in tests.items():
@@ -77,5 +77,5 @@ def _module(path: str) -> str:
 
 
 def _show(value: str) -> str:
-  """A value as an error repeats it: one line, and short."""
+  """A value as quoted in an error: one short line."""
   return " ".join(value.split())[:SHOWN]

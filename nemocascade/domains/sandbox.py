@@ -1,4 +1,4 @@
-"""Runs untrusted programs: no network, a read-only system, little time and little memory."""
+"""Runs untrusted programs without network, on a read-only system, with little time and memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from nemocascade import errors
 from nemocascade.domains.program import REPEATABLE, Limits, Program, Result
 from nemocascade.domains.worker import Worker, ways
 
-REMEMBERED = 1 << 14  # Results of programs that were run before.
-LONGEST_REMEMBERED = 10_000  # Characters of output.
+REMEMBERED = 1 << 14  # Results in the cache.
+LONGEST_REMEMBERED = 10_000  # Results with more characters of stdout are not cached.
 PROBE = Program({"main.py": "import decimal, json, os; os.listdir('/usr/lib')"})
 
 
 class Sandbox:
-  """Runs programs side by side, and remembers what the repeatable ones did."""
+  """Runs programs in parallel, and caches repeatable results."""
 
   def __init__(self, *, workers: int = 2, **limits: float):
-    """`limits` are fields of Limits.
+    """Starts the sandbox and checks that it works.
+
+    Args:
+      workers: programs that run at the same time.
+      limits: fields of Limits.
 
     Raises:
-      UserError: a setting is wrong, or this machine does not let programs be confined.
+      UserError: a setting is wrong, or programs cannot be confined on this machine.
     """
     for name in limits:
       if name not in Limits.__dataclass_fields__:
@@ -35,7 +39,8 @@ class Sandbox:
     self.workers, self.limits = workers, Limits(**limits)
     self._remembered: collections.OrderedDict[bytes, Result] = collections.OrderedDict()
     self._lock = threading.Lock()
-    # A confined process dies with the thread that started it, so the threads must stay.
+    # Bubblewrap's --die-with-parent kills a confined process when the thread that started it ends.
+    # So the threads must last as long as the sandbox.
     self._pool = concurrent.futures.ThreadPoolExecutor(workers)
     self._own = threading.local()
     self._workers: list[Worker] = []
@@ -46,7 +51,7 @@ class Sandbox:
     return self.run_batch([program])[0]
 
   def run_batch(self, programs: Sequence[Program]) -> list[Result]:
-    """Results in order. Equal programs run once, now or in an earlier batch."""
+    """Results in order. Equal programs run once, also across batches if the result is cached."""
     digests = [program.digest() for program in programs]
     known: dict[bytes, Result] = {}
     with self._lock:
@@ -65,22 +70,25 @@ class Sandbox:
     return [known[digest] for digest in digests]
 
   def session(self, limits: Limits) -> Worker:
-    """A confined process for the caller alone, to `start` one program in and to `close`."""
+    """A confined process for the caller, who calls `start` with one program, and `close`.
+
+    It ends at the latest when the calling thread does.
+    """
     return Worker(self._way, limits)
 
   def close(self) -> None:
-    """Ends the processes; at the latest this happens when the sandbox goes."""
+    """Ends the processes. Garbage collection of the sandbox does the same."""
     _close(self._pool, self._workers)
 
   def _probe(self) -> None:
-    """Finds a way to confine programs that works here."""
+    """Finds a way to confine programs that works on this machine."""
     complaints = []
     for self._way in ways():
       result = self._run_in_pool([PROBE])[0]
       if result.status == "passed":
         return
       complaints.append(result.reason)
-      while self._workers:  # Of this way.
+      while self._workers:  # They were started in the way that failed.
         self._workers.pop().close()
     self.close()
     why = "; ".join(dict.fromkeys(complaints)) or "there is no bwrap for this system"
@@ -93,7 +101,7 @@ class Sandbox:
     return list(self._pool.map(self._run_twice, programs))
 
   def _run_twice(self, program: Program) -> Result:
-    """Once more where the sandbox itself failed, as it may for a moment on a busy machine."""
+    """Runs the program, again if the sandbox itself failed, e.g. briefly on a busy machine."""
     result = self._run(program)
     return self._run(program) if result.status == "unstarted" else result
 
@@ -105,7 +113,7 @@ class Sandbox:
         with self._lock:
           self._workers[:] = [w for w in self._workers if not w.ended()] + [worker]
       return worker.run(program)
-    except OSError as error:  # Of this machine, such as no room for a file; never the program's.
+    except OSError as error:  # This machine failed, e.g. no space for a file; not the program.
       return Result("unstarted", reason=str(error))
 
 

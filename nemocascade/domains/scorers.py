@@ -1,8 +1,8 @@
-"""reasoning-gym's own scores of answers, in a process of its own, and with no answer evaluated.
+"""Scores answers by reasoning-gym's scorers, in a separate process and without evaluating answers.
 
-Nine of its scorers evaluate what a model wrote: four as Python, five through SymPy's parser, which
-does the same. Two evaluate fields of the row. `prepare` puts parsers in the place of the evaluators;
-what it does not know of is stopped by the process, which runs no code that is not a file's.
+Nine of its scorers evaluate the model's text: four call Python's eval, five use SymPy's parser, which
+calls eval too. Two evaluate fields of the row. `prepare` replaces these evaluators by parsers. The
+grading process (see `limited`) blocks any other evaluation.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from typing import Any
 
 from nemocascade.domains import limited
 
-MAX_CHARS = 300  # A longer answer is wrong, unless the row is about as long.
+MAX_CHARS = 300  # A longer answer scores 0, unless it is at most 4 times as long as the row's JSON.
 TAGS = ("<answer>", "</answer>")
 
-# Modules of reasoning-gym whose scorers call eval.
-LITERALS = (  # To read a list.
+# Modules of reasoning-gym whose scorers evaluate text: lists by eval, an integer expression by eval,
+# and expressions by SymPy's parser.
+LITERALS = (
   "algorithmic.binary_matrix", "algorithmic.spiral_matrix", "algorithmic.string_insertion",
   "algorithmic.number_sorting", "games.n_queens",
 )  # fmt: skip
-WHOLE = ("arithmetic.bitwise_arithmetic",)  # To work out the problem.
-EXPRESSIONS = ("games.countdown", "games.puzzle24")  # These hold SymPy's parser; others look it up.
+WHOLE = ("arithmetic.bitwise_arithmetic",)
+# These modules import the name `parse_expr`, so it is replaced in each. The other modules look it up
+# in SymPy, where `stand_in_for_sympy` replaces it.
+EXPRESSIONS = ("games.countdown", "games.puzzle24")
 
 
 def tagged(text: str) -> str | None:
-  """What the last <answer> tag of a text holds."""
+  """The content of the last <answer> tag, stripped; None if there is none."""
   opening, closing = TAGS
   found, end = None, 0
   while (start := text.find(opening, end)) >= 0:
@@ -41,10 +44,10 @@ def tagged(text: str) -> str | None:
 def score(entry: dict[str, Any], answer: str) -> float | None:
   """The score in [0, 1] of an answer to an entry {question, answer, metadata}.
 
-  None where reasoning-gym has no dataset of the name in `metadata.source_dataset`.
+  None if reasoning-gym has no dataset named `metadata.source_dataset`.
 
   Raises:
-    NoAnswer: the scorer came to no end, or would have evaluated the answer.
+    NoAnswer: the scorer exceeded its limits, or tried to evaluate the answer.
   """
   entry_json = json.dumps(entry, sort_keys=True)
   if len(answer) > max(MAX_CHARS, 4 * len(entry_json)):
@@ -54,11 +57,11 @@ def score(entry: dict[str, Any], answer: str) -> float | None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _ask(dataset: str, entry_json: str, answer: str) -> float | None:
-  """The answer of the process; none is remembered where there was none."""
+  """The grading process's result, cached; a NoAnswer is not cached."""
   return limited.call(grade, dataset, entry_json, answer)
 
 
-# ---- in the process
+# ---- runs in the grading process
 
 
 def prepare() -> None:
@@ -81,12 +84,12 @@ def grade(dataset: str, entry_json: str, answer: str) -> float | None:
     scorer = _scorer(dataset)
   except ValueError:
     return None
-  if dataset == "game_of_life_halting":  # Its scorer pays for any text: it asks for bool(answer).
+  if dataset == "game_of_life_halting":  # Its scorer uses bool(answer), so it accepts any text.
     truth = str(json.loads(entry_json)["answer"])
     return float(answer.strip().lower() == truth.strip().lower())
   try:
     found = float(scorer(answer=answer, entry=json.loads(entry_json)))
-  except Exception:  # noqa: BLE001  As in NeMo Gym: an answer that breaks the scorer is wrong.
+  except Exception:  # noqa: BLE001  As in NeMo Gym, an answer on which the scorer raises is wrong.
     return 0.0
   return min(1.0, max(0.0, found))
 

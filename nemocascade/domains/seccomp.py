@@ -1,16 +1,17 @@
-"""The system calls that an untrusted program may make, as a filter that Linux runs.
+"""A seccomp filter for Linux: the system calls that an untrusted program may make.
 
-What is not listed is refused, what Linux does not have yet included. A program is one process: it
-may start threads but no processes and no other programs, reaches no other process, watches and locks
-no file that another program sees too, and makes nothing whose memory no limit of the process counts.
+Every call that is not listed is refused, also calls that future kernels add. A program is one
+process. It can start threads, but no processes and no other programs. It cannot reach another
+process. It cannot watch or lock files that other programs also see. It cannot allocate kernel
+objects whose memory is outside the limits of the process.
 """
 
 import platform
 import struct
 
-# By name: the number on x86-64, and on arm64 (None: it has no such call).
+# Name -> (number on x86-64, number on arm64). None: arm64 has no such call.
 _ALLOWED = {
-  # Files: only those of the read-only system and of the program's folder are to be seen.
+  # Files. Only the read-only system and the program's folder are visible.
   "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
   "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "open": (2, None),
   "openat": (257, 56), "creat": (85, None), "close": (3, 57), "close_range": (436, 436),
@@ -29,17 +30,17 @@ _ALLOWED = {
   "pipe": (22, None), "pipe2": (293, 59), "sendfile": (40, 71), "copy_file_range": (326, 285),
   "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11),
   "llistxattr": (195, 12), "flistxattr": (196, 13),
-  # Memory of its own, all of which RLIMIT_AS counts.
+  # The process's memory, all of it limited by RLIMIT_AS.
   "mmap": (9, 222), "munmap": (11, 215), "mremap": (25, 216), "mprotect": (10, 226),
   "brk": (12, 214), "madvise": (28, 233), "msync": (26, 227),
-  # Threads, and what a thread may know of itself.
+  # Threads, and information about the calling thread.
   "clone": (56, 220), "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293),
   "exit": (60, 93), "exit_group": (231, 94), "gettid": (186, 178), "getpid": (39, 172),
   "getppid": (110, 173), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
   "sched_getparam": (143, 121), "sched_getscheduler": (145, 120),
   "sched_get_priority_max": (146, 125), "sched_get_priority_min": (147, 126),
   "getcpu": (309, 168), "restart_syscall": (219, 128),
-  # Signals to itself.
+  # Signal handling within the process, and timers.
   "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
   "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133),
   "sigaltstack": (131, 132), "pause": (34, None), "alarm": (37, None), "setitimer": (38, 103),
@@ -49,7 +50,7 @@ _ALLOWED = {
   "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, None),
   "times": (100, 153), "getrusage": (98, 165), "getrlimit": (97, 163), "setrlimit": (160, 164),
   "prlimit64": (302, 261),
-  # Who it is.
+  # Identity.
   "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
   "getgroups": (115, 158), "getresuid": (118, 148), "getresgid": (120, 150),
   "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156), "uname": (63, 160),
@@ -58,39 +59,46 @@ _ALLOWED = {
   "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
   "epoll_create": (213, None), "epoll_create1": (291, 20), "epoll_ctl": (233, 21),
   "epoll_wait": (232, None), "epoll_pwait": (281, 22),
-  # A pair of sockets, as asyncio makes one: nothing connects it, and no file can be sent over it.
+  # A socket pair, which asyncio needs. It cannot be connected, nor can descriptors be sent over it.
   "socketpair": (53, 199), "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210),
   "getsockopt": (55, 209), "getsockname": (51, 204), "getpeername": (52, 205),
 }  # fmt: skip
-# Calls that may be made only with one of these values of one argument: (which, values, error).
+# Calls restricted in one argument: name -> (its index, allowed values, errno for other values).
 _EPERM, _ENOTTY, _ENOSYS = 1, 25, 38
 _CHECKED = {
-  # The flags with which the C libraries start a thread: of a process they would be others.
+  # The flags with which C libraries start a thread. Starting a process takes other flags.
   "clone": (0, (0x3D0F00, 0x7D0F00), _EPERM),
-  "prlimit64": (0, (0,), _EPERM),  # One's own limits only.
+  "prlimit64": (0, (0,), _EPERM),  # Process id 0: the caller's own limits.
   "socketpair": (0, (1,), _EPERM),  # AF_UNIX.
-  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC and F_GETPIPE_SZ. Others lock files,
-  # send signals, watch folders or make pipes larger.
+  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC and F_GETPIPE_SZ. Other commands lock
+  # files, send signals, watch folders or enlarge pipes.
   "fcntl": (1, (0, 1, 2, 3, 4, 1030, 1032), _EPERM),
   # TCGETS (for isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX and TCGETS2.
   "ioctl": (1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A), _ENOTTY),
-  # Advice about one's own memory; others drop what is cached of files that all can read.
+  # Advice that affects only the caller's memory. Other advice can drop cached pages of shared files.
   "madvise": (2, (0, 1, 2, 4, 8, 14, 15), _EPERM),
 }
 _CLONE3 = 435
-_FIRST_NEWER = 424  # From here on C libraries try calls, and do without where there are none.
-_MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # Audit word, column of numbers.
-_X32 = 0x40000000  # Numbers from here on reach the same calls by another door (x86-64 only).
+# C libraries try calls from this number on, and fall back to older ones on ENOSYS. So these calls
+# fail with ENOSYS, not EPERM.
+_FIRST_NEWER = 424
+# Machine -> (AUDIT_ARCH value, index into the tuples of _ALLOWED).
+_MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+_X32 = 0x40000000  # Numbers from here on are x86-64's x32 ABI, a second way to make the same calls.
 
 _LOAD, _JUMP, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x05, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # Offsets in the kernel's record of a call.
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # Byte offsets in the kernel's struct seccomp_data.
 
 Instructions = list[tuple[int, int, int, int]]
 
 
 def filter_program(machine: str | None = None) -> bytes | None:
-  """The filter in the kernel's own code; None where there is none to be had."""
+  """The filter as classic BPF instructions of 8 bytes; None if it does not support this machine.
+
+  Args:
+    machine: "x86_64" or "aarch64". None: this machine's, which must run Linux.
+  """
   if machine is None and platform.system() != "Linux":
     return None
   machine = platform.machine() if machine is None else machine
@@ -108,9 +116,14 @@ def filter_program(machine: str | None = None) -> bytes | None:
 
 
 def _ranges(column: int) -> list[tuple[int, Instructions]]:
-  """(first number, what is done from there to the next entry), in the order of the numbers."""
+  """(first call number, instructions for it and all numbers up to the next entry), ascending.
+
+  Args:
+    column: index into the tuples of _ALLOWED.
+  """
   denied, unknown = ([(_RETURN, 0, 0, _FAIL | error)] for error in (_EPERM, _ENOSYS))
-  actions = {_CLONE3: unknown}  # Its flags lie in memory, out of reach: libc then uses clone.
+  # A filter cannot read the flags of clone3, which are in memory. On ENOSYS, libc falls back to clone.
+  actions = {_CLONE3: unknown}
   for name, numbers in _ALLOWED.items():
     if numbers[column] is not None:
       actions[numbers[column]] = _checks(*_CHECKED[name]) if name in _CHECKED else _allow()
@@ -125,17 +138,17 @@ def _ranges(column: int) -> list[tuple[int, Instructions]]:
 
 
 def _search(ranges: list[tuple[int, Instructions]]) -> Instructions:
-  """A binary search for the range of the number at hand: the kernel runs this at every call."""
+  """A binary search for the range of the call number, as the kernel runs this at every call."""
   if len(ranges) == 1:
     return ranges[0][1]
   middle = len(ranges) // 2
   below, above = _search(ranges[:middle]), _search(ranges[middle:])
-  # A conditional jump reaches 255 instructions; the other kind reaches all.
+  # A conditional jump can skip at most 255 instructions; an unconditional one has no such limit.
   return [(_AT_LEAST, 0, 1, ranges[middle][0]), (_JUMP, 0, 0, len(below)), *below, *above]
 
 
 def _checks(argument: int, values: tuple[int, ...], error: int) -> Instructions:
-  """Allows the call where the lower half of the argument, all that counts of it, is listed."""
+  """Allows the call if the argument's lower 32 bits, the only ones that matter, are in `values`."""
   code = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
   for i, value in enumerate(values):
     code.append((_EQUAL, len(values) - i, 0, value))

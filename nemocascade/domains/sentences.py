@@ -1,7 +1,8 @@
-"""How a text splits into words and sentences, as the reference checkers of IFEval and IFBench do it.
+"""Splits text into words and sentences as the reference checkers of IFEval and IFBench do.
 
-IFEval counts sentences by Punkt and finds their first and last words by rules of its own; IFBench
-uses Punkt for both. Punkt's English model comes with a package: nothing is downloaded.
+IFEval counts sentences with Punkt, but uses rules of its own to find their first and last words.
+IFBench uses Punkt for both. The Python package `punkt` contains Punkt's English model, so nothing is
+downloaded at run time.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ def words(text: str) -> list[str]:
 
 
 def punkt(text: str) -> list[str]:
-  """Sentences by Punkt (Kiss and Strunk, 2006), whose model knows abbreviations such as Dr. and Inc."""
+  """Sentences by Punkt (Kiss and Strunk, 2006); its model knows abbreviations such as Dr. and Inc."""
   return _punkt().tokenize(text)
 
 
 def tokens(text: str) -> list[str]:
-  """Words and punctuation marks by NLTK's tokenizer; a full stop is a token of its own."""
+  """Words and punctuation marks by NLTK's word tokenizer; a full stop is a separate token."""
   return [token for sentence in punkt(text) for token in _tokenizer().tokenize(sentence)]
 
 
 @functools.cache
 def _punkt() -> Any:
-  """NLTK's tokenizer with the model of its own data `punkt_tab`, which another package ships."""
+  """NLTK's Punkt with the English model of NLTK's data `punkt_tab`, from the package `punkt`."""
   import punkt as package
   from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
@@ -47,7 +48,7 @@ def _tokenizer() -> Any:
   return NLTKWordTokenizer()
 
 
-_DOT, _STOP = "\ue000", "\ue001"  # A full stop that ends nothing, and the end of a sentence.
+_DOT, _STOP = "\ue000", "\ue001"  # Placeholders: a full stop within a sentence; a sentence's end.
 _LETTER = "([A-Za-z])"
 _STARTERS = (
   r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|He\s|She\s|It\s|They\s|Their\s|Our\s|We\s|But\s|However\s|That\s"
@@ -67,12 +68,12 @@ _AFTER_PHD = (
   (r" (Inc|Ltd|Jr|Sr|Co)\.", rf" \1{_DOT}"),
   (rf" {_LETTER}\.", rf" \1{_DOT}"),
 )
-# A closing quotation mark comes before the sentence's end, not after it.
+# Moves a closing quotation mark before the mark that ends the sentence.
 _QUOTES = ((".”", "”."), ('."', '".'), ('!"', '"!'), ('?"', '"?'))
 
 
 def by_rules(text: str) -> list[str]:
-  """Sentences by IFEval's rules: every . ? ! ends one but in abbreviations and numbers."""
+  """Sentences by IFEval's rules: each . ? ! ends one, except in abbreviations and numbers."""
   text = f" {text}  ".replace("\n", " ")
   for pattern, replacement in _BEFORE_PHD:
     text = re.sub(pattern, replacement, text)

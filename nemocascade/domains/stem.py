@@ -1,4 +1,4 @@
-"""Multiple-choice questions of knowledge: the letter of the right option."""
+"""Multiple-choice questions about facts, answered by the letter of an option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemocascade.domains.boxed import box
 
 STYLE = domain.Style("fact", "guess")
 OPTIONS = 4
-KNOWLEDGE = {  # Few facts, so that each is met often: the questions are their combinations.
+KNOWLEDGE = {  # Few facts, so that training repeats each often. Questions are combinations of them.
   "metal": ("iron", "gold", "zinc", "lead", "tin"),
   "bird": ("robin", "crow", "owl", "hawk", "swan"),
   "tree": ("oak", "pine", "elm", "birch", "maple"),
@@ -23,17 +23,17 @@ QUESTION, IS_A = "Which is a ", ": "
 
 
 def _mark(letter: str) -> str:
-  """What an option begins with, in the question and in the thoughts alike."""
+  """The start of an option's line, in the question and in the thoughts."""
   return f"\n({letter}) "
 
 
 @dataclasses.dataclass
 class Stem(domain.Domain):
-  """The thoughts go through the options, saying what each is, until one is what was asked.
+  """The thoughts go through the options and name the kind of each, until one has the kind asked for.
 
-  Each step needs one thing: to copy the next option, to know its kind, to stop at the right one. A
-  sloppy choice says of the first wrong option that it is what was asked; a sloppy letter is the
-  next wrong one.
+  Each step needs one skill: copying the next option, knowing its kind, or stopping at the right one.
+  A choice that errs claims that the first wrong option has the kind asked for. A letter that errs is
+  that of the next wrong option.
   """
 
   name: str = "stem"
@@ -66,17 +66,17 @@ class Stem(domain.Domain):
     place = int(right == 0) if errs else right
     letter_marker, errs = self.style.draw(rng)
     letter = letters[place]
-    if errs:  # Two errors must not make a right answer.
+    if errs:  # Skips the expected letter, so that two errors do not give a right answer.
       after = letters[place + 1 :] + letters[:place]
       letter = next(letter for letter in after if letter != row["expected_answer"])
-    kinds = KIND | {options[place][1]: row["asked"]}  # As they are said to be.
+    kinds = KIND | {options[place][1]: row["asked"]}  # The kinds that the thoughts claim.
     looked_at = options[: right + 1] if place == right else [options[place]]
     claims = [f"{_mark(letter)}{word}{IS_A}{kinds[word]}" for letter, word in looked_at]
     thoughts = [f"{choice_marker} {row['asked']}" + "".join(claims), f"{letter_marker} {letter}"]
     return [domain.assistant(box(letter), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """The letter that the row's `grading_mode` reads from the text must be the expected one."""
+    """Reward 1 iff the letter extracted by the row's `grading_mode` is the expected one."""
     mode = row.get("grading_mode") or choice.MODES[0]
     if mode not in choice.MODES:
       return domain.no_verdict("unknown", f"unknown grading mode {mode!r}")

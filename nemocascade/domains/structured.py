@@ -1,4 +1,4 @@
-"""Structured output: valid by a schema, as text in one of five formats or as a tool's arguments."""
+"""Structured output that a JSON schema validates: text in one of FORMATS, or tool arguments."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ STRINGS = {
 }
 INTEGERS = ("age", "floor", "rank")
 MODES = ("text", "tool_call")
-FORGOTTEN = "skip"  # The note of a key that will be missing.
+FORGOTTEN = "skip"  # The thought's note for a key that the answer will lack.
 
 
 @dataclasses.dataclass
 class Structured(domain.Domain):
-  """A thought notes each property; a sloppy one quotes the number, or forgets the string."""
+  """Each thought notes one property; one that errs quotes an integer, or forgets a string."""
 
   name: str = "structured"
   style: domain.Style = STYLE
@@ -65,7 +65,7 @@ class Structured(domain.Domain):
     return [domain.assistant(json.dumps(answer), thoughts=thoughts if thinking else None)]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """The payload must be valid by the schema, made strict; what it says is not judged."""
+    """Reward 1 iff the payload is valid under the strict form of the schema, whatever its values."""
     kind, mode = row.get("schema_type") or "json", row.get("response_mode") or "text"
     for word, value, known in (("schema type", kind, FORMATS), ("response mode", mode, MODES)):
       if value not in known:
@@ -88,7 +88,7 @@ def _draw(name: str, rng: np.random.Generator) -> str | int:
 
 
 def _arguments(row: domain.Row, completion: domain.Completion) -> dict[str, Any] | str:
-  """The arguments of the one call of the row's tool, or what is wrong with the calls."""
+  """The arguments of the single call of the row's tool, or a string that says what is wrong."""
   calls = [call for turn in completion.turns for call in turn.tool_calls]
   if len(calls) != 1:
     return f"{len(calls)} tool calls instead of one"

@@ -1,4 +1,4 @@
-"""Software engineering: repair a tiny repository, by edits at once or by calling tools."""
+"""Software engineering: repairs a tiny repository, by edits in one answer or by tool calls."""
 
 from __future__ import annotations
 
@@ -25,41 +25,42 @@ if TYPE_CHECKING:
 
 STYLE = domain.Style("trace", "hunch")
 AGENT_STYLE = domain.Style("inspect", "blind")
-MOST_TURNS = 4  # Two are needed, and one to say so; one may fail.
+MOST_TURNS = 4  # Two turns of work and one to say "Done.", with one to spare for a failed call.
 DONE = "Done."
 
 NAMES = ("cost", "rate", "mass", "fare", "gain", "load", "pace", "toll", "wage", "debt")
 PATHS = ("shop.py", "bank.py", "road.py", "farm.py", "dock.py", "mill.py", "port.py")
 OPERATORS = {"+": "add", "-": "subtract", "*": "multiply", "//": "divide"}
-ASSUMED_PATH, ASSUMED_OPERATOR = "main.py", "%"  # Never right: what a careless author takes.
-ASSUMED_BUG = "-"  # What a careless agent takes the bug for, rightly in one case of four.
+ASSUMED_PATH, ASSUMED_OPERATOR = "main.py", "%"  # A careless author assumes these; never right.
+ASSUMED_BUG = "-"  # The wrong operator that a careless agent assumes; right in one case of four.
 OPENING, IS_IN, IN_FILE, SO = "Fix: ", " is in ", " in file ", " so "
-LINE = ("def ", " ( a , b ) : return a ", " b")  # A function is name and operator in between.
+# A function is one line: LINE[0], its name, LINE[1], its operator, LINE[2].
+LINE = ("def ", " ( a , b ) : return a ", " b")
 INPUTS = ((7, 2), (9, 4), (3, 12), (-5, 3))
 
 NO_TESTS = "the repository's environment is not available"
-REPAIR = "eval"  # The only `mode` of a row that is judged here, and that of a row without one.
+REPAIR = "eval"  # The only `mode` of a row that is judged here. A row without `mode` has this one.
 
 
 @dataclasses.dataclass(frozen=True)
 class Bug:
-  """Where the bug of a tiny repository is, and what should be there."""
+  """The bug of a tiny repository: one wrong operator."""
 
   path: str
-  name: str
-  wrong: str  # Operators.
-  right: str
+  name: str  # The function.
+  wrong: str  # The operator in the file, a key of OPERATORS.
+  right: str  # The operator that the issue asks for.
 
 
 class Swe(domain.Domain):
-  """What both ways of working share: repositories of two files, and the tests that judge them."""
+  """The common part of Agentless and Agentic: repositories of two files, and their tests."""
 
   def __init__(self, style: domain.Style, sandbox: Sandbox | None = None):
     self.style = style
-    self.sandbox = sandbox  # Made when it is first needed.
+    self.sandbox = sandbox  # None: created on first use.
 
   def make_row(self, rng: np.random.Generator) -> domain.Row:
-    """A bug in one of two files; the test of the other's function passes, and must go on to."""
+    """A repository of two files with a bug in one. The other file's test must keep passing."""
     paths = rng.choice(PATHS, 2, replace=False).tolist()
     names = rng.choice(NAMES, 2, replace=False).tolist()
     wrong, right = rng.choice(list(OPERATORS), 2, replace=False).tolist()
@@ -84,17 +85,21 @@ class Swe(domain.Domain):
   def prompt(
     self, issue: str, bug: Bug, files: dict[str, str]
   ) -> tuple[str, Sequence[dict[str, Any]]]:
-    """The text of the user's message, and the tools offered."""
+    """(text of the user message, schemas of the offered tools)."""
     raise NotImplementedError
 
   def repaired(self, row: domain.Row, completion: domain.Completion) -> dict[str, str]:
-    """The files as the completion leaves them; EditError where it leaves none."""
+    """The files (path -> text) after the completion's changes.
+
+    Raises:
+      EditError: the completion makes no valid change.
+    """
     raise NotImplementedError
 
   def verify(
     self, rows: Sequence[domain.Row], completions: Sequence[domain.Completion]
   ) -> list[domain.Verdict]:
-    """1 iff every test of FAIL_TO_PASS and PASS_TO_PASS passes on the repaired files."""
+    """Reward 1 iff every test of FAIL_TO_PASS and PASS_TO_PASS passes on the repaired files."""
     drafts = [self._draft(row, c) for row, c in zip(rows, completions, strict=True)]
     wanted = [i for i, draft in enumerate(drafts) if isinstance(draft, Program)]
     results = self.run([drafts[i] for i in wanted])
@@ -115,9 +120,9 @@ class Swe(domain.Domain):
     return self.sandbox.run_batch(programs) if programs else []
 
   def _draft(self, row: domain.Row, completion: domain.Completion) -> Program | domain.Verdict:
-    """A program whose result decides, or the verdict where none is needed."""
+    """The program whose result decides the verdict, or a verdict that needs no program."""
     mode = row.get("mode", REPAIR)
-    if mode != REPAIR:  # As "repro-gen": a script that shows the bug, judged in the repository.
+    if mode != REPAIR:  # E.g. "repro-gen": a script that reproduces the bug, run in the repository.
       return domain.no_verdict("unknown", f"no verifier of {mode=}")
     try:
       files = self.repaired(row, completion)
@@ -125,22 +130,22 @@ class Swe(domain.Domain):
         return domain.no_verdict("row", NO_TESTS)
       return tests_program(files, wanted_tests(row))
     except edits.UnknownFile as error:
-      # The rows that were released show only some of a repository's files.
+      # Released rows contain only some of a repository's files, so the edit may be right.
       return (
         domain.Verdict(0.0, str(error)) if has_tests(row) else domain.no_verdict("row", str(error))
       )
     except edits.EditError as error:
       return domain.Verdict(0.0, str(error))
-    except Exception as error:  # Of the row: what a completion may do to it is handled above.
+    except Exception as error:  # The row is malformed. Errors of the completion are handled above.
       return domain.no_verdict("row", f"no test to judge by: {error!r}")
 
 
 class Agentless(Swe):
-  """Thoughts find the file, then the operator; a sloppy one assumes the same of every issue.
+  """The thoughts find the file, then the operator. One that errs assumes the same for every issue.
 
-  The prompt says of each file what it defines. A thought repeats the function's name before the
-  file's, and the issue's word before the operator: what is looked up stands right behind what it is
-  looked up by, and one look-up leads to the next, which one attention layer could not do at once.
+  The prompt states which function each file defines. A thought writes the function's name before the
+  file's name, and the issue's word before the operator. So every value directly follows its key, and
+  a model with one attention layer can do one look-up after the other, but not both in one step.
   """
 
   name = "swe"
@@ -182,7 +187,7 @@ class Agentless(Swe):
 
 
 class Agentic(Swe):
-  """View a file, replace in it, say so; a sloppy author replaces without a look."""
+  """The agent views a file, replaces text in it, and says so. A sloppy one may skip the view."""
 
   name = "swe_agentic"
   thinking = False
@@ -210,7 +215,7 @@ class Agentic(Swe):
   def demonstrate(
     self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
   ) -> list[domain.Message]:
-    del thinking  # This domain has none.
+    del thinking  # This domain has no thoughts.
     bug, world = Bug(**row["instance"]["bug"]), self.start(row)
     messages: list[domain.Message] = []
 
@@ -236,13 +241,13 @@ class Agentic(Swe):
     return World(Repository(repository_files(row)), visible_tests(row))
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
-    """The results of the turn's calls. A turn without calls, or cut off, ends the episode."""
+    """The results of the turn's calls. None ends the episode: a turn cut off or without calls."""
     if not turn.finished or not turn.tool_calls:
       return None
     return [self.call(world, call.name, call.arguments) for call in turn.tool_calls]
 
   def call(self, world: World, name: str, arguments: dict[str, str]) -> str:
-    """What one call returns; one that is not as its schema says changes nothing."""
+    """Runs one call and returns its result. A call that does not fit its schema changes nothing."""
     if name not in PARAMETERS:
       return "error: no such function"
     if set(arguments) != set(PARAMETERS[name]):
@@ -258,12 +263,12 @@ class Agentic(Swe):
 
   def repaired(self, row: domain.Row, completion: domain.Completion) -> dict[str, str]:
     world = completion.world
-    if world is None:  # Judged from its text alone, as when it is read from a file.
+    if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
       world = self.start(row)
       for turn in completion.turns:
         self.act(world, turn)
     if not has_tests(row):
-      return {}  # There is nothing to run, whatever was done.
+      return {}  # The row has no tests to run, so the files do not matter.
     if world.repository.files == repository_files(row):
       raise edits.EditError("nothing was changed")
     return world.repository.files
@@ -271,19 +276,19 @@ class Agentic(Swe):
 
 @dataclasses.dataclass
 class World:
-  """What an agent acts on: the files, and the tests that it may run."""
+  """The files that an agent edits, and the tests that it may run."""
 
   repository: Repository
   tests: Tests
 
 
 def repository_files(row: domain.Row) -> dict[str, str]:
-  """The files that come with a row; none where it names an image of a whole system."""
+  """The files in a row (path -> text); empty if the row names a container image instead."""
   return json.loads((row.get("metadata") or {}).get("relevant_file_contents") or "{}")
 
 
 def has_tests(row: domain.Row) -> bool:
-  """Whether the row's tests can be run here; those of the released rows need a whole system."""
+  """Whether the row's tests can run here. Those of the released rows need a container image."""
   return bool((row.get("instance") or {}).get("tests"))
 
 
@@ -294,7 +299,7 @@ def wanted_tests(row: domain.Row) -> Tests:
 
 
 def visible_tests(row: domain.Row) -> Tests:
-  """The first case of each test: the others are the judge's."""
+  """The first case of each test. The other cases are hidden and only used for judging."""
   tests = row["instance"]["tests"] if has_tests(row) else {}
   return {
     name: {**test, "inputs": test["inputs"][:1], "outputs": test["outputs"][:1]}
@@ -303,7 +308,7 @@ def visible_tests(row: domain.Row) -> Tests:
 
 
 def _must(operator: str) -> str:
-  """How an issue asks for an operator."""
+  """The words by which an issue asks for an operator."""
   return f" must {OPERATORS[operator]}"
 
 

@@ -1,4 +1,4 @@
-"""Office tasks done by calling functions: look a key up, act with it; the final state counts."""
+"""Office tasks by function calls: look up a key, then act with it. The final state is judged."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from nemocascade.domains.workplace import FUNCTIONS, Workplace
 
 STYLE = domain.Style("seek", "assume")
 ENVIRONMENT = "workplace"
-MOST_TURNS = 4  # Two are needed, and one to say so; one may fail.
+MOST_TURNS = 4  # Two turns of work and one to say "Done.", with one to spare for a failed call.
 
-# Few words for each place in a prompt, and a fixed phrase before each: what a model of 200k
-# parameters learns to copy from a few thousand episodes.
+# Each slot of a prompt has few words and a fixed phrase before it, so that a model of 200k parameters
+# learns to copy the words from a few thousand episodes.
 TOPICS = ("review", "demo", "lunch", "retro", "sync", "audit", "tour", "quiz", "talk", "vote")
 NAMES = ("Ann", "Bob", "Dan", "Eve", "Gus", "Jim", "Kim", "Leo", "Mia", "Ned", "Pam", "Zoe")
 TEAMS = ("sales", "legal", "press", "stock", "fleet", "labs", "staff", "store", "crew", "bank")
 PLACES = ("hall", "roof", "cafe", "barn", "dock", "farm", "gym", "park", "pier", "tent")
-ASSUMED_PLACE = "here"  # Where a careless act puts it, wherever it was wanted.
-# A key is drawn for each event and contact of each row, so it must be looked up.
+ASSUMED_PLACE = "here"  # A careless agent uses this place; never right.
+# Every row draws a new key for each event and contact, so the agent must look the key up.
 KEYS = (
   "amber", "coral", "ivory", "olive", "plum", "ruby",
   "sand", "teal", "rose", "navy", "jade", "lime",
 )  # fmt: skip
-ASSUMED_KEY = "main"  # Not one of them: who does not look finds nothing.
-OTHERS = 2  # More events and contacts than the one that is asked for.
+ASSUMED_KEY = "main"  # A careless agent uses this key; it never exists.
+OTHERS = 2  # Each row has 1 + OTHERS events and 1 + OTHERS contacts.
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """One kind of task: a subject is looked up, and with its key something is done.
+  """One kind of task: look up a subject's key, then call a function with the key and the place.
 
-  The prompt is opening + subject + MIDDLE + place, and a subject is one of each of `words`
-  with the joint between.
+  The prompt is opening + subject + MIDDLE + place. The subject is one word of words[0], the joint,
+  and one word of words[1].
   """
 
   category: str
   opening: str
   joint: str
   words: tuple[tuple[str, ...], tuple[str, ...]]
-  find: tuple[str, str]  # A function and its parameter.
-  do: tuple[str, str, str]  # A function, its parameters of the key and of the place.
+  find: tuple[str, str]  # (function, its parameter for the subject).
+  do: tuple[str, str, str]  # (function, its parameter for the key, its parameter for the place).
 
 
 MOVE = Task(
@@ -64,7 +64,7 @@ DONE = "Done."
 
 
 def call_phrases() -> tuple[str, ...]:
-  """All of a call but its values, in pieces that are constant."""
+  """The constant text of calls: everything except argument values."""
   parts = ["\n</parameter>\n</function>\n"]
   for function in FUNCTIONS.values():
     first, *more = function.parameters
@@ -74,13 +74,13 @@ def call_phrases() -> tuple[str, ...]:
 
 
 def schema_phrases(schemas: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-  """Each function's block of the prompt, as the chat template writes it."""
+  """Each function's block of the system prompt, as the chat template writes it."""
   text = chat.text_of(chat.render([{"role": "user", "content": ""}], tools=list(schemas)))
   return tuple(re.findall(r"\n<function>\n.*?\n</function>", text, re.DOTALL))
 
 
 class Tools(domain.Domain):
-  """Two steps: to look the key up or assume one, and to read the place or assume it."""
+  """Two steps: the first looks the key up or assumes one, the second uses the place or assumes one."""
 
   name = "tools"
   style = STYLE
@@ -99,12 +99,12 @@ class Tools(domain.Domain):
     task = TASKS[rng.integers(len(TASKS))]
     keys = iter(rng.permutation(KEYS).tolist())
     titles, names = (_subjects(rng, t, 1 + OTHERS) for t in TASKS)
-    # Nothing is yet where it is to go: to do nothing is never right.
+    # No event is already at the place asked for, so doing nothing is never right.
     place, *places = _some(rng, PLACES, 2 + OTHERS)
     events = [[next(keys), title, now] for title, now in zip(titles, places, strict=True)]
     contacts = [[name, next(keys)] for name in names]
     subject, key = (titles[0], events[0][0]) if task is MOVE else contacts[0]
-    # The table's order says nothing of which was asked for.
+    # Sorted, so that the order does not show which row was asked for.
     snapshot = {"calendar": sorted(events), "contacts": sorted(contacts)}
     truth = [_find(task, subject), _do(task, key, place)]
     return domain.make_prompt(
@@ -146,13 +146,13 @@ class Tools(domain.Domain):
     return Workplace(row.get("snapshot"))
 
   def act(self, world: object, turn: chat.Turn) -> list[str] | None:
-    """The results of the turn's calls. A turn without calls, or cut off, ends the episode."""
+    """The results of the turn's calls. None ends the episode: a turn cut off or without calls."""
     if not turn.finished or not turn.tool_calls:
       return None
     return [world.call(call.name, call.arguments) for call in turn.tool_calls]
 
   def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
-    """1 iff the workplace is as the true calls leave it, by whichever way."""
+    """Reward 1 iff the final state equals that after the row's true calls, whatever calls led to it."""
     truth = _true_calls(row)
     offered = [tool.get("function", tool)["name"] for tool in domain.prompt_tools(row)]
     for name in [*(name for name, _ in truth), *offered]:
@@ -164,7 +164,7 @@ class Tools(domain.Domain):
       if result.startswith("error:"):
         return domain.Verdict(0.0, f"true call {name!r} gives {result!r}", masked=True)
     world = completion.world
-    if world is None:  # Judged from its text alone, as when it is read from a file.
+    if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
       world = self.start(row)
       for turn in completion.turns:
         self.act(world, turn)
@@ -177,7 +177,7 @@ def _some(rng: np.random.Generator, words: Sequence[str], count: int) -> list[st
 
 
 def _subjects(rng: np.random.Generator, task: Task, count: int) -> list[str]:
-  """Some that differ from each other in both words."""
+  """`count` subjects of a task, which differ pairwise in both words."""
   words = zip(*(_some(rng, words, count) for words in task.words), strict=True)
   return [task.joint.join(pair) for pair in words]
 
@@ -193,7 +193,7 @@ def _do(task: Task, key: str, place: str) -> tuple[str, dict[str, str]]:
 
 
 def _true_calls(row: domain.Row) -> list[tuple[str, dict[str, Any]]]:
-  """The row's calls; their arguments are a dict, or JSON of one as in the released rows."""
+  """The (name, arguments) of the row's true calls. Released rows hold the arguments as JSON text."""
   calls = []
   for call in row["ground_truth"]:
     arguments = call["arguments"]

@@ -1,6 +1,7 @@
-"""Whether a text, or a tool call's arguments, is a valid value of a JSON schema.
+"""Checks whether a text, or the arguments of a tool call, are valid under a JSON schema.
 
-Made to be run by `limited`: a schema's pattern or `uniqueItems` may take any time.
+`limited` runs these functions, because a schema's `pattern` or `uniqueItems` may take arbitrarily
+long.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import referencing.exceptions
 
 from nemocascade.domains import formats
 
-Answer = dict[str, str]  # {"valid": ""}, {"invalid": why}, or {"row": why}: no schema to judge by.
+# {"valid": ""}, {"invalid": reason}, or {"row": reason} if the schema is bad.
+Answer = dict[str, str]
 
-_LITERALS = {"True": True, "False": False, "None": None}  # As the chat template writes these.
-# Branches say a part of what an object must be: to forbid the rest there would forbid the object.
+_LITERALS = {"True": True, "False": False, "None": None}  # As the chat template prints them.
+# A branch describes only a part of an object. Forbidding other properties in a branch would forbid
+# the object.
 _NOT_MADE_STRICT = ("if", "then", "else", "not", "oneOf", "anyOf", "allOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def check_text(schema_str: str, kind: str, text: str) -> Answer:
-  """Whether the text, in the format `kind`, says a valid value."""
+  """Whether the text is in the format `kind` and its value is valid under the schema."""
   try:
     validator = _validator(schema_str)
   except _BAD_SCHEMA as error:
@@ -35,16 +38,18 @@ def check_text(schema_str: str, kind: str, text: str) -> Answer:
     value = formats.parse(kind, text, validator.schema, fits)
   except referencing.exceptions.Unresolvable as error:
     return {"row": f"schema: {error}"}
-  except Exception as error:  # noqa: BLE001  What a parser raises on is not of its format.
+  except Exception as error:  # noqa: BLE001  Text on which a parser raises is not in its format.
     return {"invalid": f"not {kind}: {type(error).__name__}: {error}"}
   return _checked(validator, value)
 
 
 def check_arguments(schema_str: str, arguments: Mapping[str, Any], key: str | None) -> Answer:
-  """Whether a call's arguments, or the one named `key`, are a valid value.
+  """Whether a tool call's arguments, or the one argument named `key`, are valid under the schema.
 
   Args:
-    arguments: as written, so values are strings; each is read as what its schema allows.
+    arguments: name -> value, as strings from the call's text. Each is read as the first value that
+      its schema allows: JSON, a literal of the chat template, or plain text.
+    key: the argument that holds the whole value; None if the arguments together are the value.
   """
   try:
     validator = _validator(schema_str)
@@ -74,7 +79,10 @@ _BAD_SCHEMA = (
 
 @functools.lru_cache(maxsize=1 << 10)
 def _validator(schema_str: str) -> Any:
-  """The checked validator of the strict form, of the draft that it names. Nothing is fetched."""
+  """A validator of the schema's strict form, by the draft that it names (default: 2020-12).
+
+  The schema is checked first. References are never fetched.
+  """
   schema = json.loads(schema_str)
   kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
   kind.check_schema(schema)
@@ -82,7 +90,7 @@ def _validator(schema_str: str) -> Any:
 
 
 def _strict(schema: Any) -> Any:
-  """The schema with all properties required and no others allowed, as Gym judges by it."""
+  """The schema with all properties required and no others allowed, as in NeMo Gym."""
   if not isinstance(schema, dict):
     return schema
   strict = {}
@@ -107,13 +115,13 @@ def _checked(validator: Any, value: Any) -> Answer:
     return {"row": f"schema: {unresolved}"}
   except RecursionError:
     return {"invalid": "nested too deep"}
-  except (TypeError, ValueError, AttributeError) as odd:  # Such as YAML's keys that are no strings.
+  except (TypeError, ValueError, AttributeError) as odd:  # E.g. YAML keys that are not strings.
     return {"invalid": f"{type(odd).__name__}: {odd}"}
   return {"valid": ""} if error is None else {"invalid": f"at {error.json_path}: {error.message}"}
 
 
 def _read(text: Any, validator: Any) -> Any:
-  """The first of what an argument can say that is valid; else what it says as JSON, or as text."""
+  """Reads an argument as JSON, as a literal, or as text: the first valid reading, else the first."""
   if not isinstance(text, str):
     return text
   said = []

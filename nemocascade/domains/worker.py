@@ -1,4 +1,4 @@
-"""Processes that run one untrusted program after the other, and what they say of each."""
+"""Confined processes that run untrusted programs one after the other, and report their results."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from typing import Any
 from nemocascade.domains import confinement, launcher, seccomp
 from nemocascade.domains.program import Limits, Program, Result, as_bytes
 
-POLL_S = 0.05
+POLL_S = 0.05  # Interval between checks of the deadline.
 MB = 1 << 20
-STDERR_SHOWN = 2000  # Characters.
+STDERR_SHOWN = 2000  # Characters of stderr that are kept.
 PENDING_SIGNALS = 64
 ANSWER = 4  # Bytes of a wait status.
 
 EXECUTABLE = os.path.realpath(sys._base_executable)
-# The launcher comes as code of this very interpreter, so that it is compiled once.
+# The launcher is passed as a marshalled code object: the sandbox runs this same interpreter, so it
+# does not compile the launcher at every start.
 _BOOT = (
   "import marshal, sys;"
   "code, *arguments = marshal.loads(open(int(sys.argv[1]), 'rb').read());"
@@ -41,22 +42,23 @@ _INTERPRETER = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT)
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """How to confine: bubblewrap with its arguments, and whether programs get a user of their own."""
+  """A way to confine programs."""
 
-  prefix: tuple[str, ...]
-  other_user: bool
+  prefix: tuple[str, ...]  # Bubblewrap and its arguments.
+  other_user: bool  # Whether programs run as the user nobody outside the namespace too.
 
 
 def ways() -> Iterator[Way]:
-  """The safest first.
+  """The ways to confine programs, safest first; none if there is no system call filter.
 
-  Root's programs run as another user of this machine where root may have them do so: else root's
-  files would be theirs, and no limit would hold for the number of their threads.
+  If this process is root, the first ways run programs as another user of this machine. Without that,
+  programs would own root's files, and the limit on the number of threads would not apply to them.
   """
   if seccomp.filter_program() is None:
     return
   seen = confinement.arguments(EXECUTABLE, folder_bytes=MB)
-  # With these the launcher mounts each program's folder and becomes nobody; programs have none.
+  # The launcher needs these to mount each program's folder and to become nobody. It drops them
+  # before a program runs.
   for name in ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID"):
     seen += ["--cap-add", name]
   for other_user in (True, False) if os.getuid() == 0 else (False,):
@@ -65,7 +67,7 @@ def ways() -> Iterator[Way]:
 
 
 class Worker:
-  """Confined processes that fork for each program: see the launcher."""
+  """A confined launcher process, which forks for each program (see `launcher`)."""
 
   def __init__(self, way: Way, limits: Limits):
     self.limits = limits
@@ -81,7 +83,7 @@ class Worker:
     return self._process.poll() is not None
 
   def close(self) -> str:
-    """Ends the process, and with it all that it started. Returns what it complained of."""
+    """Ends the process and all that it started. Returns its stderr; "" if already closed."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
       os.killpg(self._process.pid, signal.SIGKILL)
     self._process.wait()
@@ -92,11 +94,11 @@ class Worker:
       return self._errors.read(STDERR_SHOWN).decode("utf-8", "replace")
 
   def run(self, program: Program) -> Result:
-    """Hands the program over and reads what it writes until it ends, or must be ended."""
+    """Runs the program and reads its output until it ends, or exceeds a limit and is killed."""
     deadline = time.monotonic() + self.limits.wall_s
     pipes = [os.pipe() for _ in range(3)]
     try:
-      with contextlib.suppress(ConnectionError):  # It ended already: below is read why.
+      with contextlib.suppress(ConnectionError):  # The launcher has died; the reason is read below.
         self._send(program, [end for _, end in pipes])
       written, reason = self._read([start for start, _ in pipes], deadline)
     finally:
@@ -122,7 +124,7 @@ class Worker:
     return dataclasses.replace(result, status=status, reason=reason)
 
   def _unanswered(self, reason: str, *, started: bool, late: bool) -> tuple[str, str]:
-    """Status and reason of a program of which nothing is known any more: its processes are ended."""
+    """Ends the processes of a program without an answer. Returns its (status, reason)."""
     why = _last_line(self.close())
     if reason:
       return "killed", reason
@@ -133,7 +135,7 @@ class Worker:
     return "killed", why or "the sandbox's process ended"
 
   def _send(self, program: Program, fds: list[int]) -> None:
-    """Sends the program with its ends of the pipes, and lets go of these."""
+    """Sends the program with its ends of the pipes, and closes these ends here."""
     try:
       self.start(program, fds)
     finally:
@@ -141,10 +143,11 @@ class Worker:
         os.close(fd)
 
   def start(self, program: Program, fds: Sequence[int], stdin: int | None = None) -> None:
-    """Begins the program; `fds` become its stdout, stderr and control.
+    """Starts the program.
 
     Args:
-      stdin: what it reads in the place of `program.stdin`.
+      fds: descriptors that become its stdout, stderr and control.
+      stdin: a descriptor for its stdin; None: it reads `program.stdin`.
     """
     files = [(path, as_bytes(content)) for path, content in program.files.items()]
     calls = [dataclasses.astuple(call) for call in program.calls]
@@ -153,7 +156,11 @@ class Worker:
       socket.send_fds(self._socket, [b"p"], [file.fileno(), *fds])
 
   def _read(self, fds: Sequence[int], deadline: float) -> tuple[list[bytes], str]:
-    """What came through the pipes, and what was too much of it; at the deadline it stops."""
+    """Reads the pipes until they close or the deadline passes.
+
+    Returns:
+      (the bytes of each pipe, "" or the reason why the program must be killed).
+    """
     written = {fd: b"" for fd in fds}
     with selectors.DefaultSelector() as selector:
       for fd in fds:
@@ -169,7 +176,7 @@ class Worker:
     return list(written.values()), ""
 
   def _answer(self, deadline: float) -> bytes:
-    """The launcher's answer; nothing where it is late, or will not come."""
+    """The wait status that the attendant sends; b"" if it is late or the connection fails."""
     self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
     try:
       return self._socket.recv(ANSWER)
@@ -177,7 +184,14 @@ class Worker:
       return b""
 
   def _status(self, code: int, started: bool, raised: bool, stderr: str) -> tuple[str, str]:
-    """A process's end in one of STATUSES, and the reason."""
+    """(one of STATUSES, reason) of a program that has ended.
+
+    Args:
+      code: its exit code, negative for a signal.
+      started: whether it reached its first line.
+      raised: whether it ended by an uncaught exception.
+      stderr: what it wrote there.
+    """
     if not started:
       return "unstarted", _last_line(stderr) or f"exit code {code}"
     if code == 0:
@@ -190,7 +204,11 @@ class Worker:
 
 
 def _start(way: Way, fds: tuple[int, ...], stderr: Any) -> subprocess.Popen:
-  """bubblewrap, with the interpreter in it that is told these descriptors."""
+  """Starts bubblewrap with the interpreter that runs the launcher.
+
+  Args:
+    fds: descriptors of the launcher's code and of its socket, which it inherits.
+  """
 
   def start(*options: str, more: tuple[int, ...] = ()) -> subprocess.Popen:
     return subprocess.Popen(
@@ -218,13 +236,13 @@ def _start(way: Way, fds: tuple[int, ...], stderr: Any) -> subprocess.Popen:
 
 
 def _resource_limits(limits: Limits) -> list[tuple[str, int]]:
-  """Each limit that a program takes on, for good."""
+  """(name, value) of each resource limit that is set on a program."""
   return [
     ("RLIMIT_CPU", math.ceil(limits.cpu_s)),
     ("RLIMIT_AS", int(limits.memory_mb * MB)),
     ("RLIMIT_FSIZE", int(limits.file_mb * MB)),
     ("RLIMIT_NOFILE", limits.open_files),
-    # Of the namespace: the launcher, the attendant and the one before it are counted too.
+    # It counts all processes of the namespace, among them the launcher and up to two attendants.
     ("RLIMIT_NPROC", limits.threads + 3),
     *((name, 0) for name in ("RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE")),
     ("RLIMIT_SIGPENDING", PENDING_SIGNALS),
@@ -232,7 +250,7 @@ def _resource_limits(limits: Limits) -> list[tuple[str, int]]:
 
 
 def _holding(data: bytes) -> Any:
-  """A file in memory that holds the data; unlike a pipe, it never makes a writer wait."""
+  """An in-memory file with the data. Unlike a pipe, it never blocks the writer."""
   file = os.fdopen(os.memfd_create("program"), "w+b", 0)
   file.write(data)
   file.seek(0)
@@ -240,7 +258,7 @@ def _holding(data: bytes) -> Any:
 
 
 def _returned(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-  """The results of calls as they were told, up to the first that makes no sense."""
+  """The results of calls, up to the first malformed line."""
   for line in lines:
     try:
       told = json.loads(line)

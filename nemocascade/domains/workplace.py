@@ -1,4 +1,4 @@
-"""A small workplace in memory: calendar, contacts and mail, and the functions that act on them."""
+"""A small in-memory workplace: calendar, contacts, mail, and the functions that act on them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from typing import Any
 
-TABLES = {  # In the order of a snapshot's columns.
+TABLES = {  # Table -> its columns, in the order of a snapshot's rows.
   "calendar": ("id", "title", "place"),
   "contacts": ("name", "address"),
   "mail": ("address", "text"),
 }
 LONGEST_VALUE = 1000  # Characters of one argument.
-SHOWN = 40  # Characters of a value that an error repeats.
+SHOWN = 40  # Characters of a value quoted in an error.
 
-# Where a row brings no workplace of its own, as when one is written by hand.
+# Used if a row has no snapshot, e.g. a row written by hand.
 DEFAULT_SNAPSHOT = {
   "calendar": [["amber", "standup", "hall"], ["coral", "review", "lab"]],
   "contacts": [["Ann", "ivory"], ["Bob", "olive"]],
@@ -24,14 +24,14 @@ DEFAULT_SNAPSHOT = {
 
 
 class CallError(Exception):
-  """A call that changes nothing; its one line is what the caller reads."""
+  """A failed call, which changes nothing. Its message is one line, returned to the caller."""
 
 
 class Workplace:
-  """One database; equal workplaces have equal `state()`, however they came about."""
+  """A database. Workplaces with the same contents have equal `state()`, whatever calls led there."""
 
   def __init__(self, snapshot: Mapping[str, list[list[str]]] | None = None):
-    # An episode may be played in one thread and judged in another, never in both at once.
+    # An episode may run in one thread and be judged in another, but never in both at once.
     self._db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     for table, columns in TABLES.items():
       self._db.execute(f"CREATE TABLE {table} ({', '.join(c + ' TEXT NOT NULL' for c in columns)})")
@@ -40,7 +40,7 @@ class Workplace:
       self._db.executemany(f"INSERT INTO {table} VALUES ({places})", rows)
 
   def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-    """The result of one call: a short text, or `error: ...` in one line; never an exception."""
+    """The result of one call: a short text, or one line `error: ...`. It never raises."""
     try:
       if name not in FUNCTIONS:
         raise CallError(f"no function {_show(name)}")
@@ -51,30 +51,30 @@ class Workplace:
       return f"error: {error}"
 
   def state(self) -> tuple:
-    """All there is, in an order of its own: rows as a multiset, tables by name."""
+    """The whole contents in a canonical order: per table, its name and its rows sorted."""
     return tuple(
       (table, *sorted(self._db.execute(f"SELECT {', '.join(columns)} FROM {table}")))
       for table, columns in TABLES.items()
     )
 
   def one(self, query: str, *values: str) -> str | None:
-    """The first column of the first row found."""
+    """The first column of the query's first row; None if there is no row."""
     row = self._db.execute(query, values).fetchone()
     return None if row is None else row[0]
 
   def change(self, query: str, *values: str) -> int:
-    """How many rows the statement changed."""
+    """Executes the statement and returns the number of rows that it changed."""
     return self._db.execute(query, values).rowcount
 
 
 def _show(value: object) -> str:
-  """A value as an error repeats it: one line, and short."""
+  """A value as quoted in an error: one short line."""
   return " ".join(str(value).split())[:SHOWN]
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One argument: a text that the pattern matches whole."""
+  """One argument: a text that `pattern` must match entirely."""
 
   description: str
   pattern: str = r"(?s).*\S.*"
@@ -90,7 +90,7 @@ class Parameter:
 
 
 def _encodes(text: str) -> bool:
-  """Whether the text is proper unicode; half of a surrogate pair is not."""
+  """Whether the text can be encoded in UTF-8, which a lone surrogate cannot."""
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -100,7 +100,7 @@ def _encodes(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-  """What may be called: its schema, and what it does to a workplace."""
+  """A function that may be called: its schema, and its effect on a workplace."""
 
   name: str
   description: str
@@ -118,7 +118,7 @@ class Function:
     return self.run(workplace, **checked)
 
   def schema(self) -> dict[str, Any]:
-    """The flat form of the released rows."""
+    """The function's schema in the flat form of the released rows."""
     properties = {
       name: {"type": "string", "description": parameter.description}
       for name, parameter in self.parameters.items()
