@@ -71,7 +71,7 @@ class OfSeed:
 
 
 def check(c: ConfigDict) -> None:
-  """Refuses a comparison that cannot run to its end, before anything is computed or written."""
+  """Raises UserError if the comparison cannot run to its end. Nothing is computed or written."""
   check_fields(c, "ablation")
   cascade.check(preparation(c, seed=0))
   if c.student not in c.order:

@@ -199,7 +199,7 @@ def _median_seconds(fn: Callable, *args) -> float:
 
 
 def model_config(sizes: Sizes, **how) -> ModelConfig:
-  """Nano's model scaled to sizes.width: experts 0.69 times as wide as it, the shared expert 1.38 times."""
+  """A hybrid with Nano's proportions: heads of 128, experts of 0.69 width, a shared expert of 1.38 width."""
   D = sizes.width
   small = D < 256
   return ModelConfig(

@@ -149,7 +149,7 @@ class Trainer:
 
 
 class _Turns(TrainerCallback):
-  """Calls the Trainer at the begin and the end of each step."""
+  """Calls the Trainer at the start and the end of each step."""
 
   def __init__(self, of: Trainer):
     self._of = of

@@ -50,7 +50,7 @@ def run(
     seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
     thinking=thinking, system=system or None, tools=offered,
   )  # fmt: skip
-  # A shell makes background commands ignore SIGINT, and Python keeps that setting.
+  # If a script starts this command in the background, SIGINT is ignored, and Python keeps that setting.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   Terminal(conversation, tool).talk()
 

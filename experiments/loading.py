@@ -118,7 +118,8 @@ def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
 
 def check_files(files: Path) -> None:
   """Raises UserError if a file of a folder `model` does not have its checksum."""
-  if (files / checksums.CHECKSUMS).exists():  # Of a stage. Of a converted checkpoint: one level up.
+  # A stage has the checksums in this folder, a converted checkpoint one level up.
+  if (files / checksums.CHECKSUMS).exists():
     try:
       checksums.verify(files)
     except checksums.Damage as error:

@@ -87,7 +87,7 @@ class Supervisor:
         )
 
   def end(self, checkpoint: Path) -> None:
-    """Raises StageStopped if a guard asked to end the stage. The message names `checkpoint`, the saved one."""
+    """Raises StageStopped if a guard asked to end the stage. The message names the saved `checkpoint`."""
     if self._stop in guards.AT_ONCE:
       raise StageStopped(f"{self._line}; the same command goes on from {checkpoint}")
     if self._stop:

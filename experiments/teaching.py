@@ -17,8 +17,8 @@ from nemocascade.rollout.episode import Samples
 from nemocascade.teachers import Teacher, Teachers, best_checkpoints, of_stage, take_probe
 from nemocascade.types import Params, Rollout
 
-# A teacher's name in a config: the cascade's best checkpoint so far for the domain. Nemotron-Cascade 2 takes its
-# MOPD teachers from its own stages too (arXiv 2603.19220, section 4.4).
+# A teacher's name in a config: the cascade's best checkpoint so far for the domain. Nemotron-Cascade 2 takes
+# its MOPD teachers from its own stages too (arXiv 2603.19220, section 4.4).
 BEST = "best"
 # Rows that a teacher or reference scores at a time; at least one per device. A constant number, so that one
 # compiled program serves any part of a batch.

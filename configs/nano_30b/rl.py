@@ -69,7 +69,7 @@ def fields(c: ConfigDict, slice_: str) -> ConfigDict:
   c.options = dict(icepop=dict(low=0.5, high=2.0))  # The report's section 4.4.
   c.updates = 1
   c.dynamic_filtering = True
-  c.refill_rounds = 2  # The report refills the batch until every prompt has a gradient, but not how.
+  c.refill_rounds = 2  # The report refills until every prompt has a gradient. It does not say how.
   c.optimizer = dict(
     peak_lr=3e-6,
     warmup_steps=10,  # Nano-3's recipe, which starts at a hundredth; not published here.

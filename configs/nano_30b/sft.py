@@ -46,5 +46,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.init_from = ""
     c.conversations = dict.fromkeys(c.domains, 60)
     c.rows, c.row_tokens, c.steps, c.save_every = 8, 256, 4, 2
-    c.optimizer.update(peak_lr=5e-3, warmup_steps=2)  # A teacher check refuses a near-uniform model.
+    c.optimizer.update(peak_lr=5e-3, warmup_steps=2)  # The check of teachers refuses near-uniform models.
   return c

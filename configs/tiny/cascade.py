@@ -22,7 +22,7 @@ from configs.tiny import (
   swe_rl,
 )
 
-# In the order of the recipe. init_from="previous" is the stage before, side_line left out.
+# In the order of the recipe. init_from="previous" means the stage before, not counting c.side_line.
 STAGES = dict(
   reward_model=reward_model,
   sft=sft,

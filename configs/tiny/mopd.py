@@ -12,7 +12,8 @@ from configs.tiny import base, rl
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(math=0.1, instruction=0.3, stem=0.1, structured=0.1, tools=0.1, preference=0.3)
-  c.rollout.update(prompts=256, completions=1, total_tokens=112)  # The signal needs no group.
+  # The signal is per token, so a group adds nothing.
+  c.rollout.update(prompts=256, completions=1, total_tokens=112)
   c.advantage = "mopd"
   c.teachers = dict.fromkeys(c.mixture, "best")
   c.aggregation = "sequence_mean"

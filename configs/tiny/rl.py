@@ -19,7 +19,7 @@ def fields() -> ConfigDict:
     temperature=1.0,  # Above 0. Used by sampler, trainer, teachers and reference.
     top_p=1.0,  # A value below 1 needs a `correction`.
   )
-  c.packing = dict(  # The training batch. All stages have one shape, so the step is compiled once.
+  c.packing = dict(  # The training batch. One shape for all stages of the cascade: one compilation.
     rows=128,
     row_tokens=272,
     pieces=8,  # The batch is processed in this many parts, in turn. Empty parts are skipped.
