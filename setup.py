@@ -43,15 +43,15 @@ setup(
       "nbclient>=0.10,<0.12",
       "nbformat>=5.10,<6",
       "ipykernel>=6.29,<8",
-      "torch==2.13.0",  # CPU, for transformers: the peer that the model is compared with.
+      "torch==2.13.0",  # CPU build. transformers, which the model is compared with, needs it.
       "transformers>=5,<6",
-      "trl>=1.16,<1.17",  # The peer of the policy-gradient loss, by a method that is not public.
+      "trl>=1.16,<1.17",  # Its private loss method is compared with ours; hence the narrow range.
       "safetensors>=0.5,<1",
       "tokenizers>=0.22,<1",
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
-    # Peers that benchmarks compare with.
+    # The libraries that the benchmarks compare with.
     "bench": [
       "tokamax>=0.0.12,<0.1", "trl>=1.16,<2", "torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5,<1",
       "tokenizers>=0.22,<1",

@@ -1,1 +1,1 @@
-"""One folder a scale, one file a stage: every number that a run depends on."""
+"""The numbers that a run depends on: one folder for each scale, one file for each stage."""

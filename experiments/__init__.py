@@ -1,1 +1,1 @@
-"""One page a kind of run; the only files that know the order of things."""
+"""The commands, one file each, and the files that they share. Only here are stages put in order."""

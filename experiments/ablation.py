@@ -1,11 +1,12 @@
-"""Arms compared fairly: the same student, prompts, evaluation, seeds and budget for each.
+"""Compares training arms that share the student, prompts, evaluation, seeds and budget.
 
   python -m experiments.ablation --config=configs/tiny/grpo_vs_mopd.py --workdir=runs/ablation
 
-Every seed trains its own student and teachers (a cascade of its own), then every arm from that
-student. Learning rates that are to be searched for are, before, on seeds of their own. Run again to
-resume; run beside itself, and the two share the seeds (tiny models gain: `taskset -c 0` and `-c 1`).
-All arms in one process, so that those of equal shapes share their programs.
+Every seed trains its own student and teachers by a cascade, then every arm from that student. A
+learning-rate search, if the config asks for one, runs first and uses other seeds. Run the same command again
+to resume. Several processes may run it at once and divide the seeds between them. That speeds up tiny models
+when each process has its own core (`taskset -c 0` and `-c 1`). All arms of a seed run in one process, so that
+arms of equal shapes share compiled programs.
 """
 
 import copy
@@ -37,9 +38,9 @@ from nemocascade.model.size import matmul_params
 from nemocascade.rollout import score
 from nemocascade.state_files import named, read_state, refused, write_json
 
-TURN = "turn"  # The lock of what one of the processes does for all.
+TURN = "turn"  # Name of the lock held while one process writes files that all share.
 OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "rate_of")
-EVALUATION = {  # Of a comparison.Line.
+EVALUATION = {  # JSON schema of a comparison.Line.
   "type": "object",
   "required": ["steps", "tokens", "flops", "score", "domains"],
   "properties": {
@@ -62,7 +63,7 @@ DONE = {
 
 @dataclasses.dataclass(frozen=True)
 class OfSeed:
-  """What a seed came to."""
+  """The evaluations of one seed: its student, teachers and arms."""
 
   student: comparison.Line
   teachers: dict[str, float]  # Domain -> score.
@@ -70,7 +71,7 @@ class OfSeed:
 
 
 def check(c: ConfigDict) -> None:
-  """Refuses a comparison that cannot run to its end, before anything is computed or written."""
+  """Raises UserError if the comparison cannot run to its end. Nothing is computed or written."""
   check_fields(c, "ablation")
   cascade.check(preparation(c, seed=0))
   if c.student not in c.order:
@@ -115,23 +116,23 @@ def check(c: ConfigDict) -> None:
 
 
 def preparation(c: ConfigDict, seed: int) -> ConfigDict:
-  """The cascade that makes a seed's student and teachers."""
+  """The config of the cascade that trains a seed's student and teachers."""
   out = ConfigDict({name: value for name, value in c.items() if name not in OWN})
   out.seed = seed
   return out
 
 
 def arm_config(c: ConfigDict, name: str, seed: int, **changes) -> ConfigDict:
-  """One arm as a stage of its own: the shared fields, its own, and `changes` by dotted name."""
+  """The stage config of one arm: shared fields, the arm's own, then `changes` (dotted name -> value)."""
   out = ConfigDict({k: v for k, v in c.items() if k not in (*OWN, "stages", "order", "side_line")})
-  out.update(c.arms[name].copy_and_resolve_references())  # Else a change would be one of the arm itself.
+  out.update(c.arms[name].copy_and_resolve_references())  # A copy: `changes` must not alter c.
   out.seed = seed
   out.update_from_flattened_dict(changes)
   return out
 
 
 def of_seed(a: Assembly, c: ConfigDict, workdir: Path) -> Assembly:
-  """The same programs, domains and held-out prompts under another seed and directory."""
+  """A copy of `a` with another config and work directory; shares programs, domains and held-out prompts."""
   other = copy.copy(a)
   other.c, other.workdir = c, workdir
   other.heldout = a.heldout
@@ -139,7 +140,7 @@ def of_seed(a: Assembly, c: ConfigDict, workdir: Path) -> Assembly:
 
 
 def prepare(c: ConfigDict, a: Assembly, workdir: Path, seed: int) -> tuple[Assembly, Record]:
-  """A seed's student and teachers, trained where they are not there yet."""
+  """Trains a seed's student and teachers, unless done. Returns (the seed's assembly, its record)."""
   p = preparation(c, seed)
   own, record = of_seed(a, p, workdir), Record.open(workdir)
   for name in c.order:
@@ -152,10 +153,10 @@ def prepare(c: ConfigDict, a: Assembly, workdir: Path, seed: int) -> tuple[Assem
 
 
 def scores(c: ConfigDict, a: Assembly, params, *, full: bool) -> dict[str, float]:
-  """Domain -> held-out score; the same prompts and random numbers at every call of a seed."""
+  """Domain -> held-out score. Every call with one seed uses the same prompts and random numbers."""
   e, key = c.compared, jax.random.key(a.c.seed)
   prompts, G = (c.evaluation.prompts, e.full_completions) if full else (e.prompts, 1)
-  # Spread over the list: its first are the commonest, so the easiest.
+  # Taken evenly over the list: prompts near its start are more common and so easier.
   rows = {name: a.heldout[name][:: c.evaluation.prompts // prompts][:prompts] for name in e.domains}
 
   def collect(rows, index):
@@ -178,7 +179,10 @@ def line(c: ConfigDict, a: Assembly, params, spent: rl.Spent, steps: int, *, ful
 
 
 def watcher(c: ConfigDict, a: Assembly, path: Path, last_step: int) -> Callable:
-  """Evaluates where the config says and at the end, once each, and ends an arm whose budget is spent."""
+  """The `watch` of an arm: evaluates at the config's steps and at the end, and ends a spent budget.
+
+  Evaluations go to `path`; one that is there already is not repeated.
+  """
   done = {entry["steps"] for entry in read_lines(path, EVALUATION)}
 
   def watch(steps: int, params, spent: rl.Spent) -> bool:
@@ -194,7 +198,7 @@ def watcher(c: ConfigDict, a: Assembly, path: Path, last_step: int) -> Callable:
 
 
 def append(path: Path, value: dict) -> None:
-  """One line more, on disk when this returns; a line that a kill cut off is made again."""
+  """Appends one JSON line and flushes it to disk. Removes an incomplete last line first."""
   with named(path), path.open("ab+") as file:
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
@@ -204,12 +208,16 @@ def append(path: Path, value: dict) -> None:
 
 
 def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directory: Path, first: dict) -> list:
-  """Trains the arm if it has not been; its evaluations, `first` being the student's."""
+  """Trains the arm, unless done. Returns its evaluations by step; `first`, the student's, comes first.
+
+  Raises:
+    UserError: the file of evaluations of a finished arm lacks some.
+  """
   path = directory / "evaluations.jsonl"
   if not (directory / "done.json").exists():
     directory.mkdir(parents=True, exist_ok=True)
     teachers = gather(a, find(arm, record), arm.teachers_in_memory) if objective.taught(arm) else None
-    # All arms sample with the same random numbers: a stage's are named by its folder.
+    # All arms sample with the same random numbers: their key depends on the folder's name, here "rl".
     outcome = rl.run(
       arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps)
     )
@@ -223,7 +231,10 @@ def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directo
 
 
 def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple[dict, dict]:
-  """(the student's line at step 0, domain -> teacher's score), by the arms' own evaluation; kept on disk."""
+  """(the student's evaluation at step 0, domain -> its teacher's score), evaluated as the arms are.
+
+  Cached in start.json.
+  """
   path = workdir / "start.json"
   if not path.exists():
     load = lambda name: rl.loading.load(record.checkpoint(name), a.template)
@@ -236,11 +247,14 @@ def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple
 
 
 def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
-  """The best peak learning rate of each arm to be searched for: the same rates, seeds and steps for all."""
+  """Arm -> its best peak learning rate, for the arms of c.search; {} if there are none.
+
+  Every arm gets the same rates, seeds and number of steps. Writes search/search.json.
+  """
   if not c.search.arms:
     return {}
   short = c.copy_and_resolve_references()
-  short.compared.update(at=(), full_at=())  # Only the end counts.
+  short.compared.update(at=(), full_at=())  # Only the score at the end is used.
 
   place = lambda seed: workdir / "search" / f"seed_{seed}"
 
@@ -263,13 +277,13 @@ def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
 
 
 def run_seed(c: ConfigDict, a: Assembly, workdir: Path, seed: int, rates: dict[str, float]) -> OfSeed:
-  """Trains what a seed's student, teachers and arms still lack."""
+  """Trains the unfinished stages and arms of a seed; returns all its evaluations."""
   own, record = prepare(c, a, workdir, seed)
   student, teachers = start_of(c, own, record, workdir)
   arms, equal = {}, {}
   for name in c.arms:
     arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rates[name]})
-    # Arms that come out equal are run once.
+    # Arms whose configs are equal are run once.
     directory = equal.setdefault(arm.to_json_best_effort(sort_keys=True), workdir / "arms" / name)
     arms[name] = run_arm(arm, c, own, record, directory, student)
   report.write(workdir)
@@ -277,13 +291,13 @@ def run_seed(c: ConfigDict, a: Assembly, workdir: Path, seed: int, rates: dict[s
 
 
 def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[str, float]) -> dict:
-  """Writes and prints what the seeds so far came to."""
+  """Writes and prints the comparison of the seeds that are done; returns the content of ablation.json."""
   students, teachers = [of.student for of in found.values()], [of.teachers for of in found.values()]
   arms = {name: [of.arms[name] for of in found.values()] for name in c.arms}
   out = comparison.compare(
     list(found),
     [s["score"] for s in students],
-    # The level is over the domains that have a teacher; the others are where they were.
+    # The teachers' mean score. A domain without a teacher counts with the student's score.
     [float(np.mean([t.get(d, s["domains"][d]) for d in c.compared.domains]))
      for t, s in zip(teachers, students, strict=True)],
     arms, pairs=c.compared.pairs, ends=c.compared.ends, steps=c.compared.full_at,
@@ -296,7 +310,7 @@ def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[
 
 
 def run(c: ConfigDict, workdir: Path) -> dict:
-  """Runs what is left of the comparison; returns what ablation.json holds."""
+  """Runs what is left of the comparison; returns the content of ablation.json."""
   check(c)
   refuse_several("a comparison")
   check_owner(c, workdir)
@@ -307,7 +321,7 @@ def run(c: ConfigDict, workdir: Path) -> dict:
       objective.program(arm_config(c, name, seed=0), a)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  with held(workdir, wait=True, name=TURN):  # Processes that share the work are started together.
+  with held(workdir, wait=True, name=TURN):  # Several processes may start at once.
     claim(c, workdir, a, shared=True)
   best = search(c, a, workdir)
   own = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}

@@ -1,4 +1,4 @@
-"""What there is in a run: tokenizer, model, domains, judge and the jitted programs over them."""
+"""Builds the parts of a run from its config: tokenizer, model, domains, judge and jitted programs."""
 
 import dataclasses
 import functools
@@ -42,14 +42,26 @@ from nemocascade.types import Params
 class Assembly:
   """Built once from a config; holds no training state.
 
-  Attributes: c, workdir, mesh, tokenizer, model_config, model, domains, score_fn (pure); score, states,
-  likeliest and head (jitted; see Hybrid); programs (jitted ones of the stages, by what they depend on).
+  Attributes:
+    c, workdir, mesh, tokenizer, model_config, model, sandbox, domains: the parts; tokenizer and sandbox may be
+      None.
+    score, states, likeliest, head: jitted methods of Hybrid. `score_fn` is `score` before jit.
+    programs: jitted programs of the stages, by the settings that they depend on.
   """
 
   def __init__(
     self, c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None
   ):
-    """`mesh`: in the place of the config's own over the devices that are here."""
+    """
+    Args:
+      c: the config of a run.
+      workdir: where the run is written; nothing is written yet.
+      tokenizer: used instead of the config's.
+      mesh: used instead of the config's mesh over this machine's devices.
+
+    Raises:
+      UserError: the parts do not fit together, or programs cannot be confined.
+    """
     self.c, self.workdir = c, Path(workdir)
     self.model_config = ModelConfig.from_fields(c.model.to_dict())
     self.mesh = mesh or mesh_lib.make_mesh(**c.mesh)
@@ -57,8 +69,8 @@ class Assembly:
       check_experts(self.model_config.n_routed_experts, self.mesh)
     self.sandbox = self._sandbox()
     self.domains = registry.build(c.domains, tasks=c.tasks, sandbox=self.sandbox)
-    self._new_tokenizer = False  # Whether it is trained here and has not been written.
-    # None where there are no domains either: such a model is given tokens.
+    self._new_tokenizer = False  # True while a tokenizer trained here is not yet on disk.
+    # None without domains: the input of such a model is tokens.
     self.tokenizer = tokenizer or (self._tokenizer() if c.domains else None)
     if self.tokenizer and self.tokenizer.vocab_size > self.model_config.vocab_size:
       raise UserError(
@@ -88,7 +100,7 @@ class Assembly:
   def balanced_score_fn(
     self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, temperature=1.0
   ):
-    """score_fn with the routers' balance loss."""
+    """score_fn whose result also has the routers' balance loss."""
     model = Hybrid(dataclasses.replace(self.model_config, router_loss=True), self.mesh)
     rows = tokens_BT, segment_ids_BT, wanted_BT
     return self._apply(model, params, "score", *rows, distance, None, temperature)
@@ -97,17 +109,17 @@ class Assembly:
     return self._apply(self.model, params, "take_in", prompts)
 
   def _apply(self, model: Hybrid, params, method: str, *args):
-    if self.mesh.size > 1:  # Gradients then lie as the parameters do, also where they are summed.
+    if self.mesh.size > 1:  # Gives gradients and their sums the parameters' shardings.
       places = jax.tree.map(lambda p: p.sharding, self.template)
       params = jax.lax.with_sharding_constraint(params, places)
     return model.apply({"params": params}, *args, method=method)
 
   def score_fn_under(self, balance: RouterBalance):
-    """The score function of a training step: nothing of the balance loss is computed where it is not paid."""
+    """The score function of a training step. It computes the balance loss only if `balance` uses it."""
     return self.balanced_score_fn if balance.has_loss else self.score_fn
 
   def add_to_bias(self, params, change_LE):
-    """params with the change added to the routers' biases."""
+    """params with `change_LE` ([MoE blocks, experts]) added to the routers' biases."""
     return add_to_router_bias(self.model_config, params, change_LE)
 
   def fresh_params(self, key: jax.Array):
@@ -115,12 +127,12 @@ class Assembly:
 
   @functools.cached_property
   def template(self) -> Params:
-    """Shapes, dtypes and places of the parameters."""
+    """Shapes, dtypes and shardings of the parameters."""
     return self._placed(init_params, logical_axes)
 
   @functools.cached_property
   def reward_template(self) -> Params:
-    """The same of a reward model's."""
+    """Shapes, dtypes and shardings of a reward model's parameters."""
     return self._placed(init_reward_params, reward_axes)
 
   def _placed(self, init, axes) -> Params:
@@ -128,11 +140,11 @@ class Assembly:
     return mesh_lib.placed(shapes, mesh_lib.shardings(axes(self.model_config), self.mesh, shapes))
 
   def put(self, tree):
-    """Rows that every process has whole, onto the mesh."""
+    """Puts rows on the mesh. Every process must have all the rows."""
     return mesh_lib.put_rows(tree, self.mesh)
 
   def save_model_files(self, stage_dir: Path) -> None:
-    """What a checkpoint needs beside its arrays, so that it can be used from anywhere."""
+    """Writes the model's config and tokenizer, so that the stage's checkpoints can be used on their own."""
 
     def write():
       write_json(stage_dir / "model" / "config.json", self.c.model.to_dict())
@@ -144,7 +156,7 @@ class Assembly:
   # Text.
 
   def _tokenizer(self) -> Tokenizer:
-    """The config's; else the work directory's, or one trained on the domains' own text that is not written yet."""
+    """The config's tokenizer; else the work directory's; else a new one, not yet written to disk."""
     if self.c.tokenizer.path:
       return load_tokenizer(self.c.tokenizer.path)
     if self._own_tokenizer.exists():
@@ -157,7 +169,7 @@ class Assembly:
     return self.workdir / "tokenizer" / "tokenizer.model"
 
   def keep_tokenizer(self) -> None:
-    """Writes a tokenizer that was trained here; all processes then read that one."""
+    """Writes a tokenizer that was trained here. All processes then read the written file."""
     if self._new_tokenizer:
       path = self._own_tokenizer
       first_alone(lambda: path.exists() or self.tokenizer.save(path))
@@ -178,12 +190,16 @@ class Assembly:
   # Judge of the preference domain.
 
   def use_judge_from(self, checkpoint: str) -> None:
-    """The same, from a reward model's checkpoint; UserError where it reads tokens of another tokenizer."""
+    """`use_judge` with the parameters of a reward model's checkpoint.
+
+    Raises:
+      UserError: it was trained with another tokenizer, or cannot be loaded.
+    """
     loading.same_tokenizer("judge", checkpoint, self.tokenizer)
     self.use_judge(loading.load(checkpoint, self.reward_template))
 
   def use_judge(self, params) -> None:
-    """Rebuilds the domains with the Bradley-Terry judge of these parameters."""
+    """Rebuilds the domains with a Bradley-Terry judge that has these parameters."""
     model = RewardModel(self.model_config, self.mesh)
     reward = jax.jit(
       lambda params, *rows: model.apply({"params": params}, *rows),
@@ -205,7 +221,7 @@ class Assembly:
     self.domains = registry.build(self.c.domains, tasks=self.c.tasks, sandbox=self.sandbox, judge=self.judge)
 
   def _sandbox(self) -> Sandbox | None:
-    """None where no domain runs code: such a model is of use where no program can be confined too."""
+    """The sandbox, or None if no domain runs code, so that those domains work on any machine."""
     running = registry.that_need("sandbox", self.c.domains)
     try:
       return Sandbox(workers=self.c.sandbox.workers) if running else None
@@ -213,12 +229,12 @@ class Assembly:
       raise UserError(f"domains={','.join(running)}: {error}") from error
 
   def answer_rows(self, prompts: list, answers: list[str], B: int, T: int):
-    """Prompts with final answers as [B, T] tokens and segment ids; cut at T, unused rows padded.
+    """(tokens_BT, segment_ids_BT), int32, of prompts with final answers; cut at T, unused rows padded.
 
-    The judge reads the answer without its thoughts (paper.md 4.3).
+    The judge reads the answer without its thoughts (Nemotron-Cascade 1, arXiv 2512.13607, section 4).
     """
     tokens_BT, segment_ids_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-    segment_ids_BT[:, 0] = 1  # A row without a token has no last token.
+    segment_ids_BT[:, 0] = 1  # The reward is read at a row's last token, so an empty row needs one.
     for b, (messages, answer) in enumerate(zip(prompts, answers, strict=True)):
       pieces = chat.render(
         [*messages, {"role": "assistant", "content": answer}], enable_thinking=False
@@ -230,7 +246,7 @@ class Assembly:
   # Rollouts.
 
   def engine(self, prompt_tokens: int, total_tokens: int) -> Engine:
-    """Prefill and decoding for prompts of at most `prompt_tokens`; one for each pair of sizes."""
+    """The engine for prompts of at most `prompt_tokens` and rows of at most `total_tokens`; cached."""
     sizes = prompt_tokens, total_tokens
     if sizes not in self._engines:
       self._engines[sizes] = self._engine(*sizes)
@@ -249,7 +265,7 @@ class Assembly:
     )  # fmt: skip
 
   def collect(self, params, key, rows, *, prompt_tokens, total_tokens, completions=1, **how):
-    """Samples of completions of the rows; see rollout.episode.collect."""
+    """Samples `completions` completions of each row; see rollout.episode.collect."""
     return episode.collect(
       self.engine(prompt_tokens, total_tokens), params, key, rows, self.domains,
       tokenizer=self.tokenizer, G=completions, **how,
@@ -259,15 +275,19 @@ class Assembly:
 
   @functools.cached_property
   def heldout(self) -> dict[str, list]:
-    """The held-out rows of each domain, all prompts different."""
+    """Domain -> its evaluation.prompts held-out rows; all prompts differ."""
     return {name: self._heldout(name) for name in self.domains}
 
   def _heldout(self, name: str) -> list:
-    """A domain's; prompts that are too long for its evaluation are left out, and said on stderr."""
+    """A domain's held-out rows. Leaves out prompts that are too long, and reports them on stderr.
+
+    Raises:
+      UserError: the domain has too few prompts.
+    """
     e, domain = self.c.evaluation, self.domains[name]
     field = "long_prompt_tokens" if name in e.long_domains else "prompt_tokens"
     fits: dict[str, dict] = {}
-    too_long: dict[str, int] = {}  # Text -> tokens.
+    too_long: dict[str, int] = {}  # Prompt's text -> number of its tokens.
     start = 0
     while len(fits) < e.prompts:
       for row in domain_lib.rows(domain, "heldout", self.c.seed, start, e.prompts):
@@ -295,7 +315,7 @@ class Assembly:
     return list(fits.values())
 
   def evaluate(self, params, *, temperature: float, completions: int = 1) -> dict:
-    """DomainScore of every domain; the same prompts and random numbers at every call."""
+    """Domain -> DomainScore. Every call uses the same prompts and random numbers."""
     e, key = self.c.evaluation, jax.random.key(self.c.seed)
     scores = {}
     for long in (False, True):
@@ -316,12 +336,16 @@ class Assembly:
 
 
 def judged(c: ConfigDict) -> str:
-  """The choice of an RL stage that needs a judge, as it stands in its config; "" where none does."""
+  """The setting that makes an RL stage need a judge, for messages; "" if it needs none."""
   return "reward='pairwise'" if c.reward == "pairwise" else "mixture.preference" if "preference" in c.mixture else ""
 
 
 def check_evaluation(c: ConfigDict, name: str, completions: int) -> None:
-  """Raises UserError where evaluation can't take such lengths, or so many completions, set as `name`, of a prompt."""
+  """Checks the evaluation's lengths, and `completions` per prompt, the value of the field or flag `name`.
+
+  Raises:
+    UserError: a prompt leaves no room for an answer, or the completions of one prompt exceed a batch.
+  """
   e = c.evaluation
   check_lengths("evaluation", e.prompt_tokens, e.total_tokens)
   check_lengths("evaluation", e.long_prompt_tokens, e.long_total_tokens, "long_")
@@ -331,7 +355,7 @@ def check_evaluation(c: ConfigDict, name: str, completions: int) -> None:
 
 
 def check_lengths(section: str, prompt_tokens: int, total_tokens: int, prefix: str = "") -> None:
-  """Raises UserError where a prompt of the greatest length leaves no token for an answer."""
+  """Raises UserError if a prompt of the greatest length leaves no token for an answer."""
   if prompt_tokens >= total_tokens:
     raise UserError(
       f"{section}.{prefix}prompt_tokens={prompt_tokens}: must be below {section}.{prefix}total_tokens={total_tokens}"
@@ -339,12 +363,16 @@ def check_lengths(section: str, prompt_tokens: int, total_tokens: int, prefix: s
 
 
 def model_alone() -> ConfigDict:
-  """The config of a command that only runs a model; `from_checkpoint` adds the model's own."""
+  """The config of a command that only runs a model; `from_checkpoint` adds the field `model`."""
   return ConfigDict({"domains": (), "tasks": {}, "mesh": {"data": 1, "expert": 1}})
 
 
 def from_checkpoint(c: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Assembly, Params]:
-  """The assembly and parameters of a checkpoint of ours or an `hf:DIR`, with the model and tokenizer it names."""
+  """(assembly, parameters) of a checkpoint of ours or an `hf:DIR`, with its model and tokenizer.
+
+  Raises:
+    UserError: it cannot be loaded, or it has no tokenizer and the config has domains.
+  """
   found = loading.find(checkpoint)
   if found.tokenizer is None and c.domains:
     raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")

@@ -1,12 +1,12 @@
-"""Ratios against peers and limits: one JSON line a case, ratio > 1 where ours is better.
+"""Benchmarks against peers and hardware limits: one JSON line per case; ratio > 1 means ours is better.
 
   python -m experiments.bench SUITE
   python -m experiments.bench kernels --static
   python -m experiments.bench gpu --table=TABLE.md
 
 A line is {"suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"}. Both sides of a
-ratio run in this process, on this machine, in turns. With --static, kernels are not run: the TPU
-compiler's schedules of ours and of the peer's are compared.
+ratio run in this process, on this machine, in turns. With --static nothing is run: the schedules that the
+TPU compiler makes of our kernels and of the peers' are compared.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ SUITES = {
   "kernels": "experiments.bench_kernels",
   "rl": "experiments.bench_rl",
 }
-STATIC = "experiments.bench_schedules"  # Of the kernels, not run.
+STATIC = "experiments.bench_schedules"  # The suite `kernels` with --static.
 
 
 def run(suite: str, static: bool = False, table: str = "") -> None:
@@ -42,17 +42,17 @@ def run(suite: str, static: bool = False, table: str = "") -> None:
   module, out = importlib.import_module(STATIC if static else SUITES[suite]), sys.stdout
   device = "TPU v5p, compiled for" if static else jax.devices()[0].device_kind
   lines, began = [], time.time()
-  with contextlib.redirect_stdout(sys.stderr):  # What is measured may print too.
+  with contextlib.redirect_stdout(sys.stderr):  # The measured code may print.
     for line in module.cases():
       lines.append({"suite": suite, **line, "device": device})
       print(json.dumps(lines[-1]), file=out, flush=True)
       print(f"{time.time() - began:.0f} s", file=sys.stderr, flush=True)
-      if table:  # After every line, so that a run that is cut off leaves what it has.
+      if table:  # Rewritten after every line, so that an interrupted run keeps its results.
         Path(table).write_text(as_table(lines))
 
 
 def as_table(lines: list[dict]) -> str:
-  """The lines as a Markdown table under the device, the date and the versions that they were measured with."""
+  """The lines as a Markdown table, below a line with the device, today's date and the versions of JAX."""
   versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
   head = [
     f"{lines[0]['device']}, {datetime.date.today()}, {versions}. A ratio above 1 is better than the peer.",

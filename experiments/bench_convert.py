@@ -1,4 +1,4 @@
-"""Conversion in both directions against copying the same files, on a generated folder of shards."""
+"""Times conversion in both directions against copying the same files, on a generated folder of shards."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from nemocascade.model.hf_config import config_fields
 from nemocascade.model.hf_layout import Tree, layout
 from nemocascade.model.tensor_files import write_shards
 
-# Matrices of the published model; one block of each of its kinds.
+# The published model's sizes, but 32 experts. PATTERN has few blocks.
 MODEL = dict(
   vocab_size=131072, hidden_size=2688, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
   mamba_num_heads=64, mamba_head_dim=64, ssm_state_size=128, n_groups=8, n_routed_experts=32,
@@ -25,15 +25,15 @@ MODEL = dict(
   param_dtype="bfloat16", dtype="bfloat16",
 )  # fmt: skip
 PATTERN = "MEM*E"
-REPEATS = 3  # Of each case, in turns with copying; the best of each is compared.
+REPEATS = 3  # Runs of each side, in turns; the best of each is compared.
 
 
 def cases(directory: str = "", **model) -> Iterator[dict]:
-  """A line for each direction; ratio is our bytes a second over those of a copy.
+  """Yields a line for each direction; ratio is our bytes per second over those of a copy.
 
   Args:
-    directory: where the files are made and removed, the system's temporary one by default.
-    **model: changes of the model that is generated.
+    directory: where the files are made and removed; by default the system's temporary directory.
+    **model: changed fields of the generated model.
   """
   with tempfile.TemporaryDirectory(dir=directory or None) as place:
     root = Path(place)
@@ -51,7 +51,7 @@ def cases(directory: str = "", **model) -> Iterator[dict]:
       for _ in range(REPEATS):
         for who, act, path in (("peer", copy, copied), ("ours", work, made)):
           best[who] = max(best[who], size / _seconds(act))
-          shutil.rmtree(path)  # At once: what the system has not written yet delays nobody.
+          shutil.rmtree(path)  # Deleted at once, so that pending writes do not slow the next run.
       yield dict(
         case=case, ours=best["ours"] / 1e9, peer=best["peer"] / 1e9, peer_name="shutil.copytree",
         unit="GB/s", ratio=best["ours"] / best["peer"],
@@ -59,7 +59,7 @@ def cases(directory: str = "", **model) -> Iterator[dict]:
 
 
 def _seconds(act: Callable[[], object]) -> float:
-  os.sync()  # What the one before left for the disk to write is not this one's to wait for.
+  os.sync()  # Completes pending writes of the run before, which are not timed.
   began = time.perf_counter()
   act()
   return time.perf_counter() - began

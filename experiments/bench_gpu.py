@@ -1,10 +1,10 @@
-"""One card in one run: is every GPU form right, how fast are the kernels, a training step and decoding.
+"""Checks the GPU kernels on one card, and times kernels, a training step and decoding.
 
   python -m experiments.bench gpu --table=TABLE.md
 
-Lines of correctness compare an error with its tolerance, so that a ratio above 1 is a pass. The model is
-a hybrid of Nano's proportions at half its width. On a machine without a GPU the same cases run at tiny
-sizes, with the kernels in Pallas' interpreter: that tests the benchmark, and its times mean nothing.
+Lines of correctness compare an error with its tolerance: a ratio above 1 passes. The model is a hybrid
+with Nano's proportions at half its width. Without a GPU the same cases run at tiny sizes, with the kernels in
+Pallas' interpreter. That tests the benchmark itself; its times mean nothing.
 """
 
 import dataclasses
@@ -28,29 +28,30 @@ from nemocascade.step.optimizer import make_optimizer, new_state
 from nemocascade.step.sft import sft_step
 from nemocascade.types import Batch
 
-PEAK = {"H100": 989.0, "H200": 989.0}  # Dense bf16 TFLOP/s of the SXM parts, by NVIDIA's data sheets.
-REPEATS = 5  # Steps that are timed after the one that compiles; their median is told.
+PEAK = {"H100": 989.0, "H200": 989.0}  # Dense bf16 TFLOP/s of the SXM cards; NVIDIA's data sheets.
+REPEATS = 5  # Timed steps after the one that compiles. Their median is reported.
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What is run; the defaults are for a card of 80 GB."""
+  """Sizes of the cases; the defaults are for a card with 80 GB."""
 
   width: int = 1344  # Half of Nano's.
-  experts: int = 64  # Half of Nano's; 6 work on a token, as there.
-  unit: str = "MEMEM*E"  # Of the pattern.
-  repeats: int = 3  # Of the unit.
+  experts: int = 64  # Half of Nano's; 6 per token, as in Nano.
+  unit: str = "MEMEM*E"  # The repeated part of the layer pattern.
+  repeats: int = 3  # How often `unit` is repeated.
   vocab_size: int = 65_536
   rows: int = 4
   row_tokens: int = 8_192
-  documents: int = 4  # Of a row, of equal length.
+  documents: int = 4  # Per row, of equal length.
   decode_rows: tuple[int, ...] = (64, 256)
-  decode_context: int = 2_048  # Tokens that the caches have room for.
+  decode_context: int = 2_048  # Capacity of the caches, in tokens.
   decode_tokens: int = 64
-  # Rows, columns in and out, experts. fp32 is multiplied by no matrix unit: Triton takes minutes for a large tile.
+  # (dtype, rows, columns in, columns out, experts). fp32 has small shapes only: no matrix unit multiplies
+  # fp32, and Triton compiles a large fp32 tile for minutes.
   kernel_shapes: tuple = (("float32", 1_000, 136, 200, 5), ("bfloat16", 1_000, 136, 200, 5), ("bfloat16", 4_096, 2_688, 1_856, 8))
   kernel_tokens: tuple[int, ...] = (4_096, 32_768)
-  interpret: bool = False  # Kernels in Pallas' interpreter.
+  interpret: bool = False  # Whether kernels run in Pallas' interpreter.
 
 
 TINY = Sizes(
@@ -74,9 +75,12 @@ def cases() -> Iterator[dict]:
 
 
 def correct(sizes: Sizes) -> Iterator[dict]:
-  """The GPU form of the product and of the routed MLP against the blocked form in fp32: values and gradients."""
+  """Errors of the GPU form of the routed product and MLP against the blocked form in fp32.
+
+  Values and gradients of the product, gradients of the MLP.
+  """
   how = dict(form="gpu", interpret=sizes.interpret)
-  with jax.default_matmul_precision("highest"):  # Of the reference: fp32 would be TF32.
+  with jax.default_matmul_precision("highest"):  # Otherwise the fp32 reference would use TF32.
     for name, *shape in sizes.kernel_shapes:
       dtype, (N, D, F, E) = jnp.dtype(name), shape
       tolerance = 1e-5 if name == "float32" else 2**-6
@@ -90,7 +94,7 @@ def _loads(N: int, E: int) -> dict[str, list[int]]:
 
 
 def _product_errors(how: dict, shape: list[int], dtype) -> dict[str, float]:
-  """Of each load; one program serves them all."""
+  """Name of a load (rows of each expert) -> relative error. One compiled program serves all loads."""
   N, D, F, E = shape
   keys = jax.random.split(jax.random.key(0), 3)
   args = [
@@ -131,7 +135,7 @@ def _mlp_error(how: dict, shape: list[int], dtype) -> float:
 
 
 def _relative_error(got, expected) -> float:
-  """The largest, over arrays, of the largest difference over the largest value; NaN where anything is NaN."""
+  """max over arrays of max|got - expected| / max|expected|; NaN if any number is NaN."""
   errors = []
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -140,7 +144,7 @@ def _relative_error(got, expected) -> float:
 
 
 def model_correct() -> Iterator[dict]:
-  """Log-probabilities and gradients of a small whole model on this device against fp32 on the CPU."""
+  """Errors of a small model's log-probabilities and gradients on this device against fp32 on the CPU."""
   config = model_config(dataclasses.replace(TINY, width=64, vocab_size=256), remat=False, dtype="float32")
   params = jax.device_get(init_params(config, jax.random.key(0)))
   rng = np.random.default_rng(0)
@@ -166,7 +170,7 @@ def model_correct() -> Iterator[dict]:
 
 
 def _error_line(case: str, error: float, tolerance: float) -> dict:
-  """`ours` is the error; a NaN gives a ratio of 0."""
+  """A line whose `ours` is the error and `peer` the tolerance; a NaN or infinity gives ratio 0."""
   ratio = tolerance / max(error, 1e-12) if math.isfinite(error) else 0.0
   return dict(case=case, ours=error, peer=tolerance, peer_name="tolerance", unit="error", ratio=ratio)
 
@@ -175,13 +179,13 @@ def _error_line(case: str, error: float, tolerance: float) -> dict:
 
 
 def dense_rate(side: int) -> float:
-  """TFLOP/s of a square product in bf16."""
+  """TFLOP/s of a square bf16 matmul with this side."""
   square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
   return 2 * side**3 / 1e12 / _median_seconds(jax.jit(jnp.matmul), square, square)
 
 
 def copy_rate(nbytes: int) -> float:
-  """GB/s of reading an array and writing another, counting both."""
+  """GB/s, read plus written, of a program that reads one array and writes another."""
   array = jax.random.normal(jax.random.key(0), (nbytes // 4,))
   return 2 * nbytes / 1e9 / _median_seconds(jax.jit(lambda a: a * 1.5), array)
 
@@ -195,7 +199,7 @@ def _median_seconds(fn: Callable, *args) -> float:
 
 
 def model_config(sizes: Sizes, **how) -> ModelConfig:
-  """Nano's widths relative to its own: heads of 128, experts of .69, a shared expert of 1.38."""
+  """A hybrid with Nano's proportions: heads of 128, experts of 0.69 width, a shared expert of 1.38 width."""
   D = sizes.width
   small = D < 256
   return ModelConfig(
@@ -214,10 +218,10 @@ def score_fn(config: ModelConfig) -> Callable:
 
 
 def flops_a_token(config: ModelConfig, length: int) -> float:
-  """Of a forward pass, for documents of one length: products with weights, attention, the scan.
+  """FLOPs per token of a forward pass over documents of one length: weights, attention and scan.
 
-  Attention's are those of the keys that a token sees, (length + 1) / 2 on average; the scan's those of its
-  recurrence, 3 multiplications and additions for each number of the state.
+  A token attends to (length + 1) / 2 keys on average. The scan counts its recurrence: 3 multiplications and
+  3 additions per number of the state.
   """
   c, pattern = config, config.hybrid_override_pattern
   attention = pattern.count("*") * 4 * c.num_attention_heads * c.head_dim * (length + 1) / 2
@@ -229,7 +233,11 @@ def flops_a_token(config: ModelConfig, length: int) -> float:
 
 
 def train(sizes: Sizes, dense: float) -> Iterator[dict]:
-  """An SFT step in bf16 with fp32 weights and AdamW: model FLOPs without what is recomputed."""
+  """TFLOP/s of an SFT step: bf16 products, fp32 weights, AdamW. Recomputed operations do not count.
+
+  Args:
+    dense: the card's rate for a dense matmul, in TFLOP/s, as a limit.
+  """
   config = model_config(sizes, dtype="bfloat16", param_dtype="float32", remat=True)
   tx = make_optimizer(peak_lr=1e-4, warmup_steps=10, total_steps=100)
   state = jax.jit(lambda key: new_state(tx, init_params(config, key)))(jax.random.key(0))
@@ -242,7 +250,7 @@ def train(sizes: Sizes, dense: float) -> Iterator[dict]:
   began, seconds = time.perf_counter(), []
   for _ in range(REPEATS + 1):
     state, metrics = step(state, batch)
-    loss = float(metrics["loss/sft"])  # Waits.
+    loss = float(metrics["loss/sft"])  # Waits for the step.
     seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
   if not math.isfinite(loss):
@@ -266,7 +274,11 @@ def train(sizes: Sizes, dense: float) -> Iterator[dict]:
 
 
 def decode(sizes: Sizes, copy: float) -> Iterator[dict]:
-  """A tick of the rollout's own loop beside the time that reading weights and states would take."""
+  """Tokens/s of the rollout's decoding loop, against the time to read the weights and move the states.
+
+  Args:
+    copy: the card's memory rate, in GB/s.
+  """
   config = model_config(sizes, dtype="bfloat16", param_dtype="bfloat16")
   params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
   model = Hybrid(config)
@@ -277,7 +289,7 @@ def decode(sizes: Sizes, copy: float) -> Iterator[dict]:
   )  # fmt: skip
   prompt = np.random.default_rng(0).integers(0, sizes.vocab_size, sizes.decode_context // 2).tolist()
   for B in sizes.decode_rows:
-    for end in (1, sizes.decode_tokens):  # One token compiles.
+    for end in (1, sizes.decode_tokens):  # The run of one token compiles; the other is timed.
       d = engine.start(params, [prompt], B)
       d = d.replace(limit_B=jnp.full((B,), len(prompt) + end, jnp.int32))
       state_bytes = sum(a.nbytes for a in jax.tree.leaves(d.state.units))
@@ -295,7 +307,10 @@ def decode(sizes: Sizes, copy: float) -> Iterator[dict]:
 
 
 def _moved(state_bytes: int, d, sizes: Sizes) -> float:
-  """Bytes of states that a tick must move: recurrent ones are read and written, caches read as far as they are full."""
+  """Bytes of states that a decoding step must move.
+
+  Recurrent states are read and written. Caches are read as far as they are filled.
+  """
   caches = sum(
     leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(d.state.units) if path[-1].key in ("k_BKSH", "v_BKSH")
   )

@@ -1,4 +1,4 @@
-"""The routed matmul and the routed MLP against peers, timed on this machine."""
+"""Times the routed matmul and the routed MLP against peers on this machine."""
 
 import functools
 import importlib.util
@@ -11,21 +11,21 @@ import jax.numpy as jnp
 
 from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
 
-REPEATS = 3  # In turns; the best of each is compared.
-D, F, E, X = 2688, 1856, 128, 6  # Nano's.
+REPEATS = 3  # Timed runs, in turns; the best of each is compared.
+D, F, E, X = 2688, 1856, 128, 6  # Nano's hidden size, expert width, experts, experts per token.
 TOKENS = (4096, 32768, 262144)
-# How alike the experts' loads are: exponent of Zipf's law, by which tokens choose.
+# Name -> exponent of Zipf's law, by which tokens choose experts; 0 gives equal loads.
 LOADS = {"balanced": 0.0, "skewed": 1.0}
-DENSE = 8192  # Side of the square product that tells a card's dense rate.
+DENSE = 8192  # Side of the square matmul that measures the card's dense rate.
 
 
 def cases() -> Iterator[dict]:
-  """On a GPU at Nano's shapes in bf16, with gradients; elsewhere small products in fp32."""
+  """GPU: Nano's shapes in bf16, with gradients. Elsewhere: small forward products in fp32."""
   return gpu_cases() if jax.default_backend() == "gpu" else cpu_cases()
 
 
 def cpu_cases(D: int = 256, F: int = 192, rows: int = 4096) -> Iterator[dict]:
-  """The platform's own form against jax.lax.ragged_dot on uneven random loads."""
+  """The routed matmul in this platform's form against jax.lax.ragged_dot, with random group sizes."""
   for experts in (16, 128):
     keys = jax.random.split(jax.random.key(experts), 3)
     x_ND = jax.random.normal(keys[0], (rows, D))
@@ -39,7 +39,7 @@ def cpu_cases(D: int = 256, F: int = 192, rows: int = 4096) -> Iterator[dict]:
 def gpu_cases(
   D: int = D, F: int = F, E: int = E, X: int = X, tokens: tuple[int, ...] = TOKENS, dense: int = DENSE
 ) -> Iterator[dict]:
-  """Forward, dx and dw of a product and the whole routed MLP, against each peer that runs here."""
+  """The forward product, its dx and dw, and the routed MLP, against each peer that runs here."""
   bf16 = jnp.bfloat16
   square = jax.random.normal(jax.random.key(0), (dense, dense), bf16)
   rate = _rates({"dense": jnp.matmul}, (square, square), 2 * dense**3 / 1e12)["dense"]
@@ -75,7 +75,10 @@ def gpu_cases(
 
 
 def choices(key, T: int, E: int, X: int, exponent: float):
-  """X different experts of each token, the e-th with weight (e + 1) ** -exponent, and fp32 weights."""
+  """Random routing: (expert_TX int, weight_TX bf16 in [0, 1)).
+
+  Each token draws X different experts; expert e has probability weight (e + 1) ** -exponent.
+  """
   keys = jax.random.split(key)
   popularity_1E = -exponent * jnp.log1p(jnp.arange(E, dtype=jnp.float32))[None]
   expert_TX = jax.lax.top_k(popularity_1E + jax.random.gumbel(keys[0], (T, E)), X)[1]
@@ -83,7 +86,7 @@ def choices(key, T: int, E: int, X: int, exponent: float):
 
 
 def peers() -> dict[str, Callable]:
-  """Products x_ND, w_EDF, group_sizes_E -> y_NF: XLA's, and tokamax's where it is installed."""
+  """Name -> function (x_ND, w_EDF, group_sizes_E) -> y_NF: XLA's, and tokamax's if installed."""
   found: dict[str, Callable] = {"jax.lax.ragged_dot": jax.lax.ragged_dot}
   if importlib.util.find_spec("tokamax"):
     import tokamax
@@ -94,7 +97,7 @@ def peers() -> dict[str, Callable]:
 
 
 def chain(product: Callable, x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
-  """The routed MLP as it is usually put together: sort, gather, product, activation, product, scatter."""
+  """The usual routed MLP: sort, gather, product, relu², product, weights, scatter-add. Returns [T, D]."""
   (T, X), E = expert_TX.shape, up_EDF.shape[0]
   order_N = jnp.argsort(expert_TX.reshape(T * X), stable=True)
   sizes_E = jnp.bincount(expert_TX.reshape(T * X), length=E).astype(jnp.int32)
@@ -116,7 +119,7 @@ def _dw(product: Callable) -> Callable:
 
 
 def _mlp_gradients(mlp: Callable) -> Callable:
-  """Of x, both matrices and the weights, by a gradient of the result that is random enough."""
+  """The gradients of x, both matrices and the weights, with the result itself as the cotangent."""
 
   def gradients(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
     y, back = jax.vjp(lambda x, u, d, w: mlp(x, u, d, expert_TX, w), x_TD, up_EDF, down_EFD, weight_TX)
@@ -126,13 +129,13 @@ def _mlp_gradients(mlp: Callable) -> Callable:
 
 
 def _rates(forms: dict[str, Callable], args: tuple, work: float) -> dict[str, float]:
-  """Work a second of each form, by its best run; one that does not run here is left out, with a line."""
+  """Name -> `work` per second of the best run. A peer that fails is left out and reported on stderr."""
   compiled, best = {}, {}
   for name, form in forms.items():
     try:
       compiled[name] = jax.jit(form).lower(*args).compile()
-      jax.block_until_ready(compiled[name](*args))  # Warm, and in memory.
-    except Exception as error:  # A peer's own; whatever it is, the others are compared.
+      jax.block_until_ready(compiled[name](*args))  # Warm-up.
+    except Exception as error:  # Any failure of a peer: the others are still compared.
       if name == "ours":
         raise
       print(f"{name} does not run: {str(error).splitlines()[0][:200]}", file=sys.stderr)

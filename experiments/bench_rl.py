@@ -1,9 +1,9 @@
-"""One whole RL step against TRL's GRPOTrainer: the same weights, prompts, reward, sizes and machine.
+"""Times a whole RL step against TRL's GRPOTrainer, with equal weights, prompts, reward, sizes and machine.
 
-A step is rollout, verdict, advantage and update, each side in its own training loop: ours is
-experiments.rl, theirs is in bench_trl. They take turns, step by step. Both sample every completion
-to its full length: weights are made so that no special token is ever drawn. Once both compute in bf16
-with fp32 weights, as the recipe has it, and once in fp32.
+A step is rollout, verdict, advantage and update. Each side runs its own training loop: ours is
+experiments.rl, theirs is in bench_trl. They take turns, step by step. Both sample every completion to its
+full length, because the weights are built so that no special token is drawn. The comparison runs twice: in
+bf16 with fp32 weights, as in the recipe, and in fp32.
 """
 
 import functools
@@ -36,18 +36,18 @@ MODEL = dict(  # 11.9M parameters.
   vocab_size=1024, hidden_size=256, hybrid_override_pattern="MEMEM*EMEME", num_attention_heads=8,
   num_key_value_heads=2, head_dim=32, mamba_num_heads=8, mamba_head_dim=64, ssm_state_size=64,
   n_groups=2, chunk_size=64, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=192,
-  moe_shared_expert_intermediate_size=384, time_step_limit=(0.001, math.inf),  # As transformers clamps dt.
+  moe_shared_expert_intermediate_size=384, time_step_limit=(0.001, math.inf),  # transformers' clamp of dt.
 )  # fmt: skip
 PROMPTS, COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS = 8, 8, 16, 64
-STEPS = 6  # Of which the first, that compiles, is told apart; the best of the others is compared.
+STEPS = 6  # The first compiles and is reported separately; the best of the others is compared.
 SCORED = 4  # Rows whose log-probabilities are compared before anything is timed.
-DTYPES = {"bfloat16": 0.25, "float32": 1e-3}  # Of both sides' products, and how far log-probabilities may differ: nats.
+DTYPES = {"bfloat16": 0.25, "float32": 1e-3}  # Product dtype -> allowed log-prob. difference, nats.
 PHASES = ("rollout", "verdict", "advantage", "update")
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 
 
 class Initials(Domain):
-  """Words that begin with a letter: the reward is their share of the completion."""
+  """Asks for words with a given initial. The reward is the share of such words in the completion."""
 
   name = "initials"
   thinking = False
@@ -63,21 +63,21 @@ class Initials(Domain):
 
 
 def share(text: str, letter: str) -> float:
-  """Of a text's words, those that begin with the letter."""
+  """The share of a text's words that begin with the letter; 0 for an empty text."""
   found = text.split()
   return sum(word.startswith(letter) for word in found) / max(len(found), 1)
 
 
 @functools.cache
 def words(count: int) -> tuple[str, ...]:
-  """Made-up words of four letters; initials come in turn."""
+  """`count` made-up words of four letters, whose initials cycle through the consonants."""
   rest = itertools.product(VOWELS, CONSONANTS, VOWELS)
   return tuple("".join((first, *others)) for others in rest for first in CONSONANTS)[:count]
 
 
 def make_tokenizer(size: int) -> HuggingFaceTokenizer:
-  """One token a word, spaces being none: a prompt of `Initials` has 16."""
-  from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # Of the extra [bench].
+  """A tokenizer of `size` tokens with one token per word, none for spaces. A prompt of `Initials` has 16."""
+  from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # From the extra [bench].
 
   known = [*SPECIAL_NAMES, "system", "user", "assistant", "words", "with", "not", "like", *CONSONANTS]
   known += words(size - len(known))
@@ -90,7 +90,11 @@ def make_tokenizer(size: int) -> HuggingFaceTokenizer:
 
 
 def config(**model) -> ConfigDict:
-  """GRPO as both sides compute it: on policy, one update, a mean over the batch's tokens, no KL."""
+  """The run's config, for GRPO as both sides compute it: on-policy, one update, token mean, no KL.
+
+  Args:
+    **model: changed fields of MODEL.
+  """
   c = tiny_rl.fields()
   c.update(guards.fields())
   c.seed, c.steps = 0, STEPS
@@ -108,7 +112,7 @@ def config(**model) -> ConfigDict:
 
 
 def assembly(c: ConfigDict, workdir: Path) -> Assembly:
-  """The assembly of an RL run, with the one domain that no registry knows."""
+  """The assembly of an RL run whose only domain is `Initials`, which is not in the registry."""
   alone = model_alone()
   alone.update(model=c.model, seed=c.seed)
   a = Assembly(alone, workdir, make_tokenizer(c.model.vocab_size))
@@ -119,9 +123,9 @@ def assembly(c: ConfigDict, workdir: Path) -> Assembly:
 def endless_params(a: Assembly) -> Params:
   """Fresh parameters under which no special token is drawn.
 
-  The first number of every hidden state is 1, since no block adds to it, and the head gives special
-  tokens a large negative weight on it. The others are as large, and not 1 / 50 of it: else tokens would
-  hardly differ, and all of them would choose the same experts.
+  No block writes to the first number of a hidden state, so it stays 1, and the head gives special tokens a
+  large negative weight on it. Embeddings are scaled to a standard deviation of 1: at the usual 1/50, tokens
+  would hardly differ, and all would choose the same experts.
   """
   writes = ("out_proj", "o_proj", "down_proj", "shared_down_proj")
 
@@ -137,7 +141,7 @@ def endless_params(a: Assembly) -> Params:
 
 
 def save(a: Assembly, params: Params, stage_dir: Path) -> str:
-  """A checkpoint of ours to start from, as a stage leaves it; returns its path."""
+  """Writes a checkpoint in the layout of a stage, with these parameters; returns its path."""
   a.save_model_files(stage_dir)
   store = Store(stage_dir / "checkpoints")
   store.save(1, TrainState(jnp.zeros((), jnp.int32), params, {}), {})
@@ -145,7 +149,10 @@ def save(a: Assembly, params: Params, stage_dir: Path) -> str:
 
 
 def run_ours(c: ConfigDict, a: Assembly, start: str, stage_dir: Path, between=lambda: None):
-  """(seconds of each step, seconds of each phase of each step); `between` is called after each."""
+  """Runs our side. Returns (seconds of each step, {phase: seconds} of each step).
+
+  `between` is called after each step, outside the measured time.
+  """
   seconds, mark = [], time.perf_counter()
 
   def watch(*_) -> bool:
@@ -164,7 +171,7 @@ def run_ours(c: ConfigDict, a: Assembly, start: str, stage_dir: Path, between=la
 
 
 def prompts(c: ConfigDict, a: Assembly) -> tuple[list[str], list[list[int]], list[str]]:
-  """(text, tokens, letter) of every prompt of the run, in the order in which ours takes them."""
+  """(texts, tokens, letters) of all prompts of the run, in the order in which our side draws them."""
   rows = domain_lib.rows(a.domains[Initials.name], "train", c.seed, 0, c.steps * c.rollout.prompts)
   pieces = [
     chat.render(domain_lib.prompt_messages(row), enable_thinking=False, add_generation_prompt=True)
@@ -175,7 +182,7 @@ def prompts(c: ConfigDict, a: Assembly) -> tuple[list[str], list[list[int]], lis
 
 
 def cases() -> Iterator[dict]:
-  """A line for the step and for each of its phases; ratio is their seconds over ours."""
+  """Yields a line for the step and for each phase; ratio is TRL's seconds over ours."""
   try:
     from experiments import bench_trl
   except ImportError as error:
@@ -188,7 +195,7 @@ def cases() -> Iterator[dict]:
 
 
 def of_dtype(dtype: str, bench_trl) -> Iterator[dict]:
-  """The lines of products in one dtype."""
+  """The lines of the comparison with products in one dtype."""
   with tempfile.TemporaryDirectory() as place:
     root = Path(place)
     c = config(dtype=dtype)
@@ -215,13 +222,17 @@ def of_dtype(dtype: str, bench_trl) -> Iterator[dict]:
 
 
 def _best(seconds: list[float], phases: list[dict]) -> dict[str, float]:
-  """Of the steps after the first: the best one, and its phases."""
+  """{"step" or phase: seconds} of the fastest step after the first."""
   best = min(range(1, len(seconds)), key=seconds.__getitem__)
   return {"step": seconds[best]} | {phase: phases[best][phase] for phase in PHASES}
 
 
 def _compare(a: Assembly, params: Params, theirs, c: ConfigDict, tokens: list[list[int]]) -> float:
-  """The largest difference of the log-probabilities that enter the loss, which must be small."""
+  """The largest difference, in nats, of the log-probabilities that both sides give the same tokens.
+
+  Raises:
+    RuntimeError: it exceeds the tolerance of DTYPES, or the sides tokenize a prompt differently.
+  """
   if (said := theirs.prompt_tokens()) != tokens:
     raise RuntimeError(f"the two sides read a prompt differently: {said[0]} and {tokens[0]}")
   rng, new = np.random.default_rng(0), c.rollout.total_tokens - c.rollout.prompt_tokens

@@ -1,4 +1,4 @@
-"""The TPU compiler's own schedules of the routed matmul and of peers, and bytes of the whole routed MLP."""
+"""Compares TPU compiler schedules of the routed matmul and of peers, and HBM bytes of the routed MLP."""
 
 import functools
 import importlib.util
@@ -23,18 +23,19 @@ from nemocascade.kernels import routed_matmul_tpu as tpu
 from nemocascade.kernels.groups import group_bounds
 from nemocascade.kernels.routed_mlp_sorted import relu2, weigh
 
-ROWS = 8192  # Of the static products; a kernel's schedule does not depend on it.
-EXPERTS = 16  # Nor on this.
-PEER_TILE = (512, 896, 640)  # Rows, summed, columns; F is padded to 1920 for it.
-# v5p, by its published peak: 459 TFLOP/s of two cores with four 128 x 128 units each, 2,765 GB/s.
+ROWS = 8192  # Rows of the compiled products. A kernel's schedule depends on neither ROWS nor EXPERTS.
+EXPERTS = 16
+PEER_TILE = (512, 896, 640)  # (rows, summed, columns). F is padded to 1920 for it.
+# v5p, from its published 459 TFLOP/s and 2,765 GB/s: two cores, each with four 128 x 128 matrix units.
+# CLOCK in Hz, BANDWIDTH in bytes/s.
 CLOCK, CORES, BANDWIDTH = 1.75e9, 2, 2.765e12
 
 
 def cases() -> Iterator[dict]:
-  """What v5p's compiler made of the products of Nano's experts, and bytes of the whole routed MLP.
+  """Yields lines on v5p schedules of the products of Nano's experts, and on the routed MLP's HBM bytes.
 
-  Of a kernel the branch-free stretch counts in which the matrix units do most: the loop that whole
-  tiles spend their time in. Bundles are those of 1e9 useful operations, padding being none.
+  A kernel is measured in the branch-free stretch of instructions with the most matrix operations: the inner
+  loop over whole tiles. Bundles are counted per 1e9 useful operations; work on padding is not useful.
   """
   peers = {name: _schedule(name) for name in PEERS if name == "megablox" or importlib.util.find_spec(name)}
   ours = {name: _schedule(name) for name in PRODUCTS}
@@ -69,23 +70,31 @@ def cases() -> Iterator[dict]:
 
 
 def bound(T: int, bundles: float, moved: int) -> float:
-  """Seconds of the routed MLP's forward, in which tiles that experts share cost nothing extra."""
+  """Lower bound in seconds of the routed MLP's forward: compute or memory, whichever takes longer.
+
+  Ignores the extra cost of tiles that several experts share.
+
+  Args:
+    T: tokens.
+    bundles: per 1e9 useful operations.
+    moved: HBM bytes.
+  """
   return max(2 * 2 * T * X * D * F / 1e9 * bundles / (CLOCK * CORES), moved / BANDWIDTH)
 
 
 def mlp_bytes(T: int) -> int:
-  """HBM bytes of our routed MLP's forward: every array times the passes over it; bf16."""
+  """HBM bytes of our routed MLP's forward on T tokens: each array's bf16 size times the passes over it."""
   N = T * X
   up, down = N * (D + F) + E * D * F, N * (F + D) + E * D * F
-  weights = N * 512 // 2  # A column of fp32 takes 128 lanes.
+  weights = N * 512 // 2  # An fp32 column is padded to 128 lanes.
   return 2 * (_gather(N) + up + down + weights + _combine(T))
 
 
 def mlp_backward_bytes(T: int) -> int:
-  """The same of its backward, in which x is gathered anew and of what is F wide only the activation is there."""
+  """HBM bytes of its backward. x is gathered again; of the arrays of width F only the activation is saved."""
   N, experts = T * X, E * D * F
   da, dx = N * (D + F) + experts, N * (F + D) + experts
-  between = 2 * N * F + 2 * N * F  # The activation and da are read; dh and the weighed activation written.
+  between = 2 * N * F + 2 * N * F  # Reads the activation and da; writes dh and the weighted activation.
   return 2 * (2 * _gather(N) + da + between + 2 * (N * (D + F) + experts) + dx + _combine(T))
 
 
@@ -94,37 +103,40 @@ def _gather(N: int) -> int:
 
 
 def _combine(T: int) -> int:
-  """A token's rows side by side, then their sum."""
+  """Writes each token's X rows next to each other, reads them, and writes their sum."""
   return 2 * T * X * D + T * X * D + T * D
 
 
 def chain_bytes(T: int) -> int:
-  """The forward of the usual chain: rows are read once for each tile of columns, experts for each tile."""
+  """HBM bytes of the usual chain's forward: rows are read per column tile, an expert per row tile."""
   N = T * X
   activation = 2 * N * WIDE
   return 2 * (_gather(N) + _tiled(N, D, WIDE) + activation + _tiled(N, WIDE, D) + _scatter(T))
 
 
 def chain_backward_bytes(T: int) -> int:
-  """Its backward: both activations and the weighed output's rows were kept."""
+  """HBM bytes of its backward. The forward saved both activations and the output rows."""
   N = T * X
-  weighed = _gather(N) + N * D  # dy by rows, and the output's rows for the weights' gradient.
+  weighed = _gather(N) + N * D  # dy by rows, and the output rows, for the gradient of the router's weights.
   experts = 2 * (N * WIDE * -(-D // PEER_TILE[1]) + N * D * (WIDE // PEER_TILE[2]) + E * D * WIDE)
   return 2 * (weighed + _tiled(N, D, WIDE) + 3 * N * WIDE + experts + _tiled(N, WIDE, D) + _scatter(T))
 
 
-WIDE = 1920  # F as the chain pads it.
+WIDE = 1920  # F as padded by the usual chain.
 
 
 def _tiled(N: int, inner: int, outer: int) -> int:
-  """A product of N rows: of [rows, inner] for each tile of columns, of an expert for each tile of rows."""
-  visits = -(-N // PEER_TILE[0]) + E - 1  # Groups don't end where tiles do.
+  """Numbers moved by a tiled product [N, inner] x [inner, outer] of each expert.
+
+  Rows are read once per column tile, an expert's matrix once per row tile; the result is written once.
+  """
+  visits = -(-N // PEER_TILE[0]) + E - 1  # A tile that two experts share is visited twice.
   columns = PEER_TILE[2] if outer == WIDE else PEER_TILE[1]
   return N * inner * (outer // columns) + visits * inner * outer + N * outer
 
 
 def _scatter(T: int) -> int:
-  """Each row is read, and its token's sum read and written."""
+  """Numbers moved by the scatter-add: reads each row, and reads and writes its token's sum."""
   return T * X * D + 2 * T * X * D + T * D
 
 
@@ -134,15 +146,15 @@ def _ours(x_ND, w_EDF, sizes_E, *extras, **how):
 
 
 def _megablox(x_ND, w_EDF, sizes_E):
-  w_EDF = jnp.pad(w_EDF, [(0, 0), (0, 0), (0, -F % 128)])  # It takes whole tiles.
+  w_EDF = jnp.pad(w_EDF, [(0, 0), (0, 0), (0, -F % 128)])  # megablox takes whole tiles only.
   return megablox.gmm(x_ND, w_EDF, sizes_E, jnp.bfloat16, PEER_TILE)
 
 
-TOKAMAX_TILE = (512, 2688, 384)  # The largest of its kind within the 16 MiB that it asks for.
+TOKAMAX_TILE = (512, 2688, 384)  # (rows, summed, columns): the largest that fits 16 MiB of VMEM.
 
 
 def _tokamax(x_ND, w_EDF, sizes_E):
-  """Its table has no tile for Nano's shapes, and its public function runs only where a TPU is."""
+  """tokamax's private kernel. Its public one needs a TPU and has no tile for Nano's shapes."""
   from tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel import gmm
 
   precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
@@ -158,7 +170,7 @@ _rows = lambda columns: ((ROWS, columns), jnp.bfloat16)
 _experts = lambda inner, outer: ((EXPERTS, inner, outer), jnp.bfloat16)
 _sizes, _column = ((EXPERTS,), jnp.int32), ((ROWS, 1), jnp.float32)
 
-# name -> (the product, shapes and dtypes of what it takes).
+# Name -> (product, (shape, dtype) of each argument).
 PRODUCTS = {
   "up": (_ours, (_rows(D), _experts(D, F), _sizes)),
   "up_relu2": (functools.partial(_ours, finish=relu2), (_rows(D), _experts(D, F), _sizes)),
@@ -167,7 +179,7 @@ PRODUCTS = {
   "down_dx": (functools.partial(_ours, transpose=True), (_rows(D), _experts(F, D), _sizes)),
   "up_dw": (_weights, (_rows(D), _rows(F), _sizes)),
 }
-# The same, and the tile (rows, summed, columns) that it goes by.
+# Name -> (product, (shape, dtype) of each argument, tile (rows, summed, columns)).
 PEERS = {
   "megablox": (_megablox, PRODUCTS["up"][1], PEER_TILE),
   "tokamax": (_tokamax, PRODUCTS["up"][1], TOKAMAX_TILE),
@@ -175,7 +187,7 @@ PEERS = {
 
 
 def _stretch_flops(name: str) -> float:
-  """Useful operations of the stretch that `read_schedule` finds: one step of a tile."""
+  """Useful operations (2 per multiply-add) in the stretch that `read_schedule` finds: one step of a tile."""
   if name in PEERS:
     rows, depth, columns = PEERS[name][2]
     return 2 * rows * depth * columns * F / WIDE
@@ -189,7 +201,13 @@ def _stretch_flops(name: str) -> float:
 
 
 def _schedule(name: str) -> tuple[float, float]:
-  """Share of slots and bundles of a program, compiled in a process of its own: its flags are global."""
+  """(share of matmul slots used, bundles per 1e9 useful operations) of a program.
+
+  It is compiled in its own process, because compiler flags are global.
+
+  Raises:
+    UserError: it does not compile.
+  """
   with tempfile.TemporaryDirectory() as place:
     environment = os.environ | {
       "TPU_SKIP_MDS_QUERY": "1",
@@ -208,7 +226,11 @@ def _schedule(name: str) -> tuple[float, float]:
 
 
 def read_schedule(place: Path) -> tuple[float, int]:
-  """(share of slots, bundles) of the busiest branch-free stretch of the kernel dumped in a folder."""
+  """Reads the compiler's dump of a kernel in the folder `place`.
+
+  Returns:
+    (share of matmul slots used, bundles) of the branch-free stretch with the most matrix operations.
+  """
   kernel = re.compile(r"(\d+)-(routed_product|routed_weight_product|gmm)[^-]*-\d+-final_bundles.txt")
   (file, stamp), *_ = [(p, m[1]) for p in place.iterdir() if (m := kernel.fullmatch(p.name))]
   (use,) = place.glob(f"{stamp}-*final_hlo-static-per-bundle-utilization.txt")
@@ -216,14 +238,14 @@ def read_schedule(place: Path) -> tuple[float, int]:
   busy = [int(row[0]) for row in rows]
   bundle = re.compile(r"\s*(?:0x)?([0-9a-f]+)\s+(?:([A-Z]{2})\s*)?:(.*)")
   found = [m for line in file.read_text().splitlines() if (m := bundle.fullmatch(line))]
-  # A label begins a stretch, a branch ends one.
+  # Stretches begin at labels and end at branches.
   edges = sorted({0, len(busy), *(int(m[1], 16) for m in found if m[2] or "sbr.rel" in m[3])})
   stretch = max((busy[i:j] for i, j in itertools.pairwise(edges)), key=sum)
   return sum(stretch) / len(stretch) / int(capacity), len(stretch)
 
 
 def _compile(name: str) -> None:
-  """Compiles a program for v5p; the compiler's flags say where its dump goes."""
+  """Compiles a program for v5p. The environment's compiler flags name the folder of the dump."""
   fn, shapes, *_ = (PRODUCTS | PEERS)[name]
   chip = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
   place = SingleDeviceSharding(chip)
@@ -232,7 +254,7 @@ def _compile(name: str) -> None:
 
 
 def _told(chip: jax.Device) -> jax.sharding.AbstractMesh:
-  """A mesh of one such chip, by which Pallas' pipelines know what they are lowered for."""
+  """An abstract mesh of one such chip, from which Pallas' pipelines read the target chip."""
   device = jax.sharding.AbstractDevice(chip.device_kind, chip.num_cores, chip.platform)
   return jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)
 

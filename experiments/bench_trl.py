@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer for bench_rl: its own training loop, one step at a time when asked.
+"""Runs TRL's GRPOTrainer for bench_rl: its own training loop in a thread, one step per call.
 
-Settings that are not the recipe's are those that are fastest on a CPU.
+Settings outside the recipe are those that are fastest on a CPU.
 """
 
 import os
@@ -19,16 +19,16 @@ from ml_collections import ConfigDict
 from transformers import NemotronHForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 NAME = f"trl {trl.__version__} GRPOTrainer (transformers {transformers.__version__}, torch {torch.__version__})"
-EXPERTS = "grouped_mm"  # Of the implementations that transformers has; also what it takes by itself.
-CHUNK = 80  # Tokens that their scan takes at a time: a whole row.
+EXPERTS = "grouped_mm"  # The experts' implementation in transformers; its default.
+CHUNK = 80  # Chunk length of their scan in tokens: a whole row.
 
 
 class Trainer:
-  """A context in which every call of `step` makes one step of training.
+  """A context manager. Each call of `step` runs one training step.
 
   Attributes:
-    seconds: of each step.
-    phases: the seconds of each step by phase.
+    seconds: the duration of each step.
+    phases: {phase: seconds} of each step.
   """
 
   def __init__(
@@ -41,13 +41,13 @@ class Trainer:
     r, o = c.rollout, c.optimizer
     arguments = trl.GRPOConfig(
       output_dir=str(folder), use_cpu=True, seed=c.seed, max_steps=c.steps,
-      # The recipe.
+      # The recipe's settings.
       per_device_train_batch_size=r.prompts * r.completions, num_generations=r.completions,
       max_completion_length=r.total_tokens - r.prompt_tokens, temperature=r.temperature, top_p=r.top_p,
       shuffle_dataset=False, loss_type="dapo", scale_rewards="group", beta=0.0,
       learning_rate=o.peak_lr, lr_scheduler_type="constant", adam_beta1=o.b1, adam_beta2=o.b2,
       adam_epsilon=o.eps, weight_decay=o.weight_decay, max_grad_norm=o.clip_norm,
-      # Nothing computed twice, nothing reported, nothing saved.
+      # No recomputation, no reports, no checkpoints.
       bf16=c.model.dtype == "bfloat16", fp16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
       report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
@@ -88,7 +88,7 @@ class Trainer:
     return self._trainer._tokenize_prompts(self._prompts)[0]
 
   def logprobs(self, row_BT: np.ndarray, new: int) -> np.ndarray:
-    """Of the last `new` tokens of each row, as they enter its loss."""
+    """fp32 [B, new]: log-probabilities of the last `new` tokens of each row, as in TRL's loss."""
     row_BT = torch.tensor(row_BT, dtype=torch.long)
     with torch.no_grad():
       return self._trainer._get_per_token_logps_and_entropies(
@@ -106,7 +106,7 @@ class Trainer:
       self._yours.release()
 
   def step(self) -> None:
-    """One step; raises what the trainer raised."""
+    """Runs one step. Raises what the trainer raised."""
     before = len(self.seconds)
     self._mine.release()
     self._yours.acquire()
@@ -119,7 +119,7 @@ class Trainer:
     self._thread.shutdown()
 
   def began(self) -> None:
-    """The trainer stands before a step: waits for its turn."""
+    """Called by the trainer's thread before a step; waits for `step`, or ends the thread."""
     self._mine.acquire()
     if self._ended:
       raise SystemExit
@@ -127,7 +127,11 @@ class Trainer:
     self._clock["began"] = time.perf_counter()
 
   def ended(self) -> None:
-    """The trainer has made a step."""
+    """Called by the trainer's thread after a step; records its times.
+
+    Raises:
+      RuntimeError: a completion stopped before its full length.
+    """
     took, of = time.perf_counter() - self._clock["began"], self._clock
     (tokens,) = self._trainer._metrics["train"]["completions/mean_length"][-1:]
     if tokens != self._new_tokens:
@@ -145,7 +149,7 @@ class Trainer:
 
 
 class _Turns(TrainerCallback):
-  """Tells a Trainer where its loop stands."""
+  """Calls the Trainer at the start and the end of each step."""
 
   def __init__(self, of: Trainer):
     self._of = of

@@ -1,8 +1,9 @@
-"""The whole cascade: every stage after the other, all domains scored before and after each.
+"""Runs the whole cascade: the stages in order, with a score of every domain before and after each.
 
   python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny
 
-Run again to resume: finished stages are skipped, an interrupted one goes on from its checkpoint.
+Run the same command again to resume: finished stages are skipped, and an interrupted one continues from its
+last checkpoint.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ KINDS = {"sft": sft, "rl": rl, "reward_model": reward_model}
 
 
 def check(c: ConfigDict) -> None:
-  """Refuses a cascade that cannot run to its end, before anything is computed or written."""
+  """Raises UserError if the cascade cannot run to its end. Nothing is computed or written."""
   check_fields(c, "cascade")
   ModelConfig.from_fields(c.model.to_dict())
   registry.build(c.domains, tasks=c.tasks)
@@ -51,15 +52,15 @@ def check(c: ConfigDict) -> None:
 
 
 def _check_place(c: ConfigDict, name: str) -> None:
-  """Refuses a stage that lacks what it needs of those before it: where it starts, its teachers, its judge."""
+  """Raises UserError if no earlier stage gives the stage its start, a teacher or the judge."""
   stage, before = c.stages[name], c.order[: c.order.index(name)]
-  models = [n for n in before if c.stages[n].kind != "reward_model"]  # Whose checkpoints are language models.
+  models = [n for n in before if c.stages[n].kind != "reward_model"]  # They save language models.
   begin = stage.init_from
   if stage.kind == "rl" and begin == "":
     raise UserError("init_from='': an RL stage starts from a stage before it; give 'previous', or its name")
   if stage.kind == "rl" and begin == "previous" and not set(main_line(c, name)) & set(models):
     raise UserError(f"init_from='previous': no stage of the main line is before it; there are {sorted(models)}")
-  other = stage.kind == "sft" and loading.is_checkpoint(begin)  # Such as a base model's hf:DIR.
+  other = stage.kind == "sft" and loading.is_checkpoint(begin)  # For example a base model, hf:DIR.
   if begin not in ("", "previous", *models) and not other:
     raise unknown("init_from", begin, ["previous", *models])
   if stage.kind == "rl":
@@ -70,7 +71,7 @@ def _check_place(c: ConfigDict, name: str) -> None:
 
 
 def check_judge(c: ConfigDict, stage: ConfigDict, before: Sequence[str]) -> None:
-  """Refuses an RL stage whose judge is none of the stages `before`."""
+  """Raises UserError if an RL stage needs a judge, and no stage of `before` is a reward model."""
   if stage.judge:
     raise UserError(f"judge={stage.judge!r}: must be empty in a cascade, where the stage of kind 'reward_model' is the judge")
   if (why := judged(stage)) and not any(c.stages[n].kind == "reward_model" for n in before):
@@ -79,7 +80,7 @@ def check_judge(c: ConfigDict, stage: ConfigDict, before: Sequence[str]) -> None
 
 @contextlib.contextmanager
 def inside(section: str):
-  """Errors name the section that the fields stand in."""
+  """Prefixes the message of a UserError with the config section."""
   try:
     yield
   except UserError as error:
@@ -87,12 +88,16 @@ def inside(section: str):
 
 
 def main_line(c: ConfigDict, name: str) -> list[str]:
-  """The stages that go before this one, without those on the side; the last is its "previous"."""
+  """The stages before this one without c.side_line. The last of them is "previous"."""
   return [n for n in c.order[: c.order.index(name)] if n not in c.side_line]
 
 
 def check_programs(c: ConfigDict, a: Assembly) -> None:
-  """Refuses what only the assembly can tell: rows over the mesh, names of parameters, checkpoints, held-out prompts."""
+  """Checks that need the assembly: rows over the mesh, parameter names, checkpoints, held-out prompts.
+
+  Raises:
+    UserError: a stage cannot run.
+  """
   for name in c.order:
     stage = flat(c, name)
     with inside(f"stages.{name}"):
@@ -104,11 +109,11 @@ def check_programs(c: ConfigDict, a: Assembly) -> None:
       for domain, teacher in stage.get("teachers", {}).items():
         if loading.is_checkpoint(teacher):
           check_start(a, f"teachers.{domain}", teacher)
-  a.heldout  # noqa: B018  Drawn once, and refused where a domain has too few.
+  a.heldout  # noqa: B018  Drawn now and cached; raises if a domain has too few.
 
 
 def flat(c: ConfigDict, name: str) -> ConfigDict:
-  """A stage's config as its own file would give it: the shared fields and its own."""
+  """A stage's config as its own file gives it: the shared fields, updated with its own."""
   shared = {k: v for k, v in c.items() if k not in ("stages", "order", "side_line")}
   stage = ConfigDict(shared)
   stage.update(c.stages[name])
@@ -116,7 +121,11 @@ def flat(c: ConfigDict, name: str) -> ConfigDict:
 
 
 def scores(a: Assembly, c: ConfigDict, params, name: str) -> tuple[dict, dict]:
-  """All domains held out after the named stage, as fields of its entry; and how long it took."""
+  """Scores all held-out domains after the named stage.
+
+  Returns:
+    (score fields of the stage's entry, {"eval_s_after": seconds})
+  """
   began = time.time()
   sampled = a.evaluate(params, temperature=1.0, completions=c.evaluation.completions)
   fields = columns(sampled, "after")
@@ -162,7 +171,7 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, before: 
     "domains": list(stage.get("mixture", {})),
     "wall_s": previous.get("wall_s", 0.0),
   }
-  if stage.kind == "rl":  # Scores before: those of where it starts.
+  if stage.kind == "rl":  # Scores before the stage: those of the stage that it starts from.
     source = next(e for e in record.stages if e.get("checkpoint") == init)
     for key in ("scores", "scores_intervals", "greedy", "greedy_intervals"):
       if f"{key}_after" in source:
@@ -192,7 +201,7 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, before: 
 
 
 def summary(entry: dict) -> str:
-  """The log line of a finished stage: its own domains' scores, time, compilations."""
+  """The log line of a finished stage: its time and compilations, and the scores of its own domains."""
   moved = ", ".join(
     f"{d} {entry['scores_before'][d]:.2f} -> {entry['scores_after'][d]:.2f}"
     for d in entry["domains"]

@@ -1,10 +1,10 @@
-"""A conversation in the terminal, streamed, with thoughts dimmed.
+"""Chat with a checkpoint in the terminal. Answers are streamed, thoughts are dimmed.
 
   python -m experiments.chat --checkpoint=runs/tiny/sft/checkpoints/700
   python -m experiments.chat --checkpoint=hf:DIR --thinking --tools=python
 
-Ctrl-C stops the answer, Ctrl-D leaves; /help lists the commands. With --tools=python the model may run
-Python in the sandbox: results go back to it until it answers.
+Ctrl-C stops the answer, Ctrl-D quits, /help lists the commands. With --tools=python the model may run
+Python in the sandbox. It gets the results until it answers without a call.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from nemocascade.fields import flag, text, whole, word
 from nemocascade.rollout.conversation import Conversation
 
 TOOLS = ("none", "python")
-MOST_ROUNDS = 100  # Answers to one question, where each but the last calls a tool.
+MOST_ROUNDS = 100  # Answers to one question at most. All but the last call a tool.
 HELP = """\
 /think      think before answers from now on
 /nothink    answer at once
@@ -50,20 +50,24 @@ def run(
     seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
     thinking=thinking, system=system or None, tools=offered,
   )  # fmt: skip
-  # A script that starts it in the background has it ignore Ctrl-C, and Python leaves that so.
+  # If a script starts this command in the background, SIGINT is ignored, and Python keeps that setting.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   Terminal(conversation, tool).talk()
 
 
 class Tools:
-  """What the model may call."""
+  """The tools that the model may call."""
 
   def __init__(self):
     self.name = "none"
     self._python: PythonTool | None = None
 
   def offer(self, name: str) -> list[dict]:
-    """Schemas of the tools of this name. Raises UserError where code cannot be confined."""
+    """Selects the tools "none" or "python", and returns their schemas.
+
+    Raises:
+      UserError: the name is unknown, or this machine has no way to confine programs.
+    """
     if name not in TOOLS:
       raise unknown("tool", name, TOOLS)
     if name == "python" and self._python is None:
@@ -80,16 +84,16 @@ class Tools:
 
 
 class Terminal:
-  """Reads lines, and shows a conversation as it goes."""
+  """Reads the user's lines and prints the conversation."""
 
   def __init__(self, conversation: Conversation, tools: Tools):
     self.conversation, self.tools = conversation, tools
     self._dimmed = False
     self._in_thoughts = False
-    self._complained = False  # Of this answer's form: once is enough.
+    self._complained = False  # Whether a format error of this answer was printed.
 
   def talk(self) -> None:
-    """Until Ctrl-D."""
+    """Reads and answers lines until Ctrl-D."""
     with contextlib.suppress(ImportError):
       import readline  # noqa: F401  Gives `input` its line editing.
     print(f"{self._state()}; /help for help")
@@ -158,7 +162,7 @@ class Terminal:
     return f"{mode}, tools: {self.tools.name}"
 
   def _answer(self, text: str) -> None:
-    """One question with all the rounds that it takes."""
+    """Answers one question, with as many rounds of tool calls as needed, at most MOST_ROUNDS."""
     with interruptible() as stopped:
       if not self.conversation.prefills:
         self._write("(the first answer waits for its programs to compile)\n", dim=True)
@@ -175,7 +179,7 @@ class Terminal:
       print(f"(stopped after {MOST_ROUNDS} rounds)")
 
   def _results(self, turn: Turn, stopped: Callable[[], bool]) -> list[str]:
-    """What the tools say, and what was wrong with a call; empty where the model has ended."""
+    """The responses to an answer's tool calls, malformed ones included; empty if there are none."""
     if self.tools.name == "none" or not turn.finished:
       return []
     results = []
@@ -218,7 +222,7 @@ class Terminal:
 
 
 def shown(text: str) -> str:
-  """The text with control characters made visible: a model must not steer the terminal."""
+  """The text with control characters made visible, so that a model cannot control the terminal."""
   return "".join(map(_shown, text))
 
 
@@ -231,7 +235,10 @@ def _shown(character: str) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-  """Within, Ctrl-C only makes the function true: an exception might lose the decode state."""
+  """Inside the context, Ctrl-C does not raise: it makes the yielded function return True.
+
+  An exception could lose the decode state.
+  """
   pressed: list[int] = []
   before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
   try:

@@ -2,10 +2,10 @@
 
   python -m experiments.compile --config=configs/nano_30b/sft.py --topology=v5p:4x4x4
 
-Prints a JSON line a program: {"program", "topology", "chips", "tokens", "peak_gib", "argument_gib",
-"temp_gib", "flops", "compile_s"}. Memory is of one device (a chip; a core of a tpu7x), as the compiler
-counts it; flops are of all, 2 a parameter and token forward and 6 with the backward pass. Nothing is
-allocated. What does not fit is said at the end, with what to change.
+Prints a JSON line per program: {"program", "topology", "chips", "tokens", "peak_gib", "argument_gib",
+"temp_gib", "flops", "compile_s"}. Memory is the compiler's count for one device (a chip; on tpu7x one of its
+two cores). flops cover all devices: 2 per parameter and token forward, 6 with the backward pass. Nothing is
+allocated. If programs do not fit, an error at the end names them and what to change.
 """
 
 import functools
@@ -37,20 +37,20 @@ from nemocascade.model.size import matmul_params
 from nemocascade.types import Batch, Prompts, Rollout
 
 GIB = 1 << 30
-# Kind -> (GiB of a device, devices of a chip).
+# Kind of chip -> (GiB per device, devices per chip).
 CHIPS = {"v5e": (16, 1), "v5p": (95, 1), "v6e": (32, 1), "tpu7x": (96, 2)}
 
-# (name, trace, what it does with how many tokens, what to change where it does not fit).
+# (name, function that traces it, tokens that it processes, what to change if it does not fit).
 Program = tuple[str, Callable, Spent, str]
 MORE = "more chips, or mesh.expert and mesh.data that cut the parameters finer"
 
 
 def run(c: ConfigDict, topology: str) -> list[dict]:
-  """The lines that it prints.
+  """Compiles the programs; prints and returns their lines.
 
   Raises:
-    UserError: the topology or its compiler is not there, dimensions do not divide over the mesh, or
-      a program does not fit.
+    UserError: the topology is unknown, the compiler is not installed, dimensions do not divide over the mesh,
+      or a program does not fit.
   """
   if (kind := kind_of(c.to_dict())) not in PROGRAMS:
     raise unknown("kind of stage to compile", kind, PROGRAMS)
@@ -61,7 +61,7 @@ def run(c: ConfigDict, topology: str) -> list[dict]:
   kind, devices = slice_of(topology)
   gib, cores = CHIPS[kind]
   c = ConfigDict(c)
-  c.domains = ()  # Neither a tokenizer nor a sandbox: a program does not depend on them.
+  c.domains = ()  # No tokenizer and no sandbox are made; the programs do not depend on them.
   a = Assembly(c, Path("."), mesh=make_mesh(**c.mesh, of=devices))
   lines, too_large = [], []
   for name, trace, spent, advice in PROGRAMS[c.kind](c, a):
@@ -80,7 +80,11 @@ def run(c: ConfigDict, topology: str) -> list[dict]:
 
 
 def slice_of(topology: str) -> tuple[str, list[jax.Device]]:
-  """(kind of chip, devices) of a slice that is only compiled for."""
+  """(kind of chip, abstract devices to compile for) of a slice.
+
+  Raises:
+    UserError: the topology is unknown, or the compiler is not installed.
+  """
   kind, _, shape = topology.partition(":")
   if kind not in CHIPS:
     raise unknown(f"kind of chip in --topology={topology!r}", kind, CHIPS)
@@ -88,19 +92,22 @@ def slice_of(topology: str) -> tuple[str, list[jax.Device]]:
     raise UserError(f"--topology={topology!r}: give KIND:CHIPSxCHIPS, such as v5p:4x4x4 or v6e:16x16")
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("the TPU compiler (libtpu) is not installed: pip install 'nemocascade[tpu]'")
-  # Read when the compiler is loaded: no slice is looked for, and others may be compiling too.
+  # libtpu reads these when it loads: do not look for a slice, and allow other processes to load it.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   jax.config.update("jax_platforms", "cpu")
   try:
     return kind, list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-  except Exception as error:  # Whatever the compiler has to say of it.
+  except Exception as error:  # Any error of the compiler.
     why = " ".join(str(error).split())[:200]
     raise UserError(f"--topology={topology!r}: not a slice that the TPU compiler knows ({why})") from error
 
 
 def measure(trace: Callable) -> dict[str, float | None]:
-  """GiB of a device: at the peak, of arguments, and of what exists only inside the program."""
+  """GiB of one device: peak, arguments, and temporary buffers.
+
+  The last two are None if the compiler refuses the program because it does not fit.
+  """
   try:
     m = trace().lower().compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
@@ -109,7 +116,7 @@ def measure(trace: Callable) -> dict[str, float | None]:
       raise
     peak = float(used[1]) * {"M": 2**-10, "G": 1, "T": 2**10}[used[2]]
     return {"peak_gib": round(peak, 2), "argument_gib": None, "temp_gib": None}
-  # A result that takes an argument's place is counted once.
+  # A result that reuses the buffer of an argument is counted once.
   sizes = m.argument_size_in_bytes, m.output_size_in_bytes - m.alias_size_in_bytes, m.temp_size_in_bytes
   gib = lambda size: round(size / GIB, 2)
   return {
@@ -120,7 +127,7 @@ def measure(trace: Callable) -> dict[str, float | None]:
 
 
 def _rows(a: Assembly, tree):
-  """Shapes and dtypes with the places that Assembly.put gives to rows."""
+  """Shapes and dtypes with the shardings that Assembly.put gives rows."""
   return placed(tree, first_rows(tree, a.mesh))
 
 
@@ -173,7 +180,7 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
 
 
 def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):
-  """Shapes of what a rollout of this stage teaches, and of the loss's count."""
+  """(shapes of the training rows of a rollout, shape of the loss's count) of this stage."""
   of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
   f32, QGT = jnp.float32, (Q, G, T)
   rollout = Rollout(

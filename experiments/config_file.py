@@ -1,4 +1,4 @@
-"""The config of a command: read from --config=FILE[:argument], changed by --config.NAME=VALUE."""
+"""Reads the config from --config=FILE[:argument], and applies changes by --config.NAME=VALUE."""
 
 import importlib.util
 import os
@@ -13,10 +13,13 @@ from nemocascade.fields import no_field, shown
 
 
 def split(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-  """(--config's value, its changes as (dotted name, text), all other arguments) of a command line.
+  """Splits a command line.
+
+  Returns:
+    (value of --config or None, changes as (dotted name, text), all other arguments)
 
   Raises:
-    UserError: --config or a change without a value.
+    UserError: --config or a change has no value.
   """
   config, changes, others = None, [], []
   words = iter(argv)
@@ -37,14 +40,14 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], list[
 
 
 def load(config: str) -> ConfigDict:
-  """What get_config of FILE[:argument] returns.
+  """Calls get_config of FILE[:argument]; returns the config, locked.
 
   Raises:
-    UserError: there is no such file, it is not such a Python file, or it refuses the argument.
+    UserError: the file does not exist, is no Python file with get_config, or refuses the argument.
   """
   name, _, argument = config.partition(":")
   path = Path(name)
-  if not name or not os.path.exists(path):  # Path.exists raises where a name is too long.
+  if not name or not os.path.exists(path):  # Path.exists raises if a name is too long.
     raise UserError(f"--config={shown_path(config)}: there is no such file{_like(path)}")
   if path.is_dir():
     raise UserError(f"--config={shown_path(config)}: is a folder; give a file of it{_such_as(path)}")
@@ -71,10 +74,10 @@ def load(config: str) -> ConfigDict:
 
 
 def change(c: ConfigDict, changes: Iterable[tuple[str, str]]) -> None:
-  """Sets fields from their text; a field must be one that the config may have.
+  """Sets fields of `c` from (dotted name, text). A field must be one that this kind of config allows.
 
   Raises:
-    UserError: names a field that does not exist, with the nearest, or a text that is not of its kind.
+    UserError: a field does not exist (the message has the nearest name), or its text is not a valid value.
   """
   for name, said in changes:
     flag = f"--config.{name}"
@@ -96,7 +99,7 @@ def change(c: ConfigDict, changes: Iterable[tuple[str, str]]) -> None:
 
 
 def shown_path(path: str, most: int = 80) -> str:
-  """A path as a message quotes it; of a long one the end, which tells more."""
+  """The path for a message; of one longer than `most` characters only the end."""
   return path if len(path) <= most else "..." + path[3 - most :]
 
 
@@ -109,7 +112,7 @@ def _section(c: ConfigDict, name: str) -> ConfigDict | None:
 
 
 def _like(path: Path) -> str:
-  """The file of the same folder, or the folder beside it, whose name is nearest."""
+  """A hint that names the Python file or folder with the most similar name; "" if none is similar."""
   here = path.parent
   while not here.is_dir():
     here, path = here.parent, here

@@ -1,10 +1,11 @@
-"""Weights in and out: a Hugging Face folder to a checkpoint of ours, and back.
+"""Converts a Hugging Face folder to a checkpoint of ours, and back.
 
   python -m experiments.convert --source=hf:DIR --target=CKPT
   python -m experiments.convert --source=CKPT --target=hf:DIR
 
-Streamed, so that memory does not grow with the model. Every tensor keeps its numbers and its width;
-config.json, the generation config and the tokenizer go along. The target must not exist.
+Tensors are streamed, so memory does not grow with the model. Every tensor keeps its values and dtype.
+config.json, the generation config and the tokenizer are copied too. The target must not exist, or be an
+empty folder.
 """
 
 import functools
@@ -31,7 +32,7 @@ def run(source: str, target: str) -> None:
   began = time.perf_counter()
   if inward:
     opened = hf.open_source(source.removeprefix(hf.PREFIX))
-    tokenizer_of(opened.path, opened.config)  # Refused here if it does not fit.
+    tokenizer_of(opened.path, opened.config)  # Raises if the tokenizer does not fit the model.
     convert = functools.partial(conversion.from_hf, opened, into)
   else:
     files = model_files(source, "--source")

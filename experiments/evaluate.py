@@ -1,9 +1,10 @@
-"""avg@k and pass@k of a checkpoint on held-out prompts of every domain, with 95% intervals.
+"""Evaluates a checkpoint on held-out prompts of every domain: avg@k and pass@k, with 95% intervals.
 
   python -m experiments.evaluate --config=configs/tiny/cascade.py \\
     --checkpoint=runs/tiny/sft/checkpoints/700 --workdir=runs/eval --completions=4
 
-pass@k is the share of prompts of which a completion is paid in full; parts of a reward count in avg@k alone.
+pass@k is the share of prompts with at least one completion of full reward. Partial rewards count in avg@k
+only.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from nemocascade.state_files import write_json
 def run(
   c: ConfigDict, workdir: Path, checkpoint: str, judge: str = "", completions: int = 1, temperature: float = 1.0
 ) -> dict:
-  """Writes scores.json under the work directory and prints a table; returns the scores."""
+  """Prints a table and writes scores.json in the work directory. Returns domain -> DomainScore."""
   check(c)
   check_evaluation(c, "--completions", completions)
   a, params = from_checkpoint(c, workdir, checkpoint)

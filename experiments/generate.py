@@ -1,12 +1,12 @@
-"""Batch generation: prompts in, completions out, one JSON line each.
+"""Batch generation: reads prompts and writes completions, one JSON line each.
 
   python -m experiments.generate --checkpoint=runs/tiny/sft/checkpoints/700 \\
     --input=prompts.jsonl --output=out.jsonl --temperature=0 --max_new_tokens=64
 
-A row in is {"messages": [...], "tools": [...]} or {"tokens": [...]}; other keys are carried through.
-A row out adds {"tokens", "logprobs", "text", "finish_reason": "stop" | "length"}: the new tokens,
-the log-probability with which each was drawn, and what they say up to the stop token (null where the
-checkpoint has no tokenizer).
+An input row is {"messages": [...], "tools": [...]} or {"tokens": [...]}; other keys are copied to the output.
+An output row adds {"tokens", "logprobs", "text", "finish_reason": "stop" | "length"}: the new tokens, the
+log-probability with which each was drawn, and their text without the stop token (null if the checkpoint has
+no tokenizer).
 """
 
 from collections import defaultdict
@@ -23,8 +23,8 @@ from experiments.launch import launch
 from nemocascade.fields import flag, number, text, whole
 from nemocascade.types import Params
 
-BATCH = 64  # Rows decoded together, at most.
-MOST_TOKENS = 1 << 20  # Of one answer: four times the longest context that the recipe trains.
+BATCH = 64  # Most rows decoded together.
+MOST_TOKENS = 1 << 20  # Most tokens of one answer: four times the longest context of the recipe.
 TEMPERATURE = number("0 is greedy.", low=0, high=100)
 TOP_P = number("Tokens are drawn from the likeliest that together reach this.", above=0, high=1)
 
@@ -50,7 +50,7 @@ def run(
 def generate(
   a: Assembly, params: Params, rows: Sequence[dict], *, thinking: bool = True, **sampling: Any
 ) -> list[dict]:
-  """Rows with their completions, in order; see `complete`."""
+  """The rows, in order, each merged with its completion; `sampling` goes to `complete`."""
   prompts = rows_lib.tokens_of(
     list(enumerate(rows, start=1)), a.tokenizer, path="rows",
     vocab_size=a.model_config.vocab_size, add_generation_prompt=True, enable_thinking=thinking,
@@ -69,9 +69,12 @@ def complete(
   max_new_tokens: int = 64,
   seed: int = 0,
 ) -> list[dict]:
-  """A completion of each prompt, in order; prompts of like lengths are decoded together.
+  """Samples one completion of each prompt. Prompts of similar lengths are decoded together.
 
-  What is sampled depends on the seed and the prompt's number, not on its neighbours.
+  A completion depends on the seed and the prompt's index, not on the other prompts of its batch.
+
+  Returns:
+    {"tokens", "logprobs", "text", "finish_reason"} of each prompt, in order; see the module.
   """
   of_length = defaultdict(list)
   for i, prompt in enumerate(prompts):

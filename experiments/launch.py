@@ -1,4 +1,4 @@
-"""How every command starts: flags, the config, one line for what is wrong, an exit code."""
+"""Starts a command: parses flags, reads the config, prints errors in one line, sets the exit code."""
 
 import os
 import sys
@@ -15,9 +15,9 @@ from nemocascade import field_table, fields, host_memory
 from nemocascade.errors import StageStopped, UserError, nearest
 from nemocascade.fields import Field
 
-LONGEST = 199  # Characters of the line that says what is wrong; --debug has all of it.
+LONGEST = 199  # Most characters of an error line. --debug prints the whole error.
 
-# Flags that every command has, or every command that writes a work directory.
+# Flags that many commands share.
 CONFIG = fields.text("The config file, with an argument after a colon; --config.NAME=VALUE changes a field.")
 WORKDIR = fields.text("Where the run is written, and resumed from.")
 DISTRIBUTED = fields.text("Of several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
@@ -31,11 +31,11 @@ def launch(
   """Parses the command line and calls `run`; does not return.
 
   Args:
-    run: called as run(config, workdir, **extra flags), without what the command does not take.
+    run: called as run(config, workdir, **extra flags); without config or workdir if the command lacks them.
     config: whether the command takes --config and, with `workdir`, --workdir.
-    several: whether it may run in several processes; others refuse --distributed before they meet.
-    positional: the name of the one argument written without a flag, if there is one.
-    **extra: further flags, name -> (what it may be, default).
+    several: whether the command may run in several processes. Otherwise --distributed is an error.
+    positional: the name of the one argument written without a flag, or "".
+    **extra: further flags, name -> (field that parses and checks the value, default).
   """
   host_memory.keep()
   debug = "--debug" in sys.argv
@@ -56,13 +56,17 @@ def launch(
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
     sys.exit(130)
-  except Exception as error:  # A failure, not a bad request.
+  except Exception as error:  # A failure rather than a wrong request.
     _report(error, 1, debug)
   sys.exit(0)
 
 
 def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict):
-  """(positional arguments, keyword arguments, --distributed) of `run`; None where help was asked for."""
+  """Parses the command line; prints the help if asked for.
+
+  Returns:
+    (positional arguments of `run`, keyword arguments of `run`, --distributed), or None after help
+  """
   known = dict(extra)
   if config and workdir:
     known |= {"workdir": (WORKDIR, None), "distributed": (DISTRIBUTED, "")}
@@ -91,7 +95,7 @@ def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, 
 
 
 def _parse(argv: Sequence[str], known: dict[str, tuple[Field, object]], more: Sequence[str]):
-  """(the flags' values, the words that are no flags); `more` are flags that are read elsewhere."""
+  """(flag -> value, words that are not flags). `more` names flags read elsewhere, for error messages."""
   own = flags.FlagValues()
   for name, (field, default) in known.items():
     if field.kind is bool:
@@ -120,12 +124,12 @@ def _parse(argv: Sequence[str], known: dict[str, tuple[Field, object]], more: Se
       said = field.parse(f"--{name}", said)
       field.check(f"--{name}", said)
     found[name] = default if said is None else said
-  flags.FLAGS([sys.argv[0]])  # Libraries read theirs.
+  flags.FLAGS([sys.argv[0]])  # Marks absl's global flags as parsed; libraries read them.
   return found, left
 
 
 def _workdir(said: str | None) -> Path:
-  """The work directory, which can be written, or made."""
+  """The absolute path of the work directory. Raises UserError if it is missing or not writable."""
   if said is None:
     raise UserError("--workdir is missing: give the folder that the run is written to")
   if not said:
@@ -134,7 +138,7 @@ def _workdir(said: str | None) -> Path:
 
 
 def writable_folder(flag: str, said: str | Path) -> Path:
-  """The folder as an absolute path. Raises UserError where it neither can be written nor made."""
+  """The folder as an absolute path; it may not exist yet. Raises UserError if it cannot be written."""
   there = Path(os.path.abspath(said))
   if any(len(os.fsencode(part)) > 255 for part in there.parts):
     raise UserError(f"{flag}={config_file.shown_path(str(said))}: a name in it is longer than 255 bytes; give another place")
@@ -142,7 +146,7 @@ def writable_folder(flag: str, said: str | Path) -> Path:
     there = there.parent
   if not there.is_dir():
     raise UserError(f"{flag}={config_file.shown_path(str(said))}: {there.name!r} is there and is no folder; give another place")
-  try:  # Access bits say nothing to root, nor of a file system that is read-only.
+  try:  # A trial write: permission bits do not show a read-only file system, or what root may do.
     os.rmdir(tempfile.mkdtemp(dir=there))
   except OSError as error:
     raise UserError(
@@ -152,7 +156,7 @@ def writable_folder(flag: str, said: str | Path) -> Path:
 
 
 def _help(c: ConfigDict | None, known: dict[str, tuple[Field, object]]) -> None:
-  """Prints the command's page, its flags, and each field of the config that was given."""
+  """Prints the command's module docstring, its flags, and the fields of the given config."""
   print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\nFlags:\n")
   for name, (field, default) in known.items():
     print(f"  --{name:16} {field.help}" + ("" if default in (None, "") else f" Default: {default}."))

@@ -1,4 +1,4 @@
-"""What a --checkpoint names, ours or a Hugging Face folder: its model, its tokenizer, its parameters."""
+"""Opens a checkpoint, ours or a Hugging Face folder: its model config, tokenizer and parameters."""
 
 import dataclasses
 import os
@@ -25,20 +25,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A checkpoint whose files are there and agree with each other; its weights are not read yet."""
+  """An opened checkpoint: its files exist and fit together. Its weights are not read yet."""
 
   config: ModelConfig
-  tokenizer: object | None  # None where the folder has none.
-  files: Path  # Where its model and tokenizer stand.
+  tokenizer: object | None  # None if the folder has none.
+  files: Path  # The folder of its model config and tokenizer.
   load: Callable[[Params], Params]  # Template (shapes, dtypes, shardings) -> parameters.
-  check: Callable[[Params], None]  # Raises UserError where its arrays are not of the template's shapes.
+  check: Callable[[Params], None]  # Raises UserError if its arrays have other shapes than the template.
 
 
 def find(checkpoint: str, field: str = "--checkpoint") -> Found:
-  """Opens `hf:DIR`, or a checkpoint directory of ours; errors name the flag or field that names it.
+  """Opens `hf:DIR` or a checkpoint directory of ours. `field` is its flag or config field, for errors.
 
   Raises:
-    UserError: there is none, or its config, tensors and tokenizer do not agree.
+    UserError: it does not exist, or its config, tensors and tokenizer do not fit together.
   """
   if checkpoint.startswith(hf.PREFIX):
     path = Path(checkpoint.removeprefix(hf.PREFIX))
@@ -58,15 +58,18 @@ def find(checkpoint: str, field: str = "--checkpoint") -> Found:
 
 
 def is_checkpoint(name: str) -> bool:
-  """Whether the name is of something to load, and not of a stage."""
+  """Whether `name` is hf:DIR or a checkpoint directory, rather than the name of a stage."""
   return name.startswith(hf.PREFIX) or (Path(name) / "params").is_dir()
 
 
 def load(checkpoint: str, template: Params) -> Params:
-  """The parameters of `hf:DIR` or of a checkpoint of ours, for a model that is known already.
+  """Loads the parameters of `hf:DIR` or of a checkpoint of ours.
+
+  Args:
+    template: the shapes, dtypes and shardings of the result.
 
   Raises:
-    UserError: there is none, it is damaged or of another model, or a value is not finite.
+    UserError: it does not exist, is damaged, belongs to another model, or holds a value that is not finite.
   """
   if checkpoint.startswith(hf.PREFIX):
     params = hf.load_params(hf.open_source(checkpoint.removeprefix(hf.PREFIX)), template)
@@ -76,10 +79,10 @@ def load(checkpoint: str, template: Params) -> Params:
 
 
 def finite(tree, what: str):
-  """The tree itself.
+  """Returns the tree unchanged. `what` names it in the error.
 
   Raises:
-    UserError: an array of it holds a value that is not finite; the first such array is named.
+    UserError: an array holds a value that is not finite; the message names the first such array.
   """
   flags = jax.device_get(_finite(tree))
   for path, fine in jax.tree_util.tree_leaves_with_path(flags):
@@ -95,7 +98,13 @@ def _finite(tree):
 
 
 def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
-  """The folder `model` of a checkpoint: inside one that was converted, beside a stage's."""
+  """The folder `model` of a checkpoint of ours, after a check of its files.
+
+  It is inside a converted checkpoint, and two levels above a stage's.
+
+  Raises:
+    UserError: this is no checkpoint of ours, or its files are damaged.
+  """
   path = Path(checkpoint).resolve()
   for files in (path / "model", path.parent.parent / "model"):
     if checkpoint and (path / "params").is_dir() and os.path.lexists(files / "config.json"):
@@ -108,8 +117,9 @@ def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
 
 
 def check_files(files: Path) -> None:
-  """Raises UserError where a file of a folder `model` is not as it was written."""
-  if (files / checksums.CHECKSUMS).exists():  # Of a stage's; a converted checkpoint's are its own.
+  """Raises UserError if a file of a folder `model` does not have its checksum."""
+  # A stage has the checksums in this folder, a converted checkpoint one level up.
+  if (files / checksums.CHECKSUMS).exists():
     try:
       checksums.verify(files)
     except checksums.Damage as error:
@@ -124,7 +134,7 @@ def read_config(files: Path) -> ModelConfig:
 
 
 def _shape(kind) -> dict:
-  """The JSON schema of an annotation of ModelConfig's."""
+  """The JSON schema of a type annotation of ModelConfig."""
   if isinstance(kind, types.UnionType):
     return {"anyOf": [_shape(choice) for choice in typing.get_args(kind)]}
   if typing.get_origin(kind) is tuple:
@@ -141,18 +151,18 @@ SHAPE = {
 
 
 def tokenizer_beside(checkpoint: str) -> Tokenizer | None:
-  """The tokenizer of a checkpoint of ours or an `hf:DIR`; None where it has none."""
+  """The tokenizer of a checkpoint of ours or an `hf:DIR`; None if it has none."""
   files = _folder(checkpoint)
   return load_tokenizer(files) if has_tokenizer(files) else None
 
 
 def same_tokenizer(name: str, checkpoint: str, tokenizer: Tokenizer | None, remedy: str = "") -> None:
-  """Raises UserError where a checkpoint was trained on the ids of another tokenizer.
+  """Raises UserError if a checkpoint has another tokenizer than the run.
 
   Args:
     name: the field or flag that names the checkpoint.
-    tokenizer: the run's; None where it is not known before it is trained.
-    remedy: in the place of naming the checkpoint's tokenizer in the config.
+    tokenizer: the run's; None if the run has yet to train it.
+    remedy: the message's advice, instead of naming the checkpoint's tokenizer in the config.
   """
   other = tokenizer_beside(checkpoint)
   if other is None or (tokenizer is not None and other.fingerprint == tokenizer.fingerprint):
@@ -169,7 +179,7 @@ def _folder(checkpoint: str) -> Path:
 
 
 def tokenizer_of(files: Path, config: ModelConfig):
-  """The tokenizer of a folder, or None; its ids must be rows of the model's embedding."""
+  """The tokenizer of a folder, or None. Raises UserError if it has more ids than the embedding has rows."""
   if not has_tokenizer(files):
     return None
   tokenizer = load_tokenizer(files)
@@ -182,5 +192,5 @@ def tokenizer_of(files: Path, config: ModelConfig):
 
 
 def has_tokenizer(files: Path) -> bool:
-  """Whether the folder holds one."""
+  """Whether the folder has a tokenizer."""
   return any(os.path.lexists(files / name) for name in TOKENIZER_FILES)

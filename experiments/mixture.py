@@ -1,4 +1,4 @@
-"""The training prompts of a stage: which domain's come next, and which of them fit."""
+"""Draws the training prompts of a stage: by the shares of its domains, without prompts that are too long."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,22 +8,26 @@ from nemocascade.domains.domain import Domain, Row
 from nemocascade.errors import UserError
 from nemocascade.rollout.episode import prompt_of
 
-TRIES = 200  # Prompts of a domain, one after another, that may be too long; then it has none that fits.
+TRIES = 200  # After this many too long prompts in a row, a domain counts as having none that fits.
 
 
 def next_domain(shares: Mapping[str, float], given: Mapping[str, int]) -> str:
-  """The domain of the next prompt: Balinski and Young's quota method (1975).
+  """The domain of the next prompt, by Balinski and Young's quota method (1975).
 
-  After any number of prompts each domain has had its share of them, rounded up or down.
+  After any number of prompts, the count of each domain is its share of them, rounded up or down.
+
+  Args:
+    shares: domain -> share; they need not sum to 1.
+    given: domain -> prompts drawn so far.
   """
   n, total = sum(given.get(name, 0) for name in shares) + 1, sum(shares.values())
-  # A domain that has its share already waits; 1e-9 is for the rounding of the shares.
+  # A domain that already has its share of n prompts waits. 1e-9 covers rounding errors.
   due = [name for name in sorted(shares) if given.get(name, 0) < shares[name] / total * n - 1e-9]
   return max(due or sorted(shares), key=lambda name: shares[name] / (given.get(name, 0) + 1))
 
 
 class Mixture:
-  """Draws rows by shares. Its state is plain JSON and says all that later draws depend on."""
+  """Draws rows by shares. Its state is plain JSON; later draws depend on nothing else."""
 
   def __init__(
     self, domains: Mapping[str, Domain], shares: Mapping[str, float], *, seed: int, tokenizer, limit: int,
@@ -31,16 +35,16 @@ class Mixture:
   ):  # fmt: skip
     """
     Args:
-      limit: the tokens that a prompt may have at most, rollout.prompt_tokens.
-      state: of `get_state`, or empty.
+      limit: most tokens of a prompt, rollout.prompt_tokens.
+      state: the result of `get_state`, to continue from, or empty.
 
     Raises:
       UserError: a domain has no prompt that fits.
     """
     self._domains, self._shares, self._seed = domains, dict(shares), seed
     self._tokenizer, self._limit = tokenizer, limit
-    self._frontier = dict(state.get("frontier", {}))  # Domain -> the number of its next row.
-    self._given = dict(state.get("given", self._frontier))  # Domain -> rows drawn, without those left out.
+    self._frontier = dict(state.get("frontier", {}))  # Domain -> index of its next row.
+    self._given = dict(state.get("given", self._frontier))  # Domain -> rows drawn; skipped ones do not count.
     for name in (name for name, share in self._shares.items() if share > 0):
       self._next(name)
 
@@ -48,9 +52,10 @@ class Mixture:
     return {"frontier": dict(self._frontier), "given": dict(self._given)}
 
   def draw(self, count: int) -> tuple[list[Row], list[list[int]], int]:
-    """(`count` rows, those of a domain side by side; the tokens of their prompts; how many were too long).
+    """Draws rows. A prompt that is too long is skipped for good, and the domain's next row replaces it.
 
-    Too long prompts are passed over for good: the next row of the same domain takes their place.
+    Returns:
+      (`count` rows, grouped by domain; the tokens of each prompt; the number of skipped prompts)
     """
     names = []
     for _ in range(count):
@@ -66,7 +71,7 @@ class Mixture:
     return rows, prompts, too_long
 
   def _next(self, name: str) -> tuple[Row, list[int], int]:
-    """(row, tokens of its prompt, its number) of the domain's next row that fits."""
+    """(row, tokens of its prompt, its index) of the domain's next row that fits."""
     domain, begin = self._domains[name], self._frontier.get(name, 0)
     for number in range(begin, begin + TRIES):
       (row,) = domain_lib.rows(domain, "train", self._seed, number, 1)

@@ -1,4 +1,4 @@
-"""What an RL stage learns by: the functions that its config names, and the programs made of them."""
+"""The objective of an RL stage: the functions that its config names, and the programs built from them."""
 
 import functools
 import inspect
@@ -37,7 +37,7 @@ SLOTS = dict(
 
 
 def taught(c: ConfigDict) -> list[str]:
-  """The choices of a stage that read teachers, as they stand in its config."""
+  """The settings of a stage that need teachers, such as "advantage='mopd'", for messages."""
   of_advantage = [f"advantage={c.advantage!r}"] if c.advantage in advantage.TAUGHT else []
   return of_advantage + ([f"distillation={c.distillation!r}"] if c.distillation_weight else [])
 
@@ -53,7 +53,11 @@ def settings_of(function: Callable) -> list[str]:
 
 
 def arrange(c: ConfigDict, rows) -> tuple[dict[str, np.ndarray], Prompts | None]:
-  """The rows of a batch as the step takes them: packed, or behind the prompts that they share."""
+  """Arranges the rows of a batch for the training step.
+
+  Returns:
+    (packed rows, None), or with packing.shared_prompts (rows without their prompts, the prompts)
+  """
   p = c.packing
   if p.shared_prompts:
     return after_prompts(rows, c.rollout.prompts, P=c.rollout.prompt_tokens, T=p.row_tokens)
@@ -61,17 +65,18 @@ def arrange(c: ConfigDict, rows) -> tuple[dict[str, np.ndarray], Prompts | None]
 
 
 def settings(c: ConfigDict, *names: str) -> str:
-  """These fields and the options of the functions they name, as JSON."""
+  """The named fields of `c`, and the options of the functions that they name, as JSON."""
   fields = {name: json.loads(c.to_json_best_effort())[name] for name in (*names, "options")}
   fields["options"] = {n: o for n, o in fields["options"].items() if n in [fields[s] for s in names if s in SLOTS]}
   return json.dumps(fields, sort_keys=True)
 
 
-SCHEDULED = ("peak_lr", "warmup_steps", "final_fraction")  # Kept in the optimizer's state.
+# Stored in the optimizer's state, so that the step's program does not depend on them.
+SCHEDULED = ("peak_lr", "warmup_steps", "final_fraction")
 
 
 def step_settings(c: ConfigDict) -> str:
-  """What a stage's step depends on: stages that agree share one compiled program."""
+  """The settings that a step depends on, as JSON. Stages with equal settings share a compiled program."""
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
   return settings(
@@ -81,7 +86,7 @@ def step_settings(c: ConfigDict) -> str:
 
 
 def chosen(c: ConfigDict, slot: str) -> Callable:
-  """The function that a slot of the config names, with its options."""
+  """The function that the field `slot` names, with its options bound."""
   name = c[slot]
   options = c.options[name] if name in c.options else {}
   return functools.partial(SLOTS[slot][name], **options)
@@ -89,7 +94,11 @@ def chosen(c: ConfigDict, slot: str) -> Callable:
 
 @functools.cache
 def rows_program(fields: str):
-  """The jitted rollout -> rows, of `settings`."""
+  """The jitted function rollout -> (training rows, the loss's count, metrics).
+
+  Args:
+    fields: the result of `settings` for advantage and aggregation.
+  """
   c = ConfigDict(json.loads(fields))
   advantage_fn, aggregation = chosen(c, "advantage"), chosen(c, "aggregation")
 
@@ -101,13 +110,17 @@ def rows_program(fields: str):
 
 
 def program(c: ConfigDict, a: Assembly):
-  """The optimizer of a stage, and its step_program."""
+  """(optimizer, `step_program`) of a stage."""
   return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, a)
 
 
 def step_program(c: ConfigDict, a: Assembly):
-  """The abstract state, the jitted step, and the jitted log-probabilities before it."""
-  if c.packing.shared_prompts:  # These lie over the devices as rows do.
+  """(abstract state, jitted step, jitted log-probabilities before the updates); cached in `a`.
+
+  Raises:
+    UserError: prompts or rows do not divide over the mesh.
+  """
+  if c.packing.shared_prompts:  # Prompts are sharded like rows.
     check_rows("rollout.prompts", c.rollout.prompts, a.mesh)
   if ("rl step", fields := step_settings(c)) not in a.programs:
     a.programs["rl step", fields] = _step_program(a, fields)

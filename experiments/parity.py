@@ -1,9 +1,9 @@
-"""Our model beside transformers' on the same folder and the same random tokens, layer by layer.
+"""Compares our model with transformers' layer by layer, on the same folder and the same random tokens.
 
   python -m experiments.parity --checkpoint=hf:DIR
 
-Both compute in --dtype from the folder's weights. dt is clamped as transformers clamps it; where the
-folder itself means no clamp, a last line says how far that is from transformers. Needs the [hf] extra.
+Both compute in --dtype from the folder's weights. dt is clamped as in transformers. If the folder's config
+has another clamp, a last line reports the error with that one. Needs the [hf] extra.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from nemocascade.model.layers import RMSNorm
 
 
 def run(checkpoint: str, tokens: int, new_tokens: int, dtype: str, seed: int) -> dict[str, float]:
-  """Prints the table; returns its rows: name -> relative error, or share of tokens that agree."""
+  """Prints the table. Returns its rows: name -> relative error, or share of equal greedy tokens."""
   if not checkpoint.startswith(hf.PREFIX):
     raise UserError(f"--checkpoint={checkpoint!r}: give hf:DIR, a Hugging Face folder")
   theirs_of = _transformers()
@@ -60,7 +60,7 @@ def run(checkpoint: str, tokens: int, new_tokens: int, dtype: str, seed: int) ->
 
 
 def states(c: ModelConfig, params, tokens_BT):
-  """(name, value) of every layer's output, the last norm and the logits, in turn."""
+  """Yields (name, value) of the embedding, every layer's output, the last norm and the logits."""
   ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -75,16 +75,16 @@ def states(c: ModelConfig, params, tokens_BT):
     x_BTD = block(letter, own, x_BTD)
     yield f"{i} {BLOCK_KINDS[letter]}", x_BTD
   yield "last norm", RMSNorm(c).apply({"params": params["norm_f"]}, x_BTD)
-  yield "logits", logits_of(c, params, tokens_BT)  # By the model as a whole, its scans included.
+  yield "logits", logits_of(c, params, tokens_BT)  # From the whole model, so that its scans are compared too.
 
 
 def logits_of(c: ModelConfig, params, tokens_BT):
-  """[B, T, V] of rows of one document each."""
+  """fp32 logits [B, T, V]; each row is one document."""
   return jax.jit(Hybrid(c).apply)({"params": params}, jnp.array(tokens_BT), jnp.ones(tokens_BT.shape, jnp.int32))
 
 
 def greedy(c: ModelConfig, params, prompt_BP, N: int) -> np.ndarray:
-  """[B, N] tokens by prefill and cached steps."""
+  """[B, N] greedy tokens, decoded by prefill and cached steps."""
   model, (B, P) = Hybrid(c), prompt_BP.shape
 
   @jax.jit
@@ -103,7 +103,11 @@ def greedy(c: ModelConfig, params, prompt_BP, N: int) -> np.ndarray:
 
 
 def _transformers():
-  """transformers' states of a folder, by the names that `states` gives; raises where it is not installed."""
+  """A function (path, dtype, tokens_BT) -> transformers' states, fp32, named as in `states`.
+
+  Raises:
+    UserError: transformers or torch is not installed.
+  """
   try:
     import torch
     from transformers import NemotronHForCausalLM

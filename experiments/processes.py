@@ -1,7 +1,7 @@
-"""Several processes of one run, one a host: how they meet, and what only the first of them does.
+"""Runs in several processes, one per host: how they connect, and what only the first one does.
 
-They share the work directory. All compute the same, each on its own devices' rows; files other than
-checkpoints, which Orbax writes from all, are the first process's.
+The processes share the work directory. Each runs the same program on the rows of its own devices. Orbax writes
+checkpoints from all processes; only the first process writes other files.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,13 @@ from nemocascade.errors import UserError
 
 
 def join(where: str) -> None:
-  """Meets the other processes, before anything is computed.
+  """Connects to the other processes. Call it before any computation.
 
   Args:
-    where: "auto" on a TPU pod, or "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0.
+    where: "auto" on a TPU pod, or "HOST:PORT,PROCESSES,INDEX" with the host of process 0.
+
+  Raises:
+    UserError: `where` has another form.
   """
   if where == "auto":
     jax.distributed.initialize()
@@ -32,7 +35,7 @@ def join(where: str) -> None:
 
 
 def first_alone(make: Callable[[], object]) -> None:
-  """The first process does it, and the others wait until it is done."""
+  """Calls `make` in the first process only. The others wait until it is done."""
   if jax.process_index() == 0:
     make()
   if jax.process_count() > 1:
@@ -42,7 +45,7 @@ def first_alone(make: Callable[[], object]) -> None:
 
 
 def refuse_several(what: str) -> None:
-  """Raises UserError where there are more processes than one."""
+  """Raises UserError if there is more than one process. `what` is the subject of the message."""
   if jax.process_count() > 1:
     raise UserError(
       f"{what} runs in one process, and there are {jax.process_count()}: verdicts and tools' results"

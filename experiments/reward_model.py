@@ -1,8 +1,8 @@
-"""Trains the Bradley-Terry judge of the preference domain on generated pairs.
+"""Trains the Bradley-Terry reward model that judges the preference domain, on generated pairs.
 
   python -m experiments.reward_model --config=configs/tiny/reward_model.py --workdir=runs/judge
 
-`init_from` names a checkpoint of the language model, whose blocks it then begins with.
+If `init_from` names a checkpoint of the language model, training starts from its blocks.
 """
 
 import time
@@ -31,14 +31,14 @@ from nemocascade.types import Params
 
 
 def check(c: ConfigDict) -> None:
-  """Refuses a stage that cannot run, before anything is compiled."""
+  """Raises UserError if the stage cannot run. Nothing is compiled."""
   check_fields(c, "reward_model")
   if c.heldout_pairs < c.pairs:
     raise UserError(f"heldout_pairs={c.heldout_pairs}: must be at least pairs={c.pairs}, which are scored together")
 
 
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
-  """Trains to c.steps; the last line of metrics.jsonl holds the accuracy on held-out pairs."""
+  """Trains to step c.steps. The last line of metrics.jsonl has the accuracy on held-out pairs."""
   check(c)
   began = time.time()
   model = RewardModel(a.model_config, a.mesh)
@@ -58,7 +58,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   )
   first, supervisor = int(state.step), Supervisor(c, stage_dir, record.get("supervisor", {}))
   pairs = preference_pairs(a.c.seed, c.pairs * c.steps, "train")
-  # Compiled here and not after the last step, where a program that cannot be would cost the whole stage.
+  # Compiled before training, so that a failure to compile does not lose a trained stage.
   judge = jax.jit(reward_fn, out_shardings=whole(a.mesh)).lower(state.params, *rows(pairs[: c.pairs])[0]).compile()
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
@@ -89,14 +89,14 @@ def program(c: ConfigDict, a: Assembly):
 
 
 def on_top_of(checkpoint: str, template: Params) -> Params:
-  """The language model of the checkpoint under a head that is 0 yet."""
+  """Reward model parameters: the checkpoint's language model, and a head of zeros."""
   head = template["reward_head"]
   zeros = jax.jit(lambda: jnp.zeros(head.shape, head.dtype), out_shardings=head.sharding)
   return {"backbone": loading.load(checkpoint, template["backbone"]), "reward_head": zeros()}
 
 
 def accuracy(reward, params, rows, pairs, batch: int) -> float:
-  """Share of the pairs whose chosen answer has the higher reward; a remainder is left out."""
+  """Share of pairs whose chosen answer has the higher reward. An incomplete last batch is left out."""
   right = []
   for i in range(0, len(pairs) - batch + 1, batch):
     chosen, rejected = rows(pairs[i : i + batch])

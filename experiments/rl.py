@@ -2,12 +2,12 @@
 
   python -m experiments.rl --config=configs/tiny/if_rl.py --workdir=runs/if_rl --config.init_from=CKPT
 
-GRPO as in Nemotron-Cascade 2. Unlike DeepSeekMath's:
-  1. One update a batch, so the policy that sampled is the policy that learns.
-  2. No KL to a reference (RLHF pays 0.03).
-  3. The loss is averaged over the batch's tokens, not over each completion's.
-MOPD is the same stage with another advantage and a teacher a domain. OBJECTIVES.md beside this
-file has the equation of each choice.
+GRPO follows Nemotron-Cascade 2 (arXiv 2603.19220). It differs from DeepSeekMath's:
+  1. One update per batch, so it is on-policy.
+  2. No KL to a reference, except in RLHF, with weight 0.03.
+  3. The loss is averaged over all tokens of the batch, not first over each completion.
+MOPD is the same stage with another advantage and one teacher per domain. OBJECTIVES.md beside this file has
+the equation of each choice.
 """
 
 import dataclasses
@@ -70,9 +70,9 @@ from nemocascade.step.update import SKIPPED
 from nemocascade.teachers import Teachers
 from nemocascade.types import Params
 
-Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, what they cost) -> end here.
+Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, cost) -> end the stage?
 def check(c: ConfigDict) -> None:
-  """Refuses a stage that cannot run, before anything is compiled."""
+  """Raises UserError if the stage cannot run. Nothing is compiled."""
   check_fields(c, "rl")
   functions = {name: fn for choices in SLOTS.values() for name, fn in choices.items()}
   for name, fields in c.options.items():
@@ -145,7 +145,10 @@ def _check_packing(c: ConfigDict) -> None:
 
 
 def pairwise_rewards(a: Assembly, samples: Samples) -> np.ndarray:
-  """rewards_QG: each group's answers compared in pairs, with length control (paper.md 4.4)."""
+  """fp32 rewards_QG: the judge compares the answers of each group in pairs, with length control.
+
+  See Nemotron-Cascade 2 (arXiv 2603.19220, section 4.5) and NeMo-Gym's `genrm_compare`.
+  """
   count = lambda text: len(a.tokenizer.encode(text or ""))  # noqa: E731
   return judge_lib.batch_rewards(
     a.judge,
@@ -160,7 +163,15 @@ def run(
   c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "", teachers: Teachers | None = None,
   watch: Watch = lambda *_: False,
 ) -> Outcome:  # fmt: skip
-  """Trains to c.steps, or until `watch`, called after every step, says so."""
+  """Trains to step c.steps, or until `watch`, called after every step, returns True.
+
+  Args:
+    init_from: the checkpoint to start from; the KL reference too.
+    teachers: needed if the advantage or the distillation loss reads teachers.
+
+  Raises:
+    StageStopped: a guard ended the stage, or too many updates in a row were not finite.
+  """
   refuse_several("RL")
   began = time.time()
   rows_fn = rows_program(settings(c, "advantage", "aggregation"))
@@ -173,17 +184,18 @@ def run(
   if c.kl_weight:
     reference = loading.load(init_from, a.template)
   r = c.rollout
-  # One for all: sampler, trainer, teachers and reference take softmax(logits / temperature).
+  # Sampler, trainer, teachers and reference all use softmax(logits / temperature).
   temperature = np.float32(r.temperature)
   mixture = Mixture(
     a.domains, c.mixture.to_dict(), seed=a.c.seed, tokenizer=a.tokenizer, limit=r.prompt_tokens,
     state=record.get("mixture", {}),
   )  # fmt: skip
-  # Verdicts that agree teach nothing only where it is they that are compared.
+  # few_signals watches the share of groups whose verdicts differ. Others lack a signal only if verdicts are
+  # compared within groups.
   compares = c.advantage in advantage.GROUPED and c.reward == "verdict"
   without = () if compares else ("few_signals",)
   supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}), without=without)
-  # A stage that was killed after its last step has nothing left to do.
+  # If the stage was killed after its last step, `watch` ends it here.
   ended, step = first > 0 and watch(first, state.params, spent), first - 1
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
@@ -241,7 +253,7 @@ def run(
           skipped.append(of_step[SKIPPED])
         skipped = jax.device_get(skipped)
         of_step[SKIPPED] = sum(skipped)
-      else:  # Every sample was left out: no update, not even by the optimizer's momentum.
+      else:  # Every sample was filtered out: no update, because momentum alone would move the parameters.
         state, of_step, skipped = state.replace(step=state.step + c.updates), {}, []
       metrics = {k: float(v) for k, v in jax.device_get(of_step | of_rollout).items()} | counts
       phases.end("update")
@@ -269,7 +281,7 @@ def run(
 
 
 def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:
-  """The first completion of up to `count` prompts, spread over the batch."""
+  """Lines of samples.jsonl: the first completion of up to `count` prompts, spread over the batch."""
   lines = []
   for q in np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).astype(int):
     verdict = verdicts[q][0]
@@ -288,7 +300,7 @@ def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:
 
 
 def _number(name: str) -> int:
-  """A stage's own stream of random numbers, from its name."""
+  """A number from a stage's name, to give each stage its own random numbers."""
   return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 

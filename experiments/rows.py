@@ -1,4 +1,4 @@
-"""JSON lines in and out: conversations or tokens, checked whole before anything is compiled."""
+"""Reads and writes JSON lines of conversations or tokens. Checks all rows before anything is compiled."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +14,15 @@ from nemocascade.metrics import progress
 from nemocascade.state_files import whole
 
 Row = dict[str, Any]
-FEWEST = 32  # Tokens of the smallest bucket.
+FEWEST = 32  # Size of the smallest bucket, in tokens.
 
 
 def read_rows(path: str) -> list[tuple[int, Row]]:
   """(line number, row) of each line.
 
   Raises:
-    UserError: lines that are not an object with "tokens" or "messages"; all are named.
+    UserError: the file has no rows, or lines that are not an object with "tokens" or "messages"; the message
+      names all such lines.
   """
   if not path:
     raise UserError("--input is missing: give a file of JSON lines")
@@ -47,13 +48,15 @@ def tokens_of(
   vocab_size: int,
   **template: Any,
 ) -> list[list[int]]:
-  """The tokens of each row: its own, or those of its conversation.
+  """The tokens of each row: its "tokens", or its rendered conversation.
 
   Args:
-    template: arguments of the chat template; a row's own "chat_template_kwargs" go before them.
+    path: the file's name, for errors.
+    template: arguments of the chat template. A row's "chat_template_kwargs" override them.
 
   Raises:
-    UserError: rows that have no tokens, or one outside the vocabulary; all are named.
+    UserError: rows have no tokens, a token outside the vocabulary, or a malformed conversation; the message
+      names all such rows.
   """
   found, wrong = [], []
   for number, row in rows:
@@ -66,7 +69,7 @@ def tokens_of(
 
 
 def write_rows(path: str, rows: Sequence[Row]) -> None:
-  """Written under a temporary name, then renamed: the file is whole at every instant."""
+  """Writes JSON lines to a temporary file, then renames it, so that `path` is never incomplete."""
   target = Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   with whole(target) as partial:
@@ -74,19 +77,19 @@ def write_rows(path: str, rows: Sequence[Row]) -> None:
 
 
 def check_output(path: str) -> None:
-  """Raises UserError where results could not be written, before they are computed."""
+  """Raises UserError if results cannot be written to `path`. Call it before computing them."""
   if not path or Path(path).is_dir():
     raise UserError(f"--output={path!r}: give the file to write")
   writable_folder("--output", Path(path).parent)
 
 
 def bucket(length: int) -> int:
-  """The next power of two, so that few lengths are compiled."""
+  """The length rounded up to a power of two, at least FEWEST, so that few lengths are compiled."""
   return max(FEWEST, 1 << (length - 1).bit_length())
 
 
 def batches(numbers: Sequence[int], B: int, *, desc: str) -> Iterator[Sequence[int]]:
-  """B at a time, with a progress bar where there are several."""
+  """Yields parts of at most B numbers, with a progress bar if there are several parts."""
   bar = progress(len(numbers), initial=0, desc=desc) if len(numbers) > B else None
   for start in range(0, len(numbers), B):
     part = numbers[start : start + B]

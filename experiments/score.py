@@ -1,11 +1,11 @@
-"""Log-probabilities of given tokens: rows in, the same rows with a number a token out.
+"""Scores given tokens: reads rows, and writes them with the log-probability of each token.
 
   python -m experiments.score --checkpoint=runs/tiny/sft/checkpoints/700 \\
     --input=rows.jsonl --output=out.jsonl
 
-A row in is {"tokens": [...]} or {"messages": [...], "tools": [...]}; other keys are carried through.
-A row out adds {"logprobs": [null, float, ...]}: entry t is log p(token t | the tokens before it).
-Rows of messages get their "tokens" too.
+An input row is {"tokens": [...]} or {"messages": [...], "tools": [...]}; other keys are copied to the output.
+An output row adds "logprobs": [null, float, ...]. Entry t is log p(token t | the tokens before it). Rows of
+messages get their "tokens" too.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ from experiments.launch import launch
 from nemocascade.fields import text
 from nemocascade.types import Params
 
-TOKENS = 1 << 14  # Of a batch, padding included.
+TOKENS = 1 << 14  # Tokens of a batch, padding included.
 
 
 def run(checkpoint: str, input: str, output: str) -> None:
@@ -40,7 +40,7 @@ def run(checkpoint: str, input: str, output: str) -> None:
 def score(
   a: Assembly, params: Params, documents: Sequence[Sequence[int]]
 ) -> list[list[float | None]]:
-  """log p of each token after the first, in order; documents of like lengths are batched."""
+  """[None, log p of each later token] of each document, in order. Similar lengths are batched together."""
   of_length = defaultdict(list)
   for i, tokens in enumerate(documents):
     of_length[rows_lib.bucket(len(tokens))].append(i)

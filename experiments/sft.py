@@ -2,7 +2,7 @@
 
   python -m experiments.sft --config=configs/tiny/sft.py --workdir=runs/sft
 
-The dataset (TFDS, array_record) is written once under the work directory. Run again to resume.
+The dataset (TFDS, array_record) is written once, in the work directory. Run the same command again to resume.
 """
 
 import time
@@ -29,7 +29,7 @@ from nemocascade.step.sft import sft_step
 
 
 def check(c: ConfigDict) -> None:
-  """Refuses a stage that cannot run, before anything is compiled."""
+  """Raises UserError if the stage cannot run. Nothing is compiled."""
   check_fields(c, "sft")
   RouterBalance(**c.router_balance)
   for name in c.conversations:
@@ -40,7 +40,7 @@ def check(c: ConfigDict) -> None:
 
 
 def check_documents(c: ConfigDict, a: Assembly) -> None:
-  """Refuses rows that hold none of the first demonstrations."""
+  """Raises UserError if not even the shortest of the first demonstrations fits in a row."""
   lengths = {
     len(document.tokens_T)
     for name, count in c.conversations.items()
@@ -52,7 +52,7 @@ def check_documents(c: ConfigDict, a: Assembly) -> None:
 
 
 def demonstrations(a: Assembly, c: ConfigDict):
-  """The conversations of all domains as a data source; prepared at first use."""
+  """The demonstrations of all domains as a data source. Written at the first call, then read."""
   directory = a.workdir / "data" / "demonstrations"
 
   def write():
@@ -71,7 +71,7 @@ def demonstrations(a: Assembly, c: ConfigDict):
 
 
 def program(c: ConfigDict, a: Assembly):
-  """(optimizer, abstract state, jitted step) of the stage."""
+  """(optimizer, abstract state, jitted step). Raises UserError if rows do not divide over the mesh."""
   check_rows("rows of a step", c.rows, a.mesh)
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
   state = abstract_state(tx, a.template, a.mesh)
@@ -81,7 +81,11 @@ def program(c: ConfigDict, a: Assembly):
 
 
 def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
-  """Trains to c.steps, from the stage's own last checkpoint if there is one."""
+  """Trains to step c.steps, from the stage's last checkpoint if there is one, else from `init_from`.
+
+  Raises:
+    StageStopped: a guard ended the stage, or too many updates in a row were not finite.
+  """
   began = time.time()
   tx, _, step_fn = program(c, a)
   documents = loader.tokenize_all(demonstrations(a, c), a.tokenizer)
@@ -98,7 +102,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
 
     def finish(step: int, metrics, to_save=None) -> None:
-      """Waits for the step, and writes what it says."""
+      """Waits for the step, and writes its metrics."""
       metrics = jax.device_get(metrics)
       bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens)
       supervisor.write(writer, step, metrics, to_save=to_save)
@@ -106,7 +110,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
     pending = None
     for step in range(first, c.steps):
       batch = next(batches)
-      state, metrics = step_fn(state, a.put(batch))  # Sent, not awaited.
+      state, metrics = step_fn(state, a.put(batch))  # Asynchronous: does not wait for the step.
       tokens += int((batch.segment_ids_BT > 0).sum())
       if pending is not None:
         finish(step - 1, pending)

@@ -1,4 +1,4 @@
-"""One work directory and several processes on it: who is at what, by locks that end with their process."""
+"""File locks for processes that share a work directory. A lock ends with the process that holds it."""
 
 import contextlib
 import errno
@@ -18,10 +18,13 @@ T = TypeVar("T")
 
 
 def each(seeds: Sequence[int], directory: Callable[[int], Path], work: Callable[[int], T]) -> Iterator[dict[int, T]]:
-  """Yields, after each seed that is done, the results of those that are, in the order of `seeds`.
+  """Runs `work` on every seed. After each, yields {seed: result} of all seeds done, in the order of `seeds`.
 
-  Processes on one work directory share the seeds: each takes one that no other is at, and waits for the
-  others' at the end. `work` reads what is there and does the rest.
+  Several processes may do this in one work directory. Each takes a seed that no other process holds. At the
+  end it waits for the seeds of the others and runs `work` on them too, which must reuse results on disk.
+
+  Args:
+    directory: seed -> its directory, which is locked during `work`.
   """
   found: dict[int, T] = {}
   for wait in (False, True):
@@ -36,23 +39,26 @@ def each(seeds: Sequence[int], directory: Callable[[int], Path], work: Callable[
 
 @contextlib.contextmanager
 def held(directory: Path, *, wait: bool, name: str = LOCK) -> Iterator[bool]:
-  """Keeps other processes out of the directory, until this one ends at the latest; False where one is in it.
+  """Locks the directory inside the context. Yields whether the lock was acquired.
+
+  The lock ends with the context, or with the process.
 
   Args:
-    name: of the lock's file; locks of different names do not know each other.
+    wait: whether to wait while another process holds the lock.
+    name: the file name of the lock. Locks of different names are independent.
   """
   with _open(directory / name) as file:
     yield _locked(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-_owned: dict[Path, TextIO] = {}  # Locks that this process keeps to its end.
+_owned: dict[Path, TextIO] = {}  # Locks that this process holds until it ends.
 
 
 def own(directory: Path, *, shared: bool = False) -> None:
   """Makes this process the only writer of the directory until it ends, however it ends.
 
   Args:
-    shared: others that share it may write there too, but none that wants it alone.
+    shared: other processes that also pass shared=True may write there too.
 
   Raises:
     UserError: another process writes there.
@@ -76,7 +82,7 @@ def own(directory: Path, *, shared: bool = False) -> None:
 
 
 def _open(path: Path) -> TextIO:
-  """The lock's file; what it says of its last holder is kept."""
+  """Opens the lock's file. Keeps its text, which names the last holder."""
   path.parent.mkdir(parents=True, exist_ok=True)
   file = path.open("a+", encoding="utf-8", errors="replace")
   file.seek(0)
@@ -84,7 +90,10 @@ def _open(path: Path) -> TextIO:
 
 
 def _locked(file: TextIO, how: int) -> bool:
-  """Whether the lock could be had; it ends with the file, or with the process."""
+  """Whether the lock was acquired. It ends when the file is closed, or with the process.
+
+  Also True, with a warning, on a file system without locks.
+  """
   try:
     fcntl.flock(file, how)
   except BlockingIOError:

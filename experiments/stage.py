@@ -1,4 +1,4 @@
-"""What every training stage does alike: where it starts, and what it leaves behind."""
+"""What all training stages share: the start, the state, the resumption record and the outcome."""
 
 import dataclasses
 import functools
@@ -23,12 +23,12 @@ from nemocascade.types import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-  """Tokens that a stage of RL has put through a model so far, by what was done with them."""
+  """Tokens that an RL stage has processed so far, by the kind of processing."""
 
   sampled: int = 0  # Decoded one at a time.
   prefilled: int = 0  # Prompts, once each.
-  scored: int = 0  # Under a teacher or a reference.
-  trained: int = 0  # Forward and backward; documents that teach nothing are never in a row.
+  scored: int = 0  # By a teacher or a reference.
+  trained: int = 0  # Forward and backward. Samples with no token to learn are not in a row.
 
   def plus(self, **more: int) -> "Spent":
     return dataclasses.replace(self, **{name: getattr(self, name) + n for name, n in more.items()})
@@ -38,47 +38,51 @@ class Spent:
     return self.plus(sampled=int(samples.loss_mask_QGT.sum()), prefilled=int(given_QG[:, 0].sum()))
 
   def flops(self, matmul_params: int) -> int:
-    """2 a parameter and token forward, 6 with the backward pass.
+    """FLOPs: 2 per parameter and token forward, 6 with the backward pass.
+
+    Products of the attention and the scan themselves are left out; they are few at these lengths.
 
     Args:
-      matmul_params: of the model; model.hybrid's function of this name.
-
-    Attention's and the scan's own products are left out: they are few at these lengths.
+      matmul_params: the result of model.size.matmul_params for the model.
     """
     return matmul_params * (2 * (self.sampled + self.prefilled + self.scored) + 6 * self.trained)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """A finished stage."""
+  """The result of a finished stage."""
 
   params: Params
   checkpoint: str
   steps: int
   tokens: int  # Trained on or sampled, all steps.
-  wall_s: float  # Of this process; a resumed stage adds what it had.
+  wall_s: float  # Seconds in this process. The caller adds those before a resumption.
 
 
 def abstract_state(tx: optax.GradientTransformation, template: Params, mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and places of a stage's state: the optimizer's moments lie as their parameters."""
+  """Shapes, dtypes and shardings of a stage's state. Adam's moments are sharded as their parameters."""
   shapes = jax.eval_shape(functools.partial(new_state, tx), template)
   return placed(shapes, alike(shapes, template, mesh))
 
 
 def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
-  """The jitted step, whose next state lies where the state lay (of abstract_state); metrics are everywhere."""
+  """The jitted step. It donates its state and keeps the state's shardings; metrics are replicated.
+
+  Args:
+    state: the result of abstract_state.
+  """
   places = jax.tree.map(lambda a: a.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(places, whole(mesh)))
 
 
 COUNT = {"type": "integer", "minimum": 0}
 COUNTS = {"type": "object", "additionalProperties": COUNT}
-RECORD = {  # What a stage keeps in its checkpoints beside its state.
+RECORD = {  # JSON schema of the record that a stage saves with its state.
   "type": "object",
   "properties": {
     "iterator": {"type": "object"},
     "tokens": COUNT,
-    "mixture": {"type": "object", "additionalProperties": COUNTS},  # Of a Mixture.
+    "mixture": {"type": "object", "additionalProperties": COUNTS},  # Mixture.get_state.
     "supervisor": {
       "type": "object",
       "properties": {
@@ -97,12 +101,12 @@ RECORD = {  # What a stage keeps in its checkpoints beside its state.
 
 
 def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer | None:
-  """The tokenizer of a stage that runs on its own: that of where it starts.
+  """The tokenizer of a stage that runs outside a cascade: the config's, else that of `init_from`.
 
-  None where it starts from fresh parameters and the config names none: it is trained then.
+  None if there is neither: the assembly then trains one.
 
   Raises:
-    UserError: the config names another than that of the checkpoint.
+    UserError: the config's tokenizer differs from that of `init_from`.
   """
   if c.tokenizer.path:
     tokenizer = load_tokenizer(c.tokenizer.path)
@@ -111,19 +115,19 @@ def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer |
     return tokenizer
   if not init_from:
     return None
-  begun = stage_dir / "model"  # A stage that is resumed goes on as it began, wherever its start is now.
+  begun = stage_dir / "model"  # A resumed stage keeps its tokenizer, even if init_from has moved.
   return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from)
 
 
 def check_start(a: Assembly, field: str, checkpoint: str, template: Params | None = None) -> None:
-  """Refuses a checkpoint that a stage could not begin with; none of its weights is read.
+  """Checks that a stage can use a checkpoint, without reading its weights. "" passes.
 
   Args:
-    field: the field of the config that names it.
-    template: the shapes that its parameters must have; the assembly's own by default.
+    field: the config field or flag that names it, for errors.
+    template: the shapes that its parameters must have; by default those of the assembly's model.
 
   Raises:
-    UserError: it is not there, its model is another, or its tokenizer is.
+    UserError: it does not exist, or has another model or tokenizer.
   """
   if not checkpoint:
     return
@@ -136,22 +140,22 @@ def start(
   a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None,
   load=loading.load,
 ) -> tuple[TrainState, dict, Store]:  # fmt: skip
-  """The state to train from, its record and the store: the first of these that exists.
+  """(state to train from, record, checkpoint store). The state is the first of these that exists:
 
-  1. This stage's own last checkpoint, data position included.
-  2. The parameters at `init_from` (a checkpoint of ours, or hf:DIR), under a new optimizer.
-  3. Fresh parameters.
+  1. This stage's last checkpoint. Only then the record, with the data position, is not empty.
+  2. The parameters of `init_from` (a checkpoint of ours, or hf:DIR) with a new optimizer state.
+  3. Freshly initialized parameters.
 
   Args:
-    init_params, template: in the place of the assembly's own, for another model.
+    init_params, template: used instead of the assembly's, for another model.
     load: (checkpoint, template) -> its parameters.
 
   Raises:
-    UserError: nothing can be read there, or a value is not finite.
+    UserError: the checkpoint cannot be read, has another tokenizer, or a value is not finite.
   """
   init_params, template = init_params or a.fresh_params, template or a.template
   state = abstract_state(tx, template, a.mesh)
-  # Each device makes its own part: no device has to hold all.
+  # Each device computes only its own shards.
   make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
   store = Store(stage_dir / "checkpoints")
   if store.latest() is not None:
@@ -166,7 +170,7 @@ def start(
   a.save_model_files(stage_dir)
   under_new_optimizer = functools.partial(new_state, tx)
   if init_from:
-    make = functools.partial(make, donate_argnums=0)  # The parameters are there once.
+    make = functools.partial(make, donate_argnums=0)  # Avoids a second copy of the parameters.
     return make(under_new_optimizer)(load(init_from, template)), {}, store
   key = jax.random.key(a.c.seed)
   state = make(lambda key: under_new_optimizer(init_params(key)))(key)

@@ -1,4 +1,4 @@
-"""What a stage's loop does about a run that goes wrong: says it once, or saves, says it and ends."""
+"""Applies the guards in a stage's loop: prints a warning once, or ends the stage after a checkpoint."""
 
 import shutil
 import sys
@@ -18,19 +18,22 @@ from nemocascade.types import TrainState
 
 
 class Supervisor:
-  """Reads each step's metrics on their way to the file.
+  """Writes each step's metrics and applies the guards to them.
 
-  Attributes: stopping, whether a guard has asked for the end; the loop then saves and calls `end`.
+  Attributes:
+    stopping: whether a guard has asked to end the stage. The loop then saves a checkpoint and calls `end`.
   """
 
   def __init__(self, c: ConfigDict, stage_dir: Path, record: Mapping[str, Any], *, without: Iterable[str] = ()):
     """
     Args:
-      record: what `record` gave for the checkpoint that the stage goes on from, or empty.
-      without: guards that mean nothing for the stage.
+      c: the stage's config; `guards` and `max_nonfinite` are read.
+      stage_dir: the stage's folder.
+      record: the result of `record` in the checkpoint that the stage resumes from, or empty.
+      without: guards to turn off for this stage.
 
     Raises:
-      StageStopped: the checkpoint is one with which a guard ended the stage.
+      StageStopped: a guard ended the stage at this checkpoint.
     """
     self._dir, self._max_nonfinite = stage_dir, c.max_nonfinite
     self._settings = c.guards.to_dict()
@@ -39,7 +42,7 @@ class Supervisor:
     self._histories = guards.from_json(record.get("histories", {}))
     self._warned = list(record.get("warned", ()))
     self._nonfinite = record.get("nonfinite", 0)  # Updates in a row that were not applied.
-    self._stop = self._line = ""  # The guard that has asked for the end, and what it said.
+    self._stop = self._line = ""  # The guard that asked to end the stage, and its message.
     for finding in guards.standing(self._histories, self._settings):
       if finding.action == "stop":
         raise StageStopped(
@@ -51,21 +54,22 @@ class Supervisor:
     return bool(self._stop)
 
   def record(self) -> dict[str, Any]:
-    """Plain JSON, for the stage's checkpoints."""
+    """The guards' state as plain JSON, for the stage's checkpoints."""
     return {"histories": guards.to_json(self._histories), "warned": self._warned, "nonfinite": self._nonfinite}
 
   def write(
     self, writer: MetricsWriter, step: int, metrics: Mapping[str, Any], *,
     skipped: Sequence[float] | None = None, to_save: TrainState | None = None,
   ) -> None:  # fmt: skip
-    """The step's line of metrics, with those of the guards.
+    """Writes the step's line of metrics, with the guards' flags, and reacts to guards that fire.
 
     Args:
-      skipped: of each update of the step, whether it was not applied; else what the metrics say of the one.
-      to_save: the state, where this step ends in a checkpoint: then the disk is measured.
+      skipped: for each update of the step, whether it was skipped as not finite. By default the metric SKIPPED
+        of a single update.
+      to_save: the state, if a checkpoint follows this step: the room on the disk is then checked.
 
     Raises:
-      StageStopped: max_nonfinite updates in a row were not applied.
+      StageStopped: max_nonfinite updates in a row were skipped.
     """
     metrics = {name: float(np.asarray(value)) for name, value in metrics.items()}
     if skipped is None:
@@ -83,7 +87,7 @@ class Supervisor:
         )
 
   def end(self, checkpoint: Path) -> None:
-    """Raises StageStopped where a guard has asked for it; `checkpoint` is what was saved."""
+    """Raises StageStopped if a guard asked to end the stage. The message names the saved `checkpoint`."""
     if self._stop in guards.AT_ONCE:
       raise StageStopped(f"{self._line}; the same command goes on from {checkpoint}")
     if self._stop:
@@ -102,7 +106,7 @@ class Supervisor:
 
 
 def room_for(state: TrainState, directory: Path) -> float:
-  """How many checkpoints of the state still fit on the disk; the first process's count for all."""
+  """How many checkpoints of the state still fit on the disk, as measured by the first process."""
   size = sum(array.nbytes for array in jax.tree.leaves(state))
   fit = np.float32(shutil.disk_usage(directory).free / max(size, 1))
   if jax.process_count() > 1:

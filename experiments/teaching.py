@@ -1,4 +1,4 @@
-"""From the teachers that a config names to checked checkpoints, and what they say of a rollout."""
+"""Finds and loads the teachers that a config names, and scores rollouts with them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,19 +17,21 @@ from nemocascade.rollout.episode import Samples
 from nemocascade.teachers import Teacher, Teachers, best_checkpoints, of_stage, take_probe
 from nemocascade.types import Params, Rollout
 
-BEST = "best"  # In a config: the cascade's best checkpoint for the domain so far (paper.md 5.2).
-# Rows that a teacher or reference scores at a time, or one a device: one compiled shape for any share
-# of a batch.
+# A teacher's name in a config: the cascade's best checkpoint so far for the domain. Nemotron-Cascade 2 takes
+# its MOPD teachers from its own stages too (arXiv 2603.19220, section 4.4).
+BEST = "best"
+# Rows that a teacher or reference scores at a time; at least one per device. A constant number, so that one
+# compiled program serves any part of a batch.
 SCORED_ROWS = 64
 PROBE_ROWS, PROBE_TOKENS = 4, 16
-SEEN = 64  # Tokens of a domain by which a teacher is judged, where its whole distribution has to be made.
+SEEN = 64  # Tokens per domain in `uniform_share`, where the teacher's logits must be computed.
 
 
 def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
-  """The teachers of `c.teachers`: each is "best", the name of a finished stage, or a checkpoint.
+  """The teachers of `c.teachers`; each value is "best", the name of a finished stage, or a checkpoint.
 
   Raises:
-    UserError: there is no such stage or checkpoint, or no cascade whose best could be taken.
+    UserError: no such stage or checkpoint exists, or no finished stage has a score for a "best".
   """
   stages = record.stages if record else []
   best = best_checkpoints(stages)
@@ -55,7 +57,11 @@ def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
 
 
 def gather(a: Assembly, teachers: list[Teacher], keep: int) -> Teachers:
-  """The registry that loads and probes them; each has been, once, when this returns."""
+  """A registry that loads and probes the teachers. Checks each teacher once before it returns.
+
+  Args:
+    keep: most teacher checkpoints in memory.
+  """
   registry = Teachers(
     lambda checkpoint: loading.load(checkpoint, a.template), a.score,
     vocab_size=a.model_config.vocab_size, tokenizer=a.tokenizer.fingerprint, keep=keep,
@@ -68,12 +74,12 @@ def gather(a: Assembly, teachers: list[Teacher], keep: int) -> Teachers:
 
 
 def probe(a: Assembly, params: Params) -> dict:
-  """What the parameters say of some held-out prompts, for a stage's entry."""
+  """The parameters' log-probabilities of some held-out prompts, for a stage's entry in the record."""
   return dataclasses.asdict(take_probe(a.score, params, probe_tokens(a)))
 
 
 def probe_tokens(a: Assembly) -> list[list[int]]:
-  """The first tokens of some held-out prompts, equally many of each."""
+  """The first tokens of the first held-out prompt of up to PROBE_ROWS domains, equally many of each."""
   rows = [rows[0] for rows in a.heldout.values()][:PROBE_ROWS]
   texts = ["\n".join(str(m.get("content")) for m in domain_lib.prompt_messages(row)) for row in rows]
   tokens = [a.tokenizer.encode(text)[:PROBE_TOKENS] for text in texts]
@@ -86,7 +92,15 @@ def scored_rows(a: Assembly) -> int:
 
 
 def over_rows(a: Assembly, program: Callable, samples: Samples, q: list[int]) -> tuple[np.ndarray, ...]:
-  """program(tokens_BT, segment_ids_BT, wanted_BT) -> arrays [B, T, ...], of these prompts: [len(q), G, T, ...]."""
+  """Applies `program` to the samples of the prompts `q`, scored_rows(a) rows at a time.
+
+  Args:
+    program: (tokens_BT, segment_ids_BT, wanted_BT) -> tuple of arrays [B, T, ...].
+    q: indices of prompts.
+
+  Returns:
+    Each array as [len(q), G, T, ...].
+  """
   parts = (samples.tokens_QGT, samples.segment_ids_QGT, samples.loss_mask_QGT)
   rows = [a_QGT[q].reshape(-1, a_QGT.shape[-1]) for a_QGT in parts]
   found, B = [], scored_rows(a)
@@ -100,15 +114,21 @@ def over_rows(a: Assembly, program: Callable, samples: Samples, q: list[int]) ->
 
 
 def score_rows(a: Assembly, params: Params, samples: Samples, q: list[int], temperature) -> np.ndarray:
-  """logprobs [len(q), G, T] of the sampled tokens of these prompts at a temperature; 0 elsewhere."""
+  """fp32 [len(q), G, T]: log-probabilities of the sampled tokens of the prompts `q`; 0 on other tokens."""
   program = lambda *rows: (a.score(params, *rows, temperature=temperature).logprobs_BT,)  # noqa: E731
   return over_rows(a, program, samples, q)[0]
 
 
 def by_teachers(a: Assembly, teachers: Teachers, samples: Samples, program: Callable) -> list[np.ndarray]:
-  """program(params, tokens_BT, segment_ids_BT, wanted_BT) -> arrays, each prompt's by its domain's teacher.
+  """Applies `program` to all samples, each prompt with the parameters of its domain's teacher.
 
-  Each checkpoint loads once.
+  Each teacher checkpoint is loaded once.
+
+  Args:
+    program: (params, tokens_BT, segment_ids_BT, wanted_BT) -> tuple of arrays [B, T, ...].
+
+  Returns:
+    Each array as [Q, G, T, ...].
   """
   out = []
   for q in teachers.by_checkpoint(samples.domains).values():
@@ -121,19 +141,19 @@ def by_teachers(a: Assembly, teachers: Teachers, samples: Samples, program: Call
 
 
 def teacher_logprobs(a: Assembly, teachers: Teachers, samples: Samples, temperature) -> np.ndarray:
-  """logprobs_QGT, each prompt's under the teacher of its domain, at the samples' temperature."""
+  """fp32 logprobs_QGT of the sampled tokens under the teacher of each prompt's domain; 0 on other tokens."""
   program = lambda *args: (a.score(*args, temperature=temperature).logprobs_BT,)  # noqa: E731
   return by_teachers(a, teachers, samples, program)[0]
 
 
 def teacher_likeliest(a: Assembly, teachers: Teachers, samples: Samples, k: int, temperature) -> dict:
-  """The k tokens that each prompt's teacher finds likeliest at every place, as fields of a Rollout."""
+  """The teacher's k likeliest tokens at every sampled position, as the fields top_* of a Rollout."""
   tokens, logprobs = by_teachers(a, teachers, samples, lambda *args: a.likeliest(*args, k, temperature))
   return dict(top_tokens_QGTK=tokens, top_logprobs_QGTK=logprobs)
 
 
 def teacher_states(a: Assembly, teachers: Teachers, samples: Samples) -> dict:
-  """What each prompt's teacher predicts its tokens from, as fields of a Rollout."""
+  """The teacher's hidden states from which each token is predicted, as the fields teacher_* of a Rollout."""
   (states,) = by_teachers(a, teachers, samples, lambda params, *rows: a.states(params, *rows[:2])[:1])
   order = list(teachers.checkpoints())
   teacher_Q = np.array([order.index(teachers.of(name).checkpoint) for name in samples.domains], np.int32)
@@ -141,15 +161,20 @@ def teacher_states(a: Assembly, teachers: Teachers, samples: Samples) -> dict:
 
 
 def teacher_heads(a: Assembly, teachers: Teachers) -> jax.Array:
-  """heads_ZDV of all teachers, in the order that `teacher_Q` counts in."""
+  """heads_ZDV: the output matrices of all teacher checkpoints. `teacher_Q` indexes the first axis."""
   return jnp.stack([a.head(teachers.params(domain)) for domain in teachers.checkpoints().values()])
 
 
 def uniform_share(rollout: Rollout, domains: list[str], vocab_size: int, heads_ZDV: jax.Array | None = None) -> dict:
-  """{"teacher/uniform": share of learned tokens on which a teacher is within a nat of 1 / vocab_size}.
+  """{"teacher/uniform": share of learned tokens on which a teacher is nearly uniform}, or {} without tokens.
 
-  Judged by the sampled token's log-probability, or by the likeliest token's where those were asked for;
-  of the domain whose share is largest. Of teachers whose states the rollout carries, SEEN tokens a domain.
+  Nearly uniform means a log-probability within one nat of -log(vocab_size). It is that of the likeliest token
+  if the rollout has top tokens or teacher states, else that of the sampled token. With teacher states only
+  SEEN tokens per domain are judged. The result is the largest share of any domain.
+
+  Args:
+    domains: the domain of each prompt.
+    heads_ZDV: the result of `teacher_heads`; needed if the rollout has teacher states.
   """
   learned_QGT = np.asarray(rollout.loss_mask_QGT & rollout.valid_QG[..., None])
   shares = []
@@ -160,7 +185,7 @@ def uniform_share(rollout: Rollout, domains: list[str], vocab_size: int, heads_Z
       continue
     if rollout.teacher_states_QGTD is not None:
       seen_ND = np.asarray(rollout.teacher_states_QGTD)[q][learned]
-      seen_ND = seen_ND[np.linspace(0, len(seen_ND) - 1, SEEN).astype(int)]  # One shape: of few, some twice.
+      seen_ND = seen_ND[np.linspace(0, len(seen_ND) - 1, SEEN).astype(int)]  # May repeat tokens.
       logprobs = np.asarray(_top_logprobs(seen_ND, heads_ZDV, int(rollout.teacher_Q[q[0]])))
     elif rollout.top_logprobs_QGTK is not None:
       logprobs = np.asarray(rollout.top_logprobs_QGTK)[q].max(-1)[learned]

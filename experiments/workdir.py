@@ -1,4 +1,4 @@
-"""Whose a work directory is: one config's, and of one process at a time."""
+"""Reserves a work directory for one config, and for one process at a time."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from experiments.sharing import own
 from nemocascade.errors import UserError
 from nemocascade.state_files import read_state, write_json
 
-CONFIG = {  # Of config.json.
+CONFIG = {  # JSON schema of config.json.
   "type": "object",
   "required": ["config", "versions"],
   "properties": {
@@ -24,30 +24,30 @@ CONFIG = {  # Of config.json.
 
 
 def claim(c: ConfigDict, workdir: Path, a: Assembly, *, shared: bool = False) -> None:
-  """Makes the work directory this config's and this process's, or refuses one that belongs to another.
+  """Reserves the work directory for this config and this process, and writes config.json and the tokenizer.
 
-  The first thing that a run writes: all that can be checked before has been.
+  Call it after all checks: it is the first call of a run that writes.
 
   Args:
-    shared: other processes of the same config may write there too, each where no other does.
+    shared: other processes with the same config may use the directory too, each in its own part.
 
   Raises:
-    UserError: as check_owner; or another process writes there.
+    UserError: the directory belongs to another config, or another process writes there.
   """
   check_owner(c, workdir)
   first_alone(lambda: own(workdir, shared=shared))
   path = Path(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
   first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
-  check_owner(c, workdir)  # Another process may have been faster.
+  check_owner(c, workdir)  # Another process may have written it first.
   a.keep_tokenizer()
 
 
 def check_owner(c: ConfigDict, workdir: Path) -> None:
-  """Refuses a work directory of another config.
+  """Checks that the work directory is new, or belongs to this config.
 
   Raises:
-    UserError: config.json there is damaged or differs; the first differing field is named.
+    UserError: its config.json is damaged or differs; the message names the first differing field.
   """
   path = Path(workdir) / "config.json"
   if not os.path.lexists(path):
@@ -63,7 +63,7 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
 
 
 def _difference(there, here, name: str = "config"):
-  """The first (field, there, here) in which two JSON values differ, or None."""
+  """(dotted field, value there, value here) of the first difference of two JSON values, or None."""
   if isinstance(there, dict) and isinstance(here, dict):
     for key in sorted(there.keys() | here.keys()):
       if key not in there or key not in here:
@@ -75,7 +75,7 @@ def _difference(there, here, name: str = "config"):
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that numbers depend on, and of this code where git knows it."""
+  """Package -> version, for the packages that results depend on; and this code's git description."""
   import subprocess
   from importlib.metadata import version
 

@@ -1,8 +1,9 @@
-"""What all stages at the published scale share: the model, its folder, evaluation, the sandbox.
+"""Fields that all stages at the published scale share: model, tokenizer, evaluation, sandbox.
 
-Parameters and Adam's moments are fp32 (the report says nothing of them): at a weight of 0.02 bf16 has
-steps of 1.2e-4, in which an update of 5e-5 or 3e-6 is lost. With gradients that is 16 bytes a
-parameter, 7.4 GiB a chip on 64 chips. Products are bf16.
+Parameters and Adam's moments are fp32. The Cascade 2 report (arXiv 2603.19220) does not state their
+dtype. Near a weight of 0.02, bf16 values are 1.2e-4 apart, so updates of 5e-5 or 3e-6 would be lost.
+Parameters, moments and gradients take 16 bytes per parameter: 7.4 GiB per chip on 64 chips. Matrix
+products are bf16.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import guards
 from configs.nano_30b import meshes, model
 
-# A Hugging Face folder: the model that SFT starts from, and the tokenizer of every stage.
+# A Hugging Face folder. SFT starts from its model, and every stage uses its tokenizer.
 FOLDER = "Nemotron-3-Nano-30B-A3B-Base"
 
 DOMAINS = (
@@ -27,14 +28,14 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
   c.mesh = meshes.mesh(slice_)
   c.tokenizer = dict(path=FOLDER, vocab_size=131072, conversations=0)
   c.domains = DOMAINS
-  c.tasks = {}  # Domain -> fields of it that are not as usual.
+  c.tasks = {}  # Domain -> its fields that differ from the defaults.
   c.evaluation = dict(
     prompts=128,
     completions=1,
     batch=512,
     prompt_tokens=4_096,
-    total_tokens=49_152,  # paper.md 8 has up to 256K; these are scores between stages.
-    long_prompt_tokens=32_768,  # paper.md 4.2: inputs of at most 32K.
+    total_tokens=49_152,  # The report evaluates with up to 256K (appendix A).
+    long_prompt_tokens=32_768,  # The report's long-context inputs have at most 32K tokens (section 4.6).
     long_total_tokens=49_152,
     long_domains=("long_context",),
     long_batch=128,
@@ -42,7 +43,7 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
   )
   c.sandbox = dict(workers=64)
   c.update(guards.fields())
-  if smoke:  # The same stage with a small model, on what devices there are.
+  if smoke:  # The same stage with a small model, on all devices of this machine.
     c.model.update(
       vocab_size=1024, hidden_size=64, hybrid_override_pattern="M*EME", num_attention_heads=4, head_dim=16,
       mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=2, chunk_size=16,

@@ -1,12 +1,13 @@
-"""GRPO and MOPD on mathematics at the published scale: one student, the same prompts (paper.md 5.3).
+"""Compares GRPO and MOPD on mathematics at the published scale, from one student on the same prompts.
 
   python -m experiments.ablation --config=configs/nano_30b/grpo_vs_mopd.py --workdir=DIR
   python -m experiments.ablation --config=configs/nano_30b/grpo_vs_mopd.py:smoke --workdir=DIR
 
-The student is the checkpoint after multi-domain RL, its teacher of mathematics the SFT checkpoint.
-Stages that a cascade has finished are not trained again if its work directory is DIR/seed_0. The
-report's figures, AIME25 in the mean of 64: 89.9 at the start, GRPO 91.0 at 25 steps, MOPD 92.0, the
-teacher's level, within 30. GRPO's shape there is not told: here that of its stages, and MOPD's own.
+The student is the checkpoint after multi-domain RL. The teacher is the SFT checkpoint. If DIR/seed_0 is
+the work directory of a cascade, its finished stages are reused. The Cascade 2 report (arXiv 2603.19220,
+section 4.4) gives AIME25, mean of 64 samples: 89.9 at the start; 91.0 with GRPO after 25 steps; 92.0,
+the teacher's score, with MOPD within 30. It does not state GRPO's batch shape there, so two are run:
+128 x 16, as in its RL stages, and 128 x 4, as in MOPD.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs.nano_30b import base, meshes, mopd, rl, sft
 
-# What stands before MOPD in the cascade, and what of it is trained or scored here.
+# The stages before MOPD in the cascade, and the domains that are trained or scored here.
 ORDER = ("sft", "if_rl", "multi_domain_rl")
 DOMAINS = ("instruction", "math", "stem", "structured", "tools")
 STEPS = 52
@@ -55,10 +56,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def up_to_the_student(slice_: str, smoke: bool, domains: tuple) -> tuple[ConfigDict, Callable]:
-  """(what a comparison at this scale shares, the student's stages included; the own fields of a stage's file)."""
+  """The shared config of a comparison at this scale, and a function that reads a stage file.
+
+  Returns:
+    c: shared fields and the stages that train the student.
+    of: (config module, *words of its argument) -> the fields that are not shared.
+  """
   c = base.get_config(slice_, smoke)
   del c.seed
-  c.seeds = (0,)  # One run as the report's: means without intervals.
+  c.seeds = (0,)  # One run, as in the report; its means have no intervals.
   c.domains = domains
   c.evaluation.update(long_domains=(), total_tokens=112 if smoke else 98_304)
 
@@ -72,7 +78,7 @@ def up_to_the_student(slice_: str, smoke: bool, domains: tuple) -> tuple[ConfigD
 
 
 def own_fields(c: ConfigDict) -> ConfigDict:
-  """What a stage's file adds to the shared fields."""
+  """The fields of a stage's config that the shared config does not have."""
   shared = base.get_config(meshes.DEFAULT, smoke=False)
   return ConfigDict({name: value for name, value in c.items() if name not in shared})
 

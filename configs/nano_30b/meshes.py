@@ -1,16 +1,16 @@
-"""TPU slices by name: how a stage lies on each, and the rows that keep every chip busy.
+"""Mesh shape and SFT batch shape for each TPU slice.
 
-A name is that of `experiments.compile --topology`. `expert` devices share one set of experts, and
-`data` such groups share the rows; both cut parameters and moments. Experts are 94% of the
-parameters: a larger `expert` gathers fewer of them for each token that is decoded, and sends more
-rows between chips in a training step.
+A slice is named as in `experiments.compile --topology`. The mesh has `data` x `expert` devices. The experts
+are split over the `expert` axis. Rows, parameters and moments are split over both axes. Experts are 94% of
+the parameters. With a larger `expert`, decoding gathers fewer expert parameters per token, and a training
+step sends more rows between chips.
 """
 
 from ml_collections import ConfigDict
 
 from nemocascade.errors import unknown
 
-# Of a training step: 2M tokens a step, a row a device. Rows are shorter where chips have less memory.
+# `rows` and `row_tokens` of an SFT step: 2M tokens, one row per device. Small chips get shorter rows.
 SLICES = {
   "v5p:4x4x4": dict(data=-1, expert=8, rows=64, row_tokens=32_768),  # 64 chips of 95 GiB.
   "v6e:16x16": dict(data=-1, expert=8, rows=256, row_tokens=8_192),  # 256 chips of 32 GiB.
@@ -22,7 +22,14 @@ DEVICES = {"v5p:4x4x4": 64, "v6e:16x16": 256, "v5e:16x16": 256, "tpu7x:4x4x4": 1
 
 
 def words(arg: str, *known: str) -> tuple[str, str, bool]:
-  """(slice, one of `known` or "", smoke) of a config's argument: "v6e:16x16,smoke", in any order."""
+  """Parses a config's argument, such as "v6e:16x16,smoke": comma-separated words in any order.
+
+  Returns:
+    (slice name, one of `known` or "", whether `smoke` was given)
+
+  Raises:
+    UserError: a word is not known.
+  """
   chosen, word, smoke = DEFAULT, "", False
   for part in filter(None, arg.split(",")):
     if part in SLICES:
@@ -37,5 +44,5 @@ def words(arg: str, *known: str) -> tuple[str, str, bool]:
 
 
 def mesh(name: str) -> ConfigDict:
-  """The field `mesh` of a config for this slice."""
+  """The value of a config's field `mesh` for this slice."""
   return ConfigDict({axis: SLICES[name][axis] for axis in ("data", "expert")})

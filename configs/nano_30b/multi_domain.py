@@ -1,11 +1,12 @@
-"""MOPD of several teachers at the published scale, GRPO on the same mixture and RLHF alone (paper.md 5.2, 5.3).
+"""Compares MOPD with several teachers, GRPO on the same mixture, and RLHF alone, at the published scale.
 
   python -m experiments.ablation --config=configs/nano_30b/multi_domain.py --workdir=DIR
   python -m experiments.ablation --config=configs/nano_30b/multi_domain.py:smoke --workdir=DIR
 
-Teachers are those of the report. Stages that a cascade has finished are not trained again if its work
-directory is DIR/seed_0. The report's figures, ArenaHard v2, hard prompts and creative writing: 71.5
-and 40.6 at the start, RLHF 81.7 and 68.6 at 100 steps and 80.7 and 71.2 at 160, MOPD 85.5 and 71.0 at 52.
+The teachers are those of the Cascade 2 report (arXiv 2603.19220, section 4.4). If DIR/seed_0 is the work
+directory of a cascade, its finished stages are reused. The report gives ArenaHard v2 scores for (hard
+prompts, creative writing): (71.5, 40.6) at the start; RLHF (81.7, 68.6) after 100 steps and (80.7, 71.2)
+after 160; MOPD (85.5, 71.0) after 52.
 """
 
 from ml_collections import ConfigDict
@@ -46,17 +47,20 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def reward_model(smoke: bool) -> ConfigDict:
-  """The judge, from the SFT checkpoint: Cascade-1's 82K pairs in batches of 256 (paper.md 4.3)."""
+  """The judge, trained from the SFT checkpoint.
+
+  The batch of 256 and one epoch over 82K pairs are those of Nemotron-Cascade 1 (arXiv 2512.13607, section 4).
+  """
   c = ConfigDict()
   c.kind = "reward_model"
-  c.init_from = "sft"  # There Qwen2.5-72B-Instruct.
+  c.init_from = "sft"  # Cascade 1 starts from Qwen2.5-72B-Instruct.
   c.pairs = 256
-  c.row_tokens = 4_096  # Prompt and answer without thoughts; not told.
+  c.row_tokens = 4_096  # Prompt and final answer, without thoughts. The length is not published.
   c.heldout_pairs = 1_024
   c.steps = 320  # One epoch.
   c.optimizer = dict(
     peak_lr=2e-6,
-    warmup_steps=0,  # This and what follows: not told.
+    warmup_steps=0,  # This and the fields below are not published.
     schedule="constant",
     final_fraction=1.0,
     b1=0.9,

@@ -1,11 +1,11 @@
-"""Stage 1, SFT of 30B-A3B (paper.md 3.1: report, section 3.1 and table 7).
+"""Stage 1, SFT of 30B-A3B (Cascade 2 report, arXiv 2603.19220, section 3.1 and table 7).
 
   python -m experiments.compile --config=configs/nano_30b/sft.py --topology=v5p:4x4x4
   python -m experiments.sft --config=configs/nano_30b/sft.py --workdir=DIR
   python -m experiments.sft --config=configs/nano_30b/sft.py:smoke --workdir=DIR
 
-The report packs 64 rows of 256K tokens. Such rows come with sequence parallelism; until then rows
-are as long as one device holds (meshes.py), and longer conversations are refused.
+The report packs 64 rows of 256K tokens. Rows of that length need sequence parallelism, which is not
+implemented. Here a row is as long as one device holds (meshes.py), and longer conversations are refused.
 """
 
 from ml_collections import ConfigDict
@@ -18,26 +18,26 @@ def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(slice_, smoke)
   c.kind = "sft"
   c.init_from = f"hf:{base.FOLDER}"
-  # Of the generated domains; the report's 26M conversations are not all released (paper.md 3.2).
+  # Generated conversations. The report's 26M (section 3.2) are not all released.
   c.conversations = dict.fromkeys(c.domains, 100_000)
-  c.non_thinking = 0.1  # Nano-3 took the thoughts from 10% (paper.md 3.1).
+  c.non_thinking = 0.1  # Nemotron-3-Nano (arXiv 2512.20848) removed the thoughts from 10%.
   c.rows = meshes.SLICES[slice_]["rows"]  # 64 on v5p.
   c.row_tokens = meshes.SLICES[slice_]["row_tokens"]
-  c.steps = 40_000  # Of the schedule; the report stopped at 33,000, about 1.5 epochs.
+  c.steps = 40_000  # Length of the schedule. The report stops at 33,000, about 1.5 epochs.
   c.optimizer = dict(
     peak_lr=5e-5,
     warmup_steps=200,
     schedule="cosine",
-    final_fraction=0.1,  # To 5e-6.
+    final_fraction=0.1,  # The rate ends at 5e-6.
     b1=0.9,
     b2=0.98,
-    eps=1e-8,  # Not told; Adam's own.
+    eps=1e-8,  # Not published; Adam's default.
     weight_decay=0.1,
-    clip_norm=1.0,  # Not told; Nano-3's recipe for RL.
+    clip_norm=1.0,  # Not published; the value of Nano-3's RL recipe.
     frozen=(),
   )
   c.router_balance = dict(
-    kind="both",  # Not told; Nano-3's SFT, whose model this is (paper.md 3.1).
+    kind="both",  # Not published for Cascade 2; as in Nano-3's SFT (arXiv 2512.20848).
     rate=1e-3,
     weight=1e-4,
   )
@@ -46,5 +46,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.init_from = ""
     c.conversations = dict.fromkeys(c.domains, 60)
     c.rows, c.row_tokens, c.steps, c.save_every = 8, 256, 4, 2
-    c.optimizer.update(peak_lr=5e-3, warmup_steps=2)  # A teacher may not guess uniformly, as a fresh model does.
+    c.optimizer.update(peak_lr=5e-3, warmup_steps=2)  # The check of teachers refuses near-uniform models.
   return c

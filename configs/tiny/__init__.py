@@ -1,1 +1,1 @@
-"""The embedded default: the whole recipe on two CPU cores, in minutes."""
+"""The tiny scale: the whole recipe in minutes on two CPU cores."""

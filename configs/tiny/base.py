@@ -1,7 +1,7 @@
-"""What all stages of the tiny cascade share: the model, its tokenizer, evaluation, the sandbox.
+"""Fields that all stages of the tiny cascade share: model, tokenizer, evaluation, sandbox.
 
-Small in size, never in kind: the block kinds, the template, the verifiers and the steps are those
-of 30B-A3B. Sizes from a feasibility study on two cores.
+Only sizes differ from 30B-A3B: the block kinds, the chat template, the verifiers and the training steps are
+the same. The sizes were chosen by trials on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from configs import guards
 from nemocascade.errors import unknown
 
-# Every domain, in the order of the report's columns.
+# Every domain, in the column order of this project's run report.
 DOMAINS = (
   "instruction", "math", "stem", "structured", "tools",
   "preference", "long_context", "code", "swe", "swe_agentic",
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.seed = 0
 
   c.model = dict(
-    vocab_size=1024,  # At least the tokenizer's; rows beyond it are never used.
+    vocab_size=1024,  # At least the tokenizer's size; embedding rows beyond that are unused.
     hidden_size=64,
     hybrid_override_pattern="MEM*E",
     num_attention_heads=4,
@@ -41,28 +41,28 @@ def get_config(arg: str = "") -> ConfigDict:
     initializer_range=0.05,  # Wider than the 30B's 0.02: hidden_size is 42 times smaller.
   )
 
-  c.mesh = dict(data=1, expert=1)  # Devices that share rows, and experts; data=-1 takes all there are.
+  c.mesh = dict(data=1, expert=1)  # Mesh axes, in devices; data=-1 takes all devices.
 
   c.tokenizer = dict(
     path="",  # A tokenizer.json or tokenizer.model, or a folder with one; "" trains one.
-    vocab_size=1024,  # 18 special, 256 bytes, the template's and domains' phrases, then words.
-    conversations=200,  # a domain, whose text trains it.
+    vocab_size=1024,  # 18 special tokens, 256 bytes, fixed phrases of template and domains, then words.
+    conversations=200,  # Conversations per domain whose text trains the tokenizer.
   )
 
   c.domains = DOMAINS
-  c.tasks = {}  # Domain -> fields of it that are not as usual: of its style (`sloppy_rate`), or its own.
+  c.tasks = {}  # Domain -> its fields that differ from the defaults; those of its style (`sloppy_rate`) too.
 
   c.evaluation = dict(
-    prompts=256,  # held out, a domain.
-    completions=2,  # of each, at temperature 1: gaps of a tenth are to be told from noise.
-    batch=256,  # rows that are decoded together.
+    prompts=256,  # Held-out prompts per domain.
+    completions=2,  # Per prompt, at temperature 1. Enough to resolve score differences of 0.1.
+    batch=256,  # Rows decoded together.
     prompt_tokens=48,
     total_tokens=112,
     long_prompt_tokens=240,  # For the domains in `long_domains`.
     long_total_tokens=272,
     long_domains=("long_context",),
     long_batch=128,
-    greedy=("sft", "swe_agentic_rl"),  # Stages that are scored greedily too, beside temperature 1.
+    greedy=("sft", "swe_agentic_rl"),  # Stages also scored with greedy decoding.
   )
 
   c.sandbox = dict(workers=2)
@@ -70,14 +70,14 @@ def get_config(arg: str = "") -> ConfigDict:
   c.update(guards.fields())
 
   if arg == "smoke":
-    c.model.hybrid_override_pattern = "M*E"  # Each kind once: nearly all of its time is compilation.
+    c.model.hybrid_override_pattern = "M*E"  # Each block kind once; a smoke run mostly compiles.
     c.evaluation.update(prompts=32, completions=1, batch=64, long_batch=64)
     c.tokenizer.conversations = 60
   return c
 
 
 def stage(arg: str, **fields) -> ConfigDict:
-  """One stage's own fields on top of the shared ones: what `get_config` of its file returns."""
+  """The shared fields, updated with one stage's own. `get_config` of a stage file returns it."""
   c = get_config(arg)
   c.update(ConfigDict(fields))
   return c

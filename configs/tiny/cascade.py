@@ -22,7 +22,7 @@ from configs.tiny import (
   swe_rl,
 )
 
-# In the order of the recipe. "previous" is the stage before of the main line.
+# In the order of the recipe. init_from="previous" means the stage before, not counting c.side_line.
 STAGES = dict(
   reward_model=reward_model,
   sft=sft,
@@ -41,6 +41,6 @@ STAGES = dict(
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
   c.order = tuple(STAGES)
-  c.side_line = ("reward_model", "rlhf_teacher")  # Nothing goes on from these.
+  c.side_line = ("reward_model", "rlhf_teacher")  # No stage starts from these by "previous".
   c.stages = {name: module.stage(arg) for name, module in STAGES.items()}
   return c

@@ -1,7 +1,7 @@
-"""Stage 7, Code RL: 1 iff all hidden tests pass in the sandbox (paper.md 4.2).
+"""Stage 7, Code RL: the reward is 1 iff all hidden tests pass in the sandbox.
 
-The paper samples this stage with top_p 0.95; 1.0 here keeps the sampler's and the trainer's
-distribution the same.
+The Cascade 2 report (arXiv 2603.19220, section 4.7 and appendix B) samples with top_p 0.95. Here top_p is
+1.0, so that sampler and trainer have the same distribution.
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +14,8 @@ def stage(arg: str = "") -> ConfigDict:
   c.mixture = dict(code=1.0)
   c.overlong = "filter"
   c.refill_rounds = 2
-  c.steps = 12  # All of it is learned within ten.
-  c.optimizer.peak_lr = 4e-4  # Late stages forget less at a low rate.
+  c.steps = 12  # The score stops rising within ten.
+  c.optimizer.peak_lr = 4e-4  # A late stage forgets less at a low rate.
   if arg == "smoke":
     rl.shrink(c)
   return c

@@ -1,12 +1,12 @@
-"""GRPO and MOPD side by side on mathematics: the same student, prompts, evaluation and budget.
+"""Compares GRPO and MOPD on mathematics, with the same student, prompts, evaluation and budget.
 
   python -m experiments.ablation --config=configs/tiny/grpo_vs_mopd.py --workdir=runs/ablation
   python -m experiments.ablation --config=configs/tiny/grpo_vs_mopd.py:easy --workdir=runs/ablation_easy
 
-The student is an SFT checkpoint, the teacher what GRPO makes of it. `:easy` errs less in its
-demonstrations, `:clean` never: the two tasks beside the main one, on which the effect may not show.
-Every arm anneals over its own length, as one with that budget would: at a constant rate all of them
-end in the noise of a step. So scores of arms of unlike length compare at their ends alone.
+The student is an SFT checkpoint. The teacher is a GRPO run from that checkpoint. `:easy` and `:clean` are
+two further tasks, on which the effect may not show: demonstrations have fewer errors in `:easy` and none in
+`:clean`. Each arm anneals its learning rate over its own length, because at a constant rate the final scores
+would be dominated by step noise. So arms of different length are compared at their ends only.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs.tiny import base, rl, sft
 from nemocascade.errors import unknown
 
-# Share of the demonstrations' steps that are done in the sloppy style.
+# Config argument -> share of demonstration steps written in the sloppy style, which makes errors.
 SLOPPY = {"": 0.6, "easy": 0.25, "clean": 0.0, "smoke": 0.6}
 
 
@@ -25,51 +25,53 @@ def get_config(arg: str = "") -> ConfigDict:
   c.seeds = tuple(range(8))
   c.domains = ("math",)
   c.evaluation.update(prompts=2048, total_tokens=80, long_domains=(), greedy=())
-  # Problems of 3 and of 5 terms, with totals that SFT doesn't quite learn: who samples whole solutions
-  # seldom sees a right one of 5, and a teacher speaks to every token. The short ones start the teacher.
+  # Sums of 3 and 5 terms, with totals that SFT learns imperfectly. A sampled solution of 5 terms is seldom
+  # right, so GRPO gets little signal there, while MOPD's teacher scores every token. The 3-term problems give
+  # the teacher's own GRPO run a start.
   c.tasks = dict(math=dict(sloppy_rate=SLOPPY[arg], terms=(3, 5), largest_total=15))
 
-  c.order = ("sft", "teacher")  # What each seed trains before the arms, in this order.
+  c.order = ("sft", "teacher")  # Stages that each seed trains before the arms, in this order.
   c.side_line = ()
   c.stages = {"sft": sft.stage(), "teacher": equal_shape()}
   c.stages.sft.conversations = ConfigDict(dict(math=12000))
   c.stages.sft.update(steps=350, save_every=350)
   c.stages.teacher.update(init_from="sft", steps=180)
   c.stages.teacher.optimizer.peak_lr = 7e-4
-  c.student = "sft"  # Where every arm starts.
+  c.student = "sft"  # Every arm starts from this stage.
   c.teachers_of = dict(math="teacher")
 
   c.arms = dict(grpo=grpo(), grpo_150=grpo(steps=150))
   c.arms.update(mopd=mopd(), mopd_512x1=mopd_wide(), mopd_clipped=mopd_clipped(), mopd_at_grpo_rate=mopd())
-  c.rate_of = dict(grpo_150="grpo", mopd_clipped="mopd", mopd_at_grpo_rate="grpo")  # Arm -> whose peak_lr it has.
-  c.budget = dict(unit="steps", amount=150.0)  # steps | tokens (sampled) | flops; `steps` of an arm is its end too.
+  c.rate_of = dict(grpo_150="grpo", mopd_clipped="mopd", mopd_at_grpo_rate="grpo")  # Arm -> whose rate.
+  # Unit: steps | tokens (sampled) | flops. An arm ends at the budget or at its own `steps`.
+  c.budget = dict(unit="steps", amount=150.0)
   c.compared = dict(
     domains=("math",),
-    at=(10, 20, 40, 75, 100),  # Steps at which `prompts` are scored once each.
+    at=(10, 20, 40, 75, 100),  # Steps after which `prompts` prompts are scored, one completion each.
     prompts=512,
-    full_at=(30, 50),  # And here, as at the end, all of `evaluation.prompts`, so often:
-    full_completions=1,
-    reach=0.8,  # Share of the gap at which an arm has come to its teacher.
+    full_at=(30, 50),  # Steps after which, as at the end, all `evaluation.prompts` are scored.
+    full_completions=1,  # Completions per prompt in these full evaluations.
+    reach=0.8,  # An arm has reached its teacher when it closes this share of the gap.
     pairs=(
       ("mopd", "grpo"), ("mopd_512x1", "grpo"), ("mopd_clipped", "grpo"), ("mopd_clipped", "mopd"),
       ("mopd_512x1", "mopd"), ("mopd_at_grpo_rate", "grpo"),
     ),
-    ends=(("mopd", "grpo_150"), ("mopd_512x1", "grpo_150")),  # Of unlike length: where each ends.
+    ends=(("mopd", "grpo_150"), ("mopd_512x1", "grpo_150")),  # Arms of different length: their ends.
   )  # fmt: skip
   c.search = dict(
-    arms=("grpo", "mopd", "mopd_512x1"),  # Whose peak_lr is the best of:
+    arms=("grpo", "mopd", "mopd_512x1"),  # Arms whose peak_lr is searched for among `rates`.
     rates=(3e-4, 8e-4, 2e-3),
     steps=30,
     seeds=(100, 101),
   )
   if arg == "smoke":
     shrink(c)
-    c.arms.grpo_150.steps = 3  # Longer than the others, as in the whole.
+    c.arms.grpo_150.steps = 3  # Longer than the other arms, as in the full form.
   return c
 
 
 def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
-  """Other arms of 50 steps on the main task, at the rates they name: what a `sweep_*.py` returns."""
+  """The config of a `sweep_*.py`: `arms` of 50 steps on the main task, without a learning-rate search."""
   c = get_config()
   c.seeds = tuple(range(4))
   c.arms = ConfigDict(arms)
@@ -84,11 +86,11 @@ def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
 
 
 def equal_shape() -> ConfigDict:
-  """GRPO on 64 prompts of 8 completions: the teacher's stage, and the first arm."""
+  """GRPO on 64 prompts x 8 completions: the teacher's stage, and the base of the arms."""
   c = rl.fields()
   c.mixture = dict(math=1.0)
   c.rollout.update(prompts=64, completions=8)
-  c.packing.rows = 176  # Three completions of 80 tokens to a row at least.
+  c.packing.rows = 176  # A row holds at least three completions of 80 tokens.
   c.save_every = 50
   c.optimizer.update(schedule="cosine", final_fraction=0.05)
   return c
@@ -101,7 +103,7 @@ def grpo(steps: int = 50) -> ConfigDict:
 
 
 def mopd(steps: int = 50) -> ConfigDict:
-  """As printed (paper.md 5.1): mean over a sequence, ratios outside of [0.5, 2] masked, no clip."""
+  """Cascade 2 report (arXiv 2603.19220), section 4.4: sequence mean, mask outside [0.5, 2], no clip."""
   c = equal_shape()
   c.steps = steps
   c.advantage, c.aggregation, c.correction = "mopd", "sequence_mean", "icepop"
@@ -111,7 +113,7 @@ def mopd(steps: int = 50) -> ConfigDict:
 
 
 def mopd_wide() -> ConfigDict:
-  """The paper's later shape: as many prompts as rollouts."""
+  """The report's later batch shape: 512 prompts with one completion each."""
   c = mopd()
   c.rollout.update(prompts=512, completions=1)
   return c
@@ -124,7 +126,7 @@ def mopd_clipped() -> ConfigDict:
 
 
 def distilled(word: str, **options) -> ConfigDict:
-  """The distance from the teacher in the place of an advantage, on `mopd`'s completions."""
+  """`mopd` with a distillation loss instead of an advantage; `word` names the loss, `options` set it."""
   c = mopd()
   c.advantage, c.correction = "none", "none"
   c.distillation, c.distillation_weight = word, 1.0
@@ -134,8 +136,8 @@ def distilled(word: str, **options) -> ConfigDict:
 
 
 def shrink(c: ConfigDict) -> None:
-  """The same path in a minute or two, nearly all of it compilation; its numbers mean nothing."""
-  c.model.hybrid_override_pattern = "M*E"  # Each kind once.
+  """Changes `c` to its `:smoke` form: the same code path in a minute or two. Scores mean nothing."""
+  c.model.hybrid_override_pattern = "M*E"  # Each block kind once.
   c.tokenizer.conversations = 60
   c.seeds = (0, 1)
   c.evaluation.update(prompts=32, batch=64)
@@ -146,7 +148,7 @@ def shrink(c: ConfigDict) -> None:
     stage.rollout.update(prompts=32 // G, completions=G)
     stage.packing.update(rows=16, pieces=4)
     stage.update(steps=2, save_every=1)
-    if stage.advantage == "grpo":  # Something to learn where every verdict is 0.
+    if stage.advantage == "grpo":  # So that the loss is not 0 when every verdict is 0.
       stage.update(dynamic_filtering=False, entropy_weight=0.01)
   c.compared.update(at=(1,), full_at=(2,), prompts=16)
   c.search.update(arms=c.search.arms[:2], rates=(1e-3, 2e-3), steps=1, seeds=(100,))

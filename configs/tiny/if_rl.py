@@ -1,8 +1,8 @@
-"""Stage 2, IF-RL: verifiable instructions (paper.md 4.2).
+"""Stage 2, IF-RL: instructions whose following a program verifies (arXiv 2603.19220, section 4.2).
 
   python -m experiments.rl --config=configs/tiny/if_rl.py --workdir=runs/if_rl --config.init_from=CKPT
 
-Thinking mode only, dynamic filtering with refill, reward 0 for what is unfinished at the limit.
+Thinking mode only, dynamic filtering with refill, reward 0 for a completion cut off at the limit.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
-"""Stage 4, MOPD: RL with another advantage, a teacher a domain (paper.md 5.1, 5.2).
+"""Stage 4, MOPD: RL whose advantage compares the student with one teacher per domain.
 
-Teachers are the cascade's own checkpoints: for each domain the best so far, mathematics included,
-and for preferences a run of RLHF from the SFT checkpoint.
+See the Cascade 2 report (arXiv 2603.19220), section 4.4. Teachers are the cascade's own checkpoints: the best
+so far for each domain. For preferences that can be the RLHF run from the SFT checkpoint (rlhf_teacher.py).
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,8 @@ from configs.tiny import base, rl
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(math=0.1, instruction=0.3, stem=0.1, structured=0.1, tools=0.1, preference=0.3)
-  c.rollout.update(prompts=256, completions=1, total_tokens=112)  # The signal is per token; a group adds nothing.
+  # The signal is per token, so a group adds nothing.
+  c.rollout.update(prompts=256, completions=1, total_tokens=112)
   c.advantage = "mopd"
   c.teachers = dict.fromkeys(c.mixture, "best")
   c.aggregation = "sequence_mean"

@@ -1,11 +1,11 @@
-"""MOPD of several teachers against GRPO on the same mixture and against RLHF alone (paper.md 5.2).
+"""Compares MOPD with several teachers, GRPO on the same mixture, and RLHF alone.
 
   python -m experiments.ablation --config=configs/tiny/multi_domain.py --workdir=runs/multi_domain
 
-Teachers as in the paper: the SFT checkpoint for mathematics, RLHF from it for preferences, and what
-came of IF-RL and multi-domain RL: the student itself, but for instructions IF-RL's own checkpoint, of
-which multi-domain RL forgets much. `domains.png` shows what each arm did to each domain, and to STEM,
-on which none trains.
+Teachers follow the Cascade 2 report (arXiv 2603.19220, section 4.4): the SFT checkpoint for mathematics,
+RLHF from it for preferences, and the student itself, the checkpoint after multi-domain RL, for the rest.
+One differs: instructions have IF-RL's checkpoint, because multi-domain RL forgets much of that domain.
+`domains.png` shows the effect of each arm on each domain, and on STEM, on which no arm trains.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ from configs.tiny import (
   sft,
 )
 
-# Multi-domain RL without mathematics, of which SFT stays the best teacher.
+# Shares of multi-domain RL. Mathematics is left out, so that SFT stays its best teacher.
 RL_DOMAINS = dict(stem=0.35, tools=0.35, structured=0.3)
 MIXTURE = dict(math=0.25, preference=0.25, instruction=0.25, structured=0.125, tools=0.125)
 DOMAINS = ("instruction", "math", "stem", "structured", "tools", "preference")
@@ -30,7 +30,7 @@ DOMAINS = ("instruction", "math", "stem", "structured", "tools", "preference")
 
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
-  c.seeds = (0, 2, 3, 4)  # On seed 1 MOPD's rate was chosen.
+  c.seeds = (0, 2, 3, 4)  # Seed 1 was used to choose MOPD's learning rate.
   c.domains = DOMAINS
   c.evaluation.update(prompts=256, long_domains=(), greedy=())
 
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.stages.sft.conversations = ConfigDict({name: count for name, count in of.items() if name in DOMAINS})
   c.stages.multi_domain_rl.mixture = ConfigDict(RL_DOMAINS)
   if arg != "smoke":
-    c.stages.rlhf_teacher.steps = 16  # Here the teacher is to be better than the student by far.
+    c.stages.rlhf_teacher.steps = 16  # So that this teacher is much better than the student.
   c.student = "multi_domain_rl"
   c.teachers_of = dict(math="sft", preference="rlhf_teacher", instruction="if_rl") | dict.fromkeys(
     ("structured", "tools", "stem"), "multi_domain_rl"
@@ -72,12 +72,12 @@ def distilled(teachers_of: dict, arg: str) -> ConfigDict:
   c = mopd.stage(arg)
   c.mixture = ConfigDict(MIXTURE)
   c.teachers = ConfigDict({name: teachers_of[name] for name in MIXTURE})
-  c.optimizer.peak_lr = 1e-3  # At 2e-3 STEM loses 0.1 to 0.2.
+  c.optimizer.peak_lr = 1e-3  # At 2e-3 the STEM score falls by 0.1 to 0.2.
   return ended(c, arg)
 
 
 def mixed(arg: str) -> ConfigDict:
-  """GRPO on the same mixture, by the verdicts; preferences by the judge's."""
+  """GRPO on the same mixture. The reward is the verdict; the judge gives that of preferences."""
   c = rl.fields()
   c.mixture = ConfigDict(MIXTURE)
   c.rollout.total_tokens = 112
@@ -87,7 +87,7 @@ def mixed(arg: str) -> ConfigDict:
 
 
 def alone(arg: str) -> ConfigDict:
-  """RLHF from the same student, and what the other domains pay for it: stages one after another."""
+  """RLHF alone, from the same student: shows how much the other domains lose in a separate stage."""
   return ended(rlhf.stage(arg), arg)
 
 

@@ -1,4 +1,6 @@
-"""The preference judge: a Bradley-Terry reward model on generated pairs (paper.md 4.3, 4.4).
+"""The preference judge: a Bradley-Terry reward model trained on generated pairs.
+
+Nemotron-Cascade 1 (arXiv 2512.13607, section 4) has one; Cascade 2 uses a generative reward model.
 
   python -m experiments.reward_model --config=configs/tiny/reward_model.py --workdir=runs/judge
 """
@@ -12,7 +14,7 @@ def stage(arg: str = "") -> ConfigDict:
   c = ConfigDict()
   c.kind = "reward_model"
   c.init_from = ""
-  c.pairs = 64  # a step.
+  c.pairs = 64  # Per step.
   c.row_tokens = 64
   c.heldout_pairs = 512
   c.steps = 70

@@ -1,4 +1,7 @@
-"""Stage 5, RLHF: all pairs of a group compared by the judge, length control, KL 0.03 (paper.md 4.2, 4.4).
+"""Stage 5, RLHF: the judge compares all pairs of a group; length control; KL weight 0.03.
+
+See the Cascade 2 report (arXiv 2603.19220), section 4.5. Length control follows Nemotron-3-Nano
+(arXiv 2512.20848) and NeMo-Gym's `genrm_compare`.
 """
 
 from ml_collections import ConfigDict
@@ -10,11 +13,11 @@ def stage(arg: str = "") -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(preference=1.0)
   c.reward = "pairwise"
-  c.dynamic_filtering = False  # Pairwise rewards differ also where verdicts are equal.
+  c.dynamic_filtering = False  # Pairwise rewards can differ where verdicts are equal.
   c.overlong = "filter"
   c.kl_weight = 0.03
   c.steps = 16
-  c.optimizer.peak_lr = 6e-4  # At 1e-3 the other domains pay for it.
+  c.optimizer.peak_lr = 6e-4  # 1e-3 lowers the other domains' scores.
   if arg == "smoke":
     rl.shrink(c)
   return c

@@ -1,6 +1,6 @@
-"""The preference teacher of MOPD: RLHF straight from the SFT checkpoint (paper.md 5.2).
+"""The preference teacher of MOPD: RLHF from the SFT checkpoint (arXiv 2603.19220, section 4.4).
 
-Shorter than the RLHF stage, so that the stage after MOPD has something left to do.
+Shorter than the RLHF stage, so that RLHF after MOPD can still improve the model.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.init_from = "sft"
   c.mixture = dict(preference=1.0)
   c.reward = "pairwise"
-  c.dynamic_filtering = False  # Pairwise rewards differ also where verdicts are equal.
+  c.dynamic_filtering = False  # Pairwise rewards can differ where verdicts are equal.
   c.overlong = "filter"
   c.kl_weight = 0.03
   c.steps = 5

@@ -1,9 +1,9 @@
-"""Stage 1, SFT: demonstrations of all domains packed into rows (paper.md 3.1).
+"""Stage 1, SFT: demonstrations of all domains, packed into rows (arXiv 2603.19220, section 3.1).
 
   python -m experiments.sft --config=configs/tiny/sft.py --workdir=runs/sft
   python -m experiments.sft --config=configs/tiny/sft.py:smoke --workdir=runs/sft_smoke
 
-The schedule anneals fully: RL from a checkpoint in mid-schedule would be credited for averaging.
+The learning rate anneals to nearly 0. From a mid-schedule checkpoint, RL would gain by annealing alone.
 """
 
 from ml_collections import ConfigDict
@@ -14,13 +14,13 @@ from configs.tiny import base
 def stage(arg: str = "") -> ConfigDict:
   c = ConfigDict()
   c.kind = "sft"
-  c.init_from = ""  # "" draws fresh parameters.
-  c.conversations = dict(  # More of what is hard to learn: arithmetic, looking up, composing.
+  c.init_from = ""  # "" initializes the parameters.
+  c.conversations = dict(  # Domain -> conversations. Hard domains get more: arithmetic, lookup, composition.
     instruction=4000, math=5000, stem=3000, structured=2000, tools=3000,
     preference=2000, long_context=5000, code=2000, swe=4500, swe_agentic=2500,
   )  # fmt: skip
   c.non_thinking = 0.1  # Share of conversations without thoughts.
-  c.rows = 32  # a step.
+  c.rows = 32  # Per step.
   c.row_tokens = 256
   c.steps = 600
   c.optimizer = dict(
@@ -37,8 +37,8 @@ def stage(arg: str = "") -> ConfigDict:
   )
   c.router_balance = dict(
     kind="frozen",  # frozen | sign | auxiliary | both; nemocascade/step/balance.py.
-    rate=1e-3,  # Of the bias, a step: the recipes of Nano-3 and Nemotron-3 (paper.md 1.4, 3.1, 5.4).
-    weight=1e-4,  # Of the balance loss: Nano-3's SFT (paper.md 3.1); Nano-3 does both there.
+    rate=1e-3,  # Bias change per step; Nemotron-3-Nano report (arXiv 2512.20848) and NVIDIA's recipes.
+    weight=1e-4,  # Weight of the balance loss, as in Nano-3's SFT, which uses kind="both".
   )
   c.save_every = 200
   if arg == "smoke":

@@ -1,4 +1,7 @@
-"""Stage 9, SWE RL, agentic: several turns with tools, without thinking (paper.md 9: T 0.8, LR to 0).
+"""Stage 9, agentic SWE RL: several turns with tools, without thinking.
+
+The Cascade 2 report (arXiv 2603.19220, section 4.8) has temperature 0.8 and anneals the learning rate to 0.
+This stage has temperature 1.0 and a constant rate.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +15,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.rollout.total_tokens = 112  # Several turns.
   c.overlong = "filter"
   c.refill_rounds = 2
-  c.steps = 12  # All of it is learned within ten.
+  c.steps = 12  # The score stops rising within ten.
   c.optimizer.peak_lr = 4e-4
   if arg == "smoke":
     rl.shrink(c)

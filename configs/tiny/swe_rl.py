@@ -1,6 +1,7 @@
-"""Stage 8, SWE RL, agentless: SEARCH/REPLACE edits to a small repository (paper.md 9).
+"""Stage 8, agentless SWE RL: SEARCH/REPLACE edits to a small repository.
 
-The paper pays a judge model; tests that run are the stronger verdict and cost little at this size.
+In the Cascade 2 report (arXiv 2603.19220, section 4.8) a judge model gives the reward. Here the repository's
+tests give it: they are more reliable, and cheap at this size.
 """
 
 from ml_collections import ConfigDict

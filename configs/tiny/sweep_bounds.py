@@ -1,9 +1,9 @@
-"""The bounds of MOPD's sampler-trainer mask, and of a ratio clip where a batch is learned from twice.
+"""Sweeps the bounds of MOPD's sampler-trainer mask, and of the ratio clip with two updates per batch.
 
   python -m experiments.ablation --config=configs/tiny/sweep_bounds.py --workdir=runs/sweep_bounds
 
-In fp32 with one model code the sampler and the trainer agree, so the mask's bounds should not matter
-here; the clip's may, since the second update of a batch is off policy.
+The sampler and the trainer run the same model code in fp32, so they agree, and the mask's bounds should not
+matter here. The clip's bounds may matter, because the second update of a batch is off-policy.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""What of a teacher's distribution to learn from: the sampled token, its likeliest tokens, or all of it.
+"""Sweeps what MOPD learns from: the sampled token, the teacher's k likeliest tokens, or all tokens.
 
   python -m experiments.ablation --config=configs/tiny/sweep_distillation.py --workdir=runs/sweep_distillation
 
-The whole reverse KL has the gradient of MOPD without the noise of sampling a token; top-k is between.
-Nemotron-3-Ultra found no gain over the sampled token (paper.md 5.4).
+The reverse KL over the whole vocabulary has MOPD's expected gradient without the noise of sampling a token;
+top-k lies between. Nemotron-3-Ultra found no gain over the sampled token (NVIDIA-NeMo/Nemotron,
+skills/nemotron-ultra/paper/mopd).
 """
 
 from ml_collections import ConfigDict

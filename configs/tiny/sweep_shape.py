@@ -1,8 +1,9 @@
-"""Prompts x completions at a constant product of 512 rollouts, under MOPD and under GRPO.
+"""Sweeps prompts x completions at a constant product of 512, for MOPD and for GRPO.
 
   python -m experiments.ablation --config=configs/tiny/sweep_shape.py --workdir=runs/sweep_shape
 
-The paper went from 128 x 4 to 512 x 1 (paper.md 5.2). GRPO needs groups, so it has no 512 x 1.
+MOPD of the Cascade 2 report (arXiv 2603.19220, section 4.4) changed from 128 x 4 to 512 x 1. GRPO needs
+groups, so it has no 512 x 1.
 """
 
 from ml_collections import ConfigDict

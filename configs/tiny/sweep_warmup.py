@@ -1,4 +1,7 @@
-"""MOPD's warm-up: its gradient is largest at the start, and the paper warms up over 30 of 52 steps.
+"""Sweeps the number of warm-up steps of MOPD.
+
+MOPD's gradient is largest at the start. The Cascade 2 report (arXiv 2603.19220, section 4.4) warms up over
+30 of 52 steps.
 
   python -m experiments.ablation --config=configs/tiny/sweep_warmup.py --workdir=runs/sweep_warmup
 """
