@@ -1,14 +1,15 @@
-"""Kills a cascade at random instants, resumes it, and compares what it leaves with an undisturbed one's.
+"""Kills a cascade at random instants, resumes it, and compares its results with those of an undisturbed run.
 
   python tests/chaos.py --kills=40 --seed=1
   python tests/chaos.py --kills=3 --order=reward_model,sft,if_rl
 
-Every process of a disturbed cascade is killed (SIGKILL) at an instant drawn over the time that the
-undisturbed one took; every second one, from then on, as soon as a temporary file shows that it is
-writing. After `--kills_each` kills a cascade is left to finish, and the next one is begun. Compared bit
-for bit: parameters, optimizer states and records of all checkpoints that are kept, metrics.jsonl without
-times, samples.jsonl, the tokenizer, and cascade.json without times and counts of compilations.
-Exit code 1 on a difference, or where a cascade cannot be resumed.
+Each process of a disturbed cascade is killed (SIGKILL) at an instant drawn uniformly from the duration of
+the undisturbed run. Every second kill waits, from that instant on, for a temporary file to show that the
+process is writing. After `--kills_each` kills the cascade is left to finish, and the next one begins.
+
+The comparison is bitwise: parameters, optimizer states and records of all kept checkpoints, metrics.jsonl
+without times, samples.jsonl, the tokenizer, and cascade.json without times and compilation counts.
+The exit code is 1 on a difference, or if a cascade cannot be resumed.
 """
 
 import argparse
@@ -28,8 +29,8 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/tiny/cascade.py:smoke"
-WRITING = (".orbax-checkpoint-tmp", ".tmp", ".partial")  # In the names of unfinished files and folders.
-OF_PROCESS = ("wall_s", "train_s", "eval_s_after", "compilations")  # In an entry of cascade.json.
+WRITING = (".orbax-checkpoint-tmp", ".tmp", ".partial")  # Marks in the names of unfinished files and folders.
+OF_PROCESS = ("wall_s", "train_s", "eval_s_after", "compilations")  # cascade.json fields that vary by run.
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def main() -> int:
 
 
 def order_flags(order: str) -> list[str]:
-  """The flags of a cascade of these stages alone."""
+  """Command-line flags for a cascade of these stages only; none for the whole cascade."""
   names = tuple(filter(None, order.split(",")))
   greedy = tuple(name for name in ("sft", "swe_agentic_rl") if name in names)
   return [f"--config.order={names!r}", f"--config.evaluation.greedy={greedy!r}"] if names else []
@@ -70,7 +71,7 @@ def chaos(directory: Path, kills: int, kills_each: int, draw: random.Random, fla
     for _ in range(min(kills_each, kills - done)):
       process, began = begin(workdir, flags), time.monotonic()
       found = killed(process, workdir, draw.uniform(0, seconds), in_save=done % 2 == 1, draw=draw)
-      if found is None:  # It had finished before.
+      if found is None:  # The cascade had finished before it was killed.
         break
       done, saving = done + 1, saving + bool(found)
       print(f"{number:8} {done:5} {time.monotonic() - began:8.1f}  {found or position(workdir)}", flush=True)
@@ -81,7 +82,7 @@ def chaos(directory: Path, kills: int, kills_each: int, draw: random.Random, fla
 
 
 def begin(workdir: Path, flags: list[str]) -> subprocess.Popen:
-  """Starts or resumes the cascade of a work directory; all of them share their compiled programs."""
+  """Starts or resumes the cascade of a work directory. All work directories share one compilation cache."""
   workdir.mkdir(parents=True, exist_ok=True)
   compilations = workdir / "compilations"
   if not compilations.is_symlink():
@@ -95,18 +96,21 @@ def begin(workdir: Path, flags: list[str]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> None:
-  """Waits for its end; ends this script where it failed."""
+  """Waits for the process to end; exits this script with an error if it failed."""
   if process.wait():
     tail = (workdir / "stderr").read_text(errors="replace").splitlines()[-5:]
     sys.exit("\n".join([f"{workdir}: exit code {process.returncode}", *tail]))
 
 
 def killed(process: subprocess.Popen, workdir: Path, after: float, *, in_save: bool, draw: random.Random) -> str | None:
-  """Kills the process; the file that it was writing, "" where that is not known, None where it had ended."""
-  found, deadline, left = "", time.monotonic() + after, set(unfinished(workdir))  # Of earlier kills.
+  """Kills the process after `after` seconds.
+
+  Returns the file it was writing, "" if that is unknown, or None if the process had already finished.
+  """
+  found, deadline, left = "", time.monotonic() + after, set(unfinished(workdir))  # `left`: files of earlier kills.
   while process.poll() is None:
     if time.monotonic() >= deadline and (not in_save or (found := next(unfinished(workdir, left), ""))):
-      time.sleep(draw.uniform(0, 0.05) if in_save else 0)  # Another instant of the same save.
+      time.sleep(draw.uniform(0, 0.05) if in_save else 0)  # A random instant within the save.
       process.kill()
       break
     time.sleep(0.001)
@@ -117,7 +121,7 @@ def killed(process: subprocess.Popen, workdir: Path, after: float, *, in_save: b
 
 
 def unfinished(workdir: Path, but: Container[str] = ()) -> Iterator[str]:
-  """The files and folders that are being written, without those of `but`."""
+  """Paths of files and folders that are being written, except those in `but`."""
   folders = [workdir, *(p for p in workdir.iterdir() if p.is_dir() and p.name != "compilations")]
   folders += [p / name for p in folders[1:] for name in ("checkpoints", "model")]
   for folder in filter(Path.is_dir, folders):
@@ -128,7 +132,7 @@ def unfinished(workdir: Path, but: Container[str] = ()) -> Iterator[str]:
 
 
 def position(workdir: Path) -> str:
-  """The stage that a work directory is at."""
+  """Name of the stage that the cascade in the work directory is running."""
   path = workdir / "cascade.json"
   stages = json.loads(path.read_text())["stages"] if path.exists() else []
   return next((s["name"] for s in stages if s["status"] != "done"), f"what comes after {len(stages)} stages")
@@ -141,7 +145,7 @@ def report_differences(name: str, whole: Path, other: Path) -> int:
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-  """What two work directories of one config differ in."""
+  """Names of everything that differs between two work directories of the same config."""
   records = [record_of(workdir) for workdir in (whole, other)]
   found = ["cascade.json"] if records[0] != records[1] else []
   for stage in (entry["name"] for entry in records[0]["stages"]):
@@ -158,7 +162,7 @@ def record_of(workdir: Path) -> dict:
 
 
 def stage_differences(whole: Path, other: Path) -> list[str]:
-  """What two folders of one stage differ in."""
+  """Names of everything that differs between two folders of the same stage."""
   found = []
   if lines_of(whole) != lines_of(other):
     found.append("metrics.jsonl")
@@ -185,7 +189,7 @@ def lines_of(stage: Path) -> list[dict]:
 
 
 def arrays_of(folder: Path) -> dict[str, tuple]:
-  """Name -> (dtype, shape, bytes) of every array."""
+  """Array name -> (dtype, shape, bytes)."""
   with ocp.StandardCheckpointer() as checkpointer:
     found = jax.tree_util.tree_leaves_with_path(checkpointer.restore(folder))
   arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in found}

@@ -1,4 +1,4 @@
-"""Eight CPU devices, and nothing broadcast by accident."""
+"""All tests run on eight CPU devices; implicit rank promotion raises an error."""
 
 import jax
 

@@ -1,11 +1,12 @@
-"""Damages every state file of a cascade in many ways and resumes it: each must be noticed, named, and not trained on.
+"""Damages every state file of a cascade in many ways, resumes it, and checks that the damage is reported.
 
   python tests/damages.py
   python tests/damages.py --only=cascade.json
 
-The cascade trains a judge and then SFT, which is resumed from the fourth and last step of four. A damage
-passes where the run ends with one line that names the file, nothing trained; or where the checkpoint before
-is used, as said on stderr, and the stage ends in the same parameters. Exit code 1 where one does not.
+The cascade trains a reward model and then SFT, which is resumed from its last step (four of four). A damage
+passes in two cases: the run ends with one line that names the file, and nothing was trained; or the previous
+checkpoint is used, stderr says so, and the stage ends with the same parameters. The exit code is 1 if any
+damage fails.
 """
 
 import argparse
@@ -89,12 +90,12 @@ def add(path: Path) -> None:
 
 
 def drop_sizes(path: Path) -> None:
-  """The sizes alone, as checkpoints above one GiB once had."""
+  """Keeps only the file sizes; older checkpoints above one GiB had no checksums."""
   path.write_text(json.dumps({name: of[:1] for name, of in json.loads(path.read_text()).items()}))
 
 
 def damages(workdir: Path) -> list[tuple[str, str, Harm]]:
-  """(file, what is done to it, the function that does it) of all."""
+  """All damages as (file, description, function that does the damage)."""
   of_json = {**{name: text(value) for name, value in JSON_TEXTS.items()}, "a folder": folder, "a pipe": pipe, "a loop": loop}
   found = [(name, what, harm) for name in ("config.json", "cascade.json") for what, harm in of_json.items()]
   found += [
@@ -135,7 +136,7 @@ def damages(workdir: Path) -> list[tuple[str, str, Harm]]:
 
 
 def smoke() -> config.ConfigDict:
-  """A judge and then SFT of four steps, each with a checkpoint of its own."""
+  """Config of a cascade: a reward model, then SFT of four steps with a checkpoint after each."""
   c = config.get_config("smoke")
   c.order, c.evaluation.greedy = ("reward_model", STAGE), ()
   c.evaluation.prompts, c.domains = 4, ("math", "instruction", "preference")
@@ -174,9 +175,9 @@ def main() -> int:
 
 
 def outcome(whole: Path, workdir: Path, name: str) -> tuple[str, str]:
-  """("refused", "before" or "WRONG", what was said)."""
+  """Resumes the damaged cascade; returns ("refused", "before" or "WRONG", the message)."""
   errors = io.StringIO()
-  place = re.sub(r"(checkpoints/\d+)/.*", r"\1", name)  # A checkpoint is named as a whole, and the file in it.
+  place = re.sub(r"(checkpoints/\d+)/.*", r"\1", name)  # It may name the checkpoint instead of a file in it.
   trained = lambda: sorted(p.name for p in (workdir / STAGE / "checkpoints").iterdir())
   before = trained()
   try:

@@ -1,4 +1,4 @@
-"""Graders for tests of `limited`: they answer, hang, die, raise, or misbehave."""
+"""Graders for the tests of `limited`: they answer, hang, exit, raise, or misbehave."""
 
 import os
 import sys
@@ -38,7 +38,7 @@ def hoard():
 
 
 def shout(text):
-  """Says a reply on every stream that the process has by name, then answers."""
+  """Writes the text to every standard stream of the process, then answers."""
   print(text, flush=True)
   print(text, file=sys.stderr, flush=True)
   for fd in (0, 1, 2):
@@ -83,7 +83,7 @@ def unserializable():
 
 
 def evaluate(text):
-  """As a library may do that means well."""
+  """A library that evaluates text and catches the resulting error."""
   try:
     return eval(text)
   except RuntimeError:

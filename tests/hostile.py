@@ -1,7 +1,7 @@
-"""Hostile programs against the real sandbox and verifiers: python tests/hostile.py prints the table.
+"""Runs hostile programs against the real sandbox and verifiers: python tests/hostile.py prints the table.
 
-A line a program: kind, what it tries, what happened, and whether the sandbox held. A program that fails
-in another way than by being stopped counts as one that got through. Exit code 1 if any did.
+Each line shows one program: its kind, what it tries, what happened, and whether the sandbox held. A program
+that ends in an unexpected way counts as one that got through. The exit code is 1 if any got through.
 """
 
 import collections
@@ -25,7 +25,7 @@ CPU_S, WALL_S = 1, 2.5
 
 
 class Attempt(NamedTuple):
-  """`run` tells what happened, and whether the sandbox held."""
+  """One hostile program. `run` returns (what happened, whether the sandbox held)."""
 
   kind: str
   name: str
@@ -33,7 +33,7 @@ class Attempt(NamedTuple):
 
 
 def attempts() -> Iterator[Attempt]:
-  """All of them; they share one sandbox, which is made when the first is run."""
+  """All hostile programs. They share one sandbox, which is created by the first run."""
   runner = _Runner()
   tables = (
     ("escape", escapes.ESCAPES, runner.escape),
@@ -55,7 +55,7 @@ def attempts() -> Iterator[Attempt]:
 
 
 class _Runner:
-  """Runs each kind of program, and judges what came of it."""
+  """Runs the programs of each kind and judges the outcome."""
 
   def __init__(self):
     self.worker: Any = None
@@ -65,7 +65,10 @@ class _Runner:
     return Sandbox(workers=1, cpu_s=CPU_S, wall_s=WALL_S, output_kb=64)
 
   def run(self, source: str, stdin: str = "") -> Result:
-    """By one worker as long as it lasts, and never from memory. Like the sandbox, it tries twice."""
+    """Runs a program in one worker for as long as that lives, without the result cache.
+
+    Like the sandbox, it tries twice.
+    """
     for _ in range(2):
       if self.worker is None or self.worker.ended():
         self.worker = self.box.session(self.box.limits)
@@ -75,7 +78,7 @@ class _Runner:
     return result
 
   def well(self) -> bool:
-    """Whether the next program of the worker is served as if nothing had been."""
+    """Whether the worker serves the next program normally."""
     result = self.run("import os; open('x', 'w').write('x'); print(len(os.listdir('.')), input())", "in")
     return (result.status, result.stdout) == ("passed", "2 in\n")
 
@@ -159,7 +162,7 @@ class _Runner:
     return f"{happened}; {reply}", held and untouched and reply.startswith("error:")
 
   def reply(self, name: str) -> tuple[str, bool]:
-    """The next call is answered with what it printed, at the latest after the session was ended."""
+    """The next call must return its own output or report a session restart; the call after it must be right."""
     source, following, right = forgeries.REPLIES[name]
     tool = PythonTool(self.box, timeout_s=WALL_S)
     try:
@@ -190,7 +193,7 @@ def _complete(content: str) -> domain.Completion:
 
 
 def _zero(verdict: domain.Verdict) -> tuple[str, bool]:
-  """No reward, and no way to have one's sample left out either."""
+  """Held if the reward is 0 and the sample counts; a masked sample would escape its reward of 0."""
   masked = ", masked" if verdict.masked else ""
   return f"reward {verdict.reward:g}{masked}: {verdict.reason}", verdict.reward == 0 and not verdict.masked
 

@@ -1,4 +1,4 @@
-"""What a bad request gets (design: one line on stderr, exit code 2)."""
+"""Asserts the response to a bad request: one line on stderr and exit code 2."""
 
 import subprocess
 

@@ -1,18 +1,18 @@
-"""Bad requests, each answered with one line, exit code 2 and nothing written.
+"""Sends bad requests; each must get one line, exit code 2, and leave nothing written.
 
-  python tests/requests.py            all, and some of them in processes of their own
+  python tests/requests.py            all, and some of them again in separate processes
   python tests/requests.py --short    every eighth
 
-Some are written by hand (tests/cases/requests.json), the others are made from the table of fields: for every
-field a value below, above and beside its range, of another type, and none. The commands are imported once, and each
-request runs in a fork of that process.
+Some are written by hand (tests/cases/requests.json). The others are generated from the table of fields: for each
+field a value below its range, above it, outside its choices, of another type, and empty. The commands are
+imported once, and each request runs in a fork of that process.
 """
 
 import sys
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent
-# This file has the name of a library that others import: its folder goes last.
+# This file has the same name as the library `requests`, so its folder must come last.
 sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != HERE), str(HERE)]
 
 # ruff: noqa: E402  The imports need the path above.
@@ -42,7 +42,7 @@ COMMANDS = (
   "cascade", "sft", "rl", "reward_model", "ablation", "evaluate", "generate", "score", "chat", "convert", "compile",
   "parity", "bench",
 )  # fmt: skip
-CONFIGS = {  # Kind -> a config of it, and the name of each * of a field's pattern.
+CONFIGS = {  # Kind of config -> its file. STARS: part of a field pattern -> fields that exist.
   "sft": "tiny/sft", "rl": "tiny/if_rl", "reward_model": "tiny/reward_model", "cascade": "tiny/cascade",
   "ablation": "tiny/grpo_vs_mopd",
 }  # fmt: skip
@@ -50,7 +50,7 @@ STARS = {"options.*": "options.icepop", "tasks.*": "tasks.math", "mixture.*": "m
          "conversations.*": "conversations.math", "teachers.*": "teachers.math", "teachers_of.*": "teachers_of.math",
          "rate_of.*": "rate_of.mopd"}  # fmt: skip
 LONGEST, SECONDS = 199, 120
-# What is allowed is said in one of these ways.
+# An error message says what is allowed in one of these ways.
 SAYS = (
   "must be", "must return", "set a field", "allowed:", "did you mean", "give ", "there are", "at least", "at most", "raise it", "lower ", "lacks its value",
   "flags are written", "is not", "is no", "no such file", "No such file", "not found", "has no", "cannot be", "fails:", "twice",
@@ -61,12 +61,12 @@ SAYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A command line, and what its one line must say."""
+  """A bad command line, and the words that its one-line error must contain."""
 
   command: str
   args: str
   words: tuple[str, ...]
-  made: bool = False  # From the table of fields.
+  made: bool = False  # True if generated from the table of fields.
 
 
 def by_hand() -> list[Request]:
@@ -75,7 +75,7 @@ def by_hand() -> list[Request]:
 
 
 def from_table() -> Iterator[Request]:
-  """Each field once, on a config of a kind that has it."""
+  """One set of requests for each field, on the first kind of config that has it."""
   seen: set[str] = set()
   for kind, config in CONFIGS.items():
     table = OWN[kind] | (SEED | SHARED if kind == "sft" else {})
@@ -88,12 +88,12 @@ def from_table() -> Iterator[Request]:
         continue
       for said, word in wrong(WHOLE[kind][pattern]):
         args = f"--config=configs/{config}.py:smoke --workdir={{new}}/w {shlex.quote(f'--config.{name}={said}')}"
-        value = "'x'" if "'x'" in said else said  # Of a tuple the part that is wrong is named.
+        value = "'x'" if "'x'" in said else said  # The error for a tuple names only the bad item.
         yield Request(kind, args, (name, value, word), made=True)
 
 
 def wrong(field: Field) -> Iterator[tuple[str, str]]:
-  """(text, a word of what is allowed) of values that the field does not have."""
+  """(text, word that the error must contain) for each value that the field must refuse."""
   if field.kind in (int, float):
     a_number = "number"
     yield "many", a_number
@@ -122,7 +122,10 @@ def wrong(field: Field) -> Iterator[tuple[str, str]]:
 
 
 def fixtures(folder: Path) -> dict[str, str]:
-  """Checkpoints, rows and files that requests name; made in a process of its own, which has JAX."""
+  """Makes the checkpoints, rows and files that requests name.
+
+  The checkpoint is made in a separate process, because JAX must not be initialised before a fork.
+  """
   files = folder / "files"
   files.mkdir(parents=True)
   config = "from configs.tiny import sft\ndef get_config(arg=''):\n  c = sft.get_config('smoke')\n  {}\n  return c\n"
@@ -159,7 +162,7 @@ def environment() -> dict[str, str]:
 
 
 def in_a_fork(command: str, argv: list[str], out: Path) -> int:
-  """The exit code of the command in a fork; its standard error is in the file."""
+  """Runs the command in a fork, with stderr written to `out`; returns its exit code."""
   pid = os.fork()
   if pid == 0:
     code = 99
@@ -176,7 +179,7 @@ def in_a_fork(command: str, argv: list[str], out: Path) -> int:
     finally:
       with contextlib.suppress(BaseException):
         sys.stderr.flush()
-        atexit._run_exitfuncs()  # The sandbox ends its programs here.
+        atexit._run_exitfuncs()  # The sandbox ends its programs in an exit handler.
       os._exit(code)
   deadline = time.monotonic() + SECONDS
   while True:
@@ -191,7 +194,7 @@ def in_a_fork(command: str, argv: list[str], out: Path) -> int:
 
 
 def alone(command: str, argv: list[str], out: Path) -> int:
-  """The same in a process of its own."""
+  """The same in a separate process."""
   with out.open("w") as file:
     return subprocess.run(
       [sys.executable, "-m", f"experiments.{command}", *argv], cwd=ROOT, env=environment(), check=False,
@@ -200,7 +203,7 @@ def alone(command: str, argv: list[str], out: Path) -> int:
 
 
 def miss(request: Request, code: int, said: str, left: list[str]) -> str:
-  """What is wrong with the answer; "" where nothing is."""
+  """What is wrong with the response, or "" if it is right."""
   lines = said.strip().splitlines()
   checks = {
     f"exit code {code}": code == 2,
@@ -214,7 +217,7 @@ def miss(request: Request, code: int, said: str, left: list[str]) -> str:
 
 
 def run(requests: list[Request], folder: Path, places: dict[str, str], how=in_a_fork) -> dict[Request, str]:
-  """The misses, by request."""
+  """Runs all requests; returns request -> what is wrong, for those that failed."""
   misses = {}
   for i, request in enumerate(requests):
     new = folder / "new" / f"{how.__name__}_{i}"
@@ -244,7 +247,7 @@ def main(argv: list[str]) -> int:
   requests = [r for r in requests if options.only in f"{r.command} {r.args}"][:: 8 if options.short else 1]
   separate = [] if options.short or options.only else list({r.command: r for r in reversed(requests)}.values())
   before, began = sorted(os.listdir(ROOT)), time.monotonic()
-  folder = Path(tempfile.mkdtemp())  # A TemporaryDirectory would be removed by the first fork that ends.
+  folder = Path(tempfile.mkdtemp())  # A fork that exits would remove a TemporaryDirectory.
   try:
     places = fixtures(folder)
     for command in COMMANDS:
@@ -252,7 +255,7 @@ def main(argv: list[str]) -> int:
     from jax._src import xla_bridge
 
     assert not xla_bridge.backends_are_initialized(), "a fork cannot share a device"
-    gc.freeze()  # A fork then copies fewer pages.
+    gc.freeze()  # Forks then copy fewer pages.
     misses = run(requests, folder, places) | run(separate, folder, places, alone)
   finally:
     shutil.rmtree(folder)

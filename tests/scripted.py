@@ -1,4 +1,4 @@
-"""A model that says what a script says at each place, to test what goes on around a model."""
+"""A model that outputs a given script of tokens, to test the code around a model."""
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +31,23 @@ ENGINE = Engine(_prefill, _step, jnp.repeat, prompt_tokens=T - 1, total_tokens=T
 
 
 class Scripted(Conversation):
-  """A conversation whose next answer is given with the question."""
+  """A conversation whose answers are set in advance in `to_say`."""
 
   def __init__(self, **settings):
     super().__init__(ENGINE, np.zeros(T, np.int32), TOKENIZER, **{"temperature": 0.0, **settings})
-    self.to_say: list[list[int]] = []  # Of this answer and those after it.
+    self.to_say: list[list[int]] = []  # Tokens of the next answer and of those after it.
 
   def answer(self, *args):
-    """What `to_say` has next; its ids of text, and special tokens."""
+    """Answers with the next item of `to_say`."""
     tokens, begin = self.to_say.pop(0), len(self.tokens)
     self.params = self.params.copy()
     self.params[begin : begin + len(tokens)] = tokens
-    # A history that was just taken in has decided on the first token already.
+    # The prefill has already chosen the first token's logits, so they are replaced.
     first_BV = 50 * np.eye(V, dtype=np.float32)[tokens[:1]]
     self._d = self._d.replace(logits_BV=first_BV)
     return super().answer(*args)
 
 
 def spell(*parts: str | int) -> list[int]:
-  """Text and special ids, as a policy would sample them."""
+  """Encodes text and special ids into tokens, as a policy would sample them."""
   return [i for part in parts for i in ([part] if isinstance(part, int) else TOKENIZER.encode(part))]

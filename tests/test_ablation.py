@@ -1,4 +1,4 @@
-"""The order of a comparison: what each arm is given, what is resumed, what is refused. No training here."""
+"""Control flow of a comparison: what each arm is given, what is resumed, what is refused. Nothing is trained."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from nemocascade.model.size import count_params, matmul_params
 
 @pytest.fixture
 def trained(monkeypatch):
-  """Stages and arms that do not train: the list of (arm's folder, rate, start, teachers) that were run."""
+  """Replaces training by stubs; returns the list of (arm's folder, learning rate, start, teachers) that were run."""
   runs = []
 
   def run_stage(c, workdir, a, record, name, main_line):
@@ -48,7 +48,10 @@ def trained(monkeypatch):
     return Outcome(None, "", steps, 10 * steps, 1.0)
 
   def scores(c, a, params, full):
-    """GRPO likes 1e-3, MOPD 2e-3; the student has 0.2 and a bit by seed, the teacher 0.3 more."""
+    """GRPO scores best at a rate of 1e-3, MOPD at 2e-3.
+
+    The student scores 0.2 plus 0.01 times the seed; the teacher scores 0.3 more.
+    """
     what, rate, steps = params
     rise = 0.1 * steps - abs(rate - (2e-3 if what == "mopd" else 1e-3))
     return {"math": 0.2 + 0.01 * a.c.seed + (0.3 if what == "teacher" else rise if steps else 0)}
@@ -78,7 +81,7 @@ def test_every_arm_of_a_seed_starts_from_its_student_at_the_rate_found_on_other_
     assert {name for name, *_ in of_seed} == set(c.arms)
     for name, rate, start, teachers in of_seed:
       assert f"seed_{seed}/sft" in start and "search" not in start
-      assert rate == (2e-3 if name in ("mopd", "mopd_clipped") else 1e-3)  # GRPO's, or as the config says.
+      assert rate == (2e-3 if name in ("mopd", "mopd_clipped") else 1e-3)  # Other arms: GRPO's rate, or the config's.
       assert teachers == (None if name.startswith("grpo") else [("math", "teacher")])
   assert found["arms"]["grpo_150"]["steps"] == [0, 1, 2, 3] and found["arms"]["mopd"]["steps"] == [0, 1, 2]
   assert found["arms"]["mopd"]["scores"][1] == pytest.approx([0.21, 0.31, 0.41])
@@ -90,7 +93,7 @@ def test_a_second_run_finishes_what_is_not_done_and_comes_to_the_same(tmp_path, 
   arm = tmp_path / "seed_1" / "arms" / "mopd"
   (arm / "done.json").unlink()
   text = (arm / "evaluations.jsonl").read_text()
-  (arm / "evaluations.jsonl").write_text(text[:-9])  # The last line was cut off by a kill.
+  (arm / "evaluations.jsonl").write_text(text[:-9])  # A kill cut off the last line.
   (tmp_path / "ablation.json").unlink()
   trained.clear()
   assert ablation.run(c, tmp_path) == found
@@ -119,7 +122,7 @@ def test_an_arm_ends_when_its_budget_is_spent_and_is_scored_there_once(tmp_path,
   watch = ablation.watcher(c, a, path, last_step=5)
   assert not watch(1, None, spent)
   assert watch(3, None, spent.plus(sampled=1))
-  assert ablation.watcher(c, a, path, last_step=5)(3, None, spent.plus(sampled=1))  # After a kill.
+  assert ablation.watcher(c, a, path, last_step=5)(3, None, spent.plus(sampled=1))  # Again, as after a kill.
   lines = [json.loads(text) for text in path.read_text().splitlines()]
   assert [(x["steps"], x["tokens"], x["score"]) for x in lines] == [(1, 0, 0.25), (3, 1, 0.75)]
 
@@ -127,7 +130,7 @@ def test_an_arm_ends_when_its_budget_is_spent_and_is_scored_there_once(tmp_path,
 def test_flops_are_two_a_parameter_that_multiplies_a_token():
   config = ModelConfig.from_fields(grpo_vs_mopd.get_config("smoke").model.to_dict())
   tied = dataclasses.replace(config, tie_word_embeddings=True)
-  assert matmul_params(config) == matmul_params(tied)  # The embedding is only looked up.
+  assert matmul_params(config) == matmul_params(tied)  # The embedding is a lookup, not a product.
   assert matmul_params(config) < count_params(config) - 1024 * 64
 
 

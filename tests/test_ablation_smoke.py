@@ -1,4 +1,4 @@
-"""The comparison of GRPO and MOPD at smoke size: it ends, it survives kill -9, the notebook shows it."""
+"""The comparison of GRPO and MOPD at smoke size: it finishes, it resumes after kill -9, the notebook shows it."""
 
 import csv
 import json
@@ -54,17 +54,17 @@ def test_pictures_and_tables_are_there(finished):
 
 
 def test_a_killed_comparison_ends_as_if_it_had_not_been(finished, tmp_path):
-  """kill -9 in the middle of an arm of the last seed, and the same command again."""
+  """Kills the command in the middle of an arm of the last seed, then runs it again."""
   shutil.copytree(finished, tmp_path / "cut")
   cut = tmp_path / "cut"
-  shutil.rmtree(cut / "seed_1" / "arms")  # Student and compiled programs stay, so that this is quick.
+  shutil.rmtree(cut / "seed_1" / "arms")  # Student and compiled programs stay, to save time.
   for name in ("ablation.json", "curves.csv", "paired.csv"):
     (cut / name).unlink()
   run = subprocess.Popen(words(cut), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   deadline = time.time() + 300
   while not (cut / "seed_1" / "arms" / "mopd" / "evaluations.jsonl").exists():
     assert run.poll() is None and time.time() < deadline
-    time.sleep(0.02)  # Waits for another process, as the only thing to do.
+    time.sleep(0.02)  # Polls another process.
   run.kill()
   run.wait()
   assert not (cut / "seed_1" / "arms" / "mopd" / "done.json").exists()
@@ -77,7 +77,7 @@ def test_a_killed_comparison_ends_as_if_it_had_not_been(finished, tmp_path):
 def test_a_teacher_that_is_damaged_is_one_line_that_names_it(finished, tmp_path):
   broken = tmp_path / "broken"
   shutil.copytree(finished, broken)
-  shutil.rmtree(broken / "seed_0" / "arms" / "mopd")  # To be run again.
+  shutil.rmtree(broken / "seed_0" / "arms" / "mopd")  # This arm must be run again.
   record = broken / "seed_0" / "cascade.json"
   record.write_text(record.read_text().replace(str(finished), str(broken)))
   checkpoint = broken / "seed_0" / "teacher" / "checkpoints" / "2"
@@ -103,7 +103,7 @@ def test_a_bad_request_is_one_line_and_nothing_is_written(tmp_path, flag, word):
 
 
 def test_the_notebook_shows_equations_arms_and_pictures(finished, monkeypatch):
-  """On the comparison that is there already: it resumes at the end and draws."""
+  """Runs the notebook on the finished comparison, which it loads and draws."""
   import nbformat
   from nbclient import NotebookClient
 

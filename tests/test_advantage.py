@@ -1,4 +1,4 @@
-"""Laws of advantages: numbers by hand, groups apart, and MOPD as a reverse KL."""
+"""Tests of advantages: values computed by hand, independence of groups, and MOPD as a reverse KL."""
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +64,14 @@ def test_grpo_is_deviations_from_the_mean_in_standard_deviations(rewards_G, expe
   "advantage, rewards_QG, expected_QG",
   [
     (dr_grpo, [[1, 0, 0, 0], [3, 1, -1, 1]], [[0.75, -0.25, -0.25, -0.25], [2, 0, -2, 0]]),
-    # The others' means are 0, 1/3, 1/3, 1/3.
+    # The means of the other completions are 0, 1/3, 1/3, 1/3.
     (rloo, [[1, 0, 0, 0]], [[1, -1 / 3, -1 / 3, -1 / 3]]),
     (rloo, [[4, 1]], [[3, -3]]),
-    # Of the batch: mean 2, deviations 1, -1, 3, -3, std sqrt(5).
+    # Over the batch: mean 2, deviations 1, -1, 3, -3, std sqrt(5).
     (reinforce_pp, [[3, 1], [5, -1]], [[5**-0.5, -(5**-0.5)], [3 * 5**-0.5, -3 * 5**-0.5]]),
-    # Above their groups: 1, -1 and 3, -3; std sqrt(5).
+    # Deviations from the group means: 1, -1 and 3, -3; std sqrt(5).
     (reinforce_pp_baseline, [[3, 1], [9, 3]], [[5**-0.5, -(5**-0.5)], [3 * 5**-0.5, -3 * 5**-0.5]]),
-    # Means 1/4, 3/4 and 0.
+    # The group means are 1/4, 3/4 and 0.
     (maxrl, [[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], [[3, -1, -1, -1], [1 / 3] * 3 + [-1], [0] * 4]),
   ],
 )
@@ -124,7 +124,7 @@ def test_groups_do_not_see_each_other():
   np.testing.assert_array_equal(both_QG[1:], per_sample([[0, 5, 9, 2]]))
 
 
-# 16 times 0.7 has a mean that is not 0.7 in fp32: over a standard deviation it would be 0.1.
+# In fp32 the mean of 16 times 0.7 is not exactly 0.7; divided by the standard deviation this would give 0.1.
 @pytest.mark.parametrize("reward, G", [(0.0, 4), (1.0, 4), (0.7, 16), (0.3, 12), (-1e4 / 3, 7)])
 def test_a_unanimous_group_teaches_exactly_nothing(reward, G):
   assert not np.any(per_sample(np.full((2, G), reward)))
@@ -153,7 +153,7 @@ def test_rewards_scaled_and_shifted_give_the_same_advantages():
 
 
 def test_mopd_expectation_is_minus_reverse_kl():
-  # One prompt, every token of a vocabulary of 5 as one completion: the expectation is a sum.
+  # One prompt, with each token of a vocabulary of 5 as one completion: the expectation is a finite sum.
   V = 5
   policy_V, teacher_V = (
     jax.nn.log_softmax(jax.random.normal(jax.random.key(i), (V,))) for i in (0, 1)

@@ -1,4 +1,4 @@
-"""Attention in parts and in blocks of queries is the definition, in value and gradient, before a cache or without."""
+"""Attention in parts and blocks of queries equals the reference in value and gradient, with or without a cache."""
 
 import functools
 
@@ -23,7 +23,7 @@ def inputs(packing, dtype=jnp.float32):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def with_gradients(fn, floats, ids_BT, dy, options=()):
-  """Of real tokens alone: what padding sees is nobody's business."""
+  """Value and gradients at real tokens only; the output at padding is undefined."""
   real = (ids_BT > 0)[..., None, None, None]
   y, pull = jax.vjp(lambda *a: jnp.where(real, fn(*a, ids_BT, **dict(options)), 0), *floats)
   return y, pull(dy)
@@ -38,7 +38,7 @@ def test_parts_and_blocks_are_the_definition(packing, parts, queries):
 
 
 def test_in_bf16_scores_and_sums_are_fp32():
-  """Against the definition on the same numbers in fp32: only probabilities and results are rounded, 2^-8 each."""
+  """Compared with the reference in fp32 on the same inputs: only probabilities and results are rounded to 2^-8."""
   floats, ids_BT, dy = inputs("several", jnp.bfloat16)
   wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
   y, grads = with_gradients(attention, floats, ids_BT, dy, (("queries", 4),))
@@ -51,7 +51,7 @@ def test_in_bf16_scores_and_sums_are_fp32():
 @pytest.mark.parametrize("queries", [64, 3])
 def test_a_cache_before_the_row_is_its_beginning(queries):
   (q, k, v), ids_BT, _ = inputs("one")
-  first, room = 9, 12  # The cache has room for more than it holds.
+  first, room = 9, 12  # The cache has more slots than it uses.
   cache = lambda a: jnp.pad(jnp.swapaxes(a[:, :first], 1, 2), ((0, 0), (0, 0), (0, room - first), (0, 0)), constant_values=7)
   got = attention(
     q[:, first:], k[:, first:], v[:, first:], ids_BT[:, first:],

@@ -1,4 +1,4 @@
-"""Laws of the routers' balance: what each kind moves, by hand, and however the batch is cut."""
+"""Tests of router balancing: what each kind changes, computed by hand, for any split of the batch."""
 
 import functools
 
@@ -22,7 +22,7 @@ from nemocascade.step.sft import sft_step
 from nemocascade.types import Batch, Routing, Scores, TrainState
 
 B, T, V, L, E, X = 4, 12, 8, 2, 4, 2
-# Two MoE blocks in a unit that is scanned, and one behind it.
+# Two MoE blocks in a scanned unit that repeats three times, and one MoE block after it.
 CONFIG = ModelConfig(
   vocab_size=V, hidden_size=16, hybrid_override_pattern="EE-EE-EE-E", n_routed_experts=E,
   num_experts_per_tok=X, moe_intermediate_size=8, moe_shared_expert_intermediate_size=8,
@@ -47,7 +47,7 @@ def add_to_bias(params, change_LE):
 
 @jax.jit
 def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, *, temperature=1.0):
-  """A bigram model whose logits pass two routers that change nothing."""
+  """A bigram model; its logits pass through two routers that do not change them."""
   x_BTV = params["table_VV"][tokens_BT]
   loads, losses = [], []
   for gate_VE, bias_E in zip(params["gate_LVE"], params["e_score_correction_bias"], strict=True):
@@ -63,7 +63,7 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, *, temperature=1.0)
 
 @functools.cache
 def batch():
-  """Documents of unequal lengths with padding behind them, learned from in part."""
+  """Documents of different lengths, padded; only part of their tokens are learned."""
   keys = jax.random.split(jax.random.key(1))
   segment_ids_BT = jnp.array([[1] * 7 + [2] * 5, [1] * 3 + [0] * 9, [1] * 12, [1] * 4 + [2] * 4 + [0] * 4])
   mask_BT = jax.random.bernoulli(keys[1], 0.4, (B, T)) & (segment_ids_BT > 0)
@@ -71,7 +71,7 @@ def batch():
 
 
 def seen_by(stage):
-  """Segments as the balance sees them: in RL a row of which nothing is learned is padding."""
+  """Segment ids as the balance sees them: in RL a row without learned tokens counts as padding."""
   segment_ids_BT = np.asarray(batch().segment_ids_BT)
   return segment_ids_BT if stage == "sft" else segment_ids_BT * learned_of(stage).any(axis=1, keepdims=True)
 
@@ -82,7 +82,7 @@ def learned_of(stage):
 
 
 def step(stage, balance, accumulate=1, tx=TX, keep=lambda a: a):
-  """(state, metrics) after one step of either stage on `keep` of the rows."""
+  """Returns (state, metrics) after one step of the stage; `keep` is applied to the batch."""
   state = TrainState(step=jnp.int32(0), params=params(), opt_state=tx.init(params()))
   data, how = batch(), dict(balance=balance, accumulate=accumulate, add_to_bias=add_to_bias)
   if stage == "sft":
@@ -128,16 +128,16 @@ def test_the_sign_update_moves_each_bias_against_its_load_by_the_rate_and_nothin
   moved, _ = step(stage, RouterBalance(kind="sign", rate=0.25))
   load_LE = np.asarray(score(params(), batch().tokens_BT, seen_by(stage)).routing.load_LE)
   mean = np.sum(seen_by(stage) > 0) * X / E
-  assert len(set(load_LE.ravel())) > 2  # The case is one where it matters.
+  assert len(set(load_LE.ravel())) > 2  # Otherwise the test would show nothing.
   bias = "e_score_correction_bias"
-  np.testing.assert_array_equal(frozen.params[bias], 0.0)  # Under weight decay too.
+  np.testing.assert_array_equal(frozen.params[bias], 0.0)  # Not even weight decay moves it.
   np.testing.assert_array_equal(moved.params[bias], 0.25 * np.sign(mean - load_LE))
   assert_same(moved.params | {bias: 0.0}, frozen.params | {bias: 0.0})
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_the_auxiliary_loss_adds_its_mean_over_real_tokens_times_the_weight(stage):
-  """The gradient, seen through the first step of an Adam so slow that it is proportional to it."""
+  """Recovers the gradient from the first Adam step; a huge eps makes the step proportional to it."""
   change = lambda balance: jax.tree.map(lambda a, b: 1e6 * (b - a), step(stage, balance, tx=SLOW)[0].params, params())
 
   tokens_BT, segment_ids_BT = batch().tokens_BT, seen_by(stage)
@@ -145,7 +145,7 @@ def test_the_auxiliary_loss_adds_its_mean_over_real_tokens_times_the_weight(stag
   weighed = jax.tree.map(jnp.subtract, change(RouterBalance(kind="auxiliary", weight=50.0)), change(RouterBalance()))
   theirs = jax.grad(mean)(params())
   assert np.abs(theirs["gate_LVE"]).max() > 0.01
-  for name in theirs:  # Of a parameter of 1 fp32 leaves 1e-7, so of a gradient 0.1.
+  for name in theirs:  # fp32 keeps 1e-7 of a parameter near 1, which is 0.1 of the recovered gradient.
     np.testing.assert_allclose(weighed[name], 50 * theirs[name], atol=0.3)
 
 
@@ -172,7 +172,7 @@ def test_packed_documents_are_balanced_as_rows_of_their_own():
 
 
 def test_a_models_loads_and_biases_are_in_the_order_of_its_blocks():
-  """Each block's bias is pushed to a pair of experts of its own, and its load goes there."""
+  """The bias of each block favours a different pair of experts, and the block's load must go to that pair."""
   pairs = [(0, 1), (2, 3), (1, 2), (0, 3), (1, 3), (0, 2), (0, 1)]
   push_LE = np.zeros((len(pairs), E), np.float32)
   for block, pair in enumerate(pairs):
@@ -190,9 +190,9 @@ def test_a_models_loads_and_biases_are_in_the_order_of_its_blocks():
   np.testing.assert_array_equal(of("units_0", "blocks_0"), push_LE[[0, 2, 4]])
   np.testing.assert_array_equal(of("units_0", "blocks_1"), push_LE[[1, 3, 5]])
   np.testing.assert_array_equal(of("units_1", "blocks_0"), push_LE[6])
-  np.testing.assert_array_equal(got.load_LE, (push_LE > 0) * 35.0)  # 35 tokens are no padding.
+  np.testing.assert_array_equal(got.load_LE, (push_LE > 0) * 35.0)  # 35 tokens are not padding.
   assert got.dropped_L.tolist() == [0.0] * len(pairs)
-  assert 0 < float(got.loss) < len(pairs) * 35 * E / X  # All go to two of four: up to twice as dear.
+  assert 0 < float(got.loss) < len(pairs) * 35 * E / X  # Two of four experts have all: at most twice the balanced loss.
 
 
 def test_a_loss_that_is_not_paid_is_not_traced_and_one_that_is_asks_no_router_twice(monkeypatch):

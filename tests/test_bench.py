@@ -1,4 +1,4 @@
-"""A line of a benchmark has the contract's keys, and an unknown suite is refused by name."""
+"""Each benchmark line has the required keys; an unknown suite is refused with the nearest name."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def test_the_routed_matmul_is_measured_against_ragged_dot(monkeypatch, capsys):
 
 
 def test_on_a_gpu_each_part_of_the_routed_mlp_is_measured_against_each_peer(monkeypatch):
-  """Here by the forms of a CPU: the lines are the same."""
+  """Runs the CPU forms, which give the same lines."""
   monkeypatch.setattr(bench_kernels, "peers", lambda: {"a peer": jax.lax.ragged_dot, "broken": None})
   monkeypatch.setattr(bench_kernels, "LOADS", {"skewed": 1.0})
   lines = list(bench_kernels.gpu_cases(D=16, F=8, E=4, X=2, tokens=(64,), dense=16))
@@ -69,7 +69,7 @@ def test_loads_are_balanced_or_skewed():
 
 
 def test_a_schedule_is_that_of_its_busiest_stretch_between_branches(tmp_path):
-  """Six bundles of four slots: a label at the third and a branch at the fifth bound the loop."""
+  """A label at bundle 3 and a branch at bundle 5 bound the loop; there are six bundles of four slots."""
   texts = ["{ a }", "{ b }", "LB: > { c }", ": > { d }", ": > { sbr.rel (%p) target = $region2 }", ": { e }"]
   lines = [f" {hex(i)} {text if ':' in text else ': ' + text}" for i, text in enumerate(texts)]
   (tmp_path / "17-routed_product.1-72-final_bundles.txt").write_text("\n".join(lines))
@@ -94,7 +94,7 @@ def test_the_command_takes_the_suite_as_its_argument():
 
 
 def smoke_rl(tmp_path):
-  """The config of `bench rl` and what it starts from, at a size that compiles in seconds."""
+  """The config of `bench rl` and its start, at a size that compiles in seconds."""
   c = bench_rl.config(**SMALL | dict(vocab_size=256, hybrid_override_pattern="M*E"))
   c.steps = 2
   c.rollout.update(prompts=2, completions=4, total_tokens=bench_rl.PROMPT_TOKENS + 12)
@@ -139,7 +139,7 @@ def test_without_trl_bench_rl_says_what_to_install(monkeypatch):
 
 
 def test_the_benchmark_of_a_card_runs_its_cases_at_tiny_sizes(tmp_path, monkeypatch, capsys):
-  """In the interpreter: correctness must pass, and the table has every line."""
+  """In Pallas interpreter mode: every correctness check must pass, and the table must have every line."""
   monkeypatch.setattr(bench_gpu, "REPEATS", 1)
   bench.run("gpu", table=str(tmp_path / "table.md"))
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -156,7 +156,7 @@ def test_a_nan_anywhere_fails_the_cards_check():
 
 
 def test_a_wrong_kernel_fails_the_cards_check(monkeypatch):
-  """A product that is off by a percent is told by a ratio below 1."""
+  """A product that is 1% off must give a ratio below 1."""
   true = bench_gpu.routed_matmul
   off = lambda *args, form, **how: true(*args, form=form, **how) * (1.01 if form == "gpu" else 1.0)
   monkeypatch.setattr(bench_gpu, "routed_matmul", off)

@@ -1,4 +1,4 @@
-"""The whole cascade at smoke size: it finishes, it resumes, it refuses what it cannot run."""
+"""The whole cascade at smoke size: it finishes, it resumes, it refuses invalid requests."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_a_mixture_of_an_unknown_domain_is_named():
 
 
 def test_the_quickstart_notebook_runs(finished, monkeypatch):
-  """On the smoke cascade that is there already: it resumes at the end, draws and samples."""
+  """Runs the notebook on the finished smoke cascade, which it loads, draws and samples."""
   import nbformat
   from nbclient import NotebookClient
 
@@ -107,7 +107,7 @@ def test_the_quickstart_notebook_runs(finished, monkeypatch):
 
 
 def test_a_stage_that_is_killed_in_a_save_and_resumed_is_the_undisturbed_one_to_the_last_bit(tmp_path):
-  """kill -9 while the first checkpoint, or the one after, is written."""
+  """kill -9 while the first or the second checkpoint is written."""
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   words = [sys.executable, "-m", "experiments.reward_model", "--config=configs/tiny/reward_model.py:smoke"]
   start = lambda workdir: subprocess.Popen(
@@ -117,14 +117,14 @@ def test_a_stage_that_is_killed_in_a_save_and_resumed_is_the_undisturbed_one_to_
   run, checkpoints, deadline = start(cut), cut / "reward_model" / "checkpoints", time.time() + 300
   while not (checkpoints.is_dir() and any("orbax-checkpoint-tmp" in p.name for p in checkpoints.iterdir())):
     assert run.poll() is None and time.time() < deadline
-    time.sleep(0.001)  # Waits for another process, as the only thing to do.
+    time.sleep(0.001)  # Polls another process.
   run.kill()
   run.wait()
   assert not (checkpoints / "6").exists()
   assert start(cut).wait() == 0
   assert chaos.stage_differences(whole / "reward_model", cut / "reward_model") == []
 
-  # What is compared is seen to differ.
+  # The comparison itself must detect differences.
   (cut / "reward_model" / "checkpoints" / "3").rename(tmp_path / "3")
   shutil.copytree(cut / "reward_model" / "checkpoints" / "6", cut / "reward_model" / "checkpoints" / "3")
   lines = (cut / "reward_model" / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Files of a run that are not what they should be: each is named in one line, before anything is done with it."""
+"""Invalid files in a work directory: each is named in one line before anything is done with it."""
 
 import errno
 import json
@@ -60,7 +60,7 @@ def test_a_damaged_state_file_is_named_in_one_line(tmp_path, case):
     READERS[case["file"]](path)
   assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
   assert len(str(error.value)) - len(str(path)) < 200
-  assert sorted(tmp_path.rglob("*")) == before  # Nothing was written, nothing removed.
+  assert sorted(tmp_path.rglob("*")) == before  # Nothing was written or removed.
 
 
 def test_a_last_line_that_a_kill_cut_off_is_made_again(tmp_path):
@@ -69,7 +69,7 @@ def test_a_last_line_that_a_kill_cut_off_is_made_again(tmp_path):
   assert read_lines(path) == [{"step": 0}]
 
 
-# F3: ids mean what they meant when the checkpoint was trained.
+# Token ids must keep the meaning they had when the checkpoint was trained.
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-  """A tokenizer of another text: most of its ids are other words."""
+  """A tokenizer trained on other text; most of its ids mean other words."""
   path = tmp_path_factory.mktemp("other") / "tokenizer.model"
   train_sentencepiece(["a dog ran under a tree for 3 or 4 days"] * 20, vocab_size=600).save(path)
   return path
@@ -120,7 +120,7 @@ def test_a_stage_whose_checkpoints_read_other_tokens_is_refused_before_anything_
 
 
 def tokens_of_another(stage: Path, tokenizer: Path) -> str:
-  """A copy of the checkpoint of tiny_checkpoint that says it was trained with this tokenizer."""
+  """A copy of the checkpoint of tiny_checkpoint whose files say that it was trained with this tokenizer."""
   made = tiny_checkpoint.make(stage)
   (stage / "model" / "tokenizer.model").write_bytes(tokenizer.read_bytes())
   checksums.write(stage / "model")
@@ -142,12 +142,12 @@ def test_a_cascade_refuses_checkpoints_of_other_tokens(checkpoint, other, tmp_pa
     cascade_command.run(c, tmp_path)
   assert not (tmp_path / "config.json").exists()
   c.tokenizer.path = str(loading.model_files(checkpoint))
-  with pytest.raises(UserError, match="of another model"):  # The tokens are the same now.
+  with pytest.raises(UserError, match="of another model"):  # The tokenizers now agree, so the model is checked next.
     cascade_command.run(c, tmp_path)
 
 
 def test_a_changed_file_beside_a_checkpoint_is_named(tmp_path):
-  """A digit of the model's config, a byte of the tokenizer: both would still be read."""
+  """Changes one digit of the model's config or one byte of the tokenizer; both files still parse."""
   for name in ("config.json", "tokenizer.model"):
     stage = tmp_path / name
     made = tiny_checkpoint.make(stage)
@@ -160,7 +160,7 @@ def test_a_changed_file_beside_a_checkpoint_is_named(tmp_path):
       loading.find(made)
 
 
-# F9: a disk that is full.
+# A full disk.
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -205,7 +205,7 @@ launch(run, config=False, workdir=False)
   ],
 )
 def test_a_save_that_finds_no_room_is_one_line_and_the_good_checkpoint_stays(tmp_path, what, names):
-  """A limit of the size of files stands for the end of the disk: the system refuses the write as there."""
+  """RLIMIT_FSIZE stands for a full disk: the system refuses the write in the same way."""
   script = LIMITED.format(path=str(tmp_path), limit=50_000, what=what.format(path=str(tmp_path)))
   done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 1, done.stderr[-2000:]
@@ -214,12 +214,12 @@ def test_a_save_that_finds_no_room_is_one_line_and_the_good_checkpoint_stays(tmp
   assert not (tmp_path / names).exists()
   store = Store(tmp_path)
   assert store.restore(template())[1] == {"at": 1}
-  store.save(2, state(2), {})  # After room was made.
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # What was left of the save is gone.
+  store.save(2, state(2), {})  # Again, now with room.
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # The remains of the failed save are gone.
   assert int(Store(tmp_path).restore(template())[0].step) == 2
 
 
-# F10: one writer.
+# Only one writer.
 
 OWNS = """
 import sys
@@ -249,7 +249,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     first.kill()
     first.wait()
     own(tmp_path)
-    own(tmp_path)  # Its own lock keeps no process out.
+    own(tmp_path)  # A process may take its own lock again.
 
 
 def test_those_that_share_keep_out_only_one_that_does_not(tmp_path):

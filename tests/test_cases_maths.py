@@ -1,4 +1,4 @@
-"""Answers, boxes, outputs and blocks of code with their right verdicts: cases/maths.json."""
+"""Answers, boxes, outputs and code blocks with their correct verdicts: cases/maths.json."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ from nemocascade.rollout import score
 HERE = pathlib.Path(__file__).parent
 CASES = json.loads((HERE / "cases/maths.json").read_text())
 GYM = HERE.parents[1] / "shared/data/gym"
-EVALUATING = (  # Datasets of reasoning-gym whose scorers evaluate the answer.
+EVALUATING = (  # Datasets of reasoning-gym whose scorers evaluate the answer as code.
   "binary_matrix", "countdown", "intermediate_integration", "n_queens", "number_sorting",
   "polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix", "string_insertion",
 )  # fmt: skip
@@ -90,7 +90,7 @@ def entry(dataset):
 
 
 def test_no_answer_is_evaluated(tmp_path):
-  """In a process without any wall, where whatever runs leaves its mark."""
+  """Runs hostile answers in an unconfined process; any code that runs creates a file."""
   place = tmp_path / "mark"
   answers = [answer.replace("PLACE", str(place)) for answer in CASES["hostile"]]
   questions = [(name, json.dumps(entry(name)), answer) for name in EVALUATING for answer in answers]
@@ -108,7 +108,7 @@ def test_no_answer_is_evaluated(tmp_path):
 
 
 def test_every_scorer_that_evaluates_text_has_a_parser_in_its_place():
-  """Of the installed release: a new one that evaluates answers is found here first."""
+  """Checks the installed release of reasoning-gym, so that a new scorer that evaluates answers is noticed."""
   import ast
 
   import reasoning_gym
@@ -117,13 +117,13 @@ def test_every_scorer_that_evaluates_text_has_a_parser_in_its_place():
   calls = set()
   for path in root.rglob("*.py"):
     if "contrib" in path.parts or "gsm_symbolic" in path.parts:
-      continue  # Generators only; gsm_symbolic's scorer reads one number.
+      continue  # These only generate rows; the scorer of gsm_symbolic reads one number.
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Call):
         name = ast.unparse(node.func)
         if name in ("eval", "exec") or name.endswith("sympify"):
           calls.add((".".join(path.relative_to(root).with_suffix("").parts), name))
-  made = {("arithmetic.basic_arithmetic", "eval"), ("code.codeio", "exec")}  # When rows are made.
+  made = {("arithmetic.basic_arithmetic", "eval"), ("code.codeio", "exec")}  # Called when rows are generated.
   assert calls - made == {(module, "eval") for module in (*scorers.LITERALS, *scorers.WHOLE)}
 
 
@@ -139,7 +139,7 @@ def test_what_is_no_arithmetic_is_refused(answer):
   ["1/3 + 2*x**2", "-(x - y)/2", "exp(sin(x))*cos(x)", "sqrt(2)*pi", "log(x) - E", "0.1", "2**-3", "+5"],
 )
 def test_arithmetic_is_what_sympy_reads(text):
-  program = f"import sympy; print(sympy.parse_expr({text!r}))"  # Unpatched, in its own process.
+  program = f"import sympy; print(sympy.parse_expr({text!r}))"  # Unpatched sympy, in a separate process.
   theirs = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
   assert str(arithmetic.parse(text)) == theirs.stdout.strip()
 
@@ -194,7 +194,7 @@ def test_rows_without_a_reference_are_judged_by_the_pairs():
   rollout, counts = score.to_rollout(samples, verdicts, rewards_QG=rewards_QG)
   assert rollout.valid_QG.all() and counts["rollout/masked"] == 0.0
   np.testing.assert_array_equal(rollout.rewards_QG, rewards_QG)
-  rollout, counts = score.to_rollout(samples, verdicts)  # Paid by verdicts, they have none.
+  rollout, counts = score.to_rollout(samples, verdicts)  # These rows get only pairwise rewards.
   assert not rollout.valid_QG.any() and counts["rollout/masked"] == 1.0
 
 

@@ -1,4 +1,4 @@
-"""Inputs that once gave wrong numbers in the policy gradient, with the right ones (cases/policy.json)."""
+"""Inputs that once gave wrong numbers in the policy gradient, with the correct ones (cases/policy.json)."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_ratio_form_is_finite_and_points_the_right_way_however_far_the_policy_
   assert np.isfinite(gain_1T).all() and np.isfinite(slope_1T).all()
   a, slope, clipped = (np.asarray(v[0]) for v in (a_1T, slope_1T, clipped_1T))
   said_ = CASES["ratio_slopes"][form]["up" if x > 0 else "down"]
-  if said_ == "a < 0: steep":  # What became too likely and is worse is pulled back, the rest stands still.
+  if said_ == "a < 0: steep":  # Tokens with a < 0 that became too likely have a steep gradient; all others have none.
     assert (slope[a < 0] <= -np.exp(20.0) * 0.999).all() and not slope[a >= 0].any()
     assert clipped[a > 0].all() and not clipped[a <= 0].any()
   else:
@@ -74,7 +74,7 @@ def test_a_correction_is_finite_however_far_the_trainer_is_from_the_sampler(name
   gap_1T = jnp.array([[x]])
   weight = float(loss.CORRECTIONS[name](gap_1T, gap_1T, ROW_MEAN)[0, 0])
   assert weight == pytest.approx(CASES["correction_weights"][name]["up" if x > 0 else "down"], abs=1e-8)
-  # The nucleus alone far off: what is kept has a weight that is finite.
+  # Only the drawn probability is far off: a token that is kept must have a finite weight.
   assert np.isfinite(loss.CORRECTIONS[name](jnp.zeros((1, 1)), gap_1T, ROW_MEAN)).all()
 
 
@@ -86,7 +86,7 @@ def test_a_kl_estimate_is_finite_and_draws_the_policy_to_its_reference(name, x):
   if name == "k1":
     assert slope == 1 and value == pytest.approx(x, rel=1e-5)
   else:
-    assert value > 0 and np.sign(slope) == np.sign(x)  # Descent makes the gap smaller.
+    assert value > 0 and np.sign(slope) == np.sign(x)  # Gradient descent must shrink the gap.
 
 
 @of_log_ratios
@@ -105,7 +105,7 @@ def test_a_distillation_is_finite_however_far_the_policy_is_from_its_teacher(nam
 
   value, slope_DV = jax.value_and_grad(kl)(jnp.array([[x, 0.0, 0.0]]))
   assert np.isfinite(value) and np.isfinite(slope_DV).all() and value > 0.1
-  if name.startswith("forward"):  # Slope p - q: the token that is too likely goes down, one too unlikely up.
+  if name.startswith("forward"):  # The gradient is p - q: it lowers a token that is too likely.
     assert np.sign(slope_DV[0, 0]) == np.sign(x)
 
 
@@ -123,7 +123,7 @@ def test_advantages_of_teachers_are_finite_and_no_more_than_the_gap(x):
   "ratio, correction", [*((r, "icepop") for r in loss.RATIOS), *(("token_clip", c) for c in loss.CORRECTIONS)]
 )
 def test_a_step_is_finite_in_all_it_says_and_does(ratio, correction):
-  """Sampler, proximal policy and reference are all far from the policy, each by x."""
+  """Sampler, proximal policy and reference each differ from the policy by x in log-probability."""
   r = rollout()
   rows, count = to_rows(r, grpo(r))
   own_BT = score(state().params, rows["tokens"], rows["segment_ids"]).logprobs_BT
@@ -136,7 +136,7 @@ def test_a_step_is_finite_in_all_it_says_and_does(ratio, correction):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, metrics))), x
 
 
-# Rewards that are no number.
+# Rewards that are not finite.
 
 
 def samples(rewards_G, limit=8):
@@ -190,7 +190,7 @@ def test_an_answer_that_the_reward_model_gives_no_number_is_as_if_it_had_not_pla
   got = rewards("a", "bad", "b", "c")
   assert np.isnan(got[1])
   np.testing.assert_allclose(got[[0, 2, 3]], rewards("a", "b", "c"), rtol=1e-6)
-  assert np.isnan(rewards("a", "bad")).all()  # Its only opponent was not compared with anything.
+  assert np.isnan(rewards("a", "bad")).all()  # Its only opponent has no valid score.
 
 
 def test_a_preference_that_is_no_number_is_no_verdict():
@@ -201,13 +201,13 @@ def test_a_preference_that_is_no_number_is_no_verdict():
   assert [(v.reward, v.masked) for v in verdicts] == [(0.0, True), (0.0, False), (1.0, False)]
 
 
-# One limit for all.
+# The length limit is the sampler's.
 
 
 @rows_of("soft_room")
 def test_the_soft_penalty_counts_the_room_that_the_sampler_had(case):
   word = TOKENIZER.encode("one")[-1]
-  P = collected([], [TALK], thinking=False).segment_ids_QGT[0, 0].sum() - 1  # The model says a stop token alone.
+  P = collected([], [TALK], thinking=False).segment_ids_QGT[0, 0].sum() - 1  # The model says only a stop token.
   script = [0] * P + [word] * (case["completion"] - 1) + [IM_END]
   taken = collected([script], [TALK], thinking=False, completion_tokens=case["row_tokens"])
   assert taken.loss_mask_QGT[0, 0].sum() == case["completion"]
@@ -218,7 +218,7 @@ def test_the_soft_penalty_counts_the_room_that_the_sampler_had(case):
   np.testing.assert_allclose(rollout_.rewards_QG, case["reward"], atol=1e-6)
 
 
-# Successes.
+# Pass at k.
 
 
 @rows_of("pass_at_k")
@@ -227,7 +227,7 @@ def test_a_success_is_a_full_verdict(case):
   assert (scored.best, scored.mean) == (case["best"], pytest.approx(case["mean"]))
 
 
-# A nucleus.
+# Nucleus sampling.
 
 
 @rows_of("truncated_sampling")
@@ -251,7 +251,7 @@ def test_every_published_stage_that_samples_a_nucleus_has_a_correction():
 
 
 def test_a_rollout_of_a_nucleus_carries_both_log_probabilities_to_the_step():
-  """The metrics compare with the whole distribution, the weights with what was drawn from."""
+  """Metrics compare with the whole distribution; importance weights use the distribution drawn from."""
   r = rollout()
   r = r.replace(drawn_logprobs_QGT=r.behaviour_logprobs_QGT - jnp.log(0.9))
   told = {}

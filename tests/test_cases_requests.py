@@ -1,4 +1,4 @@
-"""A field is declared once, a bad request is one line, and what is refused leaves no trace."""
+"""Each field is declared once; a bad request gets one line of error and writes nothing."""
 
 import ast
 import dataclasses
@@ -87,7 +87,7 @@ def test_the_reference_page_is_that_of_the_table():
   assert page == field_table.markdown() + "\n", "python -m nemocascade.field_table > experiments/FIELDS.md"
 
 
-VALUES = [  # Config, field, value that a config may hold by mistake, words of the answer.
+VALUES = [  # (config, field, invalid value, start of the error message).
   (if_rl, "optimizer.peak_lr", math.nan, "optimizer.peak_lr=nan: is not a number; must be a number above 0 and at most 1"),
   (if_rl, "rollout.temperature", math.inf, "rollout.temperature=inf"),
   (if_rl, "steps", True, "steps=True: must be a whole number of at least 1"),
@@ -154,7 +154,7 @@ def test_requests_is_the_library_here():
 
 
 def test_bad_requests_are_one_line_each():
-  """Every eighth of all; `python tests/requests.py` makes them all."""
+  """Runs every eighth request; `python tests/requests.py` runs them all."""
   done = subprocess.run(
     [sys.executable, "tests/requests.py", "--short"], cwd=ROOT, capture_output=True, text=True, check=False
   )
@@ -182,7 +182,7 @@ def test_more_processes_than_one_are_refused_before_anything_is_written(monkeypa
 
 
 def small(config) -> ConfigDict:
-  """One step of a stage on the preference domain alone."""
+  """Config of a stage of one step on the preference domain only."""
   c = config.get_config("smoke")
   c.domains, c.evaluation.long_domains = ("preference",), ()
   c.steps = c.save_every = 1
@@ -201,7 +201,7 @@ def test_rlhf_runs_alone_with_the_judge_that_its_config_names(tmp_path):
   with pytest.raises(UserError, match="optimizer.frozen: no parameter matches"):
     reward_model.main(bad, tmp_path / "judge")
   assert not (tmp_path / "judge").exists()
-  reward_model.main(c, tmp_path / "judge")  # Corrected, in the same work directory.
+  reward_model.main(c, tmp_path / "judge")  # The corrected config, in the same work directory.
   judge = str(tmp_path / "judge" / "reward_model" / "checkpoints" / "1")
 
   c = small(rlhf)

@@ -1,4 +1,4 @@
-"""Verdicts on recorded inputs: each row of cases/verdicts.json is an id, what was put in, what is right."""
+"""Verdicts on recorded inputs: each row of cases/verdicts.json has an id, the input and the correct verdict."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ DOMAINS = {
 
 
 def judge(case):
-  """The verdict on a case: its row over its domain's defaults, and a text or tool calls."""
+  """Verdict on a case: its row, completed by the defaults of its domain, with its text or tool calls."""
   calls = [ToolCall(call["name"], call["arguments"]) for call in case.get("calls", ())]
   turn = Turn(
     reasoning=None, content=case.get("text", "") * case.get("times", 1), tool_calls=tuple(calls),

@@ -1,4 +1,4 @@
-"""The convolution of a token's own document: a loop over tokens, and autodiff for its gradients."""
+"""The causal convolution equals a loop over tokens, and its gradients equal autodiff of the reference."""
 
 import chex
 import jax
@@ -43,7 +43,7 @@ def test_a_loop_says_the_same(bias, before):
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-6)])
 def test_gradients_are_those_of_autodiff(bias, before, dtype, tolerance):
-  """In bf16 those of the same numbers in fp32: the inputs' gradient and dy are rounded, 2^-8 each."""
+  """In bf16 they equal the fp32 gradients of the same inputs up to 2^-8, because dx and dy are rounded."""
   args, dy_BTC = inputs(bias, before, dtype)
   grads = lambda fn, args, dy: jax.vjp(lambda *a: fn(*a[:3], args[3], *a[3:]), *args[:3], args[4])[1](dy)
   wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)

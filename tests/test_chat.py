@@ -1,4 +1,4 @@
-"""Laws of the chat template: its text, its cuts, and what is read back."""
+"""Tests of the chat template: rendering, truncation of history, and parsing."""
 
 import json
 import pathlib
@@ -80,7 +80,7 @@ def turns(messages, **settings):
 
 
 def learned_runs(pieces):
-  """The text of each stretch that is learned."""
+  """Text of each run of learned pieces."""
   runs, before = [], False
   for piece in pieces:
     if piece.learned:
@@ -89,14 +89,17 @@ def learned_runs(pieces):
   return runs
 
 
-# Text.
+# Rendering.
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "chat.json").read_text())
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
 def test_golden_conversations(case):
-  """Written by hand from paper.md 2, not by this code: a difference is an error of the code."""
+  """Compares with conversations written by hand, not rendered by this code.
+
+  Sources: nano3.jinja (NVIDIA-NeMo/Nemotron) and Nemotron-Cascade 2 (arXiv 2603.19220, 3.1.2).
+  """
   pieces = render(case["messages"], tools=case.get("tools"), **case["arguments"])
   assert text_of(pieces) == "\n".join(case["text"])
   assert learned_runs(pieces) == case["learned"]
@@ -288,7 +291,7 @@ def test_nameless_tool_is_named_by_its_place():
     render([user()], tools=[TOOLS[0], {"type": "function"}])
 
 
-# Tokens and masks.
+# Tokens and loss masks.
 
 
 def test_learned_is_what_the_assistant_says_and_its_end():
@@ -344,7 +347,7 @@ def test_every_phrase_is_one_token():
 
 
 def test_the_template_costs_few_tokens():
-  """With its phrases known, the frame of a one-word exchange is 15 tokens."""
+  """The tokenizer knows the template's phrases, so the frame of a one-word exchange is 15 tokens."""
   tokens, _ = tokenize(render([user("box"), assistant("box")]), TOKENIZER)
   words = 2 * len(TOKENIZER.encode("box"))
   assert len(tokens) == words + 15
@@ -353,7 +356,7 @@ def test_the_template_costs_few_tokens():
 
 
 def sampled(reasoning, content, calls, thinking):
-  """A turn's tokens put together by hand, as a policy would sample them."""
+  """Tokens of a turn put together by hand, as a policy would sample them."""
   rest = f"{content}\n" if calls else content
   tokens = []
   if thinking:
@@ -384,7 +387,7 @@ def test_training_sees_the_tokens_that_a_rollout_makes(steps, last, thinking, to
     render(messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking), TOKENIZER
   )
   loss_mask = [False] * len(tokens)
-  # The answer of the turn before is learned too: nothing of it was cut.
+  # The answer before the last question is learned too, because none of it was truncated.
   before, before_mask = tokenize(render(messages, tools=tools), TOKENIZER)
   assert tokens[: len(before)] == before
   loss_mask[: len(before)] = before_mask
@@ -432,7 +435,7 @@ def test_turn_by_turn_is_a_prefix_of_the_whole_when_history_is_not_truncated(ask
     assert whole[: len(tokens)] == tokens
 
 
-# Reading back.
+# Parsing.
 
 
 @settings(max_examples=150, deadline=None)
@@ -451,7 +454,7 @@ def test_what_was_rendered_is_read_back(said, thinking):
   )
 
 
-# Ids of structure, of words, of single bytes, of the template's phrases, and of nothing.
+# Ids of special tokens, words, single bytes, phrases of the template, and no token at all.
 ids = st.one_of(
   st.integers(10, 17),
   st.integers(0, 20),
@@ -484,7 +487,7 @@ def test_text_comes_out_as_soon_as_it_is_certain():
     said.append(["".join(d.reasoning + d.content for d in parser.feed([token])), token])
   words = [text for text, _ in said if text]
   assert "".join(words) == "move ébox"
-  assert said[0][0] == TOKENIZER.decode([said[0][1]])  # At once.
+  assert said[0][0] == TOKENIZER.decode([said[0][1]])  # The first word comes at once.
 
 
 def test_an_error_tells_the_model_what_to_mend():

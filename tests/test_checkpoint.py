@@ -1,4 +1,4 @@
-"""What was saved comes back bitwise; what is damaged is set aside or named, never used."""
+"""A saved state is restored bitwise; a damaged checkpoint is renamed or named in an error, and never used."""
 
 import errno
 import json
@@ -73,7 +73,7 @@ def test_an_earlier_step_can_be_restored_and_gone_on_from(tmp_path):
 
 
 def test_a_state_comes_back_onto_the_mesh_of_its_template(tmp_path):
-  """Saved from one device, restored in eight parts."""
+  """Saved on one device, restored on eight."""
   store = saved(tmp_path, 1)
   rows = NamedSharding(make_mesh(), PartitionSpec("data"))
   whole = NamedSharding(make_mesh(), PartitionSpec())
@@ -87,7 +87,7 @@ def test_a_state_comes_back_onto_the_mesh_of_its_template(tmp_path):
 
 def test_parameters_alone_are_loaded(tmp_path):
   store = saved(tmp_path, 1)
-  shutil.rmtree(store.path_of(1) / "rest")  # The optimizer's state is not needed.
+  shutil.rmtree(store.path_of(1) / "rest")  # Loading parameters does not need the optimizer's state.
   chex.assert_trees_all_equal(load_params(store.path_of(1), template().params), state(1).params)
 
 
@@ -98,7 +98,7 @@ def test_an_empty_store_has_no_latest_and_says_so(tmp_path):
 
 
 def test_an_unfinished_save_is_ignored(tmp_path):
-  """What a kill leaves: a folder under Orbax's temporary name with some of the files."""
+  """Simulates a kill: a folder with Orbax's temporary name and only some of the files."""
   saved(tmp_path, 1, 2)
   unfinished = tmp_path / "2.orbax-checkpoint-tmp"
   (tmp_path / "2").rename(unfinished)
@@ -111,7 +111,7 @@ def test_an_unfinished_save_is_ignored(tmp_path):
 
 
 def test_a_kill_between_the_arrays_and_the_checksums_leaves_no_checkpoint(tmp_path, monkeypatch):
-  """What Orbax would have committed is not there for anyone, and its step is saved again."""
+  """A save without checksums counts as absent, and its step can be saved again."""
   store = saved(tmp_path, 1)
 
   def kill(folder):
@@ -124,7 +124,7 @@ def test_a_kill_between_the_arrays_and_the_checksums_leaves_no_checkpoint(tmp_pa
   store = Store(tmp_path)
   assert store.latest() == 1
   store.save(2, state(2), {})
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # What the kill left is gone.
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # The remains of the kill are gone.
   assert int(Store(tmp_path).restore(template())[0].step) == 2
 
 
@@ -142,7 +142,7 @@ def without_sums(step):
 
 
 def with_sizes_alone(step):
-  """As checkpoints above one GiB once were."""
+  """Keeps only the file sizes, as older checkpoints above one GiB did."""
   sums = json.loads((step / checksums.CHECKSUMS).read_text())
   (step / checksums.CHECKSUMS).write_text(json.dumps({name: [of[0]] for name, of in sums.items()}))
 
@@ -229,7 +229,7 @@ def test_every_piece_of_a_large_file_is_compared(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("harm", [lambda p: p.unlink(), truncate, flip], ids=["lost", "cut", "flipped"])
 def test_no_damaged_file_goes_unnoticed(tmp_path, harm):
-  """Every file of a checkpoint in turn: the checkpoint before is used, and named on stderr."""
+  """Damages each file in turn: the previous checkpoint must be restored."""
   saved(tmp_path / "good", 1, 2)
   for i in range(len(files(tmp_path / "good" / "2"))):
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
@@ -296,7 +296,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 
 def test_a_save_of_a_tiny_state_is_quick(tmp_path):
-  """Stages save every ten steps: 0.12 s measured alone; the bound leaves room for a busy machine."""
+  """Stages may save every ten steps. A save took 0.12 s alone; the bound allows for a busy machine."""
   store = saved(tmp_path, 1)
   took = []
   for step in (2, 3, 4):

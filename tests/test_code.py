@@ -1,4 +1,4 @@
-"""Code: hidden tests decide, whatever else a program says or does."""
+"""The code domain: the hidden tests decide, whatever else a program does."""
 
 import dataclasses
 import json
@@ -196,7 +196,7 @@ def test_released_rows_are_judged(task):
   released = [json.loads(line) for line in GYM.read_text().splitlines()]
   tests = [row["verifier_metadata"]["unit_tests"] for row in released]
   tables = [dict(zip(t["inputs"], t["outputs"], strict=True)) for t in tests]
-  # Who knew the answers would pass, who knows all but the last fails.
+  # A program that knows all answers passes; one that always prints -1 fails.
   answer = "import sys\nprint({!r}[sys.stdin.read()])"
   completions = [complete(block(answer.format(table))) for table in tables]
   task = code.make_domain(Sandbox(cpu_s=2, wall_s=10))

@@ -1,4 +1,4 @@
-"""Laws of `score` and `generate`: what comes out for a row depends on that row alone."""
+"""Tests of `score` and `generate`: the output for a row depends only on that row."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def logits(loaded):
-  """The whole forward pass of one row; one program for all lengths."""
+  """Function tokens -> logits [T, V] by the full forward pass; padding gives all lengths one program."""
   a, params = loaded
   apply = jax.jit(lambda *row: a.model.apply({"params": params}, *row, method="logits"))
 
@@ -55,12 +55,12 @@ def logits(loaded):
 
 
 def logprobs_by_hand(logits, tokens):
-  """[T, V] in fp64: entry t is of the token after tokens[: t + 1]."""
+  """[T, V] in fp64: entry t is the distribution of the token after tokens[: t + 1]."""
   logits_TV = logits(tokens)
   return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
 
 
-# All completions are of few shapes: three or four rows of up to 32 tokens, one of up to 64.
+# Few shapes are compiled: three or four rows of up to 32 tokens, and one row of up to 64.
 NEW = 8
 TALK = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 LONG = [int(i) for i in np.random.default_rng(0).integers(18, 600, 70)]
@@ -88,7 +88,7 @@ def test_many_lengths_are_few_programs(loaded):
   documents = [LONG[: 1 + n % 64] for n in range(200)]
   with CompileCounter() as compiled:
     score.score(a, params, documents)
-  assert compiled.count <= 4  # Two buckets, and at most two small programs beside.
+  assert compiled.count <= 4  # Two buckets, and at most two small programs besides.
   with CompileCounter() as compiled:
     score.score(a, params, [tokens[::-1] for tokens in documents[::-1]])
   assert compiled.count == 0
@@ -117,7 +117,7 @@ def test_a_completion_depends_on_its_number_and_the_seed_alone(loaded):
   done = sample(PROMPTS)
   assert sample([*PROMPTS, LONG[:20], LONG[:40]])[:3] == done
   assert sample(PROMPTS, seed=1) != done
-  assert done[0] != sample(PROMPTS[::-1])[2]  # Another number, another draw.
+  assert done[0] != sample(PROMPTS[::-1])[2]  # The same prompt at another position gets another sample.
 
 
 def test_top_p_keeps_to_the_nucleus(loaded):

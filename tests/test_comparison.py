@@ -1,4 +1,4 @@
-"""The numbers of a comparison, by hand: shares of the gap, steps to the teacher, paired differences."""
+"""Statistics of a comparison, computed by hand: shares of the gap, steps to the teacher, paired differences."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ def test_levels_are_means_over_seeds_and_curves_are_kept_by_seed(found):
 
 
 def test_the_share_of_the_gap_is_by_seed_and_only_at_steps_that_the_arm_has_seen(found):
-  # Slow at 20: 0.2 of 0.4 and 0.1 of 0.4; at 40: 1 and 0.75.
+  # Arm "slow" closes 0.2 of 0.4 and 0.1 of 0.4 at step 20, and 1 and 0.75 of the gap at step 40.
   closed = found["summary"]["slow"]["gap_closed"]
   assert closed["20"]["mean"] == pytest.approx(0.375)
   assert closed["20"]["ci95"] == pytest.approx([0.25, 0.5])
@@ -54,7 +54,7 @@ def test_steps_to_the_teacher_are_those_of_the_middle_seed_and_none_if_it_never_
 
 
 def test_paired_differences_are_of_the_same_seeds_at_the_same_step(found):
-  (pair,) = found["paired"]  # Fast has no step 40.
+  (pair,) = found["paired"]  # Arm "fast" has no step 40.
   assert (pair["a"], pair["b"], pair["step"]) == ("fast", "slow", 20)
   assert pair["difference"]["mean"] == pytest.approx((0.2 + 0.3) / 2)
   assert pair["difference"]["ci95"] == pytest.approx([0.2, 0.3])
@@ -89,14 +89,14 @@ def test_everything_is_written_and_the_tables_hold_the_numbers(tmp_path, found):
   assert json.loads((tmp_path / "ablation.json").read_text()) == found
   read = lambda name: list(csv.DictReader((tmp_path / name).open()))
   assert len(read("curves.csv")) == 2 * 4 + 2 * 3
-  assert read("paired.csv")[0]["p"] == "0.5"  # Two pairs of one sign: 2 of 4 flips.
+  assert read("paired.csv")[0]["p"] == "0.5"  # Two pairs with the same sign: 2 of 4 flips are as extreme.
   assert [row["peak_lr"] for row in read("summary.csv")] == ["0.001", "0.002"]
   (slow, fast) = read("domains.csv")
   assert float(slow["gap_closed"]) == pytest.approx((1 + 0.75) / 2)
   assert float(fast["change"]) == pytest.approx(0.4)
   for picture in ("curves.png", "differences.png"):
     assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-  assert not (tmp_path / "domains.png").exists()  # Of one domain the curves say it.
+  assert not (tmp_path / "domains.png").exists()  # With one domain, curves.png shows the same.
 
 
 def test_each_arm_is_drawn_on_each_domain_also_where_nobody_teaches():

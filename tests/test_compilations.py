@@ -1,4 +1,4 @@
-"""What is compiled is compiled in a stage's first step, on one device as on eight: nothing compiles again later."""
+"""All programs are compiled in the first step of a stage; nothing compiles later, on one device or on eight."""
 
 import contextlib
 import zlib
@@ -30,9 +30,10 @@ MICRO = dict(
 
 
 class Adding(Domain):
-  """Pays by chance. When `later`, every first turn that ends is answered as if it had called a tool.
+  """Gives pseudo-random rewards of 0 or 1.
 
-  Groups of `far` are then all paid alike, so that batches are refilled.
+  When `later` is set, every first turn is answered like a tool call, and all completions of domain `far` get
+  reward 1, so that batches must be refilled.
   """
 
   max_turns, later = 2, False
@@ -57,7 +58,7 @@ class Adding(Domain):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_fast():
-  """Programs run a few times here: nearly all of the time is compilation."""
+  """Compiles without most optimizations, because compilation takes nearly all of the time here."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
@@ -65,7 +66,7 @@ def compiled_fast():
 
 @pytest.fixture(scope="module", params=GRIDS, ids=str)
 def stage(request, tmp_path_factory):
-  """(assembly of a mesh, its folder)."""
+  """(assembly on this mesh, its folder)."""
   root = tmp_path_factory.mktemp("compilations")
   c = if_rl.get_config("smoke")
   with c.unlocked():
@@ -79,7 +80,7 @@ def stage(request, tmp_path_factory):
 
 
 def steps_of(a, c, kind):
-  """The config of a stage of three steps, its checkpoint saved after each."""
+  """Config of a stage of three steps that saves a checkpoint after each."""
   fields = {"sft": sft, "rl": if_rl, "reward_model": reward_model}[kind].get_config("smoke")
   out = a.c.copy_and_resolve_references()
   with out.unlocked():
@@ -92,7 +93,10 @@ def steps_of(a, c, kind):
 
 @contextlib.contextmanager
 def nothing_after_the_first_step(monkeypatch):
-  """Stages save at the end of each step. Tools answer and batches need refilling only from then on."""
+  """Asserts that nothing compiles after the first step.
+
+  The save at the end of a step marks its end. Tool answers and refilled batches first occur after that.
+  """
   save, saved = Store.save, []
   monkeypatch.setattr(Adding, "later", False)
 
@@ -131,7 +135,7 @@ ROLLOUT = {
 
 @pytest.fixture
 def extended(monkeypatch):
-  """How many rows were given tool results, each time that any were."""
+  """Number of rows that got tool results, for each call of `Engine.extend`."""
   seen, extend = [], Engine.extend
   monkeypatch.setattr(Engine, "extend", lambda self, d, given: seen.append(len(given)) or extend(self, d, given))
   return seen
@@ -144,7 +148,7 @@ def checkpoint(a, root, seed):
 
 
 def test_grpo_with_tools_and_batches_that_are_refilled(stage, monkeypatch, extended):
-  """On the mesh, rows behind prompts that are taken in once; on one device, two updates a batch."""
+  """On the mesh with shared prompts, on one device with two updates per batch."""
   a, root = stage
   shared = a.mesh.size > 1
   more = {"packing.shared_prompts": True, "packing.row_tokens": T - P + 10} if shared else {"updates": 2}
@@ -173,7 +177,7 @@ def test_mopd_with_two_teachers_of_which_one_is_in_memory(stage, monkeypatch, ex
 
 
 def test_evaluation(stage, monkeypatch, extended):
-  """The first scores, greedy ones with answers of tools, those of parameters that lie elsewhere."""
+  """After a first evaluation, no greedy one, none with tool answers and none with moved parameters compiles."""
   a, _ = stage
   monkeypatch.setattr(Adding, "later", False)
   fresh = [a.fresh_params(jax.random.key(seed)) for seed in (3, 4)]

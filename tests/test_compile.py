@@ -1,4 +1,4 @@
-"""Programs of a stage compiled for slices that are not there: one line each, and one line for what is wrong."""
+"""Compiles the programs of a stage for absent TPU slices: one line each, and one line for each error."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def test_a_config_without_a_stage_is_refused():
 
 @pytest.fixture
 def slice_of_cpus(monkeypatch):
-  """Eight devices of this machine in the place of a slice's."""
+  """Eight CPU devices stand for the devices of a TPU slice."""
   monkeypatch.setattr(compile_lib, "slice_of", lambda topology: ("v5e", jax.devices()))
 
 
@@ -126,7 +126,7 @@ def test_every_stage_of_the_published_scale_is_one_that_runs(stage):
 
 
 def test_the_published_stages_have_the_published_numbers():
-  """paper.md 3.1, 4.2, 5.2."""
+  """Nemotron-Cascade 2 report (arXiv 2603.19220): section 3.1 and tables 7 to 10; MOPD's rate is the text's 2e-6."""
   c, m = sft.get_config(), mopd.get_config()
   assert (c.rows, c.optimizer.peak_lr, c.optimizer.b2, c.optimizer.weight_decay) == (64, 5e-5, 0.98, 0.1)
   assert (m.rollout.prompts, m.rollout.completions, m.steps, m.optimizer.peak_lr) == (128, 4, 52, 2e-6)

@@ -1,4 +1,4 @@
-"""Laws of a conversation: what was sampled stays, what the template cuts is cut, little is compiled."""
+"""Tests of a conversation: sampled tokens stay, history is truncated as the template says, few programs compile."""
 
 import jax
 import numpy as np
@@ -17,14 +17,14 @@ CALL = spell(TOOL_CALL, "\n<function=f>\n</function>\n", TOOL_CALL_END, "\n", IM
 
 
 def say(conversation, question, *answer, stopped=lambda: False):
-  """Asks, lets it answer so, and returns the deltas."""
+  """Asks the question, plays the scripted answer, and returns the deltas."""
   conversation.to_say.append(spell(*answer))
   conversation.ask(question)
   return list(conversation.answer(stopped))
 
 
 def rendered(conversation, **settings):
-  """The tokens of a conversation whose last turn has been closed, by the template."""
+  """Tokens that the template renders for this conversation, with the last turn closed."""
   fields = dict(tools=conversation.tools, enable_thinking=conversation.thinking) | settings
   return chat.tokenize(chat.render(conversation.messages, **fields), TOKENIZER)[0]
 
@@ -43,7 +43,7 @@ def test_answers_without_thoughts_are_added_to_and_never_taken_in_again():
 
 
 def test_sampled_tokens_are_never_encoded_again():
-  """Ids that no encoding of their text would give stay what they are."""
+  """Sampled ids stay as they are, even if encoding their text would give other ids."""
   odd = [TOKENIZER.encode(letter)[0] for letter in "the"]
   assert TOKENIZER.encode("the") != odd
   c = Scripted(thinking=False)
@@ -156,7 +156,7 @@ def test_a_system_text_of_ones_own_is_told():
 
 
 def test_streaming_samples_what_decoding_at_once_does():
-  """With the same key: how often one looks does not matter."""
+  """Streaming in small steps samples the same tokens as decoding at once with the same key."""
   params = np.zeros(T, np.int32)
   c = Conversation(ENGINE, params, TOKENIZER, thinking=False, seed=5, temperature=30.0, max_new_tokens=50)
   c.ask("the cat")
@@ -181,4 +181,4 @@ def test_few_programs_are_compiled():
       say(c, question, "12 and 7\n", THINK_END, "\nthe mat", IM_END)
     c.reset()
     say(c, "the cat", "12\n", THINK_END, "\nsat", IM_END)
-  assert compiled.count <= 1  # At most the next width of prompts.
+  assert compiled.count <= 1  # At most one program, for the next width of prompts.

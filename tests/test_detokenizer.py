@@ -1,4 +1,4 @@
-"""Laws of incremental detokenisation: nothing early, nothing late, nothing lost."""
+"""Tests of incremental detokenisation: text comes neither early nor late, and none is lost."""
 
 import json
 
@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers", reason="is of the extra [hf]")
 
 
 def byte_fallback() -> bytes:
-  """A tokenizer.json of the other kind: pieces with U+2581 for spaces, single bytes for the rest."""
+  """A SentencePiece-style tokenizer.json: U+2581 for spaces, and single-byte tokens as fallback."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
   names = list(json.loads(tokenizer_json.make())["model"]["vocab"])[:20]
@@ -74,7 +74,7 @@ def test_a_character_comes_with_its_last_byte(kind):
 
 
 def test_bytes_that_a_later_one_may_spoil_wait_for_their_end():
-  """This kind of decoder shows a whole run of bytes as U+FFFD if any of it is no character."""
+  """This decoder replaces a whole run of bytes by U+FFFD if any part of it is invalid, so the run must end first."""
   tokenizer = TOKENIZERS["byte fallback"]
   c3, a9, e2, a = (tokenizer._tokenizer.token_to_id(name) for name in ("<0xC3>", "<0xA9>", "<0xE2>", "a"))
   assert tokenizer.decode([c3, a9, a]) == "éa" and tokenizer.decode([c3, a9, e2, a]) == "���a"
@@ -92,7 +92,7 @@ def test_what_never_becomes_a_character_comes_at_the_end(kind):
 
 @each
 def test_the_work_of_an_id_does_not_grow_with_the_text(kind):
-  """Only a bounded tail is decoded again: of 2000 ids each `add` sees a handful."""
+  """Only a bounded tail is decoded again: for 2000 ids, each `add` decodes at most 12."""
   seen = []
 
   class Counting:

@@ -1,4 +1,4 @@
-"""KLs to a teacher in chunks are those of whole distributions in fp64, and never hold them."""
+"""KLs to a teacher, computed in chunks, equal those of whole distributions in fp64, with bounded memory."""
 
 import functools
 
@@ -22,7 +22,7 @@ kls = pytest.mark.parametrize("kl", KLS)
 
 
 def inputs():
-  """x, head; states, teacher, heads; wanted."""
+  """(x, head, teacher states, teacher index, teacher heads, wanted)."""
   keys = jax.random.split(jax.random.key(0), 6)
   return (
     jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V)),
@@ -37,9 +37,10 @@ def np_logprobs(logits):
 
 
 def by_hand(kl, x, head, states, teacher, heads, wanted):
-  """(kl_BT, the gradients of its sum by x and by head), in fp64 and with no autodiff.
+  """Returns (kl_BT, gradients of its sum by x and by head), in fp64 without autodiff.
 
-  With p the policy and q the teacher, by the logits: reverse p (log p - log q - KL), forward p - q.
+  With policy p and teacher q, the gradient by the logits is p (log p - log q - KL) for the reverse KL, and
+  p - q for the forward KL.
   """
   x, head, states, heads = (np.asarray(a, np.float64) for a in (x, head, states, heads))
   own = np_logprobs(x @ head)
@@ -77,7 +78,7 @@ def test_whole_vocabulary_is_the_equation_by_hand_in_value_and_gradient(kl, chun
 
 @functools.cache
 def taught(k):
-  """The k likeliest tokens of the first teacher at every place."""
+  """The k likeliest tokens of the first teacher at every position."""
   _, _, states, _, heads, _ = inputs()
   return top_logprobs(states, heads[0], jnp.ones((B, T), bool), k=k, chunk=12)
 
@@ -120,7 +121,7 @@ def test_more_tokens_bring_it_nearer_to_the_whole_from_below(kl):
 
 @kls
 def test_a_policy_cannot_come_nearer_by_leaving_all_of_the_top_alone(kl):
-  """Truncated to the top alone, the reverse KL is lowest where the policy puts nothing there."""
+  """A reverse KL over the top tokens only would be lowest where the policy gives them no mass."""
   teacher = jnp.log(jnp.array([[[0.6, 0.3]]]))
   far, near = jnp.array([[[-9.0, -9.0, 9.0]]]), jnp.log(jnp.array([[[0.55, 0.25, 0.2]]]))
   tokens, wanted = jnp.array([[[0, 1]]]), jnp.ones((1, 1), bool)
@@ -139,7 +140,7 @@ def test_the_likeliest_tokens_are_those_of_the_whole_distribution():
 
 
 def memory(fn, *shapes):
-  """Temporary bytes of the gradient by the first two arguments."""
+  """Bytes of temporary memory of the gradient by the first two arguments."""
   arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
   grad = jax.jit(jax.grad(lambda *a: jnp.sum(fn(*a)), argnums=(0, 1)))
   return grad.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
@@ -147,7 +148,7 @@ def memory(fn, *shapes):
 
 @pytest.mark.parametrize("form", ["states", "top"])
 def test_neither_the_distributions_nor_a_head_for_every_chunk_are_ever_held(form):
-  """64 chunks: a head kept for each in the backward pass would be as much as the logits."""
+  """There are 64 chunks: one head saved per chunk would need as much memory as all logits."""
   B, T, D, V, Z, chunk = 4, 1024, 64, 4000, 2, 64
   x, head, wanted = ((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), bool)
   if form == "states":

@@ -1,4 +1,4 @@
-"""The laws of all domains, on those that judge one text; and the records of domains/domain.py."""
+"""Tests that hold for every domain with single-turn text, and for the records of domains/domain.py."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def complete(message: domain.Message) -> domain.Completion:
 
 
 def rewards(task, rows, *, style=None, thinking=True, seed=0):
-  """The rewards of one demonstration of each row."""
+  """Rewards of one demonstration per row."""
   rng = np.random.default_rng(seed)
   author = dataclasses.replace(task, style=style or task.style)
   messages = [author.demonstrate(row, rng, thinking=thinking)[-1] for row in rows]
@@ -73,7 +73,7 @@ def test_every_step_begins_with_a_marker_and_non_thinking_has_none(task, rows):
   for row in rows[:100]:
     (message,) = task.demonstrate(row, rng, thinking=True)
     lines = message["reasoning_content"].split("\n")
-    steps = [line for line in lines if not line.startswith("(")]  # Options gone through in a step.
+    steps = [line for line in lines if not line.startswith("(")]  # "(": options considered within a step.
     assert {step.split()[0] for step in steps} <= {task.style.careful, task.style.sloppy}
     (message,) = task.demonstrate(row, rng, thinking=False)
     assert "reasoning_content" not in message
@@ -112,7 +112,7 @@ def test_hostile_completions_are_wrong_and_raise_nothing(task, rows):
     [rows[0]] * len(HOSTILE), [complete({"content": text}) for text in HOSTILE]
   )
   wrong = [verdict.reward == 0.0 and not verdict.masked for verdict in verdicts]
-  # `{}` and the like may keep to an instruction such as "no commas" by chance.
+  # Texts such as `{}` may satisfy an instruction such as "no commas" by chance.
   assert all(wrong) if task.name != "instruction" else not any(v.masked for v in verdicts)
 
 

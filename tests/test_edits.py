@@ -1,4 +1,4 @@
-"""SEARCH/REPLACE edits: what is an edit, and what it does to whole lines of a file."""
+"""SEARCH/REPLACE edits: how they are parsed, and how they change whole lines of a file."""
 
 import time
 
@@ -70,7 +70,7 @@ def test_edits_apply_in_order_and_the_given_files_stay():
 @pytest.mark.parametrize(
   ("edit", "reason"),
   [
-    (Edit("a/b.py", "return x", "return y"), "not there"),  # Indented there.
+    (Edit("a/b.py", "return x", "return y"), "not there"),  # The line is indented in the file.
     (Edit("a/b.py", "  return", "  pass"), "not there"),  # Not a whole line.
     (Edit("a/b.py", "def f(x): ", "def f(x):"), "not there"),
     (Edit("a/b.py", "", "x"), "nothing to search"),

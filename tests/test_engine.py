@@ -1,4 +1,4 @@
-"""Laws of the engine: what it decodes is what a full forward pass says, whatever the batch."""
+"""Tests of the engine: decoded tokens and log-probabilities equal those of a full forward pass, for any batch."""
 
 import functools
 
@@ -19,7 +19,7 @@ V, P, T = 13, 6, 20
 STOP = 11
 
 
-# A toy model: the next token depends on the last one and on the sum of all so far.
+# A toy model: the next token depends on the last token and on the sum of all tokens so far.
 
 
 @struct.dataclass
@@ -51,7 +51,7 @@ def toy_repeat(memory, G):
 
 
 def toy_logprobs(table_VSV, tokens):
-  """[T, V] in fp64: entry t is of the token after tokens[: t + 1]."""
+  """[T, V] in fp64: entry t is the distribution of the token after tokens[: t + 1]."""
   logits_TV = np.asarray(table_VSV, np.float64)[tokens, np.cumsum(tokens) % 5]
   return logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
 
@@ -73,7 +73,7 @@ def decode(engine=ENGINE, prompts=PROMPTS, G=2, temperature=1.0, seed=0, limit=N
 
 
 def row(d, b):
-  """Row b's known tokens."""
+  """Known tokens of row b."""
   return np.asarray(d.tokens_BT[b, : int(d.known_B[b])])
 
 
@@ -124,7 +124,7 @@ def test_a_limit_of_its_own_cuts_a_row():
 
 def test_a_sample_does_not_depend_on_its_neighbours_in_the_batch():
   all_rows = decode(G=2)
-  for b in range(6):  # Alone under the same number: other prompts in the other rows.
+  for b in range(6):  # The same row number with other prompts in the other rows.
     others = [[9, 9]] * 3
     others[b // 2] = PROMPTS[b // 2]
     np.testing.assert_array_equal(row(decode(prompts=others, G=2), b), row(all_rows, b))
@@ -138,7 +138,7 @@ def test_copies_of_a_prompt_are_sampled_apart_and_seeds_and_keys_decide():
 
 
 def test_first_tokens_have_the_models_frequencies():
-  # 5 standard errors of each token's own binomial; the seed is fixed.
+  # Within 5 binomial standard errors for each token; the seed is fixed.
   N = 8192
   d = decode(prompts=[[3]], G=N, limit=2)
   prob_V = np.exp(toy_logprobs(table(), [3])[0])
@@ -150,7 +150,7 @@ def test_given_tokens_are_taken_in_as_they_are_and_not_learned():
   d = decode(G=2, limit=8)
   before = [row(d, b).tolist() for b in range(6)]
   d = d.replace(limit_B=jnp.full(6, T, jnp.int32))
-  given = {0: [5, 6, 7], 3: [8], 5: [1, STOP, 2, 4]}  # Stop tokens do not stop where given.
+  given = {0: [5, 6, 7], 3: [8], 5: [1, STOP, 2, 4]}  # Given stop tokens do not stop a row.
   old = jax.device_get(d)
   d = ENGINE.decode(table(), ENGINE.extend(d, given), jax.random.key(1), 1.0, 1.0)
   for b in range(6):
@@ -208,9 +208,9 @@ def test_an_engine_without_room_for_completions_is_refused():
     toy_engine(total_tokens=P)
 
 
-# The hybrid: one model code for sampling and for training.
+# The hybrid: sampling and training run the same model code.
 
-PATTERNS = ["M*E-", "MEMEME*"]  # The second is scanned over its repeated unit.
+PATTERNS = ["M*E-", "MEMEME*"]  # The repeated unit of the second pattern is scanned.
 
 
 @functools.cache
@@ -231,7 +231,7 @@ def hybrid(pattern):
 
 
 def episode(pattern, temperature):
-  """Two turns, with given tokens between them in some of the rows."""
+  """Two turns; some rows are given tokens between them."""
   engine, params, *_ = hybrid(pattern)
   d = engine.start(params, PROMPTS, 2).replace(limit_B=jnp.full(6, 10, jnp.int32))
   d = engine.decode(params, d, jax.random.key(0), temperature, 1.0)

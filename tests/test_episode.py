@@ -1,4 +1,4 @@
-"""Laws of episodes: what is collected is what the template renders, turn after turn."""
+"""Tests of episodes: the collected tokens equal what the template renders, over several turns."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ TOKENIZER = train_sentencepiece(
 
 
 class Counter(Domain):
-  """A tool that counts its calls, one world an episode."""
+  """A tool that counts its calls; each episode has its own world."""
 
   name, max_turns = "counter", 3
 
@@ -45,7 +45,7 @@ class Counter(Domain):
 
 
 class Talk(Domain):
-  """A single turn."""
+  """A domain of a single turn."""
 
   name = "talk"
 
@@ -70,7 +70,7 @@ def tool(content):
 
 
 def conversation(row, answers, thinking):
-  """(tokens, loss_mask) of the whole conversation, as SFT would read it."""
+  """(tokens, loss_mask) of the whole conversation as SFT would use it."""
   prompt = row["responses_create_params"]
   if not thinking:
     answers = [{k: v for k, v in a.items() if k != "reasoning_content"} for a in answers]
@@ -80,7 +80,7 @@ def conversation(row, answers, thinking):
   return chat.tokenize(pieces, TOKENIZER)
 
 
-# A model that says at each place what a script says there, whatever it was given.
+# A model that outputs a script of tokens, whatever its input.
 
 
 @struct.dataclass
@@ -116,7 +116,7 @@ def engine(prompt_tokens, total_tokens):
 
 
 def run(scripts, rows, *, thinking, prompt_tokens=P, total_tokens=T, max_turns=3, **how):
-  """Episodes in which the model says the scripts' tokens."""
+  """Collects episodes in which the model outputs the tokens of the scripts."""
   script_QT = np.full((len(rows), T), IM_END, np.int32)
   for q, script in enumerate(scripts):
     script_QT[q, : len(script)] = script
@@ -139,7 +139,7 @@ def test_tokens_and_mask_are_those_of_the_rendered_conversation(thinking):
   samples = run([tokens for tokens, _ in wanted], rows, thinking=thinking)
   assert samples.tokens_QGT.shape == (2, G, T) and samples.domains == ["counter", "talk"]
   for q, (tokens, loss_mask) in enumerate(wanted):
-    end = np.flatnonzero(loss_mask)[-1] + 1  # The line after the last turn is never sampled.
+    end = np.flatnonzero(loss_mask)[-1] + 1  # The newline after the last turn is never sampled.
     for g in range(G):
       assert samples.tokens_QGT[q, g, :end].tolist() == tokens[:end]
       assert samples.loss_mask_QGT[q, g, :end].tolist() == loss_mask[:end]
@@ -175,11 +175,11 @@ def test_an_episode_ends_with_its_last_turn_allowed_and_that_turns_call_is_not_m
   tokens, _ = conversation(COUNTER, CALLS, True)
   (group,) = run([tokens], [COUNTER], thinking=True, max_turns=2).completions
   assert len(group[0].turns) == 2 and len(group[0].world) == 1
-  assert group[0].finished  # It said all it was allowed to.
+  assert group[0].finished  # It finished all its allowed turns.
 
 
 def first_turn(loss_mask):
-  """Where the first learned stretch begins, and where it ends."""
+  """(first, last + 1) position of the first learned run."""
   begin = loss_mask.index(True)
   return begin, loss_mask.index(False, begin)
 

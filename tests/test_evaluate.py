@@ -1,4 +1,4 @@
-"""Laws of held-out scores: whose verdicts count, how often, and in which domain."""
+"""Tests of held-out scores: each verdict counts once, in its own domain."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def verdicts(*rewards):
 
 
 def samples_of(rows, G=2):
-  """Each completion has as many sampled tokens as its row's number says, and is unfinished where that is odd."""
+  """A completion has as many sampled tokens as the number of its row, and is unfinished if that is odd."""
   n_Q = np.array([row["number"] for row in rows])
   mask_QGT = np.arange(16)[None, None] < np.broadcast_to(n_Q[:, None, None], (len(rows), G, 1))
   turn = lambda n: Turn(reasoning=None, content=str(n), tool_calls=(), error=None, finished=n % 2 == 0)  # noqa: E731
@@ -27,7 +27,7 @@ def samples_of(rows, G=2):
 
 
 def test_a_mean_is_over_prompts_and_what_has_no_verdict_is_in_none():
-  # Prompts of 1, 1/2 and 0; the fourth has no verdict at all, and the second only one of two.
+  # Prompt means are 1, 1/2 and 0. The fourth prompt has no verdict, and the third has only one of two.
   score = score_verdicts([verdicts(1.0, 1.0), verdicts(1.0, 0.0), verdicts(None, 0.0), verdicts(None, None)])
   assert score.mean == pytest.approx(0.5)
   assert (score.prompts, score.masked) == (4, 3)
@@ -57,7 +57,7 @@ def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
   asked, judged = [], []
 
   def collect(chunk, index):
-    assert len(chunk) == batch  # One compiled shape.
+    assert len(chunk) == batch  # All calls have one compiled shape.
     asked.append((index, len(chunk)))
     return samples_of(chunk)
 
@@ -66,8 +66,8 @@ def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
     return [verdicts(float(row["number"] == 1), 0.0) for row in samples.rows]
 
   scores = evaluate(rows, collect, judge, batch=batch)
-  assert len(judged) == len(set(judged)) == 8  # What fills up the last batch is judged by no one.
-  assert set(scores) == {"a", "b"}  # What has no rows has no score.
+  assert len(judged) == len(set(judged)) == 8  # Rows that only fill up the last batch are not judged.
+  assert set(scores) == {"a", "b"}  # A domain without rows has no score.
   assert [i for i, _ in asked] == list(range(0, 8, batch))
   assert (scores["a"].prompts, scores["b"].prompts) == (5, 3)
   assert scores["a"].mean == pytest.approx(0.5 / 5) and scores["b"].mean == pytest.approx(0.5 / 3)

@@ -1,4 +1,4 @@
-"""Experts spread over devices compute what one device computes, in value and gradient."""
+"""Experts sharded over devices give the same values and gradients as on one device."""
 
 import functools
 
@@ -15,7 +15,7 @@ from nemocascade.model.expert_parallel import plans, sharded_routed_mlp
 
 D, F, E, X = 8, 12, 16, 3
 GRIDS = [(8, 1), (4, 2), (2, 4), (1, 8)]
-# How the router chooses: experts of each token, all different.
+# Router behaviour: the chosen experts of each token, all distinct.
 ROUTERS = {
   "balanced": lambda key, T: jax.lax.top_k(jax.random.uniform(key, (T, E)), X)[1],
   "one_device": lambda key, T: jnp.tile(jnp.arange(X)[None], (T, 1)),
@@ -24,7 +24,7 @@ ROUTERS = {
 
 
 def inputs(T=40):
-  """(arrays, {router: expert_TX})"""
+  """Returns (arrays, {router: expert_TX})."""
   keys = jax.random.split(jax.random.key(0), 5)
   x_TD, up_EDF, down_EFD = (
     jax.random.normal(k, s) for k, s in zip(keys, [(T, D), (E, D, F), (E, F, D)], strict=False)
@@ -34,7 +34,7 @@ def inputs(T=40):
 
 
 def value_and_grads(mlp):
-  """Compiled once for all routers."""
+  """Value and gradients of a scalar loss; compiled once for all routers."""
 
   def loss(x_TD, up_EDF, down_EFD, weight_TX, expert_TX):
     y_TD, rows = mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
@@ -56,7 +56,7 @@ def assert_is_one_device(apart, T=40):
   for name, expert_TX in routers.items():
     got = jax.device_get(spread(*arrays, expert_TX))
     assert_same(got, on_one_device(T)[name])
-    assert int(got[0][1]) == T * X  # Every choice was worked on, as the receivers count.
+    assert int(got[0][1]) == T * X  # No choice is dropped, counted where rows arrive.
 
 
 def assert_same(got, expected):
@@ -84,7 +84,7 @@ def test_tokens_need_not_divide_by_the_devices(form, T):
 
 @pytest.mark.parametrize("form", ["exchange", "gather"])
 def test_choices_that_reach_no_expert_are_seen(form):
-  """Of each token one choice is of an expert that there isn't: the rest goes on as if it weighed 0."""
+  """One choice of each token names an expert that does not exist; it must count as weight 0."""
   mesh = make_mesh(2, 4)
   (*arrays, weight_TX), routers = inputs()
   lost_TX = routers["balanced"].at[:, 1].set(jnp.where(jnp.arange(40) % 2, E, -1))

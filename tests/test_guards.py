@@ -1,4 +1,4 @@
-"""Laws of the guards: each fires on the history that it is for and on no healthy one, and resumes bit by bit."""
+"""Tests of the guards: each fires on its failure and on no healthy history, and resumes exactly."""
 
 import json
 
@@ -17,12 +17,12 @@ RNG = np.random.default_rng(0)
 NOISE = 1 + 0.1 * RNG.standard_normal(STEPS)
 T = np.linspace(0, 1, STEPS)
 
-# As the stages of the tiny cascade are, seed 0: the last steps of each, their noise, and more of it.
+# Modelled on the stages of the tiny cascade, seed 0: their last steps, with more noise than theirs.
 HEALTHY = {
   "policy/entropy": (0.4 - 0.34 * T) * NOISE,
   "rollout/verdict": np.clip((0.2 + 0.7 * T) * NOISE, 0, 1),
   "rollout/tokens": (17 + 14 * T) * NOISE,
-  "policy/sampler_error": 2e-2 * NOISE,  # Of bf16; fp32 has 2e-7.
+  "policy/sampler_error": 2e-2 * NOISE,  # As in bf16; fp32 has 2e-7.
   "teacher/uniform": 0.05 * NOISE,
   "rollout/groups_with_signal": np.clip((1 - 0.85 * T) * NOISE, 0, 1),
   "disk/checkpoints": 1000 * NOISE,
@@ -39,7 +39,7 @@ SICK = {
 
 
 def run(series, settings=DEFAULTS, histories=None):
-  """(histories, names that fired at each step, flags of each step)."""
+  """Returns (histories, names that fired at each step, flags of each step)."""
   histories, fired, flags = histories or {}, [], []
   for step in range(STEPS):
     metrics = {name: float(values[step]) for name, values in series.items()}
@@ -122,7 +122,7 @@ def test_histories_go_through_json_bit_by_bit(name, cut):
     histories, findings, _ = guards.observe(histories, {n: float(v[step]) for n, v in series.items()}, DEFAULTS)
     fired.append([f.guard for f in findings])
   assert (histories, fired) == whole[:2]
-  assert [f.guard for f in guards.standing(histories, DEFAULTS)] == [name]  # A resumed stage knows what ended it.
+  assert [f.guard for f in guards.standing(histories, DEFAULTS)] == [name]  # A resumed stage knows which guard ended it.
 
 
 def test_a_finding_names_the_metric_its_value_and_the_field():
@@ -133,7 +133,7 @@ def test_a_finding_names_the_metric_its_value_and_the_field():
 
 
 def test_every_guard_has_its_fields():
-  """The table of fields, the defaults of the configs and the guards name the same."""
+  """The table of fields, the default configs and the guards have the same names."""
   assert set(field_table.GUARDS) == set(GUARDS) == set(config.fields().guards) - {"window"}
 
 

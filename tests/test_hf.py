@@ -1,4 +1,4 @@
-"""Folders that transformers writes come in and go out again with every byte of every tensor."""
+"""Folders written by transformers convert to our format and back with every byte of every tensor unchanged."""
 
 import dataclasses
 import functools
@@ -27,17 +27,17 @@ from nemocascade.model.hybrid import init_params, logical_axes
 from nemocascade.model.tensor_files import Folder
 from nemocascade.types import TrainState
 
-PATTERN = "MEMEMEM*-"  # A unit that repeats, and three blocks that do not.
+PATTERN = "MEMEMEM*-"  # A repeated unit, and three blocks that do not repeat.
 TOKENIZER = {"tokenizer_config.json": '{"added": 1}\n', "chat_template.jinja": "{{ x }}", "notes.txt": "kept"}
 
 
 def tensors(path) -> dict[str, torch.Tensor]:
-  """All tensors of a folder, by safetensors itself."""
+  """All tensors of a folder, read by safetensors itself."""
   return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def rewrite(path, change, config=None):
-  """The folder's tensors as one file after `change`, and its config's fields updated."""
+  """Rewrites the folder's tensors as one file after `change`, and updates the fields of its config."""
   found = {name: tensor.contiguous() for name, tensor in change(tensors(path)).items()}
   for file in [*path.glob("*.safetensors"), *path.glob("*.index.json")]:
     file.unlink()
@@ -48,7 +48,7 @@ def rewrite(path, change, config=None):
 
 
 def stacked(found):
-  """The tree that transformers has in memory: `model.`, experts in three dimensions."""
+  """The tensor names of transformers in memory: prefix `model.`, the experts of a layer stacked in one tensor."""
   out = {}
   for name, tensor in found.items():
     name = name.replace("backbone.", "model.")
@@ -63,7 +63,7 @@ def stacked(found):
 
 
 def mixed(found):
-  """As published: bf16, and fp32 where the numbers need it; one norm of a stack wider than the other."""
+  """The published dtypes: bf16, with fp32 for the parameters that need it and for the first norm."""
   wide = ("A_log", "mixer.D", "e_score_correction_bias", "layers.0.norm.weight")
   return {name: t if name.endswith(wide) else t.to(torch.bfloat16) for name, t in found.items()}
 
@@ -111,7 +111,7 @@ def test_there_and_back_every_byte_is_the_same_and_transformers_loads_it(folder,
 
 
 def test_the_checkpoint_gives_what_the_folder_gives(folder, tmp_path):
-  """Two ways to the same parameters: streamed to disk and read by Orbax, or straight from the tensors."""
+  """Streaming through a checkpoint and reading the folder directly give the same parameters."""
   source = open_source(folder)
   convert.run(f"hf:{folder}", str(tmp_path / "B"))
   shapes = template(source)
@@ -121,7 +121,7 @@ def test_the_checkpoint_gives_what_the_folder_gives(folder, tmp_path):
 
 
 def test_parameters_are_those_of_the_named_tensors(tmp_path):
-  """By hand, for each kind of rearrangement."""
+  """Checked by hand for each kind of rearrangement."""
   path = save(random_model(PATTERN), tmp_path)
   source, t = open_source(path), {name: tensor.numpy() for name, tensor in tensors(path).items()}
   params = jax.device_get(load_params(source, template(source)))
@@ -157,9 +157,9 @@ def test_on_a_mesh_each_number_is_read_once_where_it_belongs(tmp_path, monkeypat
   chex.assert_trees_all_equal(jax.device_get(params), jax.device_get(load_params(source, shapes)))
   assert all(a.sharding == s.sharding for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(placed)))
   whole = {name: math.prod(t.shape) for name, t in source.folder.tensors.items()}
-  name = "backbone.layers.1.mixer.experts.0.up_proj.weight"  # [16, 16]: its second axis over "data".
+  name = "backbone.layers.1.mixer.experts.0.up_proj.weight"  # [16, 16]; its second axis is sharded over "data".
   assert sorted(read[name])[:4] == [whole[name] // 4] * 4
-  name = "backbone.layers.7.mixer.q_proj.weight"  # Its hidden side over both axes.
+  name = "backbone.layers.7.mixer.q_proj.weight"  # Its hidden axis is sharded over both mesh axes.
   assert sorted(read[name])[:8] == [whole[name] // 8] * 8
 
 
@@ -203,7 +203,7 @@ def test_a_tied_head_is_one_array_of_ours_and_two_tensors_of_theirs(tmp_path):
 
 
 def test_a_tied_folder_without_a_head_gets_one_back(tmp_path):
-  """transformers ties nothing: without the tensor it would make up a head."""
+  """transformers does not tie weights; without the tensor it would initialise a head at random."""
   path = save(random_model("M*", tie_word_embeddings=True), tmp_path / "A")
   head = tensors(path)["lm_head.weight"]
   rewrite(path, lambda found: {name: t for name, t in found.items() if name != "lm_head.weight"})
@@ -229,7 +229,7 @@ def test_heads_of_multi_token_prediction_are_left_out_and_said(tmp_path, capsys)
 
 
 def test_a_trained_checkpoint_goes_out_too(tmp_path):
-  """Saved by the training's own store (compressed, one chunk an array), with no folder to go back to."""
+  """Saved by the training store (compressed, one chunk per array), without an original folder to refer to."""
   source, rng = open_source(save(random_model(PATTERN), tmp_path / "A")), np.random.default_rng(0)
   config = dataclasses.replace(source.config, time_step_limit=(0.0, math.inf))
   params = jax.tree.map(lambda a: jnp.array(rng.standard_normal(a.shape), a.dtype), template(source))
@@ -262,7 +262,7 @@ def test_shards_stay_within_their_size_and_the_index_is_whole(tmp_path, monkeypa
 
 @pytest.mark.parametrize("rows", [1, 7])
 def test_matrices_of_many_chunks_are_whole(rows, tmp_path, monkeypatch):
-  """Chunks of one row, and of a number of rows that divides none: the last is filled up."""
+  """Chunks of one row, and of 7 rows, which leaves the last chunk partly empty."""
   path = save(random_model(PATTERN), tmp_path / "A")
   monkeypatch.setattr("nemocascade.arrays.rows_within", lambda n, row_bytes: min(n, rows))
   ours, back = round_trip(path, tmp_path)

@@ -1,4 +1,4 @@
-"""`score` and `generate` on a folder that transformers wrote say what transformers says of the same rows."""
+"""`score` and `generate` on a folder written by transformers agree with transformers on the same rows."""
 
 import json
 
@@ -14,7 +14,7 @@ from experiments import generate, score
 from nemocascade.data import chat
 from nemocascade.errors import UserError
 
-V, NEW = 318, 12  # All ids are words of the tokenizer.
+V, NEW = 318, 12  # Every id is a word of the tokenizer.
 MESSAGES = [
   {"role": "system", "content": ""},
   {"role": "user", "content": "the cat sat on the <think> mat"},
@@ -42,7 +42,7 @@ def folder(peer, words, tmp_path_factory):
 
 
 def command(run, checkpoint, tmp_path, rows, *settings):
-  """The lines that a command writes for the rows."""
+  """Runs the command on the rows and returns its output lines."""
   given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   given.write_text("".join(json.dumps(row) + "\n" for row in rows))
   run(checkpoint, str(given), str(out), *settings)
@@ -50,7 +50,7 @@ def command(run, checkpoint, tmp_path, rows, *settings):
 
 
 def logprobs_of(peer, tokens):
-  """transformers' log-probabilities, [T, V] in fp64: entry t is of the token after t."""
+  """Log-probabilities by transformers, [T, V] in fp64: entry t is the distribution of the token after t."""
   with torch.no_grad():
     logits_TV = peer(torch.tensor([tokens])).logits[0].double()
   return torch.log_softmax(logits_TV, -1).numpy()
@@ -61,7 +61,7 @@ def test_score_agrees_with_transformers(peer, words, folder, tmp_path):
     tokens = scored["tokens"]
     if "messages" in row:
       text = chat.text_of(chat.render(row["messages"]))
-      asked = text.replace("<think> mat", "\0")  # Of the user's text, so no token of structure.
+      asked = text.replace("<think> mat", "\0")  # This <think> is text of the user, not a special token.
       parts = [words(part, add_special_tokens=False).input_ids for part in asked.split("\0")]
       assert tokens[: len(parts[0])] == parts[0] and tokens[-len(parts[1]) :] == parts[1]
       assert words.decode(tokens) == text
@@ -79,7 +79,7 @@ def test_greedy_generation_agrees_with_transformers(peer, words, folder, tmp_pat
       scored = command(score.run, f"hf:{folder}", tmp_path, [row])[0]["tokens"]
       prompt = scored + words("<|im_start|>assistant\n<think>\n").input_ids
     settings = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=[2, 11], pad_token_id=0)
-    given = torch.tensor([prompt])  # With its mask: transformers would guess that id 0 is padding.
+    given = torch.tensor([prompt])  # Without a mask transformers would treat id 0 as padding.
     given = {"input_ids": given, "attention_mask": torch.ones_like(given)}
     expected = peer.generate(**given, **settings)[0, len(prompt) :].tolist()
     assert found["tokens"] == expected

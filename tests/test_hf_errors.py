@@ -1,4 +1,4 @@
-"""A folder that is not whole is refused in one line that names all of it, and leaves nothing behind."""
+"""An incomplete folder is refused with one line that names everything wrong, and nothing is left behind."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def path(tmp_path):
 
 
 def refused(path, *parts):
-  """The error names every part, is one line, and nothing is at the target or beside it."""
+  """Asserts that the error is one line with all parts, and that nothing was written at the target or beside it."""
   target = path.parent / "B"
   with pytest.raises(UserError) as raised:
     convert.run(f"hf:{path}", str(target))

@@ -1,4 +1,4 @@
-"""Memory that was freed is used again without a page fault."""
+"""Freed memory is used again without a page fault."""
 
 import platform
 import subprocess

@@ -3,12 +3,12 @@
 import pytest
 from hostile import attempts
 
-SLOW = {"no end"}  # Each takes its whole time.
+SLOW = {"no end"}  # Each program of these kinds runs until its time limit.
 EACH = 6
 
 
 def _representatives():
-  """The first of each kind, and every so many after it."""
+  """The first program of each kind, and others at equal distances after it."""
   kinds: dict[str, list] = {}
   for attempt in attempts():
     kinds.setdefault(attempt.kind, []).append(attempt)

@@ -1,4 +1,4 @@
-"""Laws of a `tokenizer.json`: the laws of any tokenizer, and agreement with `tokenizers` itself."""
+"""Tests of `tokenizer.json` files: the tests of any tokenizer, and agreement with the `tokenizers` library."""
 
 import json
 

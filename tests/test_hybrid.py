@@ -1,4 +1,4 @@
-"""One function in four forms: rows, rows after prompts, prefill with decoding, and a plain NumPy loop."""
+"""The hybrid computes the same function in four forms: rows, rows after prompts, prefill with decoding, NumPy."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def make(pattern, **fields):
 
 
 def apply(model, params, method, *args):
-  """The method, compiled: eager it is many times slower. Sizes (whole numbers) are static."""
+  """Applies a compiled method, because eager execution is many times slower. Integer arguments are static."""
   static = tuple(i + 1 for i, a in enumerate(args) if isinstance(a, int))
   fn = jax.jit(lambda p, *a: model.apply({"params": p}, *a, method=method), static_argnums=static)
   return fn(params, *args)
@@ -54,7 +54,7 @@ def test_packed_documents_do_not_see_each_other(pattern):
   ids_BT = jnp.broadcast_to(jnp.where(jnp.arange(T) < 10, 1, 2)[None], token_BT.shape)
   score = lambda p, t, i: model.apply({"params": p}, t, i, method="score").logprobs_BT
 
-  def halves(p):  # The two documents in rows of their own.
+  def halves(p):  # The two documents as separate rows.
     first = score(p, token_BT[:, :10], jnp.ones((3, 10), jnp.int32))
     return jnp.concatenate([first, score(p, token_BT[:, 10:], jnp.ones((3, T - 10), jnp.int32))], axis=1)
 
@@ -66,7 +66,10 @@ def test_packed_documents_do_not_see_each_other(pattern):
 
 @pytest.mark.parametrize("pattern, remat", [*((p, False) for p in PATTERNS), (PATTERNS[-1], True)])
 def test_rows_after_a_prompt_taken_in_once_are_whole_rows(pattern, remat):
-  """Log-probabilities, entropies, loads and gradients; prompts shorter and longer than the convolution."""
+  """Compares log-probabilities, entropies, loads and gradients.
+
+  Some prompts are shorter than the convolution, some longer.
+  """
   _, model, params = make(pattern, remat=remat)
   G, P, N = 2, 9, 11
   prompts = Prompts(tokens(3, P), jnp.array([9, 2, 5]))
@@ -93,7 +96,7 @@ def test_rows_after_a_prompt_taken_in_once_are_whole_rows(pattern, remat):
   (grads, (said, routing)), (grads_there, (said_there, routing_there)) = run(after), run(whole)
   chex.assert_trees_all_close(said, said_there, atol=2e-4)
   chex.assert_trees_all_close(grads, grads_there, rtol=2e-3, atol=2e-3)
-  if routing_there is not None:  # A prompt's tokens are counted once.
+  if routing_there is not None:  # The tokens of a prompt are counted once.
     load, load_there = (jnp.sum(r.load_LE, axis=1) for r in (routing[1], routing_there))
     total = lambda B1: jnp.full_like(load, 2 * jnp.sum(B1))
     chex.assert_trees_all_close(load_there, total(length_B + rest_B))
@@ -137,7 +140,7 @@ def test_the_future_does_not_reach_back(pattern):
 
 @pytest.mark.parametrize("pattern", ["MM", "EE", "**", "--", "MEMEME*ME-"])
 def test_in_bf16_it_is_nearly_what_it_is_in_fp32(pattern):
-  """Of log-probabilities and of the gradient as a whole; every expert is chosen, so that none changes."""
+  """Compares log-probabilities and the whole gradient. All experts are chosen, so rounding changes no choice."""
   c, _, params = make(pattern, remat=True)
   token_BT, ids_BT = tokens(8), jnp.broadcast_to(jnp.where(jnp.arange(T) < 10, 1, 2)[None], (8, T))
 
@@ -149,11 +152,11 @@ def test_in_bf16_it_is_nearly_what_it_is_in_fp32(pattern):
       return jnp.mean(logprobs_BT**2), logprobs_BT
 
     (_, logprobs_BT), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}  # The parameters'.
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}  # The dtype of the parameters.
     return logprobs_BT, jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(grads)])
 
   (near_BT, near), (there_BT, there) = found("bfloat16"), found("float32")
-  # A rounding is 2^-8; a token's own logits, of size 3 here, pass a dozen of them.
+  # One rounding is 2^-8; logits of size 3 go through a dozen of them.
   assert float(jnp.sqrt(jnp.mean((near_BT - there_BT) ** 2))) < 0.1
   assert float(near @ there / jnp.linalg.norm(near) / jnp.linalg.norm(there)) > 0.995
 
@@ -161,7 +164,7 @@ def test_in_bf16_it_is_nearly_what_it_is_in_fp32(pattern):
 def test_repeats_are_found():
   assert plan("MEM*E") == [("MEM*E", 1)]
   assert plan("MEMEMEME") == [("ME", 4)]
-  assert plan("MEME*") == [("MEME*", 1)]  # Two are no loop.
+  assert plan("MEME*") == [("MEME*", 1)]  # Two repeats are not worth a loop.
   nano = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
   assert plan(nano)[0] == ("MEMEM*E", 5)
   assert "".join(unit * n for unit, n in plan(nano)) == nano
@@ -191,7 +194,10 @@ def test_an_unknown_block_is_named():
 
 
 def test_forward_is_a_plain_numpy_loop():
-  """Against fp64 written from paper.md 1.4, token by token."""
+  """An fp64 loop over tokens, written from the published code.
+
+  Sources: transformers `modeling_nemotron_h.py`, vLLM `nemotron_h.py` (no clamp of dt).
+  """
   c, model, params = make("ME*-")
   token_BT = tokens(B=1, length=11)
   got = apply(model, params, "logits", token_BT, jnp.ones((1, 11), jnp.int32))[0]

@@ -1,4 +1,4 @@
-"""Instructions: every checker by hand, rows with padded arguments, and prompts that can be kept."""
+"""Instructions: every checker on hand-written texts, rows with padded arguments, and prompts that can be satisfied."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from nemocascade.domains import domain, ifbench_formats, instruction, instructio
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 
-# id, arguments, texts that keep to it, texts that do not
+# (id, arguments, texts that satisfy it, texts that do not).
 CASES = [
   ("keywords:existence", {"keywords": ["moon", "sea"]}, ["Sea and MOON"], ["the sea"]),
   ("keywords:forbidden_words", {"forbidden_words": ["moon"]}, ["moonlight"], ["a Moon."]),

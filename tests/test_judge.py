@@ -1,4 +1,4 @@
-"""Judges and the rewards of groups: values worked out by hand, and the laws they keep."""
+"""Judges and group rewards: values computed by hand, and invariants."""
 
 import json
 import math
@@ -21,13 +21,13 @@ def said(text, *, error=None, finished=True):
 
 
 def by_length(prompts, answers):
-  """The reward model of the tests: longer answers are better."""
+  """A reward model for tests: longer answers are better."""
   del prompts
   return np.array([float(len(answer)) for answer in answers])
 
 
 class Table:
-  """A judge that has been told what to say, and remembers what it was asked."""
+  """A judge with a fixed table of comparisons; it records its calls."""
 
   def __init__(self, table):
     self.table, self.calls = table, []
@@ -147,8 +147,8 @@ def test_no_answer_can_pose_as_the_end_of_itself():
 def test_base_scores_by_hand():
   judge = Table({
     ("a", "b"): (4, 2, 2),
-    ("a", "c"): (3, 3, 3.5),  # An even tie stays.
-    ("b", "c"): (3, 3, 2),  # A tie that the ranking moves by 1.5.
+    ("a", "c"): (3, 3, 3.5),  # A tie in score and ranking stays a tie.
+    ("b", "c"): (3, 3, 2),  # The ranking breaks this tie by 1.5.
   })  # fmt: skip
   np.testing.assert_allclose(rewards(judge, "abc", **OFF), [3.5, (2 + 4.5) / 2, (3 + 1.5) / 2])
 
@@ -170,7 +170,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 def test_length_weights_by_hand():
-  # 1 - (l - 2) / 8 is [1, .75, 0]; its mean is 7/12.
+  # Length weights 1 - (l - 2) / 8 are [1, .75, 0]; their mean is 7/12.
   expected = np.array([1, 0.75, 0]) - 7 / 12
   np.testing.assert_allclose(judges.length_weights([2, 4, 10]), expected)
   np.testing.assert_array_equal(judges.length_weights([4, 4, 4]), [0, 0, 0])
@@ -192,8 +192,8 @@ def test_conciseness_is_rewarded_among_the_best_only():
   answers = ["a" * n for n in (1, 2, 3, 4, 5)]
   base = rewards(judge, answers, **OFF)
   settings = {"lambda_think": 0.0, "lambda_answer": 0.0, "bonus": 0.5}
-  # The fifth has the best score. The shortest thoughts are the fifth's; the shortest answer is
-  # the first's, whose score is not among the best.
+  # The fifth answer has the best score and the shortest thoughts. The first answer is the shortest,
+  # but its score is not among the best, so it gets no bonus.
   got = rewards(judge, answers, think=[9, 9, 9, 9, 3], answer=[1, 2, 3, 4, 5], **settings)
   np.testing.assert_allclose(got - base, [0, 0, 0, 0, 0.5], atol=1e-6)
   got = rewards(judge, answers, think=[9, 9, 9, 9, 3], answer=[5, 4, 3, 2, 1], **settings)
@@ -202,7 +202,7 @@ def test_conciseness_is_rewarded_among_the_best_only():
   np.testing.assert_allclose(got - base, 0, atol=1e-6)
   got = rewards(
     judge, answers, think=[9, 9, 9, 3, 9], answer=[9, 9, 9, 3, 9], **settings, quantile=0.6
-  )  # Two of five are the best.
+  )  # Two of five answers are among the best.
   np.testing.assert_allclose(got - base, [0, 0, 0, 1.0, 0], atol=1e-6)
 
 

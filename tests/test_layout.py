@@ -1,4 +1,4 @@
-"""Imports look down the floors, files stay small, and every file says what it is."""
+"""Modules import only from the same or a lower layer, files stay small, and every file has a docstring."""
 
 import ast
 from pathlib import Path
@@ -25,7 +25,7 @@ def floor(name: str) -> int:
 
 
 def imports(path: Path) -> set[str]:
-  """The parts of our package that a file imports: "nemocascade.step.loss" -> "step"."""
+  """Parts of our package that a file imports, such as "step" for "nemocascade.step.loss"."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module:

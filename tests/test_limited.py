@@ -1,4 +1,4 @@
-"""Laws of graders with a limit: a hang is ended, nothing is mixed up, nothing transient stays."""
+"""Tests of graders with a time limit: a hang is killed, answers are never mixed up, no state is kept."""
 
 import concurrent.futures
 import functools
@@ -37,7 +37,7 @@ def test_values_go_to_the_grader_and_back_and_it_is_prepared_once(value):
 def test_a_grader_that_gives_up_says_why_and_the_next_question_is_answered(
   function, arguments, expected
 ):
-  limited.call(graders.echo, 0)  # The process is up, so that the short limit is the grader's own.
+  limited.call(graders.echo, 0)  # Starts the process first, so that the short limit applies to the grader alone.
   assert cause(function, *arguments, limit_s=0.5 if expected == "time" else 20) == expected
   assert limited.call(graders.echo, "next") == ["next", 1]
 
@@ -96,7 +96,7 @@ def test_a_killed_grader_leaves_no_process(monkeypatch):
   stopped, stop = [], limited._Worker.stop
   monkeypatch.setattr(limited._Worker, "stop", lambda worker: (stop(worker), stopped.append(worker)))
   assert cause(graders.spin, limit_s=0.3) == "time"
-  ended = stopped[-1]  # Before it, one that an earlier test killed.
+  ended = stopped[-1]  # The last one; the list may also hold a process that an earlier test left.
   assert ended.process.poll() is not None and ended not in limited._running
 
 
@@ -113,7 +113,7 @@ def test_a_confined_grader_sees_no_files_but_code_and_can_change_none(tmp_path):
   assert cause(graders.read, "/etc/passwd") == "error"
   assert cause(graders.read, f"/proc/{os.getpid()}/environ") == "error"
   assert cause(graders.write, graders.__file__) == "error"
-  assert limited.call(graders.pid) == 1  # In a namespace of its own.
+  assert limited.call(graders.pid) == 1  # It has its own process namespace.
 
 
 def test_without_bubblewrap_the_limits_hold_too(monkeypatch):

@@ -1,4 +1,4 @@
-"""Laws of the input pipeline: whole epochs, exact resumption, shards that make up the whole."""
+"""Tests of the data loader: whole epochs, exact resumption, and shards that partition the data."""
 
 import itertools
 import json
@@ -65,7 +65,7 @@ def test_a_document_learns_its_assistant_only():
 
 
 def test_batches_hold_the_documents_as_they_are():
-  """Every document of an epoch is found once, whole, with its mask and segment of its own."""
+  """Every document of an epoch appears once, unsplit, with its own mask and segment id."""
   found = []
   for batch in loader(B=1, epochs=1):
     for tokens_T, segment_ids_T, loss_mask_T in zip(

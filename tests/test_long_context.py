@@ -1,4 +1,4 @@
-"""Long contexts: one document answers, and prompts are long where they are judged."""
+"""Long contexts: one document holds the answer; prompts are long enough where they are judged."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Laws of losses: means by hand, the corrections' masks, and what a gradient goes through."""
+"""Tests of losses: means computed by hand, masks of the corrections, and where gradients flow."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ RATIO_1T = np.array([[1e-30, 0.49, 0.5, 1.0, 2.0, 2.01, 1e9]])
 
 
 def corrected(correction, ratio_BT, drawn_BT=None, **options):
-  """The weights of ratios to the sampler's distribution, and to what it drew from where that is another."""
+  """Weights of a correction for the given ratios to the sampler; `drawn_BT`: ratios to the nucleus, if cut."""
   gap_BT, drawn_gap_BT = (jnp.log(jnp.asarray(r, jnp.float32)) for r in (ratio_BT, ratio_BT if drawn_BT is None else drawn_BT))
   return correction(gap_BT, drawn_gap_BT, ROW_MEAN, **options)
 
@@ -72,7 +72,7 @@ def test_tis_is_a_clamp_and_not_a_mask():
 
 
 def test_sequence_mask_keeps_or_drops_a_completion_by_its_geometric_mean():
-  # Geometric means: 1, 1.1, and one that is not a number of this world.
+  # Geometric means: 1, 1.1, and infinity.
   ratio_BT = [[0.5, 2.0], [1.1, 1.1], [1.0, jnp.inf]]
   expected = [[0.5, 2.0], [0, 0], [0, 0]]
   np.testing.assert_allclose(corrected(loss.sequence_mask, ratio_BT), expected, rtol=1e-6)
@@ -80,7 +80,7 @@ def test_sequence_mask_keeps_or_drops_a_completion_by_its_geometric_mean():
 
 
 def test_a_nucleus_weighs_what_is_kept_and_does_not_decide_what_is():
-  # A tenth of the probability was cut off: mu is pi / 0.9. The trainer itself is the sampler to a thousandth.
+  # A tenth of the mass was cut off, so mu = pi / 0.9. The first row's trainer and sampler agree to 0.001.
   ratio_BT, drawn_BT = np.array([[1.0, 1.001], [3.0, 3.0]]), np.array([[0.9, 0.9009], [2.7, 2.7]])
   of = lambda correction, **how: corrected(correction, ratio_BT, drawn_BT, **how)  # noqa: E731
   np.testing.assert_allclose(of(loss.icepop, low=0.95, high=2.9), [[0.9, 0.9009], [0, 0]], rtol=1e-6)
@@ -89,7 +89,7 @@ def test_a_nucleus_weighs_what_is_kept_and_does_not_decide_what_is():
 
 
 def test_a_correction_makes_an_average_over_the_nucleus_that_of_the_whole_distribution_there():
-  """The sum over the nucleus of mu c f is that of pi f, which without a correction is 1 / 0.8 of it."""
+  """The sum of mu c f over the nucleus equals that of pi f; without c it is 1 / 0.8 times as large."""
   pi_V, kept_V = np.array([0.5, 0.3, 0.15, 0.05]), np.array([True, True, False, False])
   mu_V, f_V = np.where(kept_V, pi_V / 0.8, 0.0), np.array([3.0, -1.0, 2.0, 5.0])
   for correction in (loss.tis, loss.icepop, loss.sequence_mask):
@@ -102,7 +102,7 @@ def test_no_correction_weighs_all_ratios_alike():
 
 
 def gain_and_slope(form, ratio_T, a_T, **options):
-  """Of one completion whose proximal log-probabilities are -1: what the form climbs, and its slope."""
+  """(gain, slope, clipped) of one completion whose proximal log-probabilities are all -1."""
   logprobs_1T = jnp.log(jnp.array([ratio_T])) - 1.0
   a_1T, proximal_1T = jnp.array([a_T]), jnp.full_like(logprobs_1T, -1.0)
 
@@ -122,7 +122,7 @@ def test_reinforce_climbs_the_logprob_in_proportion_to_the_advantage_whatever_th
 
 
 def test_token_clip_stops_a_token_that_has_moved_far_enough_the_right_way():
-  # A better token above 1.28 and a worse one below 0.8 stand still; the other two are brought back.
+  # Clipped: a good token above 1.28 and a bad one below 0.8. The other two keep their gradients.
   gain, slope, clipped = gain_and_slope(loss.token_clip, [1.5, 0.5, 0.5, 1.5], [2.0, -2.0, 2.0, -2.0])
   np.testing.assert_allclose(gain, [1.28 * 2, 0.8 * -2, 0.5 * 2, 1.5 * -2], rtol=1e-6)
   np.testing.assert_allclose(slope, [0, 0, 1, -3], rtol=1e-6)
@@ -137,7 +137,7 @@ def test_dual_clip_bounds_what_a_worse_token_that_became_likelier_can_cost():
 
 
 def test_gspo_clips_a_completion_by_the_geometric_mean_of_its_ratios():
-  # sqrt(2 * 0.5) is 1: neither token is clipped, each climbs by its advantage times 1.
+  # sqrt(2 * 0.5) = 1, so neither token is clipped, and the gain of each is its advantage.
   gain, slope, clipped = gain_and_slope(loss.gspo, [2.0, 0.5], [3.0, 3.0])
   np.testing.assert_allclose(gain, [3, 3], rtol=1e-6)
   np.testing.assert_allclose(slope, [3, 3], rtol=1e-6)
@@ -189,7 +189,7 @@ def test_k1_has_the_kl_as_its_expectation_and_k2_is_half_its_square():
 def test_the_expected_gradient_of_an_estimate_is_that_of_the_kl_it_is_said_to_be(estimate, whole):
   def expected(logits_V):
     logprobs_V = jax.nn.log_softmax(logits_V)
-    return jnp.sum(jnp.exp(POLICY_V) * estimate(logprobs_V, OTHER_V))  # Sampled without gradient.
+    return jnp.sum(jnp.exp(POLICY_V) * estimate(logprobs_V, OTHER_V))  # The sampling distribution carries no gradient.
 
   np.testing.assert_allclose(jax.grad(expected)(POLICY_V), jax.grad(whole)(POLICY_V), atol=1e-6)
 

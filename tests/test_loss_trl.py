@@ -1,4 +1,4 @@
-"""The policy-gradient loss's slots against TRL's GRPOTrainer: the same numbers in, the same loss and gradient out."""
+"""The functions of the policy-gradient loss equal TRL's GRPOTrainer in value and gradient on the same inputs."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ LOW, HIGH = 0.2, 0.28
 
 @pytest.fixture(scope="module")
 def numbers():
-  """Fresh log-probabilities of three policies that are far enough apart for every bound to be met."""
+  """Random log-probabilities of three policies, far enough apart to reach every clipping bound."""
   rng = np.random.default_rng()
   draw = lambda scale: rng.normal(0, scale, (B, T))
   logprobs_BT = -np.abs(draw(1.0)) - 0.1
@@ -33,7 +33,7 @@ def numbers():
 
 
 def theirs(n, kind: str, *, level: str = "token", beta: float = 0.0, delta: float | None = None, high: float = HIGH):
-  """(loss, its gradient by log-probability) as TRL's trainer computes it, in fp64."""
+  """(loss, gradient by log-probability) as TRL's trainer computes them, in fp64."""
   logprobs_BT = torch.tensor(n.logprobs_BT, requires_grad=True)
   entropies_BT = torch.zeros(B, T, dtype=torch.float64)
   same = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
@@ -60,7 +60,7 @@ def theirs(n, kind: str, *, level: str = "token", beta: float = 0.0, delta: floa
 
 
 def ours(n, ratio, aggregation, *, kl_weight: float = 0.0, **bounds):
-  """The same of our slots: the weighted sum of per-token losses over the count."""
+  """The same by our functions: the weighted sum of per-token losses over the count."""
   mask_BT = jnp.asarray(n.mask_BT)
   weights_BT, count = aggregation(mask_BT)
 
@@ -95,7 +95,7 @@ CLIP = dict(low=LOW, high=HIGH)
   ids=["sequence_mean", "token_mean", "dapo", "constant_length", "dual_clip", "gspo", "cispo", "k3"],
 )
 def test_value_and_gradient_are_trls(numbers, of_trl, ratio, aggregation, options):
-  """Ours is fp32: a few roundings of sums of about 50 terms of size 1."""
+  """Ours is in fp32, so sums of about 50 terms of size 1 are rounded a few times."""
   value, gradient_BT = theirs(numbers, **of_trl)
   own, own_BT = ours(numbers, ratio, aggregation, **options)
   np.testing.assert_allclose(own, value, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Mathematics: running totals, the boxed answer, and equality that nothing can stall."""
+"""Mathematics: running totals, the boxed answer, and equality checks that cannot hang."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def test_hostile_latex_is_wrong(answer):
 
 def test_a_comparison_out_of_time_is_masked_and_asked_again(monkeypatch):
   row, content = {"expected_answer": "x + 1"}, "\\boxed{1 + x}"
-  assert judge({"expected_answer": "1/2"}, "\\boxed{0.50}").reward == 1.0  # The process is up.
+  assert judge({"expected_answer": "1/2"}, "\\boxed{0.50}").reward == 1.0  # Starts the process before the limit is 0.
   monkeypatch.setattr(equality, "LIMIT_S", 0.0)
   found = judge(row, content)
   assert (found.reward, found.masked, found.cause) == (0.0, True, "time")

@@ -1,4 +1,4 @@
-"""The mesh covers all devices; every parameter of the model has a place on it."""
+"""The mesh covers all devices; every parameter of the model has a sharding on it."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_a_dimension_that_does_not_divide_stays_whole():
   arrays = {"even": jnp.zeros((4, 8)), "odd": jax.ShapeDtypeStruct((3, 8), jnp.float32)}
   placed = shardings(axes, make_mesh(4, 2), arrays)
   assert placed["even"].spec == PartitionSpec("expert", "data")
-  assert placed["odd"].spec == PartitionSpec(None, BATCH)  # The experts' axis is free.
+  assert placed["odd"].spec == PartitionSpec(None, BATCH)  # 3 does not divide over the 2 devices of "expert".
 
 
 def test_one_mesh_axis_cuts_one_dimension():

@@ -1,4 +1,4 @@
-"""A stage's programs on any mesh, and in two processes, compute what they compute on one device."""
+"""A stage's programs give the same results on any mesh, and in two processes, as on one device."""
 
 import functools
 from pathlib import Path
@@ -35,13 +35,13 @@ def config(data, expert) -> ConfigDict:
   c.packing = dict(rows=B, row_tokens=T, pieces=2, shared_prompts=False)
   c.rollout.update(prompts=8, completions=2)
   c.rows, c.row_tokens = B, T
-  # So large an eps makes of Adam's first step very nearly the gradient, small where that is.
+  # A large eps makes Adam's first step nearly equal to the gradient where the gradient is small.
   c.optimizer.update(peak_lr=1.0, warmup_steps=0, eps=1.0, clip_norm=1e3)
   return c
 
 
 class NoText:
-  """In the place of a tokenizer: a stage keeps one beside its checkpoints."""
+  """Stands for a tokenizer, which a stage saves beside its checkpoints."""
 
   vocab_size = V
 
@@ -56,7 +56,7 @@ def assembly(data, expert) -> Assembly:
 
 @functools.cache
 def arrays() -> dict[str, np.ndarray]:
-  """Rows of two documents and padding."""
+  """Arrays of B rows, each of two documents and padding."""
   r = np.random.default_rng(0)
   segment_ids_BT = np.repeat([[1, 2, 0]], [10, 10, 4], axis=1) * np.ones((B, 1), np.int32)
   mask_BT = (r.random((B, T)) < 0.6) & (segment_ids_BT > 0)
@@ -72,7 +72,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def sft_step(a: Assembly, directory):
-  """(metrics, next state, store) of a stage's first step."""
+  """(metrics, next state, store) of the first step of an SFT stage."""
   tx, _, step_fn = sft.program(a.c, a)
   state, _, store = start(a, directory, tx, "")
   x = arrays()
@@ -89,7 +89,7 @@ def rl_step(a: Assembly, directory):
 
 
 def rl_step_after_prompts(a: Assembly, directory):
-  """The same of rows of one document, two of them behind each of eight prompts."""
+  """The same for RL rows of one document, two rows after each of eight shared prompts."""
   c = a.c.copy_and_resolve_references()
   c.packing.shared_prompts = True
   tx = rl.make_optimizer(total_steps=1, **c.optimizer)
@@ -116,7 +116,7 @@ def assert_same(got, expected):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_fast():
-  """Programs run once or twice here: nearly all of the time is compilation."""
+  """Compiles without most optimizations, because compilation takes nearly all of the time here."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
@@ -150,11 +150,11 @@ def test_an_rl_step_is_that_of_one_device(root, data, expert, step):
 
 
 def test_an_rl_step_in_bf16_is_nearly_that_of_one_device(root):
-  """What the step adds to the parameters, as one vector: roundings fall elsewhere where sums are cut."""
+  """Compares the whole parameter change, because sharded sums round differently."""
 
   def change(data, expert):
     c = config(data, expert)
-    c.model.update(dtype="bfloat16", num_experts_per_tok=8)  # All: a rounding changes no choice.
+    c.model.update(dtype="bfloat16", num_experts_per_tok=8)  # All experts are chosen, so rounding changes no choice.
     a = Assembly(c, Path("."), NoText())
     before = jax.device_get(a.fresh_params(jax.random.key(0)))
     _, state = rl_step(a, root / f"bf16_{data}_{expert}")
@@ -177,7 +177,7 @@ def test_a_probe_holds_on_another_mesh_in_bf16_and_finds_other_weights():
   (score, put), (score_there, put_there) = made(1, 1), made(2, 4)
   probe, how = take_probe(score, put(1), tokens_BT), dict(vocab_size=V, name="of 'math'", dtype="bfloat16")
   there = take_probe(score_there, put_there(1), tokens_BT)
-  # The case is one where it matters: a tolerance of fp32 would refuse it.
+  # The fp32 tolerance would refuse this probe; otherwise the test would show nothing.
   assert np.abs(np.subtract(there.logprobs, probe.logprobs)).mean() > TOLERANCES["float32"]
   check_probe(score_there, put_there(1), probe, **how)
   for changed in (put_there(2), jax.tree.map(lambda x: 1.1 * x, put_there(1))):
@@ -191,7 +191,7 @@ def test_parameters_and_moments_are_cut_over_all_devices(root):
   for tree in (state.params, state.opt_state):
     whole = sum(x.size for x in jax.tree.leaves(tree))
     here = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
-    assert here < 0.2 * whole  # An eighth, and what is too small to be cut.
+    assert here < 0.2 * whole  # An eighth of the parameters, plus those too small to be sharded.
 
 
 @functools.cache

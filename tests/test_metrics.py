@@ -1,4 +1,4 @@
-"""Lines are whole, resumed steps are written once, compilations are counted."""
+"""Metrics: lines are complete, resumed steps are written once, compilations are counted."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from nemocascade.metrics import (
 )
 from nemocascade.state_files import write_json
 
-# Every program is kept in the cache's folder.
+# Settings that keep every program in the cache folder.
 CACHE = {
   "jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0,
   "jax_persistent_cache_min_entry_size_bytes": -1, "jax_enable_compilation_cache": True,
@@ -45,7 +45,7 @@ def test_tensorboard_shows_each_step_once(tmp_path):
     for step in range(5):
       writer.write(step, {"loss/sft": step})
   first = next(tmp_path.glob("events.*"))
-  first.rename(tmp_path / "events.out.tfevents.0000000001.first")  # Files are read by name.
+  first.rename(tmp_path / "events.out.tfevents.0000000001.first")  # TensorBoard reads files in order of their names.
   with MetricsWriter(tmp_path, start_step=3) as writer:
     for step in (3, 4):
       writer.write(step, {"loss/sft": 10 * step})
@@ -70,7 +70,7 @@ def test_any_completion_is_one_line_and_comes_back(tmp_path, text):
     writer.write_samples(0, [{"completion": text}])
   assert read_lines(tmp_path / "samples.jsonl") == [{"step": 0, "completion": text}]
   with MetricsWriter(tmp_path, start_step=1):
-    pass  # Rewritten on resume.
+    pass  # Resuming rewrites the file.
   assert read_lines(tmp_path / "samples.jsonl") == [{"step": 0, "completion": text}]
 
 
@@ -155,7 +155,7 @@ def test_compilations_are_counted_and_reads_from_the_cache_are_not_among_them(tm
       fn(x)
     with CompileCounter() as again:
       fn(x)
-    with CompileCounter() as elsewhere:  # As in another process: only the files are left.
+    with CompileCounter() as elsewhere:  # Simulates another process: only the cache files remain.
       program()(x)
   finally:
     for name, value in before.items():
@@ -167,7 +167,7 @@ def test_compilations_are_counted_and_reads_from_the_cache_are_not_among_them(tm
 
 
 def test_a_program_for_other_places_of_its_arguments_is_another_compilation():
-  """jit's own cache of traces has one entry for the two."""
+  """jit's trace cache has one entry for both, but two programs are compiled."""
   fn = jax.jit(lambda x: x + 1)
   x = np.ones(8, np.float32)
   here, there = (jax.device_put(x, device) for device in jax.devices()[:2])

@@ -1,4 +1,4 @@
-"""Laws of a stage's training prompts: shares hold at all times, and what is too long is passed over once."""
+"""Tests of a stage's training prompts: shares hold at every step, and each long prompt is skipped once."""
 
 import json
 
@@ -11,7 +11,7 @@ from nemocascade.errors import UserError
 
 
 class Numbered(Domain):
-  """Row i says its number; those that `long` picks are long."""
+  """A domain whose prompts are random numbers; those picked by `long` get long prompts."""
 
   thinking = False
 
@@ -31,7 +31,7 @@ def mixture(shares, state=None, long=lambda n: False, limit=100):
 
 @pytest.fixture(autouse=True)
 def tokens(monkeypatch):
-  """A token a character: lengths without a tokenizer."""
+  """One token per character, so that lengths need no tokenizer."""
   monkeypatch.setattr(
     "experiments.mixture.prompt_of",
     lambda row, domain, tokenizer: [1] * len(row["responses_create_params"]["input"][0]["content"]),
@@ -102,7 +102,7 @@ def test_what_is_too_long_is_counted_once_and_the_next_row_takes_its_place():
   found, too_long = [], 0
   for _ in range(10):
     rows, prompts, left_out = m.draw(4)
-    assert counts(rows, shares) == {"a": 2, "b": 2}  # Shares are of what is trained on.
+    assert counts(rows, shares) == {"a": 2, "b": 2}  # Skipped prompts do not count towards the shares.
     assert all(len(p) <= 100 for p in prompts)
     too_long += left_out
     found += [number(row) for row in rows if row["agent_ref"]["name"] == "a"]

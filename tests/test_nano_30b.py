@@ -1,4 +1,4 @@
-"""The published scale has the published sizes, counted without making an array."""
+"""The 30B config has the published sizes, counted without making an array."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_parameters_are_31_577_940_288(nano):
 
 
 def test_a_token_uses_3_580_076_352_of_them(nano):
-  """paper.md 1.3: 3.2B with the head alone, 3.6B with the embedding too."""
+  """Nemotron-3-Nano report (arXiv 2512.20848): 3.2B active without the embedding, 3.6B with it."""
   assert active_params(nano) == 3_580_076_352
   assert active_params(nano) - 352_321_536 == 3_227_754_816
 

@@ -1,4 +1,4 @@
-"""Laws of the optimizer: its schedule by hand, AdamW by definition, and what never moves."""
+"""Tests of the optimizer: schedules computed by hand, AdamW by its definition, and frozen parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def test_two_updates_are_adamw_by_its_definition():
 
 
 def test_the_gradient_is_clipped_by_the_norm_of_what_is_trained():
-  # With eps far above the gradient, Adam's first update is proportional to it.
+  # With eps far above the gradient, Adam's first update is proportional to the gradient.
   params = {"a": jnp.zeros((2, 2)), "still": jnp.zeros((2, 2))}
   grads = {"a": jnp.full((2, 2), 2.0), "still": jnp.full((2, 2), 1e6)}
 
@@ -88,7 +88,7 @@ def test_the_gradient_is_clipped_by_the_norm_of_what_is_trained():
     tx = optimizer(clip_norm=clip_norm, eps=1e6, frozen=("still",))
     return tx.update(grads, tx.init(params), params)[0]["a"]
 
-  np.testing.assert_allclose(first(1.0), first(1e9) / 4, rtol=1e-4)  # norm of 4 twos is 4
+  np.testing.assert_allclose(first(1.0), first(1e9) / 4, rtol=1e-4)  # The norm of four twos is 4.
 
 
 def test_frozen_and_load_balanced_parameters_never_move():
@@ -108,11 +108,11 @@ def test_weight_decay_spares_vectors_even_where_a_scan_stacks_them_to_matrices()
 def test_optimizers_that_differ_in_their_schedule_share_a_compiled_update():
   slow = dict(peak_lr=0.01, warmup_steps=2, total_steps=4, schedule="linear", final_fraction=0.5)
   fast = slow | dict(peak_lr=0.1, warmup_steps=0, total_steps=2, final_fraction=0.0)
-  shared = jax.jit(optimizer(schedule="linear").update)  # Under rates that neither of them has.
+  shared = jax.jit(optimizer(schedule="linear").update)  # Compiled with a schedule that neither of the two has.
   params = {"w": jnp.ones((2, 2))}
   for fields, rates in ((slow, [0.005, 0.01, 0.01, 0.0075]), (fast, [0.1, 0.05, 0.0, 0.0])):
     state = optimizer(**fields).init(params)
-    for rate in rates:  # The gradient is always the same, so Adam's step is the rate.
+    for rate in rates:  # The gradient is constant, so the size of each Adam step is the learning rate.
       updates, state = shared({"w": jnp.full((2, 2), 0.1)}, state, params)
       np.testing.assert_allclose(updates["w"], -rate, rtol=1e-3, atol=1e-9)
   assert shared._cache_size() == 1

@@ -1,4 +1,4 @@
-"""When an output is the expected one."""
+"""When a program's output counts as equal to the expected one."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Laws of packing: every document once, no row too long, few rows."""
+"""Tests of packing: every document appears once, no row is too long, and there are few rows."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_no_two_rows_would_fit_into_one(lengths, capacity):
 
 
 def by_definition(lengths, capacity):
-  """Best fit, decreasing, with a search of all rows."""
+  """Best-fit decreasing by a search over all rows."""
   rows = []
   for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
     left = [capacity - sum(lengths[j] for j in row) for row in rows]

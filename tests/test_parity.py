@@ -1,4 +1,4 @@
-"""The model is the function that transformers computes: logits, gradients, decoding."""
+"""Our model computes the same function as transformers: logits, gradients, decoding."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from nemocascade.config import ModelConfig
 from nemocascade.model.hybrid import Hybrid
 from nemocascade.types import Params
 
-T = 21  # No multiple of the chunk.
+T = 21  # Not a multiple of the chunk size.
 CASES = {
   "all": ("ME*-", {}),
   "units_repeat": ("MEMEME*", {}),
@@ -36,7 +36,7 @@ CASES = {
   "dt_at_its_clamp": ("M", dict(time_step_min=0.05)),
   "less_than_a_chunk": ("M", dict(chunk_size=64)),
 }
-# Compiling is what these tests spend their time on.
+# Compiles without optimizations, because compilation takes most of the time here.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory) -> Pair:
-  """A model of transformers, and ours read from the folder that it saved."""
+  """A transformers model, and ours loaded from the folder it saved."""
   pattern, fields = CASES[request.param]
   model = random_model(pattern, **fields)
   return Pair(model, *ours(save(model, tmp_path_factory.mktemp("hf"))), dict(pattern=pattern) | fields)
@@ -69,7 +69,7 @@ def relative(found, expected) -> float:
 
 
 def test_logits_and_gradients_of_the_loss_agree(pair, tmp_path):
-  """Their gradients go through the converter as if they were a model's weights."""
+  """The converter maps gradients of transformers to our tree as if they were weights."""
   tokens_BT = tokens()
   ids = torch.tensor(tokens_BT)
   logits = pair.model(ids, use_cache=False).logits
@@ -92,24 +92,24 @@ def test_logits_and_gradients_of_the_loss_agree(pair, tmp_path):
   total = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(expected)))
   leaves = jax.tree_util.tree_leaves_with_path(expected)
   for (path, there), here in zip(leaves, jax.tree.leaves(gradients), strict=True):
-    # A gradient that is rounding alone (of a millionth of the whole) has no relative error.
+    # A gradient below a millionth of the whole is only rounding error, so its relative error means nothing.
     scale = max(np.linalg.norm(there), 1e-6 * total)
     assert np.linalg.norm(here - there) < 1e-4 * scale, jax.tree_util.keystr(path)
 
 
 def gradients_as_weights(pair: Pair) -> NemotronHForCausalLM:
-  """A model whose weights are the gradients of another one's."""
+  """A model whose weights are the gradients of `pair.model`."""
   other = random_model(**pair.fields)
   with torch.no_grad():
     for there, here in zip(other.parameters(), pair.model.parameters(), strict=True):
-      there.copy_(torch.zeros_like(here) if here.grad is None else here.grad)  # An expert nobody asked.
+      there.copy_(torch.zeros_like(here) if here.grad is None else here.grad)  # None: no token chose this expert.
     for buffer in other.buffers():
       buffer.zero_()
   return other
 
 
 def decode(config, params, prompt_BT, new: int):
-  """(tokens, logits before each) by prefill and cached steps, greedily."""
+  """Greedy decoding by prefill and cached steps: (tokens, logits before each)."""
   model, B, P = Hybrid(config), *prompt_BT.shape
 
   @functools.partial(jax.jit, compiler_options=QUICK)
@@ -131,7 +131,7 @@ def decode(config, params, prompt_BT, new: int):
 
 
 def test_greedy_tokens_are_theirs_and_cached_decoding_is_their_full_pass(pair):
-  """Their full pass over a row as it came out: its argmax at each place must be the next token."""
+  """In the full pass of transformers over the decoded row, each argmax must be the next token."""
   prompt_BT = tokens(length=5)
   new_BN, logits_BNV = decode(pair.config, pair.params, prompt_BT, 64)
   expected = their_logits(pair.model, np.concatenate([prompt_BT, new_BN], axis=1))[:, 4:-1]
@@ -141,7 +141,7 @@ def test_greedy_tokens_are_theirs_and_cached_decoding_is_their_full_pass(pair):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_generate_of_transformers_says_the_same_64_tokens(cached, tmp_path):
-  """Its cached step does not clamp dt though its full pass does, so it agrees with itself only unclamped."""
+  """The cached step of transformers does not clamp dt, but its full pass does; without a clamp they agree."""
   model = random_model("MM*")
   config, params = ours(save(model, tmp_path))
   if cached:
@@ -157,7 +157,10 @@ def test_generate_of_transformers_says_the_same_64_tokens(cached, tmp_path):
 
 
 def test_the_published_spelling_means_no_clamp_and_that_is_another_function(tmp_path):
-  """dt below time_step_min is met: the clamp is not vacuous (paper.md 1.4)."""
+  """Some dt lie below time_step_min, so the clamp changes the output.
+
+  transformers clamps dt at time_step_min; vLLM and jax-llm-examples use time_step_limit (0, inf), no clamp.
+  """
   model = random_model("M", time_step_min=0.05)
   config, params = ours(save(model, tmp_path))
   assert config.time_step_limit == (0.05, math.inf)

@@ -1,4 +1,4 @@
-"""Laws of the policy-gradient step: the printed equations, and the same step however it is cut."""
+"""Tests of the policy-gradient step: the published equations, and the same result for any split of the batch."""
 
 import functools
 
@@ -22,12 +22,12 @@ from nemocascade.step.rows import after_prompts, pack_rows, rows_needed, to_rows
 from nemocascade.types import Prefix, Rollout, Scores, TrainState
 
 V, Q, G, T = 6, 4, 4, 5
-HEADS_ZDV = jax.random.normal(jax.random.key(5), (2, 3, V))  # Of two teachers.
-TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
+HEADS_ZDV = jax.random.normal(jax.random.key(5), (2, 3, V))  # Heads of two teachers.
+TX = optax.sgd(1.0)  # With a rate of 1, the change of the parameters is minus the gradient.
 
 
 def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None, temperature=1.0):
-  """A bigram model over rows of documents: the table is its head, the token before its state."""
+  """A bigram model over rows of documents: the table is the head, the one-hot previous token is the state."""
   starts_BT = segment_starts(segment_ids_BT)
   x_BTD = jnp.pad(jax.nn.one_hot(tokens_BT[:, :-1], V), ((0, 0), (1, 0), (0, 0)))
   logits_BTV = jnp.pad(params["table_VV"][tokens_BT[:, :-1]], ((0, 0), (1, 0), (0, 0)))
@@ -45,7 +45,7 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, afte
 
 
 def take_in(params, prompts):
-  """The last token of each prompt, and its row of the table, through which gradients flow."""
+  """The one-hot last token of each prompt, and its row of the table, through which gradients flow."""
   last_Q = jnp.take_along_axis(prompts.tokens_QP, prompts.length_Q[:, None] - 1, axis=1)[:, 0]
   return Prefix(params["table_VV"][last_Q], (jax.nn.one_hot(last_Q, V),)), None
 
@@ -61,7 +61,7 @@ def own_logprobs(r):
 
 
 def rollout(seed=1, noise=0.0):
-  """Completions of 1 to 3 tokens after a prompt of 2; `noise` parts sampler and trainer."""
+  """Completions of 1 to 3 tokens after a prompt of 2. `noise` makes the sampler differ from the trainer."""
   keys = jax.random.split(jax.random.key(seed), 8)
   length_QG1 = jax.random.randint(keys[0], (Q, G, 1), 3, T + 1)
   place_11T = jnp.arange(T)[None, None]
@@ -102,7 +102,7 @@ def gradient(r, advantage=grpo, aggregation=loss.token_mean, **slots):
 
 
 def gradient_of_rows(rows, count, prompts=None, **slots):
-  if noise := slots.pop("moved", 0.0):  # As after an update: the proximal policy is another one.
+  if noise := slots.pop("moved", 0.0):  # As after an update: the proximal policy differs from the current one.
     moved_BT = noise * jnp.sin(7.0 * rows["tokens"] + rows["behaviour"])
     rows = rows | {"proximal": rows["behaviour"] + moved_BT}
   before = state()
@@ -117,9 +117,10 @@ def assert_same(got, expected, atol=1e-6):
 
 
 def by_hand(r, coefficients_QGT, *, aggregation, kl_weight=0.0):
-  """(value, gradient) of the equations of paper.md 4.1 and 5.1, a token at a time, in fp64.
+  """(value, gradient) of GRPO's and MOPD's printed objectives, one token at a time, in fp64.
 
-  Coefficients are w * a. The gradient of log p(v | u) is one_hot(v) - p(. | u) in row u.
+  MOPD: Nemotron-Cascade 2 (arXiv 2603.19220), eq. 2 to 4. GRPO: its token-level form, a mean over all tokens.
+  Coefficients are w * a. The gradient of log p(v | u) is one_hot(v) - p(. | u) in row u of the table.
   """
   table_VV = np.asarray(state().params["table_VV"], np.float64)
   logprobs_VV = table_VV - np.log(np.exp(table_VV).sum(axis=1, keepdims=True))
@@ -161,7 +162,7 @@ def test_mopd_with_icepop_is_the_printed_objective_in_value_and_gradient():
   got_VV, metrics = gradient(r, mopd, aggregation=loss.sequence_mean, correction=loss.icepop)
   assert_same((metrics["loss/policy"], got_VV), expected)
   outside = (~inside_QGT)[learned_QGT].mean()
-  assert 0.1 < outside < 0.9  # The case is one where it matters.
+  assert 0.1 < outside < 0.9  # Otherwise the test would show nothing.
   np.testing.assert_allclose(metrics["policy/ratio_masked"], outside, rtol=1e-5)
   np.testing.assert_allclose(metrics["policy/ratio_max"], ratio_QGT[learned_QGT].max(), rtol=1e-5)
   gap = np.log(ratio_QGT)[learned_QGT]
@@ -170,8 +171,8 @@ def test_mopd_with_icepop_is_the_printed_objective_in_value_and_gradient():
 
 
 def test_mopd_step_on_every_completion_weighed_by_its_probability_descends_the_reverse_kl():
-  # One prompt of one token and each token of the vocabulary as its completion. The sampler is
-  # uniform and all ratios are kept, so a group's mean is an expectation over the policy.
+  # One prompt of one token, with each token of the vocabulary as one completion. The sampler is uniform
+  # and all ratios are kept, so the mean over the group is an expectation over the policy.
   own_V = jax.nn.log_softmax(state().params["table_VV"][0])
   teacher_V = jax.nn.log_softmax(jax.random.normal(jax.random.key(9), (V,)))
   second = lambda a_V: jnp.pad(a_V[None, :, None], ((0, 0), (0, 0), (1, 0)))  # noqa: E731
@@ -182,7 +183,7 @@ def test_mopd_step_on_every_completion_weighed_by_its_probability_descends_the_r
     behaviour_logprobs_QGT=second(jnp.full(V, -np.log(V))),
     rewards_QG=jnp.zeros((1, V)),
     valid_QG=jnp.ones((1, V), bool),
-    # mopd subtracts the sampler's log-probability; here the trainer's is another one.
+    # mopd subtracts the sampler's log-probability, so the trainer's is subtracted here instead.
     teacher_logprobs_QGT=second(teacher_V - own_V - np.log(V)),
   )
 
@@ -196,13 +197,13 @@ def test_mopd_step_on_every_completion_weighed_by_its_probability_descends_the_r
 
 @pytest.mark.parametrize("aggregation", [loss.token_mean, loss.sequence_mean])
 def test_distilling_the_reverse_kl_is_mopd_in_expectation_over_what_could_have_been_said(aggregation):
-  """The sampler's choice at a place replaced by each token in turn, weighed by the policy, states held."""
+  """Replaces each sampled token by every token in turn, weighted by the policy, with the states held fixed."""
   r = rollout()
   rows, count = to_rows(r, none(r), aggregation)
   got_VV, metrics = gradient_of_rows(rows, count, distillation=loss.reverse_kl, distillation_weight=1.0)
   there_QGTV = teacher_logprobs(r.teacher_states_QGTD, r.teacher_Q).reshape(-1, T, V)
 
-  def expected(table_VV):  # -E[a log pi], a = log teacher - log pi without gradient.
+  def expected(table_VV):  # -E[a log pi], where a = log teacher - log pi carries no gradient.
     own_BTV = jnp.pad(jax.nn.log_softmax(table_VV[rows["tokens"][:, :-1]]), ((0, 0), (1, 0), (0, 0)))
     a_BTV = jax.lax.stop_gradient(jnp.exp(own_BTV) * (there_QGTV - own_BTV))
     return -jnp.sum(rows["weights"][..., None] * a_BTV * own_BTV) / count
@@ -268,7 +269,7 @@ def test_packed_is_unpacked_and_empty_pieces_change_nothing(case, accumulate):
   packed = pack_rows(rows, B=9, T=2 * T + 1, accumulate=accumulate)
   filled_B = packed["mask"].any(axis=1)
   assert packed["mask"].sum() == np.asarray(rows["mask"]).sum()
-  assert filled_B.sum() < 9 and packed["segment_ids"].max() >= 2  # Several documents to some rows.
+  assert filled_B.sum() < 9 and packed["segment_ids"].max() >= 2  # Some rows hold several documents.
   got, expected = (gradient_of_rows(x, count, **case, accumulate=n) for x, n in ((packed, accumulate), (rows, 1)))
   assert_same(got, expected)
 
@@ -279,7 +280,7 @@ def test_prompts_taken_in_once_teach_what_they_do_repeated(case, accumulate):
   case = dict(case)
   advantage, aggregation = case.pop("advantage"), case.pop("aggregation", loss.token_mean)
   r = rollout(noise=0.5)
-  # One group's samples are all left out, another prompt is one token shorter.
+  # One group has no valid samples; another prompt is one token shorter.
   r = r.replace(valid_QG=r.valid_QG.at[1].set(False), loss_mask_QGT=r.loss_mask_QGT.at[2, :, 1].set(True))
   rows, count = to_rows(r, advantage(r), aggregation)
   cut, prompts = after_prompts(rows, Q, P=2, T=4)
@@ -294,7 +295,7 @@ def test_what_a_policy_says_of_its_samples_it_says_behind_a_prompt_taken_in_once
   rows, _ = to_rows(r, grpo(r))
   cut, prompts = after_prompts(rows, Q, P=2, T=3)
   got_BT = proximal_logprobs(score, state().params, cut, prompts, accumulate=2, take_in_fn=take_in)
-  # A piece has every second sample of each prompt.
+  # Each piece has every second sample of each prompt.
   got_BT = np.asarray(got_BT).reshape(cut["tokens"].shape)
   expected_BT = proximal_logprobs(score, state().params, rows, accumulate=1)[:, 2:]
   np.testing.assert_allclose(got_BT[cut["mask"]], expected_BT[cut["mask"]], atol=1e-6)
@@ -359,7 +360,7 @@ def test_a_batch_without_valid_samples_changes_nothing():
 
 
 def test_the_better_half_becomes_likelier():
-  # Two completions of one token: the one that is paid gains what the other loses.
+  # Two completions of one token: the rewarded one gains what the other loses.
   r = jax.tree.map(lambda a: a[:1, :2] if a.ndim > 1 else a[:1], rollout())
   r = r.replace(
     tokens_QGT=jnp.array([[[0, 1, 2, 0, 0], [0, 1, 3, 0, 0]]]),
@@ -380,7 +381,7 @@ def test_on_policy_all_ratio_forms_are_reinforce(ratio, advantage):
 
 
 def test_ratio_and_correction_off_policy_are_a_loop_over_tokens():
-  """GSPO against the proximal policy and the sequence mask against the sampler, in fp64."""
+  """A fp64 loop: GSPO against the proximal policy, and the sequence mask against the sampler."""
   r = rollout(noise=0.5)
   rows, count = to_rows(r, mopd(r))
   own_BT = np.asarray(own_logprobs(r), np.float64).reshape(-1, T)
@@ -406,7 +407,7 @@ def test_ratio_and_correction_off_policy_are_a_loop_over_tokens():
     rows, count, ratio=functools.partial(loss.gspo, low=low, high=high),
     correction=functools.partial(loss.sequence_mask, low=0.8, high=1.25),
   )  # fmt: skip
-  assert 0 < kept < Q * G and clipped  # The case is one where it matters.
+  assert 0 < kept < Q * G and clipped  # Otherwise the test would show nothing.
   np.testing.assert_allclose(metrics["loss/policy"], value / float(count), rtol=1e-5)
   np.testing.assert_allclose(metrics["policy/clipped"], clipped / float(count), rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""What the code calls fp32 is fp32 on a TPU too: the programs that a TPU is given are read, product by product."""
+"""fp32 stays fp32 on a TPU: every product in the programs lowered for a TPU is checked."""
 
 import functools
 import itertools
@@ -39,19 +39,19 @@ from nemocascade.types import Batch, Rollout, TrainState
 B, T, V = 2, 12, 40
 DTYPES = ["float32", "bfloat16"]
 
-# Of bf16 these lose what a softmax, a norm, a loss or a decay needs; a sum loses small terms.
+# In bf16 these operations lose what a softmax, a norm, a loss or a decay needs, and a sum loses small terms.
 ROUNDED = re.compile(r"stablehlo\.(exponential|exponential_minus_one|log|log_plus_one|logistic|tanh|rsqrt|sqrt|power|divide)\b")
 SUM = re.compile(r"stablehlo\.(reduce|reduce_window)\b.*(add|multiply)")
 LOW = re.compile(r"[x<](bf16|f16|f8\w*)>")
 
 
 def lowered(fn, *args) -> str:
-  """StableHLO as a TPU's compiler gets it; no TPU is needed for that."""
+  """StableHLO lowered for a TPU; this needs no TPU."""
   return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
 def faults(text: str) -> list[str]:
-  """Lines that multiply fp32 as less, or that sum or exponentiate in less than fp32."""
+  """Lines that multiply fp32 at lower precision, or that sum or exponentiate below fp32."""
   found = []
   for line in text.splitlines():
     types = line.rpartition(" : ")[2]
@@ -66,7 +66,10 @@ def faults(text: str) -> list[str]:
 
 
 def check(text: str, dtype: str = "float32", *, products: int = 0):
-  """`products`: how many there are at least, so that a test that reads nothing fails."""
+  """Asserts that there are no faults.
+
+  `products` is a lower bound on the number of products, so that a check of an empty program fails.
+  """
   assert not faults(text)
   assert text.count("stablehlo.dot_general") >= products
   if dtype == "float32":
@@ -78,7 +81,7 @@ def normal(*shape, dtype="float32"):
 
 
 def value_and_grads(fn, *argnums):
-  """The value of fn's sum with its gradients: what is lowered holds the backward pass too."""
+  """Value and gradients of the sum of fn's outputs, so that the lowered text includes the backward pass."""
   def total(*args):
     return sum(jnp.sum(out.astype(jnp.float32)) for out in jax.tree.leaves(fn(*args)) if jnp.issubdtype(out.dtype, jnp.floating))
 
@@ -113,7 +116,7 @@ def test_the_routers_logits_and_balance_are_fp32(dtype):
 
   text = lowered(value_and_grads(routed, 0, 1), normal(T, 16, dtype=dtype), normal(16, 8), normal(8))
   check(text, dtype, products=3)
-  assert not re.search(r"dot_general.*bf16", text)  # The rows were fp32 before they met the gate.
+  assert not re.search(r"dot_general.*bf16", text)  # The rows are cast to fp32 before the product with the gate.
 
 
 def test_sampling_is_fp32():
@@ -167,7 +170,7 @@ def test_logprobs_and_distances_to_teachers_are_fp32(dtype):
   "form, dtype", [("definition", "float32"), ("blocked", "float32"), *itertools.product(("tpu", None), DTYPES)]
 )
 def test_experts_multiply_in_their_own_dtype(dtype, form):
-  """Pallas' interpreter shows the products inside a kernel; the platform's own form hides them in it."""
+  """Pallas' interpreter shows the products inside a kernel; a compiled kernel hides them."""
   x, up, down = normal(64, 16, dtype=dtype), normal(8, 16, 24, dtype=dtype), normal(8, 24, 16, dtype=dtype)
   expert, weight = jnp.zeros((64, 2), jnp.int32), normal(64, 2, dtype=dtype)
   fn = lambda x, up, down, weight: routed_mlp(x, up, down, expert, weight, form=form, interpret=form == "tpu")[0]
@@ -175,7 +178,7 @@ def test_experts_multiply_in_their_own_dtype(dtype, form):
   check(text, dtype, products=6 if form else 0)
 
 
-# Whole programs: whatever is between the parts above.
+# Whole programs, with the operations between the parts tested above.
 
 
 @functools.cache
@@ -253,14 +256,14 @@ def test_whole_programs_sum_and_exponentiate_in_fp32(program, dtype):
 
 
 def test_the_embeddings_gradient_sums_a_tokens_rows_in_fp32():
-  """A frequent token has thousands of rows in a batch: bf16 forgets the small ones."""
+  """A frequent token has thousands of rows in a batch; a sum in bf16 loses the small ones."""
   of_embedding = [line for line in sft_program("bfloat16").splitlines() if f"}}) : (tensor<{V}x16x" in line]
   assert of_embedding and not any(LOW.search(line) for line in of_embedding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_of_gradients_are_fp32_and_so_is_the_clip(dtype):
-  """In bf16 a norm has three digits."""
+  """In bf16 a norm has only three digits."""
   grads = {"a": normal(64, 64, dtype=dtype), "b": normal(9, dtype=dtype)}
   text = lowered(lambda grads: (optimizer.norm(grads), optimizer.clip_by_norm(1.0).update(grads, optax.EmptyState())[0]), grads)
   check(text, dtype)

@@ -1,4 +1,4 @@
-"""Preference: mixed demonstrations against a good reference, and pairs by a hidden measure."""
+"""Preference: mixed demonstrations against a good reference, and pairs ranked by a hidden quality measure."""
 
 import collections
 import json

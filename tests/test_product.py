@@ -1,4 +1,4 @@
-"""Products in bf16 are rounded once, forward and backward, on one device and on several."""
+"""bf16 products are rounded once, forward and backward, on one device and on several."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nemocascade.kernels.product import product, weight_product
 from nemocascade.mesh import BATCH, make_mesh
 
-SHAPES = {  # x, w, how many axes are summed over.
+SHAPES = {  # Shape of x, shape of w, number of axes summed over.
   "matrix": ((24, 16), (16, 40), 1),
   "rows": ((2, 8, 16), (16, 40), 1),
   "heads_out": ((2, 8, 16), (16, 2, 3, 4), 1),
@@ -48,12 +48,12 @@ def test_values_and_gradients_are_exact_up_to_one_rounding(shape, dtype):
   args = inputs(shape, dtype)
   for got, expected in zip(with_gradients(*args), exact(*args), strict=True):
     assert got.dtype == dtype
-    # Half a unit of the last of 8 bits is at most 2^-8 of the value; fp32 sums of 40 terms of size 1 add 1e-5.
+    # 8 bits: the rounding error is at most 2^-8 of the value. fp32 sums of 40 terms of size 1 add 1e-5.
     np.testing.assert_allclose(got.astype(FP32), expected, rtol=2**-8 if dtype == BF16 else 0, atol=2e-5)
 
 
 def test_weights_are_cast_and_their_gradient_is_not():
-  """fp32 parameters under bf16 activations: their gradient is rounded nowhere."""
+  """fp32 parameters with bf16 activations: the gradient of the parameters is never rounded to bf16."""
   x, w, dy, axes = inputs("rows", BF16)
   y, dx, dw = with_gradients(x, w.astype(FP32), dy.astype(FP32), axes, FP32)
   assert (y.dtype, dx.dtype, dw.dtype) == (FP32, BF16, FP32)
@@ -70,7 +70,7 @@ def test_several_devices_are_one(dtype):
   put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))
   got = with_gradients(put(x, BATCH), put(w, BATCH), put(dy, BATCH), axes)
   for one, several in zip(with_gradients(x, w, dy, axes), got, strict=True):
-    # Gradients of w are summed over the devices: in bf16, of which a rounding is 2^-8 of the largest.
+    # Gradients of w are summed over devices in bf16, with rounding errors of 2^-8 of the largest value.
     atol = 2**-6 * float(jnp.abs(one.astype(FP32)).max()) if dtype == BF16 else 2e-5
     np.testing.assert_allclose(several.astype(FP32), one.astype(FP32), atol=atol)
 

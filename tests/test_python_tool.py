@@ -1,4 +1,4 @@
-"""Laws of the Python tool: it remembers, it shows what a notebook shows, and nothing outlasts it."""
+"""Tests of the Python tool: it keeps state, prints like a notebook, and leaves nothing behind."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The registry builds domains by name, and their markers are all different."""
+"""The registry builds domains by name, and no two domains share a marker word."""
 
 import importlib.util
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from nemocascade.domains import registry
 from nemocascade.errors import UserError
 
-FILES = {"swe_agentic": "swe"}  # Where the file has another name than its domain.
+FILES = {"swe_agentic": "swe"}  # Domains whose file has another name.
 
 
 def written(name):

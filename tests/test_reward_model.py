@@ -1,4 +1,4 @@
-"""Laws of the reward model's step: Bradley-Terry by hand, and pairs that come apart."""
+"""Tests of the reward model's step: Bradley-Terry by hand, and separation of the pairs."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ V = 4
 
 
 def reward(params, tokens_BT, segment_ids_BT):
-  """A worth of each token, summed over a row."""
+  """The sum of a learned worth of each token."""
   return jnp.sum(jnp.where(segment_ids_BT > 0, params["worth_V"][tokens_BT], 0.0), axis=1)
 
 
@@ -50,7 +50,7 @@ def test_only_the_difference_matters():
 
 def test_a_step_from_zero_moves_by_half_the_difference_of_the_pairs():
   tx = optax.sgd(1.0)
-  # Of 2 pairs: token 1 beats token 2, and token 1 beats token 3; sigmoid(0) = 1/2.
+  # Two pairs: token 1 beats token 2, and token 1 beats token 3; sigmoid(0) = 1/2.
   after, metrics = reward_model_step(reward, tx)(state(tx), rows([1], [1]), rows([2], [3]))
   np.testing.assert_allclose(after.params["worth_V"], [0, 0.5, -0.25, -0.25], atol=1e-6)
   np.testing.assert_allclose(metrics["loss/reward_model"], np.log(2), rtol=1e-6)

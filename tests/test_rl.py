@@ -1,4 +1,4 @@
-"""A stage of RL: refused with the numbers, and the same to the last bit when it is resumed."""
+"""An RL stage: bad requests are refused with the numbers, and a resumed stage is bitwise the same."""
 
 import inspect
 import json
@@ -108,7 +108,7 @@ VOWELS = frozenset("aeiou")
 
 
 class Vowels(Domain):
-  """Paid by the share of vowels in what is said: any policy has groups that differ, and every token counts."""
+  """Rewards the share of vowels in the completion, so that rewards differ within groups for any policy."""
 
   name, thinking, style = "instruction", False, Style("", "")
 
@@ -121,7 +121,7 @@ class Vowels(Domain):
 
 
 def vowels_alone(a, *names):
-  """The assembly with this domain in the place of the named ones."""
+  """Replaces the named domains by this one."""
   for name in names:
     a.domains[name] = Vowels()
     a.domains[name].name = name
@@ -129,14 +129,14 @@ def vowels_alone(a, *names):
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-  """A stage of four steps from fresh parameters, with a checkpoint after every second."""
+  """A stage of four steps from fresh parameters, with a checkpoint after every second step."""
   root = tmp_path_factory.mktemp("rl")
   c = if_rl.get_config("smoke")
   with c.unlocked():
     c.steps, c.save_every, c.dynamic_filtering, c.overlong = 4, 2, False, "keep"
     c.rollout.update(prompts=4, completions=2)
     c.packing.update(rows=8, pieces=2)
-    c.guards.window = 2  # So that histories matter in so few steps.
+    c.guards.window = 2  # A short window, so that the guards' histories matter within four steps.
     c.optimizer.warmup_steps = 0
   a = Assembly(c, root)
   vowels_alone(a, "instruction")
@@ -148,18 +148,18 @@ def stage(tmp_path_factory):
   a.collect = lambda params, key, *args, **how: keys.add(str(key)) or collect(params, key, *args, **how)
   outcome = rl.run(c, root / "whole" / "if_rl", a, start)
   a.collect = collect
-  assert len(keys) == c.steps  # Each step has its own random numbers.
+  assert len(keys) == c.steps  # Each step has its own random key.
   assert moved(outcome, start) and all(line["reward/mean"] > 0 for line in lines(root / "whole" / "if_rl"))
   return c, a, root, start
 
 
 def moved(outcome, start) -> bool:
-  """Whether the outcome has learned anything since its start, by more than rounding."""
+  """Whether the parameters changed since the start by more than rounding."""
   return change(outcome, start) > 1e-4
 
 
 def change(outcome, start) -> float:
-  """The largest change of a parameter; one update's is the rate, 1e-3, at most."""
+  """The largest change of any parameter; one update changes each by at most the rate, 1e-3."""
   before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
   changes = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), outcome.params, before)
   return max(jax.tree.leaves(changes))
@@ -197,9 +197,9 @@ def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_re
     shared.steps = 1
     shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
   assert moved(rl.run(shared, root / "shared" / "if_rl", a, start), start)
-  assert asked["completion_tokens"] == shared.packing.row_tokens  # No completion is longer than its row.
+  assert asked["completion_tokens"] == shared.packing.row_tokens  # A completion must fit in its row.
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
-  # The routers' loads are others: they count a prompt once.
+  # Router loads differ, because the tokens of a prompt are counted once; these metrics must agree.
   for name in [n for n in expected if n.split("/")[0] in ("loss", "norm", "policy", "reward", "advantage", "tokens")]:
     np.testing.assert_allclose(got[name], expected[name], rtol=2e-3, atol=1e-5, err_msg=name)
 
@@ -212,10 +212,10 @@ def test_several_updates_a_batch_are_counted_as_one_step_and_all_learn(stage):
   outcome = rl.run(twice, root / "twice", a, start)
   (line,) = lines(root / "twice")
   assert change(outcome, start) > 1.5e-3 and line["step/skipped_nonfinite"] == 0
-  assert line["policy/sampler_error"] < 1e-4  # Of the policy before both updates, which sampled.
+  assert line["policy/sampler_error"] < 1e-4  # Measured with the policy that sampled, before both updates.
   assert outcome.steps == 1 and len(lines(root / "twice")) == 1
   assert int(Store(root / "twice" / "checkpoints").latest()) == 1
-  assert rl.run(twice, root / "twice", a, start).steps == 1  # Finished: nothing is done again.
+  assert rl.run(twice, root / "twice", a, start).steps == 1  # The stage is finished, so nothing runs again.
 
 
 def test_a_batch_of_which_everything_is_left_out_is_counted_and_changes_no_parameter(stage, monkeypatch):
@@ -256,13 +256,13 @@ def test_a_policy_that_is_its_own_teacher_is_at_no_distance_and_stays(stage, nam
   with own.unlocked():
     own.steps, own.advantage, own.distillation, own.distillation_weight = 1, "none", name, 1.0
     own.options, own.teachers = {name: options}, dict.fromkeys(c.mixture, start)
-    own.optimizer.update(peak_lr=1e-3, warmup_steps=0, eps=1.0)  # So that a gradient of 0 moves nothing.
+    own.optimizer.update(peak_lr=1e-3, warmup_steps=0, eps=1.0)  # A small eps would amplify gradients near 0.
   teachers = gather(a, [Teacher(domain, start, 0.0, "") for domain in c.mixture], keep=1)
   other = a.fresh_params(jax.random.key(1))
   Store(root / name / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
   stranger = str(root / name / "other" / "checkpoints" / "1")
   strangers = gather(a, [Teacher(domain, stranger, 0.0, "") for domain in c.mixture], keep=1)
-  # From another it learns, by more than what is allowed below; eps makes updates as small as gradients.
+  # It must learn from another teacher by more than the tolerance below; eps makes updates as small as gradients.
   assert change(rl.run(own, root / f"{name}_of_another", a, start, strangers), start) > 3e-6
   outcome = rl.run(own, root / name, a, start, teachers)
   (line,) = lines(root / name)
@@ -336,7 +336,7 @@ def test_one_bad_batch_is_passed_over_and_so_many_in_a_row_end_the_stage(stage, 
   with pytest.raises(StageStopped, match=r"^if_rl, step 2: 3 updates in a row .*max_nonfinite=3"):
     calls.clear()
     rl.run(c, root / "all_bad" / "if_rl", a, start)
-  # The count is in the record: a stage that is started again and again does not begin to count anew.
+  # The count is in the checkpoint's record, so a restarted stage does not count from 0 again.
   with pytest.raises(StageStopped, match=r"^if_rl, step 2: 3 updates in a row"):
     rl.run(c, root / "all_bad" / "if_rl", a, start)
   kept = load_params(root / "all_bad" / "if_rl" / "checkpoints" / "2", jax.eval_shape(lambda p: p, outcome.params))
@@ -353,7 +353,7 @@ def test_a_guard_that_stops_saves_says_why_and_lets_nothing_go_on_there(stage, c
   for words in ("^if_rl, step 2: entropy_collapse: policy/entropy is .* init_from=.*/3$", "ended by entropy_collapse"):
     with pytest.raises(StageStopped, match=words):
       rl.run(guarded, root / "guarded" / "if_rl", a, start)
-  # Judged at the third step, where the window is full: that step's checkpoint is there, due or not, and no later one.
+  # The guard judges at the third step, when its window is full; that step is saved, and the stage ends there.
   found = lines(root / "guarded" / "if_rl")
   assert [line.get("guard/entropy_collapse") for line in found] == [None, None, 1]
   assert Store(root / "guarded" / "if_rl" / "checkpoints").latest() == 3

@@ -1,4 +1,4 @@
-"""Rows meet their own expert's matrix: all forms agree with a loop over rows, with gradients."""
+"""Routed matmul: every form equals a loop over rows, with gradients."""
 
 import functools
 
@@ -17,7 +17,7 @@ from nemocascade.kernels.routed_matmul_blocked import FEWEST, MOST, choose_block
 from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile
 from nemocascade.kernels.routed_mlp_padded import capacity
 
-E, D, F, N = 5, 136, 200, 44  # Neither tiles of rows nor of columns divide them.
+E, D, F, N = 5, 136, 200, 44  # Not divisible by the tiles' rows or columns.
 TILE = Tile(rows=16, chunk=128, part=8)
 FORMS = {
   "definition": dict(form="definition"),
@@ -25,23 +25,23 @@ FORMS = {
   "tpu": dict(form="tpu", tile=TILE, interpret=True),
   "gpu": dict(form="gpu", tile=gpu.Tile(rows=16, columns=64, depth=32), interpret=True),
 }
-# What a CPU does by itself, what a TPU does, and what a GPU does.
+# The default forms of a CPU, a TPU and a GPU.
 MLP_FORMS = {
   "own": {},
   "tpu": dict(form="tpu", tile=Tile(rows=256, chunk=128, part=64), interpret=True),
   "gpu": dict(form="gpu", tile=gpu.Tile(rows=128, columns=64, depth=64), interpret=True),
 }
-# Of the largest number of a result: fp32 sums in another order; bf16 rounds results once or twice.
+# Relative to the largest value: fp32 sums in another order; bf16 rounds results once or twice.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}
 LAYOUTS = st.one_of(
-  st.lists(st.integers(0, 9), min_size=E, max_size=E),  # Some rows may be nobody's.
-  st.integers(0, E - 1).map(lambda e: [N if i == e else 0 for i in range(E)]),  # One giant group.
-  st.lists(st.sampled_from([0, 0, 8, 16]), min_size=E, max_size=E),  # Whole tiles; may pass row N.
+  st.lists(st.integers(0, 9), min_size=E, max_size=E),  # Some rows may belong to no expert.
+  st.integers(0, E - 1).map(lambda e: [N if i == e else 0 for i in range(E)]),  # One expert has all rows.
+  st.lists(st.sampled_from([0, 0, 8, 16]), min_size=E, max_size=E),  # Whole tiles; the sum may exceed N.
 )
 
 
 def loop(x, w, dy, sizes, offset=0):
-  """(y, dx, dw) in float64 by a loop over rows; w holds experts from `offset` on."""
+  """(y, dx, dw) in fp64 by a loop over rows; w holds the experts from `offset` on."""
   x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
   y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
   for n, e in enumerate(np.repeat(np.arange(len(sizes)), sizes)[: len(x)] - offset):
@@ -153,14 +153,14 @@ def test_tiles_are_cut_to_the_shapes():
   assert choose_tile(64, 8, 64, 64).chunk == 128
   assert gpu.choose_tile(32768 * 6, 128, 2688, 1856) == gpu.Tile()
   assert gpu.choose_tile(4096 * 6, 128, 2688, 1856) == gpu.Tile(rows=128)
-  small = gpu.choose_tile(64, 8, 40, 24, jnp.float32)  # Powers of two, of at least 16.
+  small = gpu.choose_tile(64, 8, 40, 24, jnp.float32)  # Tile sides are powers of two, at least 16.
   assert (small.rows, small.columns, small.depth, small.warps) == (16, 32, 32, 4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_programs_for_gpus_are_lowered_to_kernels_that_are_well_formed(dtype, monkeypatch):
-  """On any machine, at Nano's shapes; `finish` and `extras` are in the MLP."""
-  from jax._src.pallas.triton import lowering  # JAX itself hands a kernel on unverified.
+  """Lowers the MLP at Nano's shapes on any machine; it uses `finish` and `extras`."""
+  from jax._src.pallas.triton import lowering  # JAX itself does not verify a kernel.
 
   lower, sound = lowering.lower_jaxpr_to_triton_module, []
 
@@ -176,12 +176,12 @@ def test_programs_for_gpus_are_lowered_to_kernels_that_are_well_formed(dtype, mo
   gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 4)))
   traced = gradients.trace(of(T, D), of(128, D, F), of(128, F, D), of(T, X, dtype=jnp.int32), of(T, X))
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("xla.gpu.triton") == 6  # Two products, two with transposed experts, two of weights.
+  assert text.count("xla.gpu.triton") == 6  # Two products, two with transposed experts, two for weight gradients.
   assert all(sound) and sound
 
 
 def mlp_inputs(experts, tokens, dtype=jnp.float32, crowded=False):
-  """`crowded`: nearly all tokens choose the same expert, many more than a fair share."""
+  """`crowded`: nearly all tokens choose the same expert."""
   keys = jax.random.split(jax.random.key(1), 6)
   x_TD = jax.random.normal(keys[0], (tokens, 72), dtype)
   up = jax.random.normal(keys[1], (experts, 72, 40), dtype) / 72**0.5
@@ -215,7 +215,7 @@ def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, crowded, form):
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2**-5)])
 @pytest.mark.parametrize("crowded", [False, True])
 def test_gradients_of_routed_mlp_are_the_definitions(form, crowded, dtype, tolerance):
-  """Of x, both matrices and the weights; bf16 against the fp32 definition of the same numbers."""
+  """Gradients of x, of both matrices and of the weights; bf16 against the fp32 definition on the same inputs."""
   x_TD, up, down, expert_TX, weight_TX = mlp_inputs(16, 700, dtype, crowded)
 
   def gradients(form, *args):

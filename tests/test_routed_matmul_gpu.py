@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU the compiled kernels are the definition, in value and gradients."""
+"""On an NVIDIA GPU the compiled kernels equal the definition in value and gradients."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ pytestmark = [
   ),
 ]
 
-# In a process of its own: all other tests see CPUs alone.
+# Run in a separate process, because all other tests use CPUs only.
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

@@ -1,4 +1,4 @@
-"""The TPU compiler takes the kernels, for each generation that lays out its memory differently."""
+"""The TPU compiler accepts the kernels for each TPU generation with its own memory layout."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="the TPU compiler is in libtpu: pip install 'nemocascade[tpu]'",
 )
-T, X, E, D, F = 512, 2, 8, 256, 200  # F is no multiple of 128, like Nano's.
+T, X, E, D, F = 512, 2, 8, 256, 200  # F is not a multiple of 128, like Nano's.
 
 
 def mlp_gradients(x_TD, up, down, expert_TX, weight_TX):
@@ -30,7 +30,7 @@ def shard_gradients(x_ND, w_EDF, sizes, offset):
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("program", ["mlp", "shard"])
 def test_gradients_compile(topology, program, monkeypatch):
-  """By default a program that is compiled for a TPU gets the TPU's form, on any machine."""
+  """A program compiled for a TPU uses the TPU form by default, on any machine."""
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]

@@ -1,4 +1,4 @@
-"""Laws of sampling: the right distribution, its own log-probability, and no neighbours."""
+"""Tests of sampling: the right distribution, its log-probability, and independent rows."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def softmax(logits_V, temperature=1.0):
 
 
 def nucleus(prob_V, top_p):
-  """The definition: tokens from the likeliest on, until top_p is reached."""
+  """The definition: tokens in order of probability until their sum reaches top_p."""
   kept_V = np.zeros_like(prob_V)
   for token in np.argsort(-prob_V, kind="stable"):
     kept_V[token] = prob_V[token]
@@ -40,7 +40,7 @@ def nucleus(prob_V, top_p):
 
 
 def assert_frequencies(tokens_B, prob_V):
-  """Within 5 standard errors of each token's own binomial; the seed is fixed."""
+  """Within 5 binomial standard errors for each token; the seed is fixed."""
   share_V = np.bincount(tokens_B, minlength=len(prob_V)) / len(tokens_B)
   assert np.all(np.abs(share_V - prob_V) <= 5 * np.sqrt(prob_V * (1 - prob_V) / len(tokens_B)))
 
@@ -97,7 +97,7 @@ def test_a_sample_depends_on_its_row_and_place_and_not_on_its_neighbours():
   )
   np.testing.assert_array_equal(apart[0], together[0][order])
   np.testing.assert_allclose(apart[1], together[1][order], rtol=1e-6)
-  np.testing.assert_array_equal(together[1], together[2])  # Nothing is cut off at top_p = 1.
+  np.testing.assert_array_equal(together[1], together[2])  # At top_p = 1 nothing is cut off.
 
 
 def test_rows_and_places_have_keys_of_their_own():

@@ -1,4 +1,4 @@
-"""The sandbox: whatever a program does, it gets a verdict, in time, and reaches nothing."""
+"""The sandbox: every program gets a verdict in time, and reaches nothing outside."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ def box():
   return Sandbox(cpu_s=CPU_S, wall_s=WALL_S, output_kb=64)
 
 
-HOSTILE = {  # What it tries, how it may end.
+HOSTILE = {  # Name -> (program, allowed statuses).
   "infinite loop": ("while True: pass", {"timeout"}),
   "sleep": ("import time; time.sleep(60)", {"timeout"}),
   "closes its streams and sleeps": (
@@ -122,7 +122,7 @@ def test_every_program_gets_a_verdict_in_time_and_the_next_one_is_well(box, name
   assert result.status in allowed, result
   assert time.monotonic() - start < WALL_S + 2
   assert len(result.stdout) <= 64 << 10
-  fresh = str(time.monotonic_ns())  # Else it would be remembered.
+  fresh = str(time.monotonic_ns())  # A new program, which no cached result can answer.
   assert box.run(script(f"print({fresh})")).stdout == f"{fresh}\n"
 
 
@@ -134,7 +134,7 @@ def test_nothing_of_the_host_is_to_be_seen(box):
 
 
 def test_no_program_sees_what_another_left(box):
-  for i in range(6):  # Over two workers, so that each one serves again.
+  for i in range(6):  # Two workers, so that each serves several programs.
     result = box.run(script(f"import os; print(os.listdir('.')); open('left{i}', 'w')"))
     assert result.stdout == "['main.py']\n"
 
@@ -294,7 +294,7 @@ def test_programs_run_in_order_and_equal_ones_once(monkeypatch):
   assert [r.stdout for r in box.run_batch(programs)] == [f"{i % 3}\n" for i in range(12)]
   assert len(runs) == 3
   box.run_batch(programs)
-  assert len(runs) == 3  # Remembered.
+  assert len(runs) == 3  # Taken from the cache.
   assert box.run_batch([]) == []
 
 
@@ -356,7 +356,7 @@ def test_root_that_may_not_give_programs_another_user_keeps_its_own(monkeypatch)
 
 
 def test_a_folder_that_cannot_be_made_is_the_sandboxs_failure():
-  own = worker.Worker(next(worker.ways()), Limits(files=1))  # Not enough for the program's own.
+  own = worker.Worker(next(worker.ways()), Limits(files=1))  # A limit too low for the program's own file.
   result = own.run(script("print(1)"))
   assert (result.status, own.ended()) == ("unstarted", True) and "No space" in result.reason
 
@@ -384,7 +384,7 @@ def test_a_sandbox_that_ended_before_it_was_asked_still_says_why(monkeypatch, tm
 
 
 def test_without_a_filter_there_is_no_sandbox(monkeypatch):
-  for code in (None, b"\0" * 8):  # Another system, and one which the kernel refuses.
+  for code in (None, b"\0" * 8):  # A system without a filter, and a filter that the kernel refuses.
     monkeypatch.setattr(seccomp, "filter_program", lambda code=code: code)
     with pytest.raises(UserError, match="programs cannot be confined here"):
       Sandbox()
@@ -412,7 +412,7 @@ def test_files_stay_in_the_programs_folder(path):
     Program({path: ""})
 
 
-CALLS = {  # (number on x86-64, on arm64, arguments): whether it is allowed, or the error.
+CALLS = {  # Name -> (number on x86-64, number on arm64, arguments, "allowed" or the errno).
   "read": (0, 63, (), "allowed"),
   "getrandom": (318, 278, (), "allowed"),
   "thread": (56, 220, (0x3D0F00,), "allowed"),
@@ -428,7 +428,7 @@ CALLS = {  # (number on x86-64, on arm64, arguments): whether it is allowed, or 
   "dup": (72, 25, (5, 0), "allowed"),
   "lock": (72, 25, (5, 6), 1),
   "signal at input": (72, 25, (5, 10), 1),
-  "dup with a high half": (72, 25, (5, 1 << 32), "allowed"),  # The kernel reads the lower one too.
+  "dup with a high half": (72, 25, (5, 1 << 32), "allowed"),  # The kernel reads only the lower half.
   "isatty": (16, 29, (1, 0x5401), "allowed"),
   "typing for the terminal": (16, 29, (1, 0x5412), 25),
   "own limits": (302, 261, (0,), "allowed"),
@@ -449,7 +449,7 @@ def test_the_filter_decides(column, machine, audit):
 
 
 def decision(machine, audit, number, arguments):
-  """What the filter returns of a call: its instructions run as the kernel's documentation says."""
+  """The filter's decision on a system call, by interpreting its BPF instructions."""
   code = list(struct.iter_unpack("=HBBI", seccomp.filter_program(machine)))
   record = struct.pack("=IIQ6Q", number, audit, 0, *arguments, *[0] * (6 - len(arguments)))
   place, value = 0, None

@@ -1,4 +1,4 @@
-"""Laws of scoring: each verdict to its completion, and who is left out of learning."""
+"""Tests of scoring: each verdict goes to its completion, and masked samples are left out of the loss."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ T = 4
 
 
 class Echo(Domain):
-  """Pays what the completion says; keeps count of the calls."""
+  """Rewards the number that the completion says, and records its calls."""
 
   def __init__(self):
     self.calls = []
@@ -26,7 +26,7 @@ class Echo(Domain):
 
 
 def samples(contents_QG, *, names=None, finished=True):
-  """Completions that say their own reward; rows are their numbers."""
+  """Completions that say their own rewards; rows are their numbers."""
   finished_QG = np.broadcast_to(finished, np.shape(contents_QG))
   completions = [
     [
@@ -87,7 +87,7 @@ def test_a_completion_without_a_verdict_is_never_trained_on(overlong):
   rollout, counts = score.to_rollout(s, verdicts, overlong=score.OVERLONG[overlong])
   np.testing.assert_array_equal(rollout.valid_QG, [[True, False, True]])
   assert counts["rollout/masked"] == pytest.approx(1 / 3)
-  assert counts["rollout/verdict"] == 0.5  # Over those that have one.
+  assert counts["rollout/verdict"] == 0.5  # Mean over the samples with a verdict.
 
 
 def test_masked_samples_are_counted_by_their_cause():
@@ -124,7 +124,7 @@ def test_tokens_masks_and_logprobs_pass_through_and_their_length_is_counted():
 
 
 def test_the_soft_penalty_grows_with_every_token_of_the_last_few():
-  # Limit 10, the last 4 tokens: 6 and fewer are free, 8 lose a half, 10 lose 1; unfinished lose 1.
+  # The limit is 10 and the last 4 tokens are penalised: up to 6 lose 0, 8 lose 0.5, 10 lose 1; unfinished lose 1.
   s, verdicts = judged([[1, 1, 1, 0, 1]], finished=[[True, True, True, True, False]])
   lengths_G = np.array([5, 6, 8, 10, 3])
   s = dataclasses.replace(
@@ -147,7 +147,7 @@ def test_dynamic_filtering_is_of_raw_verdicts_though_the_soft_penalty_parts_them
 
 
 def test_dynamic_filtering_leaves_out_groups_whose_raw_verdicts_are_equal():
-  # The third differs by its limit alone, the fourth by a completion without verdict alone.
+  # The third group differs only by the length limit, the fourth only by a completion without a verdict.
   s, verdicts = judged(
     [[1, 0], [1, 1], [1, 1], [1, 9], [0, 0]],
     finished=[[True, True], [True, True], [True, False], [True, True], [True, True]],

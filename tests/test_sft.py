@@ -1,4 +1,4 @@
-"""Laws of the SFT step: accumulated, packed or sharded, it is the same step."""
+"""Tests of the SFT step: accumulated, packed or sharded, it is the same step."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from nemocascade.step.sft import sft_step
 from nemocascade.types import Batch, Routing, Scores, TrainState
 
 V, B, T = 7, 8, 6
-TX = optax.sgd(1.0)  # The change of the parameters is minus the gradient.
+TX = optax.sgd(1.0)  # With a rate of 1, the change of the parameters is minus the gradient.
 
 
 def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
-  """A bigram model, which is all that a step needs to know of a model."""
+  """A bigram model; the step needs only its scores."""
   logprobs_BTV = jax.nn.log_softmax(params["table_VV"][tokens_BT[:, :-1]])
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
@@ -38,7 +38,7 @@ def state():
 
 
 def batch(seed=1):
-  """Rows of unequal numbers of learned tokens, none of them the first of its row."""
+  """Rows with different numbers of learned tokens; the first token of a row is never learned."""
   tokens, mask = jax.random.split(jax.random.key(seed))
   mask_BT = jax.random.bernoulli(mask, jnp.linspace(0.1, 0.9, B)[:, None], (B, T))
   return Batch(
@@ -56,7 +56,7 @@ def assert_same(got, expected, atol=1e-6):
 def test_the_gradient_is_that_of_the_mean_over_learned_tokens():
   data, before = batch(), state()
   after, metrics = step(before, data)
-  # Token by token in fp64: the gradient of log p(v | u) is one_hot(v) - p(. | u) in row u.
+  # In fp64, token by token: the gradient of log p(v | u) is one_hot(v) - p(. | u) in row u.
   table_VV, tokens_BT = (
     np.asarray(before.params["table_VV"], np.float64),
     np.asarray(data.tokens_BT),
@@ -114,7 +114,7 @@ def test_a_batch_that_learns_nothing_changes_nothing():
 
 def test_what_tokens_are_does_not_matter_where_nothing_is_learned_from_them():
   data = batch()
-  # Padding at the end of rows: segment 0, other tokens.
+  # Padding at the end of rows has segment 0 and any tokens.
   cut = data.replace(
     segment_ids_BT=data.segment_ids_BT.at[:, 4:].set(0),
     loss_mask_BT=data.loss_mask_BT.at[:, 4:].set(False),

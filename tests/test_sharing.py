@@ -1,4 +1,4 @@
-"""Processes that share a work directory."""
+"""Processes that share a work directory divide its seeds."""
 
 import contextlib
 import subprocess
@@ -18,7 +18,7 @@ with held(Path(sys.argv[1]), wait=True):
 
 
 def test_a_process_leaves_a_seed_that_another_is_at_to_the_last_and_then_waits(tmp_path):
-  """The other is at seed 0 while this one does 1 and 2, and ends then."""
+  """The other process holds seed 0 while this one runs 1 and 2, and then releases it."""
   done, place = [], lambda seed: tmp_path / str(seed)
   with contextlib.ExitStack() as other:
     assert other.enter_context(held(place(0), wait=False))

@@ -1,4 +1,4 @@
-"""Laws of data on disk: what was written is read, and damage is told by file."""
+"""Tests of data on disk: written examples are read back, and damage is reported with the file's name."""
 
 import json
 
@@ -129,7 +129,7 @@ def test_a_shard_that_is_not_the_right_one_is_named(directory):
 
 
 def test_flipped_bits_are_noticed_and_named(directory):
-  """Wherever a bit flips, the examples read are right or the shard is named."""
+  """Wherever a bit flips, either the examples read are correct or the shard is named."""
   shard = directory / SHARD
   content = shard.read_bytes()
   named = 0

@@ -1,4 +1,4 @@
-"""The chunked scan is the recurrence, whatever the packing: values and gradients."""
+"""The chunked SSD scan equals the recurrence for any packing, in values and gradients."""
 
 import functools
 
@@ -41,7 +41,7 @@ def test_chunked_is_recurrent(packing, chunk):
 
 @functools.cache
 def gradient_fn(chunk, goes_on, to_the_end):
-  """The gradient of something of y, and of the state at the end, in chunks or (None) token by token."""
+  """Gradient of a function of y and the final state, in chunks, or token by token if `chunk` is None."""
   fn = functools.partial(ssd, chunk=chunk) if chunk else ssd_ref
 
   def loss(floats, segment_ids_BT):
@@ -58,7 +58,7 @@ def gradient_fn(chunk, goes_on, to_the_end):
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("to_the_end", [False, True])
 def test_chunked_is_recurrent_in_gradient(packing, chunk, goes_on, to_the_end):
-  """With and without a state before the rows, and with and without a use of the one behind them."""
+  """With and without an initial state, and with and without a loss on the final state."""
   *floats, segment_ids_BT = inputs(packing)
   if goes_on:
     floats.append(jax.random.normal(jax.random.key(5), (2, 4, 3, 5)))
@@ -78,7 +78,7 @@ def test_a_state_handed_on_continues_the_document():
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_bf16_products_are_close_to_the_recurrence(packing, goes_on):
-  """b and c in bf16 make the products so: values and gradients keep two digits of the fp32 recurrence's."""
+  """bf16 b and c make the products bf16; values and gradients keep two digits of the fp32 recurrence."""
   x, decay, b, c, segment_ids_BT = inputs(packing)
   b, c = b.astype(jnp.bfloat16), c.astype(jnp.bfloat16)
   floats = [x.astype(jnp.bfloat16).astype(jnp.float32), decay, b, c]
@@ -89,6 +89,6 @@ def test_bf16_products_are_close_to_the_recurrence(packing, goes_on):
   expected = gradient_fn(None, goes_on, True)(wide, segment_ids_BT)
   for one, other, given in zip(got, expected, floats, strict=True):
     assert one.dtype == given.dtype
-    # Each product's operands lose up to 2^-8 of them, and the loss bends them once more.
+    # Operands of each product lose up to 2^-8, and the nonlinear loss adds to the error.
     gap = jnp.abs(one.astype(jnp.float32) - other)
     assert float(jnp.linalg.norm(gap)) < 0.02 * float(jnp.linalg.norm(other))

@@ -1,4 +1,4 @@
-"""What keeps a stage from going wrong unseen: SFT and the reward model, by the command line and in place."""
+"""Failures within SFT and reward-model stages: non-finite updates, full disks, bad checkpoints, long prompts."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def fine(assembled):
 
 
 def poisoned_at(module, monkeypatch, bad):
-  """The stage's own step, whose loss comes out as NaN in these steps: the gradient with it."""
+  """Replaces the stage's step by one whose loss and gradient are NaN in the given steps."""
   jit_step, seen = module.jit_step, []
 
   def make(step, state, mesh):
@@ -96,7 +96,7 @@ def test_sft_passes_over_a_bad_step_and_ends_after_so_many_in_a_row(assembled, f
   assert found[0]["loss/sft"] == fine[0]["loss/sft"] and found[1]["loss/sft"] is None
   assert np.isfinite([line["loss/sft"] for line in found[2:]]).all()
   bad.update(range(9))
-  for _ in range(2):  # Two of three are in the record of the checkpoint of step 2.
+  for _ in range(2):  # The second run starts from step 2, whose record already counts two bad updates of three.
     seen.clear()
     with pytest.raises(StageStopped, match=r"^sft, step 2: 3 updates in a row"):
       sft.run(c, root / "all" / "sft", a)
@@ -126,7 +126,7 @@ def test_a_disk_with_no_room_for_the_next_checkpoints_ends_the_stage_after_savin
     sft.run(c, root / "full" / "sft", a)
   assert lines(root / "full" / "sft")[-1]["guard/disk_full"] == 1
   monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage)
-  assert sft.run(c, root / "full" / "sft", a).steps == 4  # Where there is room again it goes on.
+  assert sft.run(c, root / "full" / "sft", a).steps == 4  # With room on the disk again, the stage goes on.
   drop = lambda found: [{k: v for k, v in line.items() if not k.startswith("guard/")} for line in found]  # noqa: E731
   assert drop(lines(root / "full" / "sft")) == drop(fine)
 

@@ -1,4 +1,4 @@
-"""Statistics of paired seeds, against numbers worked by hand and against what intervals promise."""
+"""Statistics of paired seeds: values computed by hand, and the coverage of intervals."""
 
 import math
 
@@ -9,10 +9,10 @@ from nemocascade import statistics
 
 
 def test_the_p_value_of_signs_is_counted_by_hand():
-  # Of 8 flips of (1, 2, 3): |sum| >= 6 for two. Of (1, 2, -3), whose sum is 0: for all.
+  # Of the 8 sign flips of (1, 2, 3), two have |sum| >= 6. For (1, 2, -3), whose sum is 0, all count.
   assert statistics.paired_p([1, 2, 3]) == pytest.approx(2 / 8)
   assert statistics.paired_p([1, 2, -3]) == 1.0
-  # |3 + 2 - 1| = 4: flips with |sum| >= 4 are +-(3, 2, -1) and +-(3, 2, 1).
+  # |3 + 2 - 1| = 4: the flips with |sum| >= 4 are +-(3, 2, -1) and +-(3, 2, 1).
   assert statistics.paired_p([3, 2, -1]) == pytest.approx(4 / 8)
   assert statistics.paired_p(np.ones(8)) == pytest.approx(2 / 256)
 
@@ -23,7 +23,7 @@ def test_the_p_value_of_many_pairs_is_sampled_and_never_0():
 
 
 def test_an_interval_of_a_mean_is_the_binomials_where_seeds_are_0_or_1():
-  # The bootstrap of five 0s and five 1s is Binomial(10, 1/2) / 10: its 2.5% and 97.5% points.
+  # The bootstrap mean of five 0s and five 1s is Binomial(10, 1/2) / 10; these are its 2.5% and 97.5% points.
   low, high = statistics.bootstrap([0] * 5 + [1] * 5)
   assert (low, high) == (pytest.approx(0.2), pytest.approx(0.8))
 
@@ -38,7 +38,7 @@ def test_an_interval_covers_the_mean_as_often_as_such_intervals_of_eight_seeds_d
   for _ in range(200):
     low, high = statistics.bootstrap(rng.normal(size=8))
     covered += low <= 0 <= high
-  assert 0.84 < covered / 200 < 0.97  # Percentiles of 8 are known to be a little narrow.
+  assert 0.84 < covered / 200 < 0.97  # Percentile intervals of 8 values are known to be slightly too narrow.
 
 
 def test_equal_numbers_give_equal_intervals_and_shifted_ones_shifted():

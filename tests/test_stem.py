@@ -1,4 +1,4 @@
-"""Multiple choice: one letter in the last box."""
+"""Multiple choice: the answer is one letter in the last box."""
 
 import itertools
 import json

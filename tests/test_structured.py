@@ -1,4 +1,4 @@
-"""Structured output: what validates, as text and in a tool's arguments."""
+"""Structured output: validation of text and of a tool's arguments."""
 
 import json
 import pathlib
@@ -80,7 +80,7 @@ def test_direct_arguments_are_read_by_their_schema():
 
 
 def example_of(schema, root):
-  """The least value that a schema of the released kind allows."""
+  """A minimal value that satisfies a schema of the released kind."""
   if "$ref" in schema:
     return example_of(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
   if "enum" in schema:

@@ -1,4 +1,4 @@
-"""Software engineering: the tests of the repaired repository decide, by edits or by tools."""
+"""Software engineering: the tests of the repaired repository decide, for edits and for tool use."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def turn(*calls, content="", finished=True):
 
 
 def play(task, row, messages):
-  """The episode that the assistant's messages would be, and the results it met."""
+  """The episode of the given assistant messages, and the tool results in it."""
   world, turns, results = task.start(row), [], []
   for message in messages:
     if message["role"] == "tool":
@@ -255,7 +255,7 @@ def test_an_agents_tests_show_one_case_and_the_judges_are_more(agentic):
   assert agentic.verify([row], [domain.Completion((), world)])[0].reward == 0.0
 
 
-# What cannot be judged.
+# Samples that cannot be judged.
 
 
 def test_a_broken_sandbox_is_masked_not_failed():
@@ -270,7 +270,7 @@ def test_a_broken_sandbox_is_masked_not_failed():
 
 
 def released_row():
-  """A row as released: an instance of a real repository, with some of its files."""
+  """A row in the released form: an instance of a real repository, with some of its files."""
   files = {"pkg/a.py": "x = 1\r\ny = 2\nz = 3\n"}
   instance = {"FAIL_TO_PASS": '["t.py::test_a"]', "PASS_TO_PASS": "[]", "test_script": "pytest"}
   row = domain.make_prompt("swerl_gen_simple_agent", "Fix it.", instance=instance)
@@ -281,7 +281,7 @@ def released_row():
   ("edit", "masked"),
   [
     (edits.Edit("pkg/a.py", "y = 2", "y = 3"), True),
-    (edits.Edit("pkg/b.py", "y = 2", "y = 3"), True),  # It may be in the repository.
+    (edits.Edit("pkg/b.py", "y = 2", "y = 3"), True),  # The file may exist in the repository, though not in this row.
     (edits.Edit("pkg/a.py", "q = 2", "q = 3"), False),
     (edits.Edit("pkg/a.py", "y = 2", "y = 2"), False),
   ],

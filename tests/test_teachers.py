@@ -1,4 +1,4 @@
-"""A teacher is the best checkpoint of its domain, and is what it was when it was registered."""
+"""A teacher is the best checkpoint of its domain; a probe checks that it has not changed since registration."""
 
 import dataclasses
 import gc
@@ -20,7 +20,7 @@ TOKENS_BT = np.arange(12).reshape(2, 6) % V
 
 @jax.jit
 def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
-  """A bigram model: row i of the table is the distribution after token i."""
+  """A bigram model: row i of the table holds the logits after token i."""
   del segment_ids_BT, wanted_BT
   logp_VV = jax.nn.log_softmax(params["table"])
   before_BT, first_BT = tokens_BT[:, :-1], ((0, 0), (1, 0))
@@ -75,7 +75,7 @@ def test_changed_parameters_fail_their_probe(change):
 
 
 def test_a_teacher_that_guesses_uniformly_is_refused():
-  """Blank weights agree with a probe that was taken of blank weights."""
+  """Untrained weights pass a probe that was taken of them, so entropy is checked too."""
   blank = params(scale=0.01)
   probe = take_probe(score, blank, TOKENS_BT)
   with pytest.raises(UserError, match="guesses uniformly"):
@@ -92,7 +92,7 @@ def teachers(load=None, **fields):
 
 def test_one_checkpoint_is_in_memory_at_a_time():
   class Table(dict):
-    """A dict that can be watched."""
+    """A dict that allows weak references."""
 
   alive = weakref.WeakSet()
   Table.__hash__ = object.__hash__
@@ -121,7 +121,7 @@ def test_each_checkpoint_of_a_batch_is_loaded_once_and_the_held_one_comes_first(
         np.testing.assert_array_equal(
           made.params(domains[i])["table"], params(int(made.of(domains[i]).checkpoint))["table"]
         )
-  assert made.loads == 3  # 1, 2; then 2 is held already, and 1 again.
+  assert made.loads == 3  # 1 and 2 are loaded; the second time 2 is still held, and only 1 is loaded again.
   assert made.by_checkpoint(domains) == {"1": [1, 2], "2": [0, 3]}
 
 
@@ -147,7 +147,7 @@ def test_a_teacher_that_came_without_a_probe_is_probed_when_it_is_first_loaded()
   for domain in ("code", "stem"):
     with pytest.raises(UserError, match=f"of '{domain}'.*guesses uniformly"):
       made.params(domain)
-  table["1"] = params(2)  # The files changed while the run goes on.
+  table["1"] = params(2)  # The checkpoint's files change during the run.
   with pytest.raises(UserError, match="of 'math', 1: its probe's log-probabilities moved"):
     made.params("math")
 

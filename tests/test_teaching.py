@@ -1,4 +1,4 @@
-"""The teachers a config names are found, or the request is refused with what there is."""
+"""The teachers that a config names are found; an unknown one is refused with the available ones."""
 
 from pathlib import Path
 

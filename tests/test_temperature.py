@@ -1,4 +1,4 @@
-"""Whatever the temperature, sampler, trainer, teachers and reference score one distribution."""
+"""At any temperature, sampler, trainer, teachers and reference score the same distribution."""
 
 import functools
 
@@ -24,7 +24,7 @@ temperatures = pytest.mark.parametrize("temperature", [0.3, 0.6, 1.0, 1.7])
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_fast():
-  """Programs run once or twice here: nearly all of the time is compilation."""
+  """Compiles without most optimizations, because compilation takes nearly all of the time here."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
@@ -32,14 +32,14 @@ def compiled_fast():
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-  """A stage of one step of eight completions; its student is its teacher and its reference."""
+  """A stage of one step with eight completions; the student is its own teacher and reference."""
   root = tmp_path_factory.mktemp("temperature")
   c = if_rl.get_config("smoke")
   with c.unlocked():
     c.steps, c.dynamic_filtering, c.overlong = 1, False, "keep"
     c.rollout.update(prompts=4, completions=2)
     c.packing.update(rows=8, pieces=2)
-    c.model.initializer_range = 0.2  # A temperature makes a difference only where logits differ.
+    c.model.initializer_range = 0.2  # Wide, because a temperature only matters where logits differ.
     c.domains = ("instruction",)
   a = Assembly(c, root)
   a.save_model_files(root / "start")
@@ -67,7 +67,7 @@ def line(stage, name, temperature, **fields):
 
 @functools.cache
 def taken(temperature, top_p, a, start):
-  """Samples, and the parameters that made them."""
+  """Samples, and the parameters that sampled them."""
   params = load_params(start, a.template)
   rows = domain_lib.rows(a.domains["instruction"], "train", 0, 0, 4)
   samples = a.collect(
@@ -82,7 +82,7 @@ def taken(temperature, top_p, a, start):
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_of_it(stage, advantage, temperature):
   _, a, _, start, teachers = stage
   samples, _ = taken(temperature, 1.0, a, start)
-  verdicts = [[Verdict(1.0, "")] * 2 for _ in samples.rows]  # Of the verdicts neither.
+  verdicts = [[Verdict(1.0, "")] * 2 for _ in samples.rows]  # Equal rewards: mopd_outcome's GRPO term is 0.
   rollout, _ = score.to_rollout(samples, verdicts)
   said = teaching.teacher_logprobs(a, teachers, samples, np.float32(temperature))
   assert np.abs(said[samples.loss_mask_QGT]).mean() > 0.1

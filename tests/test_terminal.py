@@ -1,4 +1,4 @@
-"""Laws of the terminal: what is typed is done, what is sampled is seen, and Ctrl-C ends only answers."""
+"""Tests of the terminal: input is executed, output is streamed, and Ctrl-C stops only the current answer."""
 
 import contextlib
 import os
@@ -20,15 +20,15 @@ from nemocascade.data.tokenizer import IM_END, THINK_END, TOOL_CALL, TOOL_CALL_E
 from nemocascade.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-WAIT_S = 300  # For another process on a busy machine; never reached where it works.
+WAIT_S = 300  # Upper bound for a busy machine; a working program is faster.
 
 
 class Program:
-  """`experiments.chat` at a pseudo-terminal."""
+  """`experiments.chat` on a pseudo-terminal."""
 
   def __init__(self, *flags: str):
     self.ours, self.theirs = pty.openpty()
-    # A session's leader that opens a terminal has it as its own, so that Ctrl-C is a signal.
+    # A session leader that opens a terminal makes it its controlling terminal, so that Ctrl-C sends a signal.
     script = 'exec "$@" <"$0" >"$0" 2>&1'
     words = [sys.executable, "-m", "experiments.chat", *flags]
     self.process = subprocess.Popen(
@@ -41,9 +41,9 @@ class Program:
     os.write(self.ours, text.encode())
 
   def until(self, pattern: str, *, again: str = "") -> str:
-    """Reads until the pattern comes; returns what came before it and the match.
+    """Reads until the pattern appears; returns the text before it and the match.
 
-    `again` is typed anew each second: between showing a prompt and waiting for keys, readline is deaf.
+    `again` is typed once a second, because readline ignores keys between printing a prompt and reading.
     """
     deadline = time.monotonic() + WAIT_S
     while not (found := re.search(pattern, self.seen)):
@@ -75,9 +75,9 @@ def test_a_conversation_at_a_pseudo_terminal(checkpoint):
   try:
     program.until(r"not thinking, tools: none; /help for help\r\n> ")
 
-    program.type("the cat\n")  # An answer is seen long before its 3000 tokens are sampled ...
+    program.type("the cat\n")  # Output appears long before all 3000 tokens are sampled ...
     program.until(r"compile\)\r\n(\x1b\[0m)?[^\r\x1b]")
-    program.type("\x03")  # ... and Ctrl-C ends it.
+    program.type("\x03")  # ... and Ctrl-C stops the answer.
     program.until(r"\[stopped\].*\r\n.*> ")
     assert program.process.poll() is None
 
@@ -88,7 +88,7 @@ def test_a_conversation_at_a_pseudo_terminal(checkpoint):
     program.type("/think\n")
     program.until(r"\r\nthinking, tools: none\r\n> ")
     program.type("on\n")
-    dimmed = program.until(r"on\r\n\x1b\[2m[^\x1b]")  # Thoughts are dim.
+    dimmed = program.until(r"on\r\n\x1b\[2m[^\x1b]")  # Thoughts are printed dim.
     assert "compile" not in dimmed
     program.type("\x03")
     program.until(r"\[stopped\].*\r\n.*> ")
@@ -102,7 +102,7 @@ def test_a_conversation_at_a_pseudo_terminal(checkpoint):
     program.type("\x03")
     program.until(r"\[stopped\].*\r\n.*> ")
 
-    program.type("\x03")  # At the prompt it ends nothing.
+    program.type("\x03")  # At the prompt Ctrl-C stops nothing.
     program.until(r"Ctrl-D leaves\r\n> ", again="\x03")
     program.type("\x04")
     assert program.process.wait(WAIT_S) == 0
@@ -127,12 +127,12 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(flags, complaint):
   assert_refused(done, complaint)
 
 
-# The same program in this process, with a model that says what it is told to.
+# The same program in this process, with a scripted model.
 
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-  """Runs a terminal on lines; returns what it showed."""
+  """Function that runs a terminal on the given lines and returns the output."""
 
   def run(lines, *answers, **settings):
     conversation, tools = Scripted(**settings), chat.Tools()

@@ -1,4 +1,4 @@
-"""Chunks of rows give the log-probabilities of all rows at once, and never hold all logits."""
+"""Chunked log-probabilities equal those of all rows at once, and never hold all logits."""
 
 import chex
 import jax
@@ -44,7 +44,7 @@ def test_chunked_is_the_definition_in_value_and_gradient(wanted, chunk):
 
 
 def test_neither_all_logits_nor_a_head_for_every_chunk_are_ever_held():
-  """64 chunks: a head kept for each in the backward pass would be as much as the logits."""
+  """There are 64 chunks: one head saved per chunk would need as much memory as all logits."""
   B, T, D, V, chunk = 4, 1024, 64, 4000, 64
   x, head, tokens, wanted = (jax.ShapeDtypeStruct(s, d) for s, d in (
     ((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32), ((B, T), bool)))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Laws of the tokenizer: lossless, deterministic, and deaf to what text spells."""
+"""Tests of the tokenizer: lossless, deterministic, and text never encodes to special tokens."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Office tasks: demonstrations of mixed quality, and a verdict on the final state alone."""
+"""Office tasks: demonstrations of mixed quality, and a verdict on the final state only."""
 
 import json
 import math
@@ -20,7 +20,7 @@ SLOPPY.style = Style("seek", "assume", sloppy_rate=1.0, error_rate=1.0)
 
 
 def turns_of(messages):
-  """The assistant's messages as turns that were parsed."""
+  """The assistant's messages as parsed turns."""
   turns = []
   for message in messages:
     if message["role"] == "assistant":
@@ -37,7 +37,7 @@ def turn(*calls, finished=True):
 
 
 def play(row, *turns):
-  """An episode as the rollout engine plays it."""
+  """An episode as the rollout engine runs it."""
   world = DOMAIN.start(row)
   for one in turns:
     DOMAIN.act(world, one)

@@ -1,4 +1,4 @@
-"""A conversation of several questions: each turn is learned once, behind exactly what the model is shown when it makes it."""
+"""SFT on conversations of several questions: each turn is learned once, after exactly its prompt at inference."""
 
 import collections
 
@@ -36,7 +36,7 @@ def result(text):
 
 
 def learned(documents):
-  """(what stands before it, what is learned) of each run of learned tokens."""
+  """Counts of (tokens before, learned tokens) over all runs of learned tokens."""
   runs = []
   for document in documents:
     mask_T = np.concatenate([[False], document.loss_mask_T, [False]]).astype(int)
@@ -46,7 +46,7 @@ def learned(documents):
 
 
 def as_at_inference(messages, tools):
-  """The same of each assistant turn from the template's prompt for it; what is said, from a conversation that ends there."""
+  """The same counts from inference: for each assistant turn, the template's prompt and the turn's tokens."""
   runs = []
   for i, message in enumerate(messages):
     if message["role"] == "assistant":
@@ -54,7 +54,7 @@ def as_at_inference(messages, tools):
       pieces = chat.render(messages[:i], tools=tools, add_generation_prompt=True, enable_thinking=thinks)
       prompt, _ = chat.tokenize(pieces, TOKENIZER)
       tokens, _ = chat.tokenize(chat.render(messages[: i + 1], tools=tools), TOKENIZER)
-      newline = len(chat.tokenize([chat.Piece("\n")], TOKENIZER)[0])  # After <|im_end|>; nobody says it.
+      newline = len(chat.tokenize([chat.Piece("\n")], TOKENIZER)[0])  # The newline after <|im_end|> is never sampled.
       assert tokens[: len(prompt)] == prompt
       runs.append((tuple(prompt), tuple(tokens[len(prompt) : -newline])))
   return collections.Counter(runs)
@@ -69,21 +69,21 @@ def check(messages, tools=None):
 @pytest.mark.parametrize(
   "messages, sequences",
   [
-    # Three questions, each answered with thoughts: a sequence each (cases.md N14).
+    # Three questions, each answered with thoughts: one sequence each.
     ([user("a"), said("1", "so"), user("b"), said("2", "so"), user("c"), said("3", "so")], 3),
     ([user("a"), said("1"), user("b"), said("2"), user("c"), said("3")], 1),
     ([user("a"), said("1"), user("b"), said("2", "so"), user("c"), said("3")], 2),
     ([user("a"), said("1", "so"), user("b"), said("2"), user("c"), said("3")], 2),
     ([user("a"), said("1"), user("b"), said("2"), user("c"), said("3", "so")], 1),
-    # All turns of a question in one sequence, their thoughts kept.
+    # All turns of one question are in one sequence, with their thoughts.
     ([user("a"), said("", "so", 1), result("3"), said("1", "it"), user("b"), said("2", "so")], 2),
-    # A turn without thoughts behind one with: shown otherwise once the next question has come.
+    # A turn without thoughts after a turn with thoughts is rendered differently once the next question has come.
     ([user("a"), said("x", "so", 2), result("3"), result("4"), said("1"), user("b"), said("2")], 2),
     ([user("a"), said("1", "so"), user("b")], 1),  # The last question has no answer.
     ([user("a"), said("1"), user("b")], 1),
     ([said("hi"), user("a"), said("1", "so"), user("b"), user("c"), said("2", "so")], 2),
     ([{"role": "system", "content": "s"}, user("a"), said("1", "so"), {"role": "system", "content": "t"}, user("b"), said("2")], 2),
-    ([user("a"), said("1", "  \n"), user("b"), said("2", "")], 1),  # Thoughts of blanks are none.
+    ([user("a"), said("1", "  \n"), user("b"), said("2", "")], 1),  # Blank thoughts count as none.
     ([user("a"), said("1", "so"), user("a"), said("1", "so")], 2),
   ],
 )

@@ -1,4 +1,4 @@
-"""Laws of the one place where gradients change a state: what is not finite changes nothing, to the bit."""
+"""Tests of the shared update: a non-finite update leaves the state bitwise unchanged."""
 
 import functools
 
@@ -36,7 +36,7 @@ def add_to_bias(params, change_LE):
 
 
 def of_sft(accumulate=1):
-  """(state, step, a batch's own number that poisons it where it is not finite)."""
+  """(state, function (state, factor) -> (state, metrics)); a non-finite factor poisons the update."""
   def score(params, *rows):
     scores = sft_laws.score({"table_VV": params["table_VV"]}, *rows)
     return scores.replace(logprobs_BT=scores.logprobs_BT * params["scale"])
@@ -45,7 +45,7 @@ def of_sft(accumulate=1):
   before = fresh(table_VV=sft_laws.state().params["table_VV"], bias_LE=jnp.zeros((1, 2)), scale=jnp.float32(1.0))
 
   def run(state, poison):
-    # By the parameters: tokens and masks are whole numbers.
+    # The poison goes in through a parameter, because tokens and masks are not floats.
     found, metrics = step(state.replace(params=state.params | {"scale": jnp.float32(poison)}), sft_laws.batch())
     return found.replace(params=found.params | {"scale": state.params["scale"]}), metrics
 
@@ -104,7 +104,7 @@ def test_one_bad_batch_changes_no_bit_but_the_count_of_steps_and_the_next_one_le
     assert int(after.step) == int(before.step) + 1
     recovered, metrics = run(after, 1.0)
     assert float(metrics[SKIPPED]) == 0.0
-    same_bits(recovered.params, good.params)  # As if the bad batch had never been.
+    same_bits(recovered.params, good.params)  # As if the bad batch had not existed.
   assert run._cache_size() == 1
 
 

@@ -1,4 +1,4 @@
-"""The workplace: what its functions do, and that nothing said to them does harm."""
+"""The workplace: what its functions do, and that no arguments do harm."""
 
 import threading
 

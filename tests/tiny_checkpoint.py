@@ -1,4 +1,4 @@
-"""A checkpoint of ours with random parameters, as a stage leaves it."""
+"""One of our checkpoints with random parameters, as a stage writes it."""
 
 from pathlib import Path
 
@@ -33,22 +33,22 @@ MODEL = dict(
   num_experts_per_tok=2,
   moe_intermediate_size=32,
   moe_shared_expert_intermediate_size=32,
-  initializer_range=0.3,  # Wide, so that tokens differ in likelihood.
+  initializer_range=0.3,  # Wide, so that the likelihoods of tokens differ.
 )
 
 
 def assembly(workdir: Path) -> Assembly:
-  """The model without parameters."""
+  """The assembly of the model, without parameters."""
   c = model_alone()
   c.model = ConfigDict(MODEL)
   return Assembly(c, workdir, TOKENIZER)
 
 
 def make(stage: Path, *, endless: bool = False) -> str:
-  """Writes it into the stage's folder; returns its path. `endless`: greedy answers never stop."""
+  """Writes the checkpoint into the stage's folder; returns its path. `endless`: greedy answers never stop."""
   a = assembly(stage)
   params = a.fresh_params(jax.random.key(0))
-  if endless:  # Of 640 logits about 0 the largest is never one that is 0.
+  if endless:  # Among 640 logits around 0, a logit of exactly 0 is never the largest.
     params["lm_head"] = params["lm_head"].at[:, jnp.array([EOS, IM_END])].set(0)
   state = TrainState(jnp.zeros((), jnp.int32), params, {})
   a.save_model_files(stage)

@@ -1,4 +1,4 @@
-"""A small `tokenizer.json` as the family's are: byte-level BPE with its special tokens first."""
+"""A small `tokenizer.json` of the model family's kind: byte-level BPE with its special tokens first."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ TEXTS = ["the cat sat on the mat, and 12 + 7 is 19", "system user assistant thin
 
 @functools.cache
 def make(size: int = 420) -> bytes:
-  """The file; ids 18 and 19 are reserved tokens, as in the published one."""
+  """Bytes of the file; ids 18 and 19 are reserved tokens, as in the published one."""
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
   tokenizer = Tokenizer(models.BPE())
@@ -30,7 +30,7 @@ def make(size: int = 420) -> bytes:
 
 
 def changed(change) -> bytes:
-  """The file after `change(fields)`."""
+  """Bytes of the file after `change(fields)`."""
   fields = json.loads(make())
   change(fields)
   return json.dumps(fields).encode()

@@ -1,4 +1,4 @@
-"""Random tiny Nemotron-H models of transformers, and the folders it writes of them."""
+"""Tiny random Nemotron-H models of transformers, and the folders that transformers writes for them."""
 
 import functools
 from pathlib import Path
@@ -24,7 +24,10 @@ SIZES = dict(
 
 
 def random_model(pattern: str, seed: int = 0, **fields) -> NemotronHForCausalLM:
-  """Every parameter away from the value that would hide its absence (0, 1); tied where the config says."""
+  """A model whose biases and scales differ from 0 and 1, so that a missing one shows.
+
+  The head is tied if the config says so.
+  """
   torch.manual_seed(seed)
   config = NemotronHConfig(**SIZES | {"layers_block_type": [WORDS[letter] for letter in pattern]} | fields)
   model = NemotronHForCausalLM(config).eval()
@@ -35,13 +38,13 @@ def random_model(pattern: str, seed: int = 0, **fields) -> NemotronHForCausalLM:
     for parameter in model.parameters():
       if parameter.ndim == 1:
         parameter.add_(0.2 * torch.randn_like(parameter))
-  if config.tie_word_embeddings:  # transformers itself ties nothing.
+  if config.tie_word_embeddings:  # transformers does not tie the weights itself.
     model.lm_head.weight = model.model.embeddings.weight
   return model
 
 
 def save(model: NemotronHForCausalLM, path: Path, **options) -> Path:
-  """save_pretrained, with a tied head as the tensor of its own that transformers wants."""
+  """save_pretrained; a tied head is saved as its own tensor, as transformers expects."""
   head = model.lm_head.weight
   model.lm_head.weight = torch.nn.Parameter(head.detach().clone())
   model.save_pretrained(path, **options)

@@ -1,4 +1,4 @@
-"""Runs a script in two processes of four CPU devices each, which know each other."""
+"""Runs a script in two connected processes of four CPU devices each."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-# The script sees `index`, the number of its process, and `arguments`; it may import test modules.
+# The script has `index` (its process number) and `arguments`, and can import test modules.
 BEGIN = """
 import sys
 import jax
@@ -23,7 +23,7 @@ sys.path.append(here)
 
 
 def assert_both_say(said: str, script: str, *arguments: str) -> None:
-  """Both processes end well, with `said` as the end of their output."""
+  """Asserts that both processes succeed and that their output ends with `said`."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
