@@ -10,6 +10,7 @@ from test_hf import rewrite, tensors
 from transformers_folders import random_model, save, template
 
 from experiments import convert, loading
+from nemocascade import checksums
 from nemocascade.data.tokenizer import train_sentencepiece
 from nemocascade.errors import UserError
 from nemocascade.model.hf import load_params, open_source
