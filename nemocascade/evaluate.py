@@ -18,7 +18,7 @@ class DomainScore:
   low: float  # The ends of the 95% interval of the mean, over prompts.
   high: float
   best: float  # pass@k: share of the prompts with a verdict that have at least one success.
-  prompts: int
+  prompts: int  # Of which a completion got a verdict: what the mean and its interval are over.
   masked: int  # Completions without a verdict; they are not in the mean.
   unfinished: int  # Completions that met the length limit.
   tokens: int  # Sampled tokens of all completions.
@@ -60,7 +60,7 @@ def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], samples: Samples | 
     low=low,
     high=high,
     best=float(np.mean(best)) if best else 0.0,
-    prompts=len(verdicts_QG),
+    prompts=len(means),
     masked=sum(v.masked for verdicts_G in verdicts_QG for v in verdicts_G),
     unfinished=sum(not c.finished for group in samples.completions for c in group) if samples else 0,
     tokens=int(samples.loss_mask_QGT.sum()) if samples else 0,

@@ -22,6 +22,7 @@ def samples_of(rows, G=2):
     rows=list(rows), domains=[row["agent_ref"]["name"] for row in rows],
     tokens_QGT=mask_QGT.astype(np.int32), segment_ids_QGT=mask_QGT.astype(np.int32), loss_mask_QGT=mask_QGT,
     behaviour_logprobs_QGT=np.zeros(mask_QGT.shape, np.float32),
+    limit_QG=np.full(mask_QGT.shape[:2], 16, np.int32),
     completions=[[Completion((turn(n),)) for _ in range(G)] for n in n_Q],
   )  # fmt: skip
 
@@ -30,7 +31,7 @@ def test_a_mean_is_over_prompts_and_what_has_no_verdict_is_in_none():
   # Prompt means are 1, 1/2 and 0. The fourth prompt has no verdict, and the third has only one of two.
   score = score_verdicts([verdicts(1.0, 1.0), verdicts(1.0, 0.0), verdicts(None, 0.0), verdicts(None, None)])
   assert score.mean == pytest.approx(0.5)
-  assert (score.prompts, score.masked) == (4, 3)
+  assert (score.prompts, score.masked) == (3, 3)  # The mean is over three prompts.
   assert score.low < 0.5 < score.high
 
 

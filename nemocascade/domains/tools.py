@@ -157,12 +157,12 @@ class Tools(domain.Domain):
     offered = [tool.get("function", tool)["name"] for tool in domain.prompt_tools(row)]
     for name in [*(name for name, _ in truth), *offered]:
       if name not in FUNCTIONS:
-        return domain.Verdict(0.0, f"no function {name!r} here to judge by", masked=True)
+        return domain.no_verdict("unknown", f"no function {name!r} here to judge by")
     expected = self.start(row)
     for name, arguments in truth:
       result = expected.call(name, arguments)
       if result.startswith("error:"):
-        return domain.Verdict(0.0, f"true call {name!r} gives {result!r}", masked=True)
+        return domain.no_verdict("row", f"true call {name!r} gives {result!r}")
     world = completion.world
     if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
       world = self.start(row)
