@@ -10,13 +10,14 @@ from ml_collections import ConfigDict
 from two_processes import assert_both_say
 
 from configs.tiny import rl as rl_config
-from experiments import objective, rl, sft
+from experiments import objective, sft
 from experiments.assembly import Assembly
 from experiments.processes import join
 from experiments.stage import start
 from experiments.teaching import score_rows
 from nemocascade.errors import UserError
 from nemocascade.rollout.episode import Samples
+from nemocascade.step.optimizer import make_optimizer
 from nemocascade.teachers import TOLERANCES, check_probe, take_probe
 from nemocascade.types import Batch, Prompts
 
@@ -81,7 +82,7 @@ def sft_step(a: Assembly, directory):
 
 
 def rl_step(a: Assembly, directory):
-  tx = rl.make_optimizer(total_steps=1, **a.c.optimizer)
+  tx = make_optimizer(total_steps=1, **a.c.optimizer)
   _, step_fn, _ = objective.step_program(a.c, a)
   state, _, _ = start(a, directory, tx, "")
   state, metrics = step_fn(state, *a.put((arrays(), np.float32(arrays()["mask"].sum()))))
@@ -92,7 +93,7 @@ def rl_step_after_prompts(a: Assembly, directory):
   """The same for RL rows of one document, two rows after each of eight shared prompts."""
   c = a.c.copy_and_resolve_references()
   c.packing.shared_prompts = True
-  tx = rl.make_optimizer(total_steps=1, **c.optimizer)
+  tx = make_optimizer(total_steps=1, **c.optimizer)
   _, step_fn, _ = objective.step_program(c, a)
   state, _, _ = start(a, directory, tx, "")
   r = np.random.default_rng(1)
