@@ -29,6 +29,8 @@ from nemocascade.step.sft import sft_step
 from nemocascade.types import Batch
 
 PEAK = {"H100": 989.0, "H200": 989.0}  # Dense bf16 TFLOP/s of the SXM cards; NVIDIA's data sheets.
+# dtype -> nats between log-probabilities, 1 - cosine between gradients.
+MODEL_TOLERANCES = {"float32": (1e-4, 1e-6), "bfloat16": (0.1, 0.01)}
 REPEATS = 5  # Timed steps after the one that compiles. Their median is reported.
 
 
@@ -162,7 +164,7 @@ def model_correct() -> Iterator[dict]:
 
   with jax.default_device(jax.devices("cpu")[0]):
     expected, grads = both(config)
-  for dtype, tolerance, angle in (("float32", 1e-4, 1e-6), ("bfloat16", 0.1, 0.01)):
+  for dtype, (tolerance, angle) in MODEL_TOLERANCES.items():
     got, got_grads = both(dataclasses.replace(config, dtype=dtype))
     cosine = got_grads @ grads / (np.linalg.norm(got_grads) * np.linalg.norm(grads))
     yield _error_line(f"model_logprobs_{dtype}", float(np.abs(got - expected).max()), tolerance)

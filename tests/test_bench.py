@@ -141,10 +141,13 @@ def test_without_trl_bench_rl_says_what_to_install(monkeypatch):
 def test_the_benchmark_of_a_card_runs_its_cases_at_tiny_sizes(tmp_path, monkeypatch, capsys):
   """In Pallas interpreter mode: every correctness check must pass, and the table must have every line."""
   monkeypatch.setattr(bench_gpu, "REPEATS", 1)
+  monkeypatch.setattr(bench_gpu, "MODEL_TOLERANCES", {"bfloat16": (0.1, 0.01)})
+  tiny = dataclasses.replace(bench_gpu.TINY, unit="*E", repeats=1, kernel_shapes=bench_gpu.TINY.kernel_shapes[1:])
+  monkeypatch.setattr(bench_gpu, "TINY", tiny)  # Compilation takes nearly all of the time.
   bench.run("gpu", table=str(tmp_path / "table.md"))
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   checks = [line for line in lines if line["peer_name"] == "tolerance"]
-  assert len(checks) == 12 and all(line["ratio"] > 1 for line in checks)
+  assert len(checks) == 6 and all(line["ratio"] > 1 for line in checks)
   assert {line["case"] for line in lines} >= {"sft_step_0.00B", "decode_2_rows"}
   assert len((tmp_path / "table.md").read_text().splitlines()) == len(lines) + 4
 
