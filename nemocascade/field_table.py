@@ -121,7 +121,7 @@ STAGE = {
   "init_from": text("Where it starts: a checkpoint, in a cascade also a stage or 'previous'; empty draws fresh parameters."),
   "steps": whole("Steps of the stage."),
   "save_every": whole("Steps between checkpoints."),
-  "optimizer.peak_lr": number("Learning rate after warm-up.", above=0, high=1),
+  "optimizer.peak_lr": number("Learning rate after warm-up.", above=0),
   "optimizer.warmup_steps": whole("Steps of linear warm-up.", 0),
   "optimizer.schedule": word("Decay after warm-up.", "nemocascade.step.optimizer:SCHEDULES"),
   "optimizer.final_fraction": number("Share of the peak rate at the last step.", low=0, high=1),
@@ -223,7 +223,7 @@ ABLATION = CASCADE | {
   "compared.pairs": several("Arms compared step by step: (ours, theirs).", several("a pair", text("an arm"), length=2)),
   "compared.ends": several("Arms compared where each ends: (ours, theirs).", several("a pair", text("an arm"), length=2)),
   "search.arms": several("Arms whose peak_lr is searched for.", text("an arm"), unique=True),
-  "search.rates": several("Values of peak_lr that are tried.", number("a rate", above=0, high=1), empty=False),
+  "search.rates": several("Values of peak_lr that are tried.", number("a rate", above=0), empty=False),
   "search.steps": whole("Steps of a try."),
   "search.seeds": several("Seeds of the tries, none of them in seeds.", whole("a seed", 0), unique=True),
 }

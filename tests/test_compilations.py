@@ -143,6 +143,7 @@ def extended(monkeypatch):
 
 def checkpoint(a, root, seed):
   path = root / f"start_{seed}"
+  a.save_model_files(path)
   Store(path / "checkpoints").save(1, TrainState(np.int32(0), a.fresh_params(jax.random.key(seed)), {}), {})
   return str(path / "checkpoints" / "1")
 
