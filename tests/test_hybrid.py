@@ -14,12 +14,12 @@ from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.hybrid import (
   Hybrid,
-  count_params,
   init_params,
   logical_axes,
   plan,
   repeat_state,
 )
+from nemocascade.model.size import count_params
 from nemocascade.types import Prompts
 
 V, T = 50, 24
