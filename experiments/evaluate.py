@@ -29,12 +29,12 @@ def run(
   check(c)
   check_evaluation(c, "--completions", completions)
   a, params = from_checkpoint(c, workdir, checkpoint)
-  first_alone(lambda: own(workdir))
   if judge:
     check_start(a, "--judge", judge, a.reward_template)
     a.use_judge_from(judge)
   elif "preference" in a.domains:
     print("no --judge: the preference domain is masked")
+  first_alone(lambda: own(workdir))
   scores = a.evaluate(params, temperature=temperature, completions=completions)
   print(f"{'domain':14} {'avg@' + str(completions):>7}  {'95% interval':14} {'pass@' + str(completions):>7}  masked")
   for name, s in scores.items():

@@ -150,9 +150,9 @@ SHAPE = {
 }
 
 
-def tokenizer_beside(checkpoint: str) -> Tokenizer | None:
+def tokenizer_beside(checkpoint: str, field: str = "--checkpoint") -> Tokenizer | None:
   """The tokenizer of a checkpoint of ours or an `hf:DIR`; None if it has none."""
-  files = _folder(checkpoint)
+  files = _folder(checkpoint, field)
   return load_tokenizer(files) if has_tokenizer(files) else None
 
 
@@ -164,7 +164,7 @@ def same_tokenizer(name: str, checkpoint: str, tokenizer: Tokenizer | None, reme
     tokenizer: the run's; None if the run has yet to train it.
     remedy: the message's advice, instead of naming the checkpoint's tokenizer in the config.
   """
-  other = tokenizer_beside(checkpoint)
+  other = tokenizer_beside(checkpoint, name)
   if other is None or (tokenizer is not None and other.fingerprint == tokenizer.fingerprint):
     return
   raise UserError(
@@ -174,8 +174,8 @@ def same_tokenizer(name: str, checkpoint: str, tokenizer: Tokenizer | None, reme
   )
 
 
-def _folder(checkpoint: str) -> Path:
-  return Path(checkpoint.removeprefix(hf.PREFIX)) if checkpoint.startswith(hf.PREFIX) else model_files(checkpoint)
+def _folder(checkpoint: str, field: str = "--checkpoint") -> Path:
+  return Path(checkpoint.removeprefix(hf.PREFIX)) if checkpoint.startswith(hf.PREFIX) else model_files(checkpoint, field)
 
 
 def tokenizer_of(files: Path, config: ModelConfig):

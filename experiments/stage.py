@@ -116,7 +116,7 @@ def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer |
   if not init_from:
     return None
   begun = stage_dir / "model"  # A resumed stage keeps its tokenizer, even if init_from has moved.
-  return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from)
+  return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from, "init_from")
 
 
 def check_start(a: Assembly, field: str, checkpoint: str, template: Params | None = None) -> None:
