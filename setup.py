@@ -7,7 +7,7 @@ setup(
   version="0.1.0",
   description="The Nemotron-Cascade 2 recipe in JAX: a hybrid MoE, packed SFT, a cascade of RL stages",
   python_requires=">=3.11",
-  packages=find_packages(include=["nemocascade*", "configs*", "experiments*"]),
+  packages=find_packages(include=["nemocascade*"]),
   install_requires=[
     "jax>=0.10.2,<0.12",
     "flax>=0.12.8,<0.14",
@@ -53,7 +53,11 @@ setup(
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
     # The libraries that the benchmarks compare with.
     "bench": [
-      "tokamax>=0.0.12,<0.1", "trl>=1.16,<2", "torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5,<1",
+      "tokamax>=0.0.12,<0.1",
+      "trl>=1.16,<2",
+      "torch==2.13.0",
+      "transformers>=5,<6",
+      "safetensors>=0.5,<1",
       "tokenizers>=0.22,<1",
     ],
     "hf": ["torch>=2.9", "transformers>=5,<6", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"],

@@ -1,6 +1,6 @@
 """Thresholds at which a training stage warns or stops; the same at every scale.
 
-experiments/OBJECTIVES.md gives the reasons. The action of each guard is warn | stop | off.
+docs/objectives.md gives the reasons. The action of each guard is warn | stop | off.
 """
 
 from ml_collections import ConfigDict

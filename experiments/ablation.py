@@ -22,21 +22,23 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import cascade, objective, rl
-from experiments.assembly import Assembly, check_evaluation
-from experiments.launch import launch
-from experiments.processes import refuse_several
-from experiments.sharing import each, held
-from experiments.teaching import find, gather
-from experiments.workdir import check_owner, claim
-from nemocascade import comparison, evaluate, report
-from nemocascade.cascade import NUMBERS, Record
+from experiments import cascade, rl
 from nemocascade.errors import UserError, unknown
-from nemocascade.field_table import check as check_fields
-from nemocascade.metrics import read_lines
+from nemocascade.evaluate import suites
+from nemocascade.field_check import check as check_fields
 from nemocascade.model.size import matmul_params
-from nemocascade.rollout import score
+from nemocascade.report import comparison, pages
+from nemocascade.report.metrics import read_lines
+from nemocascade.rollout import rewards
+from nemocascade.runtime import objective
+from nemocascade.runtime.assembly import Assembly, check_evaluation
+from nemocascade.runtime.hosts import refuse_several
+from nemocascade.runtime.launch import launch
+from nemocascade.runtime.sharing import each, held
+from nemocascade.runtime.teaching import find, gather
+from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.state_files import named, read_state, refused, write_json
+from nemocascade.store.record import NUMBERS, Record
 
 TURN = "turn"  # Name of the lock held while one process writes files that all share.
 OWN = ("arms", "student", "teachers_of", "search", "seeds", "budget", "compared", "rate_of")
@@ -77,7 +79,9 @@ def check(c: ConfigDict) -> None:
   if c.student not in c.order:
     raise unknown("student", c.student, c.order)
   if shared := set(c.seeds) & set(c.search.seeds):
-    raise UserError(f"search.seeds={tuple(c.search.seeds)}: {sorted(shared)} are compared on too; must be none of seeds")
+    raise UserError(
+      f"search.seeds={tuple(c.search.seeds)}: {sorted(shared)} are compared on too; must be none of seeds"
+    )
   if c.compared.prompts > c.evaluation.prompts:
     raise UserError(f"compared.prompts={c.compared.prompts}: must be at most evaluation.prompts={c.evaluation.prompts}")
   check_evaluation(c, "compared.full_completions", c.compared.full_completions)
@@ -165,8 +169,8 @@ def scores(c: ConfigDict, a: Assembly, params, *, full: bool) -> dict[str, float
       total_tokens=c.evaluation.total_tokens, completions=G, temperature=1.0,
     )  # fmt: skip
 
-  judge = functools.partial(score.judge, domains=a.domains)
-  found = evaluate.evaluate(rows, collect, judge, batch=c.evaluation.batch // G)
+  judge = functools.partial(rewards.judge, domains=a.domains)
+  found = suites.evaluate(rows, collect, judge, batch=c.evaluation.batch // G)
   return {name: found[name].mean for name in e.domains}
 
 
@@ -218,9 +222,7 @@ def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directo
     directory.mkdir(parents=True, exist_ok=True)
     teachers = gather(a, find(arm, record), arm.teachers_in_memory) if objective.taught(arm) else None
     # All arms sample with the same random numbers: their key depends on the folder's name, here "rl".
-    outcome = rl.run(
-      arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps)
-    )
+    outcome = rl.run(arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps))
     write_json(directory / "done.json", {"steps": outcome.steps, "wall_s": outcome.wall_s})
   steps = read_state(directory / "done.json", DONE, remedy=f"remove {directory}")["steps"]
   lines = sorted(read_lines(path, EVALUATION), key=lambda entry: entry["steps"])
@@ -286,7 +288,7 @@ def run_seed(c: ConfigDict, a: Assembly, workdir: Path, seed: int, rates: dict[s
     # Arms whose configs are equal are run once.
     directory = equal.setdefault(arm.to_json_best_effort(sort_keys=True), workdir / "arms" / name)
     arms[name] = run_arm(arm, c, own, record, directory, student)
-  report.write(workdir)
+  pages.write(workdir)
   return OfSeed(student, teachers, arms)
 
 

@@ -15,20 +15,21 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import loading, objective, reward_model, rl, sft
-from experiments.assembly import Assembly, check_evaluation, judged
-from experiments.launch import launch
-from experiments.processes import refuse_several
-from experiments.stage import check_start
-from experiments.teaching import BEST, find, gather, probe
-from experiments.workdir import check_owner, claim
-from nemocascade import report
-from nemocascade.cascade import Record, columns
+from experiments import reward_model, rl, sft
 from nemocascade.config import ModelConfig
 from nemocascade.domains import registry
 from nemocascade.errors import UserError, unknown
-from nemocascade.field_table import check as check_fields
-from nemocascade.metrics import CompileCounter
+from nemocascade.field_check import check as check_fields
+from nemocascade.report import pages
+from nemocascade.report.metrics import CompileCounter
+from nemocascade.runtime import loading, objective
+from nemocascade.runtime.assembly import Assembly, check_evaluation, judged
+from nemocascade.runtime.hosts import refuse_several
+from nemocascade.runtime.launch import launch
+from nemocascade.runtime.stage import check_start
+from nemocascade.runtime.teaching import BEST, find, gather, probe
+from nemocascade.runtime.workdir import check_owner, claim
+from nemocascade.store.record import Record, columns
 
 KINDS = {"sft": sft, "rl": rl, "reward_model": reward_model}
 
@@ -73,7 +74,9 @@ def _check_place(c: ConfigDict, name: str) -> None:
 def check_judge(c: ConfigDict, stage: ConfigDict, before: Sequence[str]) -> None:
   """Raises UserError if an RL stage needs a judge, and no stage of `before` is a reward model."""
   if stage.judge:
-    raise UserError(f"judge={stage.judge!r}: must be empty in a cascade, where the stage of kind 'reward_model' is the judge")
+    raise UserError(
+      f"judge={stage.judge!r}: must be empty in a cascade, where the stage of kind 'reward_model' is the judge"
+    )
   if (why := judged(stage)) and not any(c.stages[n].kind == "reward_model" for n in before):
     raise UserError(f"{why}: needs a judge, and no stage before it has kind='reward_model'; add one to `order`")
 
@@ -153,7 +156,7 @@ def run(c: ConfigDict, workdir: Path) -> Record:
       run_stage(c, workdir, a, record, name, main_line(c, name))
     if c.stages[name].kind == "reward_model":
       a.use_judge_from(record.checkpoint(name))
-    report.write(workdir)
+    pages.write(workdir)
   tqdm.write(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 

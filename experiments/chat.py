@@ -13,16 +13,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments.assembly import from_checkpoint, model_alone
 from experiments.generate import MOST_TOKENS, TEMPERATURE, TOP_P
-from experiments.launch import launch
 from nemocascade.data.chat_parse import Delta, Turn
 from nemocascade.data.tool_format import ToolCall
-from nemocascade.domains.python_tool import PythonTool
-from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError, unknown
 from nemocascade.fields import flag, text, whole, word
 from nemocascade.rollout.conversation import Conversation
+from nemocascade.runtime.assembly import from_checkpoint, model_alone
+from nemocascade.runtime.launch import launch
+from nemocascade.sandbox.python_tool import PythonTool
+from nemocascade.sandbox.sandbox import Sandbox
 
 TOOLS = ("none", "python")
 MOST_ROUNDS = 100  # Answers to one question at most. All but the last call a tool.

@@ -23,17 +23,18 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from experiments import objective, rl, sft
-from experiments.assembly import Assembly
-from experiments.launch import launch
-from experiments.stage import Spent
-from experiments.teaching import scored_rows
+from experiments import rl, sft
 from nemocascade import advantage
 from nemocascade.errors import UserError, unknown
-from nemocascade.field_table import kind_of
+from nemocascade.field_check import kind_of
 from nemocascade.fields import text
 from nemocascade.mesh import by_rows, first_rows, make_mesh, placed
 from nemocascade.model.size import matmul_params
+from nemocascade.runtime import objective
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.launch import launch
+from nemocascade.runtime.stage import Spent
+from nemocascade.runtime.teaching import scored_rows
 from nemocascade.types import Batch, Prompts, Rollout
 
 GIB = 1 << 30
@@ -57,7 +58,9 @@ def run(c: ConfigDict, topology: str) -> list[dict]:
   {"sft": sft, "rl": rl}[kind].check(c)
   if kind == "rl":
     if c.distillation_weight:
-      raise UserError(f"distillation_weight={c.distillation_weight}: what teachers send for it is not compiled here; give 0")
+      raise UserError(
+        f"distillation_weight={c.distillation_weight}: what teachers send for it is not compiled here; give 0"
+      )
   kind, devices = slice_of(topology)
   gib, cores = CHIPS[kind]
   c = ConfigDict(c)
@@ -164,7 +167,12 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
   if c.advantage in advantage.TAUGHT or c.kl_weight:
     n = scored_rows(a)
     scored = _rows(a, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
-    yield "score", lambda: a.score.trace(a.template, *scored, temperature=temperature), Spent(scored=n * r.total_tokens), shorter
+    yield (
+      "score",
+      lambda: a.score.trace(a.template, *scored, temperature=temperature),
+      Spent(scored=n * r.total_tokens),
+      shorter,
+    )
 
   state, step_fn, proximal_fn = objective.step_program(c, a)
   rows, count = _taught_rows(c, Q, r.completions, r.total_tokens)
@@ -174,7 +182,12 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
   prompts = Prompts(*prompts) if p.shared_prompts else None
   tokens = p.rows * p.row_tokens + (Q * r.prompt_tokens if p.shared_prompts else 0)
   if c.updates > 1:
-    yield "proximal_logprobs", lambda: proximal_fn.trace(a.template, dict(rows), prompts, temperature), Spent(scored=tokens), pieces
+    yield (
+      "proximal_logprobs",
+      lambda: proximal_fn.trace(a.template, dict(rows), prompts, temperature),
+      Spent(scored=tokens),
+      pieces,
+    )
     rows["proximal"] = rows["behaviour"]
   yield "rl_step", lambda: step_fn.trace(state, rows, count, None, prompts, temperature), Spent(trained=tokens), pieces
 

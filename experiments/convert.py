@@ -12,13 +12,12 @@ import functools
 import time
 from pathlib import Path
 
-from experiments.launch import launch, writable_folder
-from experiments.loading import model_files, read_config, tokenizer_of
-from nemocascade import conversion
 from nemocascade.errors import UserError
 from nemocascade.fields import text
-from nemocascade.model import hf
+from nemocascade.runtime.launch import launch, writable_folder
+from nemocascade.runtime.loading import model_files, read_config, tokenizer_of
 from nemocascade.state_files import named
+from nemocascade.store import conversion, hf
 
 
 def run(source: str, target: str) -> None:

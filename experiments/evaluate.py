@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.assembly import check_evaluation, from_checkpoint
-from experiments.launch import launch
-from experiments.processes import first_alone
-from experiments.sharing import own
-from experiments.stage import check_start
-from nemocascade.field_table import check
+from nemocascade.field_check import check
 from nemocascade.fields import number, text, whole
+from nemocascade.runtime.assembly import check_evaluation, from_checkpoint
+from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime.launch import launch
+from nemocascade.runtime.sharing import own
+from nemocascade.runtime.stage import check_start
 from nemocascade.state_files import write_json
 
 

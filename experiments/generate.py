@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import rows as rows_lib
-from experiments.assembly import Assembly, from_checkpoint, model_alone
-from experiments.launch import launch
 from nemocascade.fields import flag, number, text, whole
+from nemocascade.runtime import json_rows as rows_lib
+from nemocascade.runtime.assembly import Assembly, from_checkpoint, model_alone
+from nemocascade.runtime.launch import launch
 from nemocascade.types import Params
 
 BATCH = 64  # Most rows decoded together.

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.launch import launch
 from nemocascade.config import BLOCK_KINDS, ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.field_table import DTYPES
 from nemocascade.fields import text, whole, word
-from nemocascade.model import hf
-from nemocascade.model.hf_layout import blocks
 from nemocascade.model.hybrid import Block, Hybrid, init_params
 from nemocascade.model.layers import RMSNorm
+from nemocascade.runtime.launch import launch
+from nemocascade.store import hf
+from nemocascade.store.hf_layout import blocks
 
 
 def run(checkpoint: str, tokens: int, new_tokens: int, dtype: str, seed: int) -> dict[str, float]:
@@ -113,8 +113,7 @@ def _transformers():
     from transformers import NemotronHForCausalLM
   except ImportError as error:
     raise UserError(
-      f"parity compares with transformers 5 and torch, which are not installed ({error}):"
-      " pip install 'nemocascade[hf]'"
+      f"parity compares with transformers 5 and torch, which are not installed ({error}): pip install 'nemocascade[hf]'"
     ) from error
 
   def theirs(path: Path, dtype: str, tokens_BT) -> dict[str, np.ndarray]:
@@ -123,9 +122,7 @@ def _transformers():
     names = [f"{i} {BLOCK_KINDS[letter]}" for i, letter in enumerate(pattern)]
     modules = [model.model.embeddings, *model.model.layers, model.model.norm_f]
     for name, module in zip(["embedding", *names, "last norm"], modules, strict=True):
-      module.register_forward_hook(
-        lambda module, taken, given, name=name: found.update({name: given.float().numpy()})
-      )
+      module.register_forward_hook(lambda module, taken, given, name=name: found.update({name: given.float().numpy()}))
     with torch.no_grad():
       logits = model(torch.tensor(tokens_BT), use_cache=False).logits
     return found | {"logits": logits.float().numpy()}

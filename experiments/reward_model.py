@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loading
-from experiments.assembly import Assembly
-from experiments.launch import launch
-from experiments.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
-from experiments.supervision import Supervisor
-from experiments.workdir import check_owner, claim
 from nemocascade.domains.preference import preference_pairs
 from nemocascade.errors import UserError
-from nemocascade.field_table import check as check_fields
+from nemocascade.field_check import check as check_fields
 from nemocascade.mesh import whole
-from nemocascade.metrics import MetricsWriter, progress
 from nemocascade.model.reward import RewardModel, init_reward_params
+from nemocascade.report.metrics import MetricsWriter, progress
+from nemocascade.runtime import loading
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.launch import launch
+from nemocascade.runtime.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
+from nemocascade.runtime.supervision import Supervisor
+from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.reward_model import reward_model_step
 from nemocascade.types import Params

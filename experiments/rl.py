@@ -6,7 +6,7 @@ GRPO follows Nemotron-Cascade 2 (arXiv 2603.19220). It differs from DeepSeekMath
   1. One update per batch, so it is on-policy.
   2. No KL to a reference, except in RLHF, with weight 0.03.
   3. The loss is averaged over all tokens of the batch, not first over each completion.
-MOPD is the same stage with another advantage and one teacher per domain. OBJECTIVES.md beside this file has
+MOPD is the same stage with another advantage and one teacher per domain. docs/objectives.md has
 the equation of each choice.
 """
 
@@ -20,11 +20,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import loading
-from experiments.assembly import Assembly, check_lengths, judged
-from experiments.launch import launch
-from experiments.mixture import Mixture
-from experiments.objective import (
+from nemocascade import advantage
+from nemocascade.domains.rows import prompt_messages
+from nemocascade.errors import UserError, unknown
+from nemocascade.field_check import check as check_fields
+from nemocascade.report.metrics import MetricsWriter, Phases, progress
+from nemocascade.rollout import rewards
+from nemocascade.rollout.episode import Samples
+from nemocascade.runtime import loading
+from nemocascade.runtime.assembly import Assembly, check_lengths, judged
+from nemocascade.runtime.hosts import refuse_several
+from nemocascade.runtime.launch import launch
+from nemocascade.runtime.mixture import Mixture
+from nemocascade.runtime.objective import (
   SLOTS,
   arrange,
   chosen,
@@ -35,16 +43,10 @@ from experiments.objective import (
   taught,
   topk,
 )
-from experiments.processes import refuse_several
-from experiments.stage import (
-  Outcome,
-  Spent,
-  check_start,
-  own_tokenizer,
-  start,
-)
-from experiments.supervision import Supervisor
-from experiments.teaching import (
+from nemocascade.runtime.stage import Outcome, Spent, check_start, own_tokenizer, start
+from nemocascade.runtime.supervision import Supervisor
+from nemocascade.runtime.teachers import Teachers
+from nemocascade.runtime.teaching import (
   find,
   gather,
   score_rows,
@@ -54,23 +56,17 @@ from experiments.teaching import (
   teacher_states,
   uniform_share,
 )
-from experiments.workdir import check_owner, claim
-from nemocascade import advantage
-from nemocascade.domains import domain as domain_lib
-from nemocascade.domains import judge as judge_lib
-from nemocascade.errors import UserError, unknown
-from nemocascade.field_table import check as check_fields
-from nemocascade.metrics import MetricsWriter, Phases, progress
-from nemocascade.rollout import score
-from nemocascade.rollout.episode import Samples
+from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step import loss
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.rows import rows_needed
 from nemocascade.step.update import SKIPPED
-from nemocascade.teachers import Teachers
 from nemocascade.types import Params
+from nemocascade.verifiers import judge as judge_lib
 
 Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, cost) -> end the stage?
+
+
 def check(c: ConfigDict) -> None:
   """Raises UserError if the stage cannot run. Nothing is compiled."""
   check_fields(c, "rl")
@@ -101,7 +97,9 @@ def check(c: ConfigDict) -> None:
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
     )
   if c.reward == "pairwise" and c.dynamic_filtering:
-    raise UserError("dynamic_filtering=True under reward='pairwise': it reads verdicts, which pairs have none of; give False")
+    raise UserError(
+      "dynamic_filtering=True under reward='pairwise': it reads verdicts, which pairs have none of; give False"
+    )
   if RouterBalance(**c.router_balance).has_loss and c.packing.shared_prompts:
     raise UserError(
       f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"
@@ -152,7 +150,7 @@ def pairwise_rewards(a: Assembly, samples: Samples) -> np.ndarray:
   count = lambda text: len(a.tokenizer.encode(text or ""))  # noqa: E731
   return judge_lib.batch_rewards(
     a.judge,
-    [domain_lib.prompt_messages(row) for row in samples.rows],
+    [prompt_messages(row) for row in samples.rows],
     samples.completions,
     think_tokens_QG=[[count(c.reasoning) for c in group] for group in samples.completions],
     answer_tokens_QG=[[count(c.content) for c in group] for group in samples.completions],
@@ -212,19 +210,17 @@ def run(
           completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
         )  # fmt: skip
         phases.end("rollout")
-        verdicts = score.judge(samples, a.domains)
+        verdicts = rewards.judge(samples, a.domains)
         phases.end("verdict")
         rounds.append((samples, verdicts))
         spent = spent.plus_rollout(samples)
-        if not c.dynamic_filtering or sum(map(len, score.informative([v for _, v in rounds]))) >= r.prompts:
+        if not c.dynamic_filtering or sum(map(len, rewards.informative([v for _, v in rounds]))) >= r.prompts:
           break
-      samples, verdicts = score.refill(rounds, r.prompts) if c.dynamic_filtering else rounds[0]
+      samples, verdicts = rewards.refill(rounds, r.prompts) if c.dynamic_filtering else rounds[0]
       rewards_QG = pairwise_rewards(a, samples) if c.reward == "pairwise" else None
-      rollout, counts = score.to_rollout(
-        samples, verdicts, overlong=chosen(c, "overlong"), rewards_QG=rewards_QG
-      )
+      rollout, counts = rewards.to_rollout(samples, verdicts, overlong=chosen(c, "overlong"), rewards_QG=rewards_QG)
       if c.dynamic_filtering:
-        rollout = score.dynamic_filter(rollout, verdicts)
+        rollout = rewards.dynamic_filter(rollout, verdicts)
       phases.end("verdict")
       if c.advantage in advantage.TAUGHT:
         rollout = rollout.replace(teacher_logprobs_QGT=teacher_logprobs(a, teachers, samples, temperature))
@@ -288,7 +284,7 @@ def sample_lines(samples: Samples, verdicts, rollout, count: int) -> list[dict]:
     lines.append(
       {
         "domain": samples.domains[q],
-        "prompt": domain_lib.prompt_messages(samples.rows[q])[-1]["content"],
+        "prompt": prompt_messages(samples.rows[q])[-1]["content"],
         "completion": samples.completions[q][0].text,
         "reward": float(rollout.rewards_QG[q][0]),
         "verdict": verdict.reward,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import rows as rows_lib
-from experiments.assembly import Assembly, from_checkpoint, model_alone
-from experiments.launch import launch
 from nemocascade.fields import text
+from nemocascade.runtime import json_rows as rows_lib
+from nemocascade.runtime.assembly import Assembly, from_checkpoint, model_alone
+from nemocascade.runtime.launch import launch
 from nemocascade.types import Params
 
 TOKENS = 1 << 14  # Tokens of a batch, padding included.
@@ -27,9 +27,7 @@ def run(checkpoint: str, input: str, output: str) -> None:
   rows_lib.check_output(output)
   rows = rows_lib.read_rows(input)
   a, params = from_checkpoint(model_alone(), Path(output).resolve().parent, checkpoint)
-  documents = rows_lib.tokens_of(
-    rows, a.tokenizer, path=input, vocab_size=a.model_config.vocab_size
-  )
+  documents = rows_lib.tokens_of(rows, a.tokenizer, path=input, vocab_size=a.model_config.vocab_size)
   scored = zip(rows, documents, score(a, params, documents), strict=True)
   rows_lib.write_rows(
     output,
@@ -37,9 +35,7 @@ def run(checkpoint: str, input: str, output: str) -> None:
   )
 
 
-def score(
-  a: Assembly, params: Params, documents: Sequence[Sequence[int]]
-) -> list[list[float | None]]:
+def score(a: Assembly, params: Params, documents: Sequence[Sequence[int]]) -> list[list[float | None]]:
   """[None, log p of each later token] of each document, in order. Similar lengths are batched together."""
   of_length = defaultdict(list)
   for i, tokens in enumerate(documents):

@@ -11,18 +11,18 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from experiments.assembly import Assembly
-from experiments.launch import launch
-from experiments.processes import first_alone
-from experiments.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
-from experiments.supervision import Supervisor
-from experiments.workdir import check_owner, claim
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
 from nemocascade.errors import UserError, unknown
-from nemocascade.field_table import check as check_fields
+from nemocascade.field_check import check as check_fields
 from nemocascade.mesh import check_rows
-from nemocascade.metrics import MetricsWriter, progress
+from nemocascade.report.metrics import MetricsWriter, progress
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime.launch import launch
+from nemocascade.runtime.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
+from nemocascade.runtime.supervision import Supervisor
+from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.sft import sft_step
@@ -48,7 +48,9 @@ def check_documents(c: ConfigDict, a: Assembly) -> None:
     for document in loader.to_documents(example, a.tokenizer)
   }  # fmt: skip
   if min(lengths) > c.row_tokens:
-    raise UserError(f"row_tokens={c.row_tokens}: demonstrations have {min(lengths)} to {max(lengths)} tokens; give at least that")
+    raise UserError(
+      f"row_tokens={c.row_tokens}: demonstrations have {min(lengths)} to {max(lengths)} tokens; give at least that"
+    )
 
 
 def demonstrations(a: Assembly, c: ConfigDict):
@@ -59,9 +61,7 @@ def demonstrations(a: Assembly, c: ConfigDict):
     examples = (
       example
       for name, count in c.conversations.items()
-      for example in domain_lib.demonstrations(
-        a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking
-      )
+      for example in domain_lib.demonstrations(a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking)
     )
     if not directory.exists():
       sources.write_demonstrations(examples, directory, name="demonstrations")

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from nemocascade.errors import UserError, unknown
-from nemocascade.field_table import check_values
+from nemocascade.field_check import check_values
 
 BLOCK_KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "MLP"}
 
@@ -81,15 +81,11 @@ class ModelConfig:
 
   def _divides(self, part: str, whole: str) -> None:
     if getattr(self, whole) % getattr(self, part):
-      raise UserError(
-        f"model.{part}={getattr(self, part)} does not divide model.{whole}={getattr(self, whole)}"
-      )
+      raise UserError(f"model.{part}={getattr(self, part)} does not divide model.{whole}={getattr(self, whole)}")
 
   def _at_most(self, part: str, whole: str) -> None:
     if getattr(self, part) > getattr(self, whole):
-      raise UserError(
-        f"model.{part}={getattr(self, part)} is more than model.{whole}={getattr(self, whole)}"
-      )
+      raise UserError(f"model.{part}={getattr(self, part)} is more than model.{whole}={getattr(self, whole)}")
 
   @property
   def mamba_inner_size(self) -> int:

@@ -1,22 +1,15 @@
-"""The fields of all configs: type, range, choices and meaning.
+"""The fields of all configs, one line each: type, range, choices and meaning.
 
-Each field is one line of a table below. `check` validates configs against the tables, `--help` prints them, and
-`python -m nemocascade.field_table` writes experiments/FIELDS.md from them.
+`field_check` validates configs against these tables, `--help` prints them, and docs/fields.md is written from them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
 
-from nemocascade.errors import UserError, unknown
 from nemocascade.fields import (
-  Field,
   flag,
-  no_field,
   number,
   section,
   several,
-  shown,
   text,
   whole,
   word,
@@ -30,7 +23,9 @@ SEED = {"seed": whole("Seed of parameters, data and sampling.", 0)}
 MODEL = {
   "model.vocab_size": whole("Rows of the embedding; at least the tokenizer's tokens."),
   "model.hidden_size": whole("Width of the residual stream."),
-  "model.hybrid_override_pattern": text("A letter a block: M Mamba-2, E mixture of experts, * attention, - MLP.", empty=False),
+  "model.hybrid_override_pattern": text(
+    "A letter a block: M Mamba-2, E mixture of experts, * attention, - MLP.", empty=False
+  ),
   "model.num_attention_heads": whole("Query heads.", optional=True),
   "model.num_key_value_heads": whole("Key and value heads; divides num_attention_heads.", optional=True),
   "model.head_dim": whole("Channels of an attention head.", optional=True),
@@ -67,7 +62,7 @@ MODEL = {
   "model.remat": flag("Whether the backward pass recomputes each block.", optional=True),
 }
 
-# Guard, a key of nemocascade.guards.GUARDS -> the quantity and unit of its threshold.
+# Guard, a key of nemocascade.runtime.guards.GUARDS -> the quantity and unit of its threshold.
 GUARDS = {
   "entropy_collapse": "Nats a token; fires below it.",
   "reward_collapse": "Share of the best average reward that is lost.",
@@ -84,41 +79,53 @@ SUPERVISION = {
   **{f"guards.{name}.action": word("What happens where it fires.", ("warn", "stop", "off")) for name in GUARDS},
 }
 
-SHARED = MODEL | SUPERVISION | {
-  "mesh.data": whole("Groups of devices that share the rows; -1 takes what mesh.expert leaves.", also=(-1,)),
-  "mesh.expert": whole("Devices that share the experts; -1 takes what mesh.data leaves.", also=(-1,)),
-  "tokenizer.path": text("tokenizer.json, tokenizer.model or a folder with one; empty trains one."),
-  "tokenizer.vocab_size": whole("Tokens of a tokenizer that is trained."),
-  "tokenizer.conversations": whole("Demonstrations of each domain that a tokenizer is trained on.", 0),
-  "domains": several("The domains, in the order of the report.", word("a domain", DOMAINS), empty=False, unique=True),
-  "tasks": section("Domain -> fields of it that are not its defaults."),
-  "tasks.*.sloppy_rate": number("Share of a demonstration's steps in the sloppy style.", low=0, high=1),
-  "tasks.*.error_rate": number("Share of the sloppy steps that err.", low=0, high=1),
-  "tasks.*.careful": text("Marker of a step in the careful style.", empty=False),
-  "tasks.*.sloppy": text("Marker of a step in the sloppy style.", empty=False),
-  "tasks.*.phrases": several("Fixed texts worth one token each.", text("a text", empty=False), unique=True),
-  "tasks.math.terms": several("Terms of a short and of a long problem.", whole("terms", 2, high=20), length=2, optional=True),
-  "tasks.math.long_share": number("Share of long problems.", low=0, high=1, optional=True),
-  "tasks.math.largest_total": whole("Bound of every running total.", 9, optional=True),
-  "tasks.long_context.documents": whole("Documents of a prompt.", high=32, optional=True),
-  "tasks.long_context.teaching_documents": several("Documents of a demonstration: least, most.", whole("documents", high=32), length=2, optional=True),
-  "tasks.long_context.teaching_full_share": number("Share of demonstrations as long as a prompt.", low=0, high=1, optional=True),
-  "evaluation.prompts": whole("Held-out prompts of each domain.", high=100_000),
-  "evaluation.completions": whole("Completions of each prompt at temperature 1."),
-  "evaluation.batch": whole("Rows decoded together."),
-  "evaluation.prompt_tokens": whole("Tokens of a prompt at most."),
-  "evaluation.total_tokens": whole("Tokens of prompt, completion and tool responses at most."),
-  "evaluation.long_prompt_tokens": whole("The same as prompt_tokens for long_domains."),
-  "evaluation.long_total_tokens": whole("The same as total_tokens for long_domains."),
-  "evaluation.long_domains": several("Domains with the long lengths.", word("a domain", DOMAINS), unique=True),
-  "evaluation.long_batch": whole("Rows of long_domains decoded together."),
-  "evaluation.greedy": several("Stages that are scored greedily too.", text("a stage"), unique=True),
-  "sandbox.workers": whole("Programs that run at a time.", high=4096),
-}
+SHARED = (
+  MODEL
+  | SUPERVISION
+  | {
+    "mesh.data": whole("Groups of devices that share the rows; -1 takes what mesh.expert leaves.", also=(-1,)),
+    "mesh.expert": whole("Devices that share the experts; -1 takes what mesh.data leaves.", also=(-1,)),
+    "tokenizer.path": text("tokenizer.json, tokenizer.model or a folder with one; empty trains one."),
+    "tokenizer.vocab_size": whole("Tokens of a tokenizer that is trained."),
+    "tokenizer.conversations": whole("Demonstrations of each domain that a tokenizer is trained on.", 0),
+    "domains": several("The domains, in the order of the report.", word("a domain", DOMAINS), empty=False, unique=True),
+    "tasks": section("Domain -> fields of it that are not its defaults."),
+    "tasks.*.sloppy_rate": number("Share of a demonstration's steps in the sloppy style.", low=0, high=1),
+    "tasks.*.error_rate": number("Share of the sloppy steps that err.", low=0, high=1),
+    "tasks.*.careful": text("Marker of a step in the careful style.", empty=False),
+    "tasks.*.sloppy": text("Marker of a step in the sloppy style.", empty=False),
+    "tasks.*.phrases": several("Fixed texts worth one token each.", text("a text", empty=False), unique=True),
+    "tasks.math.terms": several(
+      "Terms of a short and of a long problem.", whole("terms", 2, high=20), length=2, optional=True
+    ),
+    "tasks.math.long_share": number("Share of long problems.", low=0, high=1, optional=True),
+    "tasks.math.largest_total": whole("Bound of every running total.", 9, optional=True),
+    "tasks.long_context.documents": whole("Documents of a prompt.", high=32, optional=True),
+    "tasks.long_context.teaching_documents": several(
+      "Documents of a demonstration: least, most.", whole("documents", high=32), length=2, optional=True
+    ),
+    "tasks.long_context.teaching_full_share": number(
+      "Share of demonstrations as long as a prompt.", low=0, high=1, optional=True
+    ),
+    "evaluation.prompts": whole("Held-out prompts of each domain.", high=100_000),
+    "evaluation.completions": whole("Completions of each prompt at temperature 1."),
+    "evaluation.batch": whole("Rows decoded together."),
+    "evaluation.prompt_tokens": whole("Tokens of a prompt at most."),
+    "evaluation.total_tokens": whole("Tokens of prompt, completion and tool responses at most."),
+    "evaluation.long_prompt_tokens": whole("The same as prompt_tokens for long_domains."),
+    "evaluation.long_total_tokens": whole("The same as total_tokens for long_domains."),
+    "evaluation.long_domains": several("Domains with the long lengths.", word("a domain", DOMAINS), unique=True),
+    "evaluation.long_batch": whole("Rows of long_domains decoded together."),
+    "evaluation.greedy": several("Stages that are scored greedily too.", text("a stage"), unique=True),
+    "sandbox.workers": whole("Programs that run at a time.", high=4096),
+  }
+)
 
 STAGE = {
   "kind": word("What the stage trains by.", ("sft", "rl", "reward_model")),
-  "init_from": text("Where it starts: a checkpoint, in a cascade also a stage or 'previous'; empty draws fresh parameters."),
+  "init_from": text(
+    "Where it starts: a checkpoint, in a cascade also a stage or 'previous'; empty draws fresh parameters."
+  ),
   "steps": whole("Steps of the stage."),
   "save_every": whole("Steps between checkpoints."),
   "optimizer.peak_lr": number("Learning rate after warm-up.", above=0),
@@ -130,7 +137,9 @@ STAGE = {
   "optimizer.eps": number("Adam's epsilon.", above=0),
   "optimizer.weight_decay": number("Decoupled weight decay of matrices.", low=0, high=1),
   "optimizer.clip_norm": number("Norm to which the gradient is clipped.", above=0),
-  "optimizer.frozen": several("Patterns of the paths of parameters that keep their values.", text("a pattern", empty=False)),
+  "optimizer.frozen": several(
+    "Patterns of the paths of parameters that keep their values.", text("a pattern", empty=False)
+  ),
 }
 
 BALANCE = {
@@ -177,7 +186,7 @@ RL = BALANCE | {
   "entropy_weight": number("Weight of the entropy bonus.", low=0),
   "distillation": word("Distance from the teachers.", "nemocascade.step.loss:DISTILLATIONS"),
   "distillation_weight": number("Weight of that distance.", low=0),
-  "overlong": word("What an unfinished completion is paid.", "nemocascade.rollout.score:OVERLONG"),
+  "overlong": word("What an unfinished completion is paid.", "nemocascade.rollout.rewards:OVERLONG"),
   "options": section("Function -> its settings; those not chosen cost nothing."),
   "options.*.clip": number("Bound of an advantage, in nats.", above=0),
   "options.*.alpha": number("Weight of the outcome's advantage.", low=0),
@@ -221,7 +230,9 @@ ABLATION = CASCADE | {
   "compared.full_completions": whole("Completions of each prompt there and at the end."),
   "compared.reach": number("Share of the gap at which an arm has come to its teacher.", above=0, high=1),
   "compared.pairs": several("Arms compared step by step: (ours, theirs).", several("a pair", text("an arm"), length=2)),
-  "compared.ends": several("Arms compared where each ends: (ours, theirs).", several("a pair", text("an arm"), length=2)),
+  "compared.ends": several(
+    "Arms compared where each ends: (ours, theirs).", several("a pair", text("an arm"), length=2)
+  ),
   "search.arms": several("Arms whose peak_lr is searched for.", text("an arm"), unique=True),
   "search.rates": several("Values of peak_lr that are tried.", number("a rate", above=0), empty=False),
   "search.steps": whole("Steps of a try."),
@@ -235,156 +246,3 @@ OWN = {
 WHOLE = {kind: SEED | SHARED | own for kind, own in OWN.items()}
 # An ablation has `seeds` instead of `seed`.
 WHOLE["ablation"]["seed"] = dataclasses.replace(SEED["seed"], optional=True)
-
-
-def kind_of(config: Mapping) -> str:
-  """The kind of a config, a key of OWN, inferred from its fields. Raises UserError if there is none."""
-  if "arms" in config:
-    return "ablation"
-  if "stages" in config:
-    return "cascade"
-  if "kind" not in config:
-    raise UserError(f"kind is missing: must be {STAGE['kind'].allowed()}, or give a config with stages")
-  STAGE["kind"].check("kind", config["kind"])
-  return config["kind"]
-
-
-def check(c: Any, *kinds: str) -> None:
-  """Validates a ConfigDict: its fields must be those of its kind, and their values within the ranges.
-
-  Args:
-    kinds: the kinds that the caller accepts; none accepts all.
-
-  Raises:
-    UserError: names the first wrong field, its value and what is allowed; or the kind, if it is not accepted.
-  """
-  config = c.to_dict()
-  kind = kind_of(config)
-  if kinds and kind not in kinds:
-    raise UserError(f"kind={kind!r}: --config is of another kind than this command's: must be {' or '.join(map(repr, kinds))}")
-  _check(config, WHOLE[kind], "")
-
-
-def check_values(part: str, **values: Any) -> None:
-  """Validates values of fields of the section `part`, such as "optimizer", outside a config.
-
-  Raises:
-    UserError: names the first wrong field, its value and what is allowed.
-  """
-  tables = SHARED | STAGE | RL
-  for name, value in values.items():
-    tables[f"{part}.{name}"].check(f"{part}.{name}", value)
-
-
-def field_of(config: Mapping, name: str) -> tuple[Field | None, list[str]]:
-  """Looks up a dotted name: (its field or None, the names that are allowed in its section)."""
-  table, (first, *rest) = WHOLE[kind_of(config)], name.split(".")
-  if first in ("stages", "arms") and len(rest) > 1 and rest[0] in config.get(first, {}):
-    kind = "rl" if first == "arms" else config[first][rest[0]].get("kind")
-    table, name = OWN.get(kind, {}), ".".join(rest[1:])
-  elif first in ("stages", "arms") and rest:
-    return None, list(config.get(first, {}))
-  return _find(table, name), _siblings(table, name)
-
-
-def _check(config: Mapping, table: Mapping[str, Field], prefix: str) -> None:
-  _walk(config, table, "", prefix)
-  for name, field in table.items():
-    if not field.optional and "*" not in name and not _has(config, name):
-      raise UserError(f"{prefix}{name} is missing: must be {field.allowed()}")
-
-
-def _walk(node: Mapping, table: Mapping[str, Field], path: str, prefix: str) -> None:
-  for key, value in node.items():
-    name = f"{path}{key}"
-    field = _find(table, name)
-    if field is None and not _siblings(table, f"{name}.*", stars=True):
-      raise no_field(prefix + name, _siblings(table, name))
-    if (field is None or field.kind is dict) and not isinstance(value, Mapping):
-      raise UserError(f"{prefix}{name}={shown(value)}: must be a section with fields, such as {name}.{_first(table, name)}")
-    if field is not None:
-      field.check(prefix + name, value)
-    if name in ("stages", "arms"):
-      for own, stage in value.items():
-        _stage(stage, f"{prefix}{name}.{own}", arm=name == "arms")
-    elif isinstance(value, Mapping) and (field is None or field.kind is dict):
-      _walk(value, table, f"{name}.", prefix)
-
-
-def _stage(stage: Any, name: str, arm: bool) -> None:
-  if not isinstance(stage, Mapping):
-    raise UserError(f"{name}={shown(stage)}: must be the fields of a stage")
-  if "kind" not in stage:
-    raise UserError(f"{name}.kind is missing: must be {STAGE['kind'].allowed()}")
-  STAGE["kind"].check(f"{name}.kind", stage["kind"])
-  if arm and stage["kind"] != "rl":
-    raise unknown(f"{name}.kind", stage["kind"], ("rl",))
-  _check(stage, OWN[stage["kind"]], f"{name}.")
-
-
-def _find(table: Mapping[str, Field], name: str) -> Field | None:
-  """The field of the name, or else of the matching pattern with the fewest stars; None if there is none."""
-  if name in table:
-    return table[name]
-  parts, found = name.split("."), []
-  for pattern, field in table.items():
-    wanted = pattern.split(".")
-    if "*" in wanted and len(wanted) == len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True)):
-      found.append((wanted.count("*"), field))
-  return min(found, key=lambda pair: pair[0])[1] if found else None
-
-
-def _siblings(table: Mapping[str, Field], name: str, stars: bool = False) -> list[str]:
-  """The last parts of names that are allowed in the section of `name`; with `stars`, "*" is included."""
-  before = name.split(".")[:-1]
-  below = (p.split(".") for p in table if p.count(".") >= len(before))
-  return sorted({p[len(before)] for p in below if all(b in ("*", a) for a, b in zip(before, p))} - ({"*"} if not stars else set()))
-
-
-def _first(table: Mapping[str, Field], name: str) -> str:
-  names = (p.split(".", name.count(".") + 1)[-1] for p in table if p.startswith(f"{name}."))
-  return next(names, "*").replace("*", "NAME")
-
-
-def _has(config: Mapping, name: str) -> bool:
-  for part in name.split("."):
-    if not isinstance(config, Mapping) or part not in config:
-      return False
-    config = config[part]
-  return True
-
-
-def described(c: Any) -> Iterator[tuple[str, Any, Field]]:
-  """(dotted name, value, field) for every field of a config that has passed `check`."""
-  config = c.to_dict()
-
-  def walk(node: Mapping, path: str):
-    for key, value in node.items():
-      field, _ = field_of(config, path + key)
-      if isinstance(value, Mapping) and value and (field is None or field.kind is dict):
-        yield from walk(value, f"{path}{key}.")
-      elif field is not None:
-        yield path + key, value, field
-
-  return walk(config, "")
-
-
-def markdown() -> str:
-  """The text of experiments/FIELDS.md."""
-  parts = {
-    "Shared by all": SEED | SHARED, "Of every stage": STAGE, "SFT": SFT, "Reward model": REWARD_MODEL, "RL": RL,
-    "Cascade": CASCADE, "Ablation": {n: f for n, f in ABLATION.items() if n not in CASCADE},
-  }  # fmt: skip
-  lines = [
-    "# Fields of a config", "",
-    "Written from the table in `nemocascade/field_table.py` by `python -m nemocascade.field_table > experiments/FIELDS.md`.",
-    "`*` stands for a name that the config gives. Values are those of the files in `configs/`.",
-  ]  # fmt: skip
-  for title, table in parts.items():
-    lines += ["", f"## {title}", "", "| field | allowed | meaning |", "|---|---|---|"]
-    lines += [f"| `{name}` | {field.allowed()} | {field.help} |" for name, field in table.items()]
-  return "\n".join(lines)
-
-
-if __name__ == "__main__":
-  print(markdown())

@@ -112,7 +112,11 @@ class Field:
     if self.high is None and not (isinstance(value, int) and value > high):
       high = None
     words = {"at least": self.low, "above": self.above, "below": self.below, "at most": high}
-    parts = [f"{word} {bound:g}" if bound != LARGEST else f"{word} {LARGEST}" for word, bound in words.items() if bound is not None]
+    parts = [
+      f"{word} {bound:g}" if bound != LARGEST else f"{word} {LARGEST}"
+      for word, bound in words.items()
+      if bound is not None
+    ]
     return (" of " if parts[0].startswith("at ") else " ") + " and ".join(parts) if parts else ""
 
   def _high(self) -> float:

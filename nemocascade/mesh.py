@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemocascade.errors import UserError, unknown
-from nemocascade.field_table import check_values
+from nemocascade.field_check import check_values
 
 BATCH = ("data", "expert")  # Mesh axes that shard rows and tokens: all of them.
 
@@ -56,9 +56,7 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
   if free:
     (other,) = sizes.keys() - free
     if devices % sizes[other]:
-      raise UserError(
-        f"mesh.{other}={sizes[other]} does not divide the {devices} devices: give a divisor of {devices}"
-      )
+      raise UserError(f"mesh.{other}={sizes[other]} does not divide the {devices} devices: give a divisor of {devices}")
     sizes[free[0]] = devices // sizes[other]
   if sizes["data"] * sizes["expert"] != devices:
     raise UserError(
@@ -66,9 +64,7 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
       f" but there are {devices} devices: set one of them to -1"
     )
   # An axis of a TPU's torus may be split between mesh axes: 8 x 8 devices out of 4 x 4 x 4 need it.
-  grid = mesh_utils.create_device_mesh(
-    (sizes["data"], sizes["expert"]), devices=of, allow_split_physical_axes=True
-  )
+  grid = mesh_utils.create_device_mesh((sizes["data"], sizes["expert"]), devices=of, allow_split_physical_axes=True)
   return Mesh(grid, BATCH, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -87,9 +83,7 @@ def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None) -> Any:
   is_axes = lambda node: isinstance(node, tuple | PartitionSpec)
   if arrays is None:
     return jax.tree.map(lambda axes: _sharding(axes, mesh, None), axes_tree, is_leaf=is_axes)
-  return jax.tree.map(
-    lambda axes, array: _sharding(axes, mesh, array.shape), axes_tree, arrays, is_leaf=is_axes
-  )
+  return jax.tree.map(lambda axes, array: _sharding(axes, mesh, array.shape), axes_tree, arrays, is_leaf=is_axes)
 
 
 def _sharding(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None) -> NamedSharding:

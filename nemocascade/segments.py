@@ -12,9 +12,7 @@ def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
 
 def positions(segment_ids_BT: jax.Array) -> jax.Array:
   """int32 [B, T]: the position of each token in its document, from 0."""
-  place_BT = jnp.broadcast_to(
-    jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None], segment_ids_BT.shape
-  )
+  place_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None], segment_ids_BT.shape)
   start_BT = jnp.where(segment_starts(segment_ids_BT), place_BT, 0)
   return place_BT - jax.lax.cummax(start_BT, axis=1)
 

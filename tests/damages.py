@@ -96,7 +96,12 @@ def drop_sizes(path: Path) -> None:
 
 def damages(workdir: Path) -> list[tuple[str, str, Harm]]:
   """All damages as (file, description, function that does the damage)."""
-  of_json = {**{name: text(value) for name, value in JSON_TEXTS.items()}, "a folder": folder, "a pipe": pipe, "a loop": loop}
+  of_json = {
+    **{name: text(value) for name, value in JSON_TEXTS.items()},
+    "a folder": folder,
+    "a pipe": pipe,
+    "a loop": loop,
+  }
   found = [(name, what, harm) for name in ("config.json", "cascade.json") for what, harm in of_json.items()]
   found += [
     ("cascade.json", "a stage's name is a number", replace('"name": "sft"', '"name": 3')),
@@ -108,7 +113,9 @@ def damages(workdir: Path) -> list[tuple[str, str, Harm]]:
     ("config.json", "another seed", replace('"seed": 0', '"seed": 1')),
   ]
   steps = f"{STAGE}/checkpoints/4"
-  files = sorted(p for p in (workdir / steps).rglob("*") if p.is_file() and p.stat().st_size and p.name != "checksums.json")
+  files = sorted(
+    p for p in (workdir / steps).rglob("*") if p.is_file() and p.stat().st_size and p.name != "checksums.json"
+  )
   for path in files[:: max(1, len(files) // 4)]:
     found += [(str(path.relative_to(workdir)), harm.__name__, harm) for harm in (cut, flip, lose)]
   found += [(steps, harm.__name__, harm) for harm in (folder, file, add)]

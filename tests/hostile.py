@@ -16,10 +16,14 @@ from typing import Any, NamedTuple
 from hostile_programs import escapes, forgeries, hoards, leaks
 
 from nemocascade.data.chat import ToolCall, Turn
-from nemocascade.domains import code, domain, edits, python_tool, swe
-from nemocascade.domains.program import Program, Result
-from nemocascade.domains.python_tool import PythonTool
-from nemocascade.domains.sandbox import Sandbox
+from nemocascade.domains import code, domain, swe
+from nemocascade.domains.rows import make_prompt
+from nemocascade.sandbox import python_tool
+from nemocascade.sandbox.program import Program, Result
+from nemocascade.sandbox.python_tool import PythonTool
+from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.verifiers import edits
+from nemocascade.verifiers.verdict import Completion, Row, Verdict
 
 CPU_S, WALL_S = 1, 2.5
 
@@ -120,24 +124,24 @@ class _Runner:
   def values(self, name: str) -> tuple[str, bool]:
     return _zero(self._values(forgeries.FUNCTIONS[name]))
 
-  def _values(self, source: str) -> domain.Verdict:
+  def _values(self, source: str) -> Verdict:
     tests = {"fn_name": "f", "inputs": ["2", "3", "-4"], "outputs": ["13", "36", "-48"]}
     return self._judge(tests, source)
 
   def prints(self, name: str) -> tuple[str, bool]:
     return _zero(self._prints(forgeries.PRINTERS[name]))
 
-  def _prints(self, source: str) -> domain.Verdict:
+  def _prints(self, source: str) -> Verdict:
     return self._judge({"inputs": ["7\n", "12\n"], "outputs": ["49\n", "144\n"]}, source)
 
-  def _judge(self, tests: dict, source: str) -> domain.Verdict:
-    row = {**domain.make_prompt("code", "x"), "verifier_metadata": {"unit_tests": tests}}
+  def _judge(self, tests: dict, source: str) -> Verdict:
+    row = {**make_prompt("code", "x"), "verifier_metadata": {"unit_tests": tests}}
     return code.make_domain(self.box).verify([row], [_complete(f"```python\n{source}\n```")])[0]
 
   def repair(self, name: str) -> tuple[str, bool]:
     return _zero(self._repair(forgeries.REPAIRS[name]))
 
-  def _repair(self, line: str) -> domain.Verdict:
+  def _repair(self, line: str) -> Verdict:
     task, row = self._repository(swe.make_domain)
     bug, files = swe.Bug(**row["instance"]["bug"]), swe.repository_files(row)
     (other,) = set(files) - {bug.path}
@@ -145,7 +149,7 @@ class _Runner:
     edit = edits.show(edits.Edit(bug.path, files[bug.path].strip(), line))
     return task.verify([row], [_complete(edit)])[0]
 
-  def _repository(self, make: Callable) -> tuple[swe.Swe, domain.Row]:
+  def _repository(self, make: Callable) -> tuple[swe.Swe, Row]:
     task = make(self.box)
     return task, domain.rows(task, "train", 0, 0, 1)[0]
 
@@ -188,11 +192,11 @@ class _Runner:
     return f"rewards {[v.reward for v in verdicts]}", all(v.reward == 1 for v in verdicts)
 
 
-def _complete(content: str) -> domain.Completion:
-  return domain.Completion((Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True),))
+def _complete(content: str) -> Completion:
+  return Completion((Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True),))
 
 
-def _zero(verdict: domain.Verdict) -> tuple[str, bool]:
+def _zero(verdict: Verdict) -> tuple[str, bool]:
   """Held if the reward is 0 and the sample counts; a masked sample would escape its reward of 0."""
   masked = ", masked" if verdict.masked else ""
   return f"reward {verdict.reward:g}{masked}: {verdict.reason}", verdict.reward == 0 and not verdict.masked

@@ -104,7 +104,12 @@ def wrong(field: Field) -> Iterator[tuple[str, str]]:
       yield str((field.low or 0) - 2 - len(field.also)), "at least"
     else:
       yield "nan", "not a number"
-      for bound, step, word in ((field.low, -0.5, "at least"), (field.above, 0, "above"), (field.high, 1, "at most"), (field.below, 0, "below")):
+      for bound, step, word in (
+        (field.low, -0.5, "at least"),
+        (field.above, 0, "above"),
+        (field.high, 1, "at most"),
+        (field.below, 0, "below"),
+      ):
         if bound is not None:
           yield f"{float(bound + step)}", word
   if field.kind is bool:

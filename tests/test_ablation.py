@@ -17,10 +17,10 @@ from configs.tiny import (
   sweep_warmup,
 )
 from experiments import ablation
-from experiments.stage import Outcome, Spent
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.size import count_params, matmul_params
+from nemocascade.runtime.stage import Outcome, Spent
 
 
 @pytest.fixture
@@ -109,7 +109,9 @@ def test_arms_that_come_out_equal_are_run_once_and_shown_each(tmp_path, trained)
   c.rate_of.mopd_again = "mopd"
   found = ablation.run(c, tmp_path)
   assert "mopd_again" not in [name for name, *_ in trained]
-  assert found["arms"]["mopd_again"] == found["arms"]["mopd"] and found["summary"]["mopd_again"] == found["summary"]["mopd"]
+  assert (
+    found["arms"]["mopd_again"] == found["arms"]["mopd"] and found["summary"]["mopd_again"] == found["summary"]["mopd"]
+  )
 
 
 @pytest.mark.parametrize("unit", ["tokens", "flops"])

@@ -155,9 +155,7 @@ def test_rewards_scaled_and_shifted_give_the_same_advantages():
 def test_mopd_expectation_is_minus_reverse_kl():
   # One prompt, with each token of a vocabulary of 5 as one completion: the expectation is a finite sum.
   V = 5
-  policy_V, teacher_V = (
-    jax.nn.log_softmax(jax.random.normal(jax.random.key(i), (V,))) for i in (0, 1)
-  )
+  policy_V, teacher_V = (jax.nn.log_softmax(jax.random.normal(jax.random.key(i), (V,))) for i in (0, 1))
   r = rollout(np.zeros((1, V))).replace(
     behaviour_logprobs_QGT=policy_V[None, :, None], teacher_logprobs_QGT=teacher_V[None, :, None]
   )
@@ -187,9 +185,7 @@ def test_mopd_outcome_adds_alpha_times_the_verdicts_advantage_to_the_teachers():
 
 def test_a_teacher_that_is_the_student_teaches_exactly_nothing():
   logprobs_QGT = jax.random.normal(jax.random.key(0), (2, 3, T))
-  r = rollout(np.zeros((2, 3))).replace(
-    behaviour_logprobs_QGT=logprobs_QGT, teacher_logprobs_QGT=logprobs_QGT
-  )
+  r = rollout(np.zeros((2, 3))).replace(behaviour_logprobs_QGT=logprobs_QGT, teacher_logprobs_QGT=logprobs_QGT)
   for name in TAUGHT:
     assert not np.any(ADVANTAGES[name](r))
 

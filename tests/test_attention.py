@@ -52,7 +52,9 @@ def test_in_bf16_scores_and_sums_are_fp32():
 def test_a_cache_before_the_row_is_its_beginning(queries):
   (q, k, v), ids_BT, _ = inputs("one")
   first, room = 9, 12  # The cache has more slots than it uses.
-  cache = lambda a: jnp.pad(jnp.swapaxes(a[:, :first], 1, 2), ((0, 0), (0, 0), (0, room - first), (0, 0)), constant_values=7)
+  cache = lambda a: jnp.pad(
+    jnp.swapaxes(a[:, :first], 1, 2), ((0, 0), (0, 0), (0, room - first), (0, 0)), constant_values=7
+  )
   got = attention(
     q[:, first:], k[:, first:], v[:, first:], ids_BT[:, first:],
     before=(cache(k), cache(v), jnp.full((B,), first)), queries=queries,

@@ -56,7 +56,9 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, *, temperature=1.0)
     loads.append(jnp.sum(chosen_TE & (segment_ids_BT > 0).reshape(-1, 1), axis=0, dtype=jnp.float32))
     by_row = (a.reshape(*tokens_BT.shape, E) for a in (score_TE, chosen_TE))
     losses.append(jnp.sum(moe.balance_loss(*by_row, segment_ids_BT, X)))
-  logprobs_BT = jnp.take_along_axis(jax.nn.log_softmax(x_BTV[:, :-1] / temperature), tokens_BT[:, 1:, None], axis=-1)[..., 0]
+  logprobs_BT = jnp.take_along_axis(jax.nn.log_softmax(x_BTV[:, :-1] / temperature), tokens_BT[:, 1:, None], axis=-1)[
+    ..., 0
+  ]
   logprobs_BT = jnp.pad(logprobs_BT, ((0, 0), (1, 0)))
   return Scores(logprobs_BT, jnp.zeros_like(logprobs_BT), Routing(jnp.stack(loads), jnp.zeros(L), sum(losses)))
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench, bench_convert, bench_gpu, bench_kernels, bench_rl, bench_schedules
+from experiments.bench import __main__ as bench
+from experiments.bench import convert, gpu, kernels, rl, schedules
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
 
@@ -22,8 +23,8 @@ SMALL = dict(
 
 
 def test_converting_is_measured_both_ways_against_copying(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(bench_convert.cases, "__defaults__", (str(tmp_path),))
-  monkeypatch.setattr(bench_convert, "MODEL", bench_convert.MODEL | SMALL)
+  monkeypatch.setattr(convert.cases, "__defaults__", (str(tmp_path),))
+  monkeypatch.setattr(convert, "MODEL", convert.MODEL | SMALL)
   bench.run("convert")
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [line["case"] for line in lines] == ["hf_to_ours", "ours_to_hf"]
@@ -34,7 +35,7 @@ def test_converting_is_measured_both_ways_against_copying(tmp_path, monkeypatch,
 
 
 def test_the_routed_matmul_is_measured_against_ragged_dot(monkeypatch, capsys):
-  monkeypatch.setattr(bench_kernels.cpu_cases, "__defaults__", (8, 8, 64))
+  monkeypatch.setattr(kernels.cpu_cases, "__defaults__", (8, 8, 64))
   bench.run("kernels")
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [line["case"] for line in lines] == ["forward_16_experts", "forward_128_experts"]
@@ -45,9 +46,9 @@ def test_the_routed_matmul_is_measured_against_ragged_dot(monkeypatch, capsys):
 
 def test_on_a_gpu_each_part_of_the_routed_mlp_is_measured_against_each_peer(monkeypatch):
   """Runs the CPU forms, which give the same lines."""
-  monkeypatch.setattr(bench_kernels, "peers", lambda: {"a peer": jax.lax.ragged_dot, "broken": None})
-  monkeypatch.setattr(bench_kernels, "LOADS", {"skewed": 1.0})
-  lines = list(bench_kernels.gpu_cases(D=16, F=8, E=4, X=2, tokens=(64,), dense=16))
+  monkeypatch.setattr(kernels, "peers", lambda: {"a peer": jax.lax.ragged_dot, "broken": None})
+  monkeypatch.setattr(kernels, "LOADS", {"skewed": 1.0})
+  lines = list(kernels.gpu_cases(D=16, F=8, E=4, X=2, tokens=(64,), dense=16))
   parts = ["forward", "forward", "dx", "dw", "mlp_forward", "mlp_forward_backward"]
   assert [line["case"] for line in lines] == [f"{part}_64_tokens_skewed" for part in parts]
   assert {line["peer_name"] for line in lines} == {"a peer", "a dense matmul"}
@@ -57,14 +58,14 @@ def test_on_a_gpu_each_part_of_the_routed_mlp_is_measured_against_each_peer(monk
 def test_the_usual_chain_is_the_routed_mlp():
   keys = jax.random.split(jax.random.key(0), 4)
   x_TD, up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(64, 16), (4, 16, 8), (4, 8, 16)], strict=False))
-  expert_TX, weight_TX = bench_kernels.choices(keys[3], 64, 4, 2, 1.0)
+  expert_TX, weight_TX = kernels.choices(keys[3], 64, 4, 2, 1.0)
   args = x_TD, up, down, expert_TX, weight_TX.astype(jnp.float32)
-  got = bench_kernels.chain(jax.lax.ragged_dot, *args)
+  got = kernels.chain(jax.lax.ragged_dot, *args)
   np.testing.assert_allclose(got, routed_mlp(*args)[0], rtol=1e-4, atol=1e-3)
 
 
 def test_loads_are_balanced_or_skewed():
-  of = lambda exponent: np.bincount(bench_kernels.choices(jax.random.key(0), 4096, 16, 2, exponent)[0].ravel())
+  of = lambda exponent: np.bincount(kernels.choices(jax.random.key(0), 4096, 16, 2, exponent)[0].ravel())
   assert of(0.0).max() < 1.2 * 512 and of(1.0).max() > 3 * 512
 
 
@@ -75,7 +76,7 @@ def test_a_schedule_is_that_of_its_busiest_stretch_between_branches(tmp_path):
   (tmp_path / "17-routed_product.1-72-final_bundles.txt").write_text("\n".join(lines))
   use = "== CAPACITY:\nMXU, XLU\n 4 3\n== UTILIZATION:\n" + "".join(f"{n} 0\n" for n in (1, 1, 4, 2, 0, 3))
   (tmp_path / "17-routed_product.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(use)
-  assert bench_schedules.read_schedule(tmp_path) == (0.75, 2)
+  assert schedules.read_schedule(tmp_path) == (0.75, 2)
 
 
 def test_only_kernels_are_compared_without_running_them():
@@ -95,19 +96,19 @@ def test_the_command_takes_the_suite_as_its_argument():
 
 def smoke_rl(tmp_path):
   """The config of `bench rl` and its start, at a size that compiles in seconds."""
-  c = bench_rl.config(**SMALL | dict(vocab_size=256, hybrid_override_pattern="M*E"))
+  c = rl.config(**SMALL | dict(vocab_size=256, hybrid_override_pattern="M*E"))
   c.steps = 2
-  c.rollout.update(prompts=2, completions=4, total_tokens=bench_rl.PROMPT_TOKENS + 12)
-  c.packing.update(rows=8, row_tokens=bench_rl.PROMPT_TOKENS + 12)
-  return c, bench_rl.assembly(c, tmp_path)
+  c.rollout.update(prompts=2, completions=4, total_tokens=rl.PROMPT_TOKENS + 12)
+  c.packing.update(rows=8, row_tokens=rl.PROMPT_TOKENS + 12)
+  return c, rl.assembly(c, tmp_path)
 
 
 def test_our_step_of_bench_rl_samples_every_token_and_rewards_differ(tmp_path):
   c, a = smoke_rl(tmp_path)
-  calls, start = [], bench_rl.save(a, bench_rl.endless_params(a), tmp_path / "start")
-  seconds, phases = bench_rl.run_ours(c, a, start, tmp_path / "rl", lambda: calls.append(1))
+  calls, start = [], rl.save(a, rl.endless_params(a), tmp_path / "start")
+  seconds, phases = rl.run_ours(c, a, start, tmp_path / "rl", lambda: calls.append(1))
   assert len(seconds) == len(phases) == len(calls) == 2
-  assert all(0 < sum(p.values()) <= s and set(p) == set(bench_rl.PHASES) for s, p in zip(seconds, phases))
+  assert all(0 < sum(p.values()) <= s and set(p) == set(rl.PHASES) for s, p in zip(seconds, phases))
   (first, _) = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
   assert first["rollout/tokens"] == 12 and first["rollout/unfinished"] == 1
   assert first["rollout/groups_with_signal"] > 0 and first["advantage/abs"] > 0
@@ -118,32 +119,32 @@ def test_prompts_of_bench_rl_have_16_tokens_for_transformers_too(tmp_path):
   c, a = smoke_rl(tmp_path)
   a.tokenizer.save(tmp_path / "tokenizer.json")
   theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-  texts, tokens, letters = bench_rl.prompts(c, a)
-  assert theirs(texts)["input_ids"] == tokens and {len(t) for t in tokens} == {bench_rl.PROMPT_TOKENS}
-  assert len(texts) == 2 * 2 and all(letter in bench_rl.CONSONANTS for letter in letters)
+  texts, tokens, letters = rl.prompts(c, a)
+  assert theirs(texts)["input_ids"] == tokens and {len(t) for t in tokens} == {rl.PROMPT_TOKENS}
+  assert len(texts) == 2 * 2 and all(letter in rl.CONSONANTS for letter in letters)
 
 
 def test_the_reward_of_bench_rl_is_a_share_of_words():
-  assert bench_rl.share("bad cab bee", "b") == pytest.approx(2 / 3) and bench_rl.share("", "b") == 0
-  words = bench_rl.words(1000)
+  assert rl.share("bad cab bee", "b") == pytest.approx(2 / 3) and rl.share("", "b") == 0
+  words = rl.words(1000)
   assert len(set(words)) == 1000
   counts = np.unique([word[0] for word in words], return_counts=True)[1]
-  assert counts.min() == counts.max() == 1000 / len(bench_rl.CONSONANTS)
+  assert counts.min() == counts.max() == 1000 / len(rl.CONSONANTS)
 
 
 def test_without_trl_bench_rl_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "trl", None)
-  monkeypatch.delitem(sys.modules, "experiments.bench_trl", raising=False)
+  monkeypatch.delitem(sys.modules, "experiments.bench.trl", raising=False)
   with pytest.raises(UserError, match=r"TRL.*pip install 'nemocascade\[bench\]'"):
     bench.run("rl")
 
 
 def test_the_benchmark_of_a_card_runs_its_cases_at_tiny_sizes(tmp_path, monkeypatch, capsys):
   """In Pallas interpreter mode: every correctness check must pass, and the table must have every line."""
-  monkeypatch.setattr(bench_gpu, "REPEATS", 1)
-  monkeypatch.setattr(bench_gpu, "MODEL_TOLERANCES", {"bfloat16": (0.1, 0.01)})
-  tiny = dataclasses.replace(bench_gpu.TINY, unit="*E", repeats=1, kernel_shapes=bench_gpu.TINY.kernel_shapes[1:])
-  monkeypatch.setattr(bench_gpu, "TINY", tiny)  # Compilation takes nearly all of the time.
+  monkeypatch.setattr(gpu, "REPEATS", 1)
+  monkeypatch.setattr(gpu, "MODEL_TOLERANCES", {"bfloat16": (0.1, 0.01)})
+  tiny = dataclasses.replace(gpu.TINY, unit="*E", repeats=1, kernel_shapes=gpu.TINY.kernel_shapes[1:])
+  monkeypatch.setattr(gpu, "TINY", tiny)  # Compilation takes nearly all of the time.
   bench.run("gpu", table=str(tmp_path / "table.md"))
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   checks = [line for line in lines if line["peer_name"] == "tolerance"]
@@ -154,15 +155,15 @@ def test_the_benchmark_of_a_card_runs_its_cases_at_tiny_sizes(tmp_path, monkeypa
 
 def test_a_nan_anywhere_fails_the_cards_check():
   ones = np.ones(3, np.float32)
-  error = bench_gpu._relative_error((ones, ones * np.nan), (ones, ones))
-  assert bench_gpu._error_line("a case", error, 1.0)["ratio"] == 0.0
+  error = gpu._relative_error((ones, ones * np.nan), (ones, ones))
+  assert gpu._error_line("a case", error, 1.0)["ratio"] == 0.0
 
 
 def test_a_wrong_kernel_fails_the_cards_check(monkeypatch):
   """A product that is 1% off must give a ratio below 1."""
-  true = bench_gpu.routed_matmul
+  true = gpu.routed_matmul
   off = lambda *args, form, **how: true(*args, form=form, **how) * (1.01 if form == "gpu" else 1.0)
-  monkeypatch.setattr(bench_gpu, "routed_matmul", off)
-  sizes = dataclasses.replace(bench_gpu.TINY, kernel_shapes=(("float32", 40, 16, 24, 3),))
-  products = [line for line in bench_gpu.correct(sizes) if line["case"].startswith("product")]
+  monkeypatch.setattr(gpu, "routed_matmul", off)
+  sizes = dataclasses.replace(gpu.TINY, kernel_shapes=(("float32", 40, 16, 24, 3),))
+  products = [line for line in gpu.correct(sizes) if line["case"].startswith("product")]
   assert len(products) == 3 and all(line["ratio"] < 1 for line in products)

@@ -15,18 +15,20 @@ from test_checkpoint import state, template
 
 from configs.tiny import cascade as cascade_config
 from configs.tiny import if_rl, sft
-from experiments import ablation, loading, rl
+from experiments import ablation, rl
 from experiments import cascade as cascade_command
-from experiments.sharing import own
-from experiments.stage import own_tokenizer
-from experiments.workdir import check_owner, claim
-from nemocascade import checksums, conversion, state_files
-from nemocascade.cascade import Record
-from nemocascade.checkpoint import Store
+from nemocascade import state_files
 from nemocascade.data.tokenizer import train_sentencepiece
 from nemocascade.errors import UserError
-from nemocascade.metrics import MetricsWriter, read_lines
+from nemocascade.report.metrics import MetricsWriter, read_lines
+from nemocascade.runtime import loading
+from nemocascade.runtime.sharing import own
+from nemocascade.runtime.stage import own_tokenizer
+from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.state_files import read_state
+from nemocascade.store import checksums, conversion
+from nemocascade.store.checkpoint import Store
+from nemocascade.store.record import Record
 
 ROOT = Path(__file__).parent.parent
 CASES = json.loads((Path(__file__).parent / "cases" / "files.json").read_text())
@@ -42,7 +44,11 @@ READERS = {
 
 def put(path: Path, case: dict) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(path.parent / "nowhere")}
+  make = {
+    "folder": path.mkdir,
+    "pipe": lambda: os.mkfifo(path),
+    "link": lambda: path.symlink_to(path.parent / "nowhere"),
+  }
   if "make" in case:
     make[case["make"]]()
   elif "hex" in case:
@@ -165,9 +171,13 @@ def test_a_changed_file_beside_a_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_one_line_with_what_is_needed_and_free(tmp_path, number):
-  for raised in (OSError(number, os.strerror(number)), ValueError(f"Error writing: [OS error 28: {os.strerror(number)}]")):
-    with pytest.raises(OSError, match=r"12\.0 MB are needed and .* MB are free") as error, state_files.named(
-      tmp_path / "sub" / "file", needed=12_000_000
+  for raised in (
+    OSError(number, os.strerror(number)),
+    ValueError(f"Error writing: [OS error 28: {os.strerror(number)}]"),
+  ):
+    with (
+      pytest.raises(OSError, match=r"12\.0 MB are needed and .* MB are free") as error,
+      state_files.named(tmp_path / "sub" / "file", needed=12_000_000),
     ):
       raise raised
     assert error.value.errno == number and error.value.filename == str(tmp_path / "sub" / "file")
@@ -187,7 +197,7 @@ sys.path.insert(0, "tests")
 from test_checkpoint import Store, state
 from nemocascade.state_files import write_json
 import jax, jax.numpy as jnp
-from experiments.launch import launch
+from nemocascade.runtime.launch import launch
 def run():
   store = Store(Path({path!r}))
   store.save(1, state(1), dict(at=1))
@@ -224,7 +234,7 @@ def test_a_save_that_finds_no_room_is_one_line_and_the_good_checkpoint_stays(tmp
 OWNS = """
 import sys
 from pathlib import Path
-from experiments.sharing import own
+from nemocascade.runtime.sharing import own
 own(Path(sys.argv[1]), shared=bool(sys.argv[2:]))
 print("in", flush=True)
 sys.stdin.read()

@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import (
-  arithmetic,
-  boxed,
-  code,
-  domain,
-  equality,
-  limited,
-  math,
-  outputs,
-  preference,
-  scorers,
-  swe,
-)
-from nemocascade.rollout import score
+from nemocascade.domains import code, math, preference, swe
+from nemocascade.domains.rows import make_prompt
+from nemocascade.rollout import rewards
+from nemocascade.sandbox import limited
+from nemocascade.verifiers import arithmetic, boxed, equality, outputs, scorers
+from nemocascade.verifiers.verdict import Completion
 
 HERE = pathlib.Path(__file__).parent
 CASES = json.loads((HERE / "cases/maths.json").read_text())
@@ -39,7 +31,7 @@ def rows(kind):
 
 def complete(content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return domain.Completion((turn,))
+  return Completion((turn,))
 
 
 @pytest.mark.parametrize(("expected", "answer", "right"), rows("equal"))
@@ -95,7 +87,7 @@ def test_no_answer_is_evaluated(tmp_path):
   answers = [answer.replace("PLACE", str(place)) for answer in CASES["hostile"]]
   questions = [(name, json.dumps(entry(name)), answer) for name in EVALUATING for answer in answers]
   program = (
-    "import json, pathlib, sys; import reasoning_gym; from nemocascade.domains import scorers;"
+    "import json, pathlib, sys; import reasoning_gym; from nemocascade.verifiers import scorers;"
     "scorers.prepare(); place, questions = json.load(sys.stdin);"
     "scores = [(scorers.grade(*q), pathlib.Path(place).exists(), q) for q in questions];"
     "print(json.dumps([s for s in scores if s[0] > 0.05 or s[1]]), len(scores))"
@@ -186,15 +178,15 @@ def test_rows_without_a_reference_are_judged_by_the_pairs():
   from test_score import judged
 
   samples, _ = judged([[0, 0], [0, 0]])
-  row = domain.make_prompt("preference", "How do I clean the lamp today ?")
+  row = make_prompt("preference", "How do I clean the lamp today ?")
   task = preference.make_domain(object())
   verdicts = [task.verify([row, row], [complete("a"), complete("b")]) for _ in range(2)]
   assert all(v.masked for group in verdicts for v in group)
   rewards_QG = np.array([[3.0, 1.0], [2.0, 4.0]])
-  rollout, counts = score.to_rollout(samples, verdicts, rewards_QG=rewards_QG)
+  rollout, counts = rewards.to_rollout(samples, verdicts, rewards_QG=rewards_QG)
   assert rollout.valid_QG.all() and counts["rollout/masked"] == 0.0
   np.testing.assert_array_equal(rollout.rewards_QG, rewards_QG)
-  rollout, counts = score.to_rollout(samples, verdicts)  # These rows get only pairwise rewards.
+  rollout, counts = rewards.to_rollout(samples, verdicts)  # These rows get only pairwise rewards.
   assert not rollout.valid_QG.any() and counts["rollout/masked"] == 1.0
 
 

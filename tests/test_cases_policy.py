@@ -17,16 +17,16 @@ from configs.tiny import if_rl
 from experiments import rl
 from nemocascade.advantage import ADVANTAGES, TAUGHT, grpo, mopd, mopd_clipped, reinforce_pp
 from nemocascade.data.tokenizer import IM_END
-from nemocascade.domains.domain import NONFINITE, Verdict
-from nemocascade.domains.judge import BradleyTerryJudge, batch_rewards
 from nemocascade.domains.preference import Preference
 from nemocascade.errors import UserError
-from nemocascade.evaluate import score_verdicts
-from nemocascade.rollout import score as scoring
+from nemocascade.evaluate.suites import score_verdicts
+from nemocascade.rollout import rewards as scoring
 from nemocascade.rollout.episode import Samples
 from nemocascade.step import loss
 from nemocascade.step.policy_gradient import policy_gradient_step
 from nemocascade.step.rows import to_rows
+from nemocascade.verifiers.judge import BradleyTerryJudge, batch_rewards
+from nemocascade.verifiers.verdict import NONFINITE, Verdict
 
 CASES = json.loads((Path(__file__).parent / "cases" / "policy.json").read_text())
 ROW_MEAN = lambda x_BT: jnp.broadcast_to(jnp.mean(x_BT, axis=1, keepdims=True), x_BT.shape)  # noqa: E731
@@ -194,7 +194,9 @@ def test_an_answer_that_the_reward_model_gives_no_number_is_as_if_it_had_not_pla
 
 
 def test_a_preference_that_is_no_number_is_no_verdict():
-  judge = BradleyTerryJudge(lambda prompts, answers: np.array([np.nan if x == "bad" else float(len(x)) for x in answers]))
+  judge = BradleyTerryJudge(
+    lambda prompts, answers: np.array([np.nan if x == "bad" else float(len(x)) for x in answers])
+  )
   row = {"responses_create_params": {"input": [{"role": "user", "content": "?"}]}, "reference": "aa"}
   domain = Preference(preference_judge=judge)
   verdicts = domain.verify([row] * 3, [said("bad"), said("a"), said("aaa")])

@@ -16,11 +16,12 @@ from configs.tiny import cascade as cascade_config
 from configs.tiny import if_rl, rlhf  # fmt: skip
 from configs.tiny import reward_model as reward_model_config
 from configs.tiny import sft as sft_config
-from experiments import cascade, config_file, objective, reward_model, rl, sft
-from nemocascade import field_table
+from experiments import cascade, reward_model, rl, sft
+from nemocascade import field_check
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.field_table import BALANCE, MODEL, RL, STAGE, WHOLE
+from nemocascade.runtime import config_file, objective
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 
@@ -38,12 +39,12 @@ FILES = [
 @pytest.mark.parametrize("path, argument", FILES, ids=[f"{p.parent.name}/{p.stem}:{a}" for p, a in FILES])
 def test_every_field_of_every_config_is_in_the_table_and_within_it(path, argument):
   c = config_file.load(f"{path.relative_to(ROOT)}:{argument}")
-  field_table.check(c)
-  assert {name for name, *_ in field_table.described(c)} >= {"model.hidden_size", "sandbox.workers"}
+  field_check.check(c)
+  assert {name for name, *_ in field_check.described(c)} >= {"model.hidden_size", "sandbox.workers"}
   with c.unlocked():
     c.model.hiden_size = 64
   with pytest.raises(UserError, match="model.hiden_size: no such field: did you mean 'hidden_size'"):
-    field_table.check(c)
+    field_check.check(c)
 
 
 def test_a_function_takes_the_fields_of_its_section_and_no_others():
@@ -59,7 +60,12 @@ def test_optional_fields_of_a_model_are_those_with_a_default():
 
 
 def test_choices_are_the_keys_of_the_dicts_that_hold_the_functions():
-  named = {f"{kind}:{name}": field for kind, table in WHOLE.items() for name, field in table.items() if isinstance(field.choices, str)}
+  named = {
+    f"{kind}:{name}": field
+    for kind, table in WHOLE.items()
+    for name, field in table.items()
+    if isinstance(field.choices, str)
+  }
   for field in named.values():
     module, name = field.choices.split(":")
     assert field.words() == tuple(getattr(importlib.import_module(module), name)) != ()
@@ -83,8 +89,8 @@ def test_a_name_is_a_field_once():
 
 
 def test_the_reference_page_is_that_of_the_table():
-  page = (ROOT / "experiments" / "FIELDS.md").read_text()
-  assert page == field_table.markdown() + "\n", "python -m nemocascade.field_table > experiments/FIELDS.md"
+  page = (ROOT / "docs" / "fields.md").read_text()
+  assert page == field_check.markdown() + "\n", "python -m nemocascade.field_check > docs/fields.md"
 
 
 VALUES = [  # (config, field, invalid value, start of the error message).
@@ -118,7 +124,7 @@ def test_a_value_that_no_command_line_gives_is_refused_too(config, name, value, 
   with section.ignore_type():
     section[last] = ConfigDict(value) if isinstance(value, dict) else value
   with pytest.raises(UserError) as error:
-    field_table.check(c)
+    field_check.check(c)
   assert str(error.value).startswith(said)
 
 
@@ -132,7 +138,7 @@ def test_what_a_change_spells_is_what_the_config_then_holds():
     "stages.if_rl.mixture": ("{'math': 1}", {"math": 1}),
   }  # fmt: skip
   config_file.change(c, [(name, said) for name, (said, _) in changes.items()])
-  field_table.check(c)
+  field_check.check(c)
   for name, (_, value) in changes.items():
     held = c
     for part in name.split("."):

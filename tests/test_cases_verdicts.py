@@ -7,7 +7,9 @@ import pytest
 
 from nemocascade.data.chat import Turn
 from nemocascade.data.tool_format import ToolCall
-from nemocascade.domains import domain, instruction, limited, stem, structured
+from nemocascade.domains import instruction, stem, structured
+from nemocascade.sandbox import limited
+from nemocascade.verifiers.verdict import Completion
 
 CASES = json.loads((pathlib.Path(__file__).parent / "cases/verdicts.json").read_text())
 DOMAINS = {
@@ -25,7 +27,7 @@ def judge(case):
     error=None, finished=True,
   )  # fmt: skip
   row = CASES["defaults"][case["domain"]] | case["row"]
-  return DOMAINS[case["domain"]].verify([row], [domain.Completion((turn,))])[0]
+  return DOMAINS[case["domain"]].verify([row], [Completion((turn,))])[0]
 
 
 def named(cases):

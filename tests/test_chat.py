@@ -23,8 +23,7 @@ from nemocascade.data.tokenizer import (
 from nemocascade.errors import UserError
 
 SYSTEM = (
-  "<|im_start|>system\nYou are a helpful and harmless assistant.\n\n"
-  "You are not allowed to use any tools.<|im_end|>\n"
+  "<|im_start|>system\nYou are a helpful and harmless assistant.\n\nYou are not allowed to use any tools.<|im_end|>\n"
 )
 TOOLS = [
   {
@@ -62,8 +61,7 @@ def assistant(content, reasoning=None, calls=()):
     message["reasoning_content"] = reasoning
   if calls:
     message["tool_calls"] = [
-      {"type": "function", "function": {"name": name, "arguments": arguments}}
-      for name, arguments in calls
+      {"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls
     ]
   return message
 
@@ -108,9 +106,7 @@ def test_golden_conversations(case):
 @pytest.mark.parametrize("thinking, opening", [(True, "<think>\n"), (False, "<think></think>")])
 def test_generation_prompt(thinking, opening):
   pieces = render([user()], add_generation_prompt=True, enable_thinking=thinking)
-  assert text_of(pieces) == (
-    f"{SYSTEM}<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{opening}"
-  )
+  assert text_of(pieces) == (f"{SYSTEM}<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{opening}")
 
 
 def test_a_given_system_turn_replaces_the_default_even_when_empty():
@@ -135,8 +131,7 @@ def test_current_turns_keep_their_thoughts():
     (assistant("Yes. ", "a"), "<think></think>\nYes.", "<think>\na\n</think>\nYes."),
     (assistant("Yes."), "<think></think>Yes.", "<think></think>Yes."),
     (assistant("Yes.", " \n"), "<think></think>Yes.", "<think></think>Yes."),
-    (assistant("<think>\na\n</think>\n\nYes."),)
-    + ("<think></think>\n\nYes.", "<think>\na\n</think>\n\nYes."),
+    (assistant("<think>\na\n</think>\n\nYes."),) + ("<think></think>\n\nYes.", "<think>\na\n</think>\n\nYes."),
     (assistant("a\n</think>\nYes."), "<think></think>\nYes.", "a\n</think>\nYes."),
     (assistant("", "a"), "<think></think>", "<think>\na\n</think>"),
     (assistant(None), "<think></think>", "<think></think>"),
@@ -208,9 +203,7 @@ def test_neighbouring_tool_results_share_one_user_turn():
 def test_tools_follow_the_system_text():
   text = text_of(render([{"role": "system", "content": "Be brief."}, user()], tools=TOOLS))
   head, rest = text.split("<tools>")
-  assert head == (
-    "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou have access to the following functions:\n\n"
-  )
+  assert head == ("<|im_start|>system\nBe brief.\n\n# Tools\n\nYou have access to the following functions:\n\n")
   section, rest = rest.split("\n</tools>\n\n")
   assert section == (
     "\n<function>\n<name>move</name>\n<description>Moves a box .</description>\n<parameters>"
@@ -383,9 +376,7 @@ episode = st.lists(st.tuples(turn, st.lists(text, min_size=1, max_size=2)), max_
 @given(episode, turn, st.booleans(), st.sampled_from([None, TOOLS]))
 def test_training_sees_the_tokens_that_a_rollout_makes(steps, last, thinking, tools):
   messages = [user("move it"), assistant("ok"), user("again")]
-  tokens, _ = tokenize(
-    render(messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking), TOKENIZER
-  )
+  tokens, _ = tokenize(render(messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking), TOKENIZER)
   loss_mask = [False] * len(tokens)
   # The answer before the last question is learned too, because none of it was truncated.
   before, before_mask = tokenize(render(messages, tools=tools), TOKENIZER)
@@ -428,9 +419,7 @@ def test_turn_by_turn_is_a_prefix_of_the_whole_when_history_is_not_truncated(ask
   settings_ = dict(tools=tools, truncate_history_thinking=False)
   whole, _ = tokenize(render(messages, **settings_), TOKENIZER)
   for end, thinking in ends:
-    pieces = render(
-      messages[:end], add_generation_prompt=True, enable_thinking=thinking, **settings_
-    )
+    pieces = render(messages[:end], add_generation_prompt=True, enable_thinking=thinking, **settings_)
     tokens, _ = tokenize(pieces, TOKENIZER)
     assert whole[: len(tokens)] == tokens
 
@@ -495,17 +484,13 @@ def test_an_error_tells_the_model_what_to_mend():
   turn = parse([*tokens, TOOL_CALL_END, IM_END], TOKENIZER, thinking=False)
   message = "a tool call is not <function=NAME> ... </function>"
   assert turn.error == FormatError("tool_call", message, call=1, text="x")
-  assert json.loads(turn.error.as_response()) == {
-    "error": {"type": "tool_call", "message": message, "call": 1}
-  }
+  assert json.loads(turn.error.as_response()) == {"error": {"type": "tool_call", "message": message, "call": 1}}
 
 
 def test_a_stop_token_ends_the_turn():
   words = TOKENIZER.encode("move")
   for stop in (IM_END, EOS):
-    assert parse([*words, stop, *words, THINK], TOKENIZER, thinking=False) == Turn(
-      None, "move", finished=True
-    )
+    assert parse([*words, stop, *words, THINK], TOKENIZER, thinking=False) == Turn(None, "move", finished=True)
   assert parse(words, TOKENIZER, thinking=False) == Turn(None, "move", finished=False)
 
 
@@ -536,8 +521,7 @@ GOOD = "\n<function=stop>\n</function>\n"
     ),
     ([TOOL_CALL, "<function=f>\nwords\n</function>", TOOL_CALL_END], 0, "parameter of f"),
     (
-      [TOOL_CALL, "<function=f><parameter=a>1</parameter><parameter=a>2</parameter></function>"]
-      + [TOOL_CALL_END],
+      [TOOL_CALL, "<function=f><parameter=a>1</parameter><parameter=a>2</parameter></function>"] + [TOOL_CALL_END],
       0,
       "given twice",
     ),

@@ -12,10 +12,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nemocascade import checksums
-from nemocascade.checkpoint import Store, load_params
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
+from nemocascade.store import checksums
+from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 
 
@@ -77,9 +77,7 @@ def test_a_state_comes_back_onto_the_mesh_of_its_template(tmp_path):
   store = saved(tmp_path, 1)
   rows = NamedSharding(make_mesh(), PartitionSpec("data"))
   whole = NamedSharding(make_mesh(), PartitionSpec())
-  place = lambda leaf: jax.ShapeDtypeStruct(
-    leaf.shape, leaf.dtype, sharding=rows if leaf.shape == (8, 4) else whole
-  )
+  place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows if leaf.shape == (8, 4) else whole)
   restored, _ = store.restore(jax.tree.map(place, template()))
   assert restored.params["a"].sharding == rows
   chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state(1)))

@@ -10,8 +10,10 @@ import pytest
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains import code, domain
-from nemocascade.domains.program import Program, Result
-from nemocascade.domains.sandbox import Sandbox
+from nemocascade.domains.rows import make_prompt, prompt_messages
+from nemocascade.sandbox.program import Program, Result
+from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym/code_gen.jsonl"
 
@@ -28,7 +30,7 @@ def rows(task):
 
 def complete(content, reasoning=""):
   turn = Turn(reasoning=reasoning, content=content, tool_calls=(), error=None, finished=True)
-  return domain.Completion((turn,))
+  return Completion((turn,))
 
 
 def block(source):
@@ -69,13 +71,13 @@ def test_thoughts_have_a_marked_line_for_each_step_which_the_code_repeats(task, 
 
 def test_there_are_thousands_of_prompts(task):
   rng = np.random.default_rng(0)
-  prompts = {domain.prompt_messages(task.make_row(rng))[0]["content"] for _ in range(6000)}
+  prompts = {prompt_messages(task.make_row(rng))[0]["content"] for _ in range(6000)}
   assert len(prompts) > 2000
 
 
 def test_the_prompt_does_not_hold_the_code(task, rows):
   for row in rows[:50]:
-    text = domain.prompt_messages(row)[0]["content"]
+    text = prompt_messages(row)[0]["content"]
     assert not any(sign in text for sign in "+-*/=")
 
 
@@ -95,9 +97,7 @@ CHEATS = {
   "leaves when called": "import os\ndef f(x): os._exit(0)",
   "equals everything": "class E(int):\n  __eq__ = lambda a, b: True\ndef f(x): return E(0)",
   "reprs as asked": "class E:\n  __repr__ = lambda a: '0'\ndef f(x): return E()",
-  "writes results": (
-    "import os\nfor _ in range(9): os.write(3, b'{\"value\": true}\\n')\nos._exit(0)"
-  ),
+  "writes results": ("import os\nfor _ in range(9): os.write(3, b'{\"value\": true}\\n')\nos._exit(0)"),
   "breaks the launcher": (
     "import builtins, sys\nbuiltins.isinstance = lambda *a: True\n"
     "frame = sys._getframe()\nwhile frame:\n  frame.f_globals['encode'] = lambda *a: '0'\n"
@@ -134,7 +134,7 @@ def test_what_does_not_solve_the_task_gets_nothing(task, rows, name):
 )  # fmt: skip
 def test_without_a_block_there_is_no_solution(task, rows, content):
   (found,) = task.verify([rows[0]], [complete(content)])
-  assert found == domain.Verdict(0.0, "no block of code")
+  assert found == Verdict(0.0, "no block of code")
 
 
 def test_any_right_program_passes(task):
@@ -148,7 +148,7 @@ def test_any_right_program_passes(task):
 
 def io_row(inputs, outputs):
   unit_tests = {"inputs": inputs, "outputs": outputs}
-  return {**domain.make_prompt("code", "x"), "verifier_metadata": {"unit_tests": unit_tests}}
+  return {**make_prompt("code", "x"), "verifier_metadata": {"unit_tests": unit_tests}}
 
 
 def test_programs_are_judged_by_what_they_print(task):
@@ -177,7 +177,7 @@ def test_a_wrong_program_is_not_run_on_all_tests(task, monkeypatch):
    {"unit_tests": {"inputs": ["x"], "outputs": ["1"], "fn_name": "f"}}],
 )  # fmt: skip
 def test_a_row_without_tests_is_masked(task, metadata):
-  row = {**domain.make_prompt("code", "x"), "verifier_metadata": metadata}
+  row = {**make_prompt("code", "x"), "verifier_metadata": metadata}
   found = verdict(task, row, "def f(x): return 1")
   assert found.masked and found.reward == 0.0
 

@@ -11,11 +11,12 @@ import pytest
 import tiny_checkpoint
 from refusals import assert_refused
 
-from experiments import generate, rows, score
-from experiments.assembly import from_checkpoint, model_alone
+from experiments import generate, score
 from nemocascade.data import chat
 from nemocascade.errors import UserError
-from nemocascade.metrics import CompileCounter
+from nemocascade.report.metrics import CompileCounter
+from nemocascade.runtime import json_rows
+from nemocascade.runtime.assembly import from_checkpoint, model_alone
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = tiny_checkpoint.TOKENIZER
@@ -131,7 +132,7 @@ def test_top_p_keeps_to_the_nucleus(loaded):
 
 def test_a_row_may_set_the_template_for_itself(loaded):
   a, _ = loaded
-  ask = lambda **own: rows.tokens_of(
+  ask = lambda **own: json_rows.tokens_of(
     [(1, {"messages": TALK[:1], **own})], TOKENIZER, path="rows", vocab_size=640,
     add_generation_prompt=True, enable_thinking=True,
   )[0]  # fmt: skip
@@ -163,7 +164,7 @@ WRONG = [
 @pytest.mark.parametrize("command", ["score", "generate"])
 def test_all_bad_rows_are_named_before_anything_is_compiled(checkpoint, tmp_path, monkeypatch, cases, command):
   for name in ("score", "engine"):
-    monkeypatch.setattr(f"experiments.assembly.Assembly.{name}", None, raising=False)
+    monkeypatch.setattr(f"nemocascade.runtime.assembly.Assembly.{name}", None, raising=False)
   path, out = write(tmp_path / "in.jsonl", [row for row, _ in cases]), tmp_path / "out.jsonl"
   with pytest.raises(UserError, match=r".*; ".join(why for _, why in cases)):
     if command == "score":
@@ -175,10 +176,10 @@ def test_all_bad_rows_are_named_before_anything_is_compiled(checkpoint, tmp_path
 
 def test_without_a_tokenizer_tokens_work_and_messages_are_refused(loaded):
   a, params = loaded
-  one = rows.tokens_of([(1, {"tokens": [5, 6]})], None, path="rows", vocab_size=640)
+  one = json_rows.tokens_of([(1, {"tokens": [5, 6]})], None, path="rows", vocab_size=640)
   assert one == [[5, 6]]
   with pytest.raises(UserError, match="line 4: has messages, but the checkpoint has no tokenizer"):
-    rows.tokens_of([(4, {"messages": TALK})], None, path="rows", vocab_size=640)
+    json_rows.tokens_of([(4, {"messages": TALK})], None, path="rows", vocab_size=640)
   with pytest.MonkeyPatch().context() as patch:
     patch.setattr(a, "tokenizer", None)
     assert generate.complete(a, params, PROMPTS, max_new_tokens=NEW)[0]["text"] is None

@@ -6,7 +6,7 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
-from nemocascade import comparison
+from nemocascade.report import comparison
 
 
 def lines(steps, scores):
@@ -84,7 +84,12 @@ def test_a_teacher_that_is_no_better_than_its_student_has_no_gap_to_close():
 def test_everything_is_written_and_the_tables_hold_the_numbers(tmp_path, found):
   by_domain = lambda values: [{"math": value} for value in values]
   comparison.write(
-    tmp_path, found, ARMS, students=by_domain(STUDENTS), teachers=by_domain(TEACHERS), rates={"slow": 1e-3, "fast": 2e-3}
+    tmp_path,
+    found,
+    ARMS,
+    students=by_domain(STUDENTS),
+    teachers=by_domain(TEACHERS),
+    rates={"slow": 1e-3, "fast": 2e-3},
   )
   assert json.loads((tmp_path / "ablation.json").read_text()) == found
   read = lambda name: list(csv.DictReader((tmp_path / name).open()))

@@ -11,14 +11,16 @@ from configs.tiny import if_rl, reward_model, sft
 from experiments import reward_model as reward_stage
 from experiments import rl as rl_stage
 from experiments import sft as sft_stage
-from experiments.assembly import Assembly
-from experiments.teaching import gather
-from nemocascade.checkpoint import Store
-from nemocascade.domains.domain import Domain, Verdict, assistant, make_prompt
-from nemocascade.metrics import CompileCounter
+from nemocascade.domains.domain import Domain, assistant
+from nemocascade.domains.rows import make_prompt
+from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout.engine import Engine
-from nemocascade.teachers import Teacher
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.teachers import Teacher
+from nemocascade.runtime.teaching import gather
+from nemocascade.store.checkpoint import Store
 from nemocascade.types import TrainState
+from nemocascade.verifiers.verdict import Verdict
 
 P, T = 200, 264
 GRIDS = [(1, 1), (2, 4)]

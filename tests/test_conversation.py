@@ -9,7 +9,7 @@ from tiny_checkpoint import TOKENIZER
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import IM_END, THINK_END, TOOL_CALL, TOOL_CALL_END
 from nemocascade.errors import UserError
-from nemocascade.metrics import CompileCounter
+from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout.conversation import TAKEN_SINGLY, Conversation
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]

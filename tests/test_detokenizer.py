@@ -22,9 +22,7 @@ def byte_fallback() -> bytes:
   model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True, unk_token="<unk>")
   tokenizer = Tokenizer(model)
   tokenizer.normalizer = normalizers.Replace(" ", "▁")
-  tokenizer.decoder = decoders.Sequence(
-    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-  )
+  tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
   return tokenizer.to_str().encode()
 
 
@@ -56,7 +54,9 @@ def test_joined_it_is_the_decoding_of_all_ids(kind, data):
 
 @each
 @settings(max_examples=150, deadline=None)
-@given(st.text(alphabet=st.sampled_from("ab é日😀\n\u0301") | st.characters(codec="utf-8", exclude_characters="\ufffd")))
+@given(
+  st.text(alphabet=st.sampled_from("ab é日😀\n\u0301") | st.characters(codec="utf-8", exclude_characters="\ufffd"))
+)
 def test_no_part_shows_half_a_character(kind, text):
   tokenizer = TOKENIZERS[kind]
   parts, rest = streamed(tokenizer, tokenizer.encode(text))

@@ -7,7 +7,9 @@ import pytest
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains import domain, registry
+from nemocascade.domains.rows import make_prompt, prompt_messages, prompt_tools, split_of
 from nemocascade.errors import UserError
+from nemocascade.verifiers.verdict import Completion, Message
 
 NAMES = ("instruction", "math", "stem", "structured", "long_context")
 COUNT = 1_000
@@ -20,12 +22,12 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def complete(message: domain.Message) -> domain.Completion:
+def complete(message: Message) -> Completion:
   turn = Turn(
     reasoning=message.get("reasoning_content"), content=message["content"], tool_calls=(),
     error=None, finished=True,
   )  # fmt: skip
-  return domain.Completion(turns=(turn,))
+  return Completion(turns=(turn,))
 
 
 def rewards(task, rows, *, style=None, thinking=True, seed=0):
@@ -49,7 +51,7 @@ def rows(task):
 
 
 def text_of(row):
-  return domain.prompt_messages(row)[0]["content"]
+  return prompt_messages(row)[0]["content"]
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -83,7 +85,7 @@ def test_no_prompt_is_on_both_sides_of_the_split_whatever_the_seed(task, rows):
   train = {text_of(row) for row in rows}
   heldout = {text_of(row) for seed in (0, 1) for row in domain.rows(task, "heldout", seed, 0, 200)}
   assert not train & heldout
-  assert {domain.split_of(row) for row in rows} == {"train"}
+  assert {split_of(row) for row in rows} == {"train"}
 
 
 def test_there_are_2000_distinct_prompts(task):
@@ -103,21 +105,19 @@ def test_rows_depend_on_seed_and_index_alone(task, rows):
 def test_rows_have_the_released_form(task, rows):
   row = rows[0]
   assert row["agent_ref"] == {"type": "responses_api_agents", "name": task.name}
-  assert domain.prompt_messages(row) == row["responses_create_params"]["input"]
-  assert domain.prompt_tools(row) == []
+  assert prompt_messages(row) == row["responses_create_params"]["input"]
+  assert prompt_tools(row) == []
 
 
 def test_hostile_completions_are_wrong_and_raise_nothing(task, rows):
-  verdicts = task.verify(
-    [rows[0]] * len(HOSTILE), [complete({"content": text}) for text in HOSTILE]
-  )
+  verdicts = task.verify([rows[0]] * len(HOSTILE), [complete({"content": text}) for text in HOSTILE])
   wrong = [verdict.reward == 0.0 and not verdict.masked for verdict in verdicts]
   # Texts such as `{}` may satisfy an instruction such as "no commas" by chance.
   assert all(wrong) if task.name != "instruction" else not any(v.masked for v in verdicts)
 
 
 def test_an_episode_without_turns_is_wrong(task, rows):
-  (verdict,) = task.verify(rows[:1], [domain.Completion(turns=())])
+  (verdict,) = task.verify(rows[:1], [Completion(turns=())])
   assert (verdict.reward, verdict.masked) == (0.0, False)
 
 
@@ -176,16 +176,16 @@ def test_a_style_draws_its_markers_at_their_rates_and_careful_steps_never_err():
 
 
 def test_one_prompt_in_eight_is_held_out():
-  prompts = [domain.make_prompt("x", f"prompt {i}") for i in range(4_000)]
-  share = np.mean([domain.split_of(row) == "heldout" for row in prompts])
+  prompts = [make_prompt("x", f"prompt {i}") for i in range(4_000)]
+  share = np.mean([split_of(row) == "heldout" for row in prompts])
   assert share == pytest.approx(1 / 8, abs=0.02)
 
 
 def test_the_split_looks_at_the_text_of_the_prompt_alone():
   as_text = {"responses_create_params": {"input": "hello"}, "uuid": "1"}
-  as_messages = domain.make_prompt("x", "hello", answer="2")
-  assert domain.split_of(as_text) == domain.split_of(as_messages)
-  assert domain.prompt_messages(as_text) == [{"role": "user", "content": "hello"}]
+  as_messages = make_prompt("x", "hello", answer="2")
+  assert split_of(as_text) == split_of(as_messages)
+  assert prompt_messages(as_text) == [{"role": "user", "content": "hello"}]
 
 
 def test_a_misspelt_split_is_named(task):
@@ -196,6 +196,6 @@ def test_a_misspelt_split_is_named(task):
 def test_a_completion_is_its_last_turn():
   first = Turn(reasoning="r1", content="c1", tool_calls=(), error=None, finished=True)
   last = Turn(reasoning=None, content="c2", tool_calls=(), error=None, finished=False)
-  completion = domain.Completion(turns=(first, last))
+  completion = Completion(turns=(first, last))
   assert (completion.content, completion.reasoning, completion.finished) == ("c2", None, False)
   assert completion.text == "<think>\nr1\n</think>\nc1c2"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from nemocascade.domains.edits import Edit, EditError, UnknownFile, apply, parse, show
+from nemocascade.verifiers.edits import Edit, EditError, UnknownFile, apply, parse, show
 
 FILE = "import os\n\ndef f(x):\n  return x\n\ndef g(x):\n  return x + 1\n"
 EDIT = Edit("a/b.py", "def f(x):\n  return x", "def f(x):\n  return -x")

@@ -11,8 +11,8 @@ from flax import struct
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh, whole
-from nemocascade.metrics import CompileCounter
 from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
+from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout.engine import Engine
 
 V, P, T = 13, 6, 20
@@ -247,9 +247,7 @@ def test_decoded_tokens_have_the_logprobs_that_training_scores_them_with(pattern
   segment_ids_BT = (jnp.arange(T)[None] < d.known_B[:, None]).astype(jnp.int32)
   logprobs_BT = score(params, d.tokens_BT, segment_ids_BT).logprobs_BT
   assert 20 < int(d.sampled_BT.sum())
-  np.testing.assert_allclose(
-    d.behaviour_logprobs_BT, jnp.where(d.sampled_BT, logprobs_BT, 0), atol=1e-4
-  )
+  np.testing.assert_allclose(d.behaviour_logprobs_BT, jnp.where(d.sampled_BT, logprobs_BT, 0), atol=1e-4)
 
 
 def test_greedy_decoding_of_the_hybrid_is_the_argmax_of_its_rows():

@@ -11,10 +11,12 @@ from flax import struct
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import IM_END, train_sentencepiece
-from nemocascade.domains.domain import Domain, Verdict, make_prompt
+from nemocascade.domains.domain import Domain
+from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import UserError
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.episode import Samples, collect
+from nemocascade.verifiers.verdict import Verdict
 
 P, T, G = 200, 400, 3
 TOOLS = [{"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}]
@@ -74,9 +76,7 @@ def conversation(row, answers, thinking):
   prompt = row["responses_create_params"]
   if not thinking:
     answers = [{k: v for k, v in a.items() if k != "reasoning_content"} for a in answers]
-  pieces = chat.render(
-    [*prompt["input"], *answers], tools=prompt.get("tools"), enable_thinking=thinking
-  )
+  pieces = chat.render([*prompt["input"], *answers], tools=prompt.get("tools"), enable_thinking=thinking)
   return chat.tokenize(pieces, TOKENIZER)
 
 

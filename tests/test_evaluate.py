@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains.domain import Completion, Verdict, make_prompt
-from nemocascade.evaluate import evaluate, mean_interval, score_verdicts
+from nemocascade.domains.rows import make_prompt
+from nemocascade.evaluate.suites import evaluate, mean_interval, score_verdicts
 from nemocascade.rollout.episode import Samples
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 
 def verdicts(*rewards):

@@ -26,9 +26,7 @@ ROUTERS = {
 def inputs(T=40):
   """Returns (arrays, {router: expert_TX})."""
   keys = jax.random.split(jax.random.key(0), 5)
-  x_TD, up_EDF, down_EFD = (
-    jax.random.normal(k, s) for k, s in zip(keys, [(T, D), (E, D, F), (E, F, D)], strict=False)
-  )
+  x_TD, up_EDF, down_EFD = (jax.random.normal(k, s) for k, s in zip(keys, [(T, D), (E, D, F), (E, F, D)], strict=False))
   weight_TX = jax.random.uniform(keys[3], (T, X))
   return (x_TD, up_EDF, down_EFD, weight_TX), {n: r(keys[4], T) for n, r in ROUTERS.items()}
 

@@ -7,9 +7,10 @@ import pytest
 
 from configs import guards as config
 from configs.tiny import if_rl
-from nemocascade import field_table, guards
+from nemocascade import field_check, field_table
 from nemocascade.errors import UserError
-from nemocascade.guards import GUARDS
+from nemocascade.runtime import guards
+from nemocascade.runtime.guards import GUARDS
 
 DEFAULTS = config.fields().guards.to_dict()
 STEPS = 60
@@ -122,7 +123,9 @@ def test_histories_go_through_json_bit_by_bit(name, cut):
     histories, findings, _ = guards.observe(histories, {n: float(v[step]) for n, v in series.items()}, DEFAULTS)
     fired.append([f.guard for f in findings])
   assert (histories, fired) == whole[:2]
-  assert [f.guard for f in guards.standing(histories, DEFAULTS)] == [name]  # A resumed stage knows which guard ended it.
+  assert [f.guard for f in guards.standing(histories, DEFAULTS)] == [
+    name
+  ]  # A resumed stage knows which guard ended it.
 
 
 def test_a_finding_names_the_metric_its_value_and_the_field():
@@ -151,7 +154,7 @@ def test_every_guard_has_its_fields():
 )
 def test_settings_that_cannot_be_are_refused(field, value, words):
   c = if_rl.get_config()
-  field_table.check(c)
+  field_check.check(c)
   section = c.guards
   *path, last = field.split(".")
   for part in path:
@@ -159,5 +162,5 @@ def test_settings_that_cannot_be_are_refused(field, value, words):
   with section.ignore_type(), c.unlocked():
     section[last] = value
   with pytest.raises(UserError) as error:
-    field_table.check(c)
+    field_check.check(c)
   assert all(word in str(error.value) for word in words)

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import NemotronHForCausalLM
 from transformers_folders import random_model, save, template
 
-from experiments import convert, loading
-from nemocascade import checkpoint
+from experiments import convert
 from nemocascade.mesh import make_mesh, shardings
-from nemocascade.model.hf import load_params, open_source
-from nemocascade.model.hf_config import config_fields, model_config
-from nemocascade.model.hf_layout import Tree, layout
 from nemocascade.model.hybrid import init_params, logical_axes
-from nemocascade.model.tensor_files import Folder
+from nemocascade.runtime import loading
+from nemocascade.store import checkpoint
+from nemocascade.store.hf import load_params, open_source
+from nemocascade.store.hf_config import config_fields, model_config
+from nemocascade.store.hf_layout import Tree, layout
+from nemocascade.store.tensor_files import Folder
 from nemocascade.types import TrainState
 
 PATTERN = "MEMEMEM*-"  # A repeated unit, and three blocks that do not repeat.
@@ -247,7 +248,7 @@ def test_a_trained_checkpoint_goes_out_too(tmp_path):
 
 def test_shards_stay_within_their_size_and_the_index_is_whole(tmp_path, monkeypatch):
   path = save(random_model(PATTERN), tmp_path / "A")
-  monkeypatch.setattr("nemocascade.model.tensor_files.write_shards.__defaults__", (20_000,))
+  monkeypatch.setattr("nemocascade.store.tensor_files.write_shards.__defaults__", (20_000,))
   _, back = round_trip(path, tmp_path)
   index = json.loads((back / "model.safetensors.index.json").read_text())
   files = sorted(file.name for file in back.glob("*.safetensors"))
@@ -264,13 +265,11 @@ def test_shards_stay_within_their_size_and_the_index_is_whole(tmp_path, monkeypa
 def test_matrices_of_many_chunks_are_whole(rows, tmp_path, monkeypatch):
   """Chunks of one row, and of 7 rows, which leaves the last chunk partly empty."""
   path = save(random_model(PATTERN), tmp_path / "A")
-  monkeypatch.setattr("nemocascade.arrays.rows_within", lambda n, row_bytes: min(n, rows))
+  monkeypatch.setattr("nemocascade.store.arrays.rows_within", lambda n, row_bytes: min(n, rows))
   ours, back = round_trip(path, tmp_path)
   assert_same_tensors(tensors(path), tensors(back))
   source = open_source(path)
-  chex.assert_trees_all_equal(
-    loading.find(str(ours)).load(template(source)), load_params(source, template(source))
-  )
+  chex.assert_trees_all_equal(loading.find(str(ours)).load(template(source)), load_params(source, template(source)))
 
 
 def test_a_changed_model_is_told_in_config_json():

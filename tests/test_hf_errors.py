@@ -9,11 +9,12 @@ import torch
 from test_hf import rewrite, tensors
 from transformers_folders import random_model, save, template
 
-from experiments import convert, loading
-from nemocascade import checksums
+from experiments import convert
 from nemocascade.data.tokenizer import train_sentencepiece
 from nemocascade.errors import UserError
-from nemocascade.model.hf import load_params, open_source
+from nemocascade.runtime import loading
+from nemocascade.store import checksums
+from nemocascade.store.hf import load_params, open_source
 
 NORM, GATE = "backbone.layers.0.norm.weight", "backbone.layers.1.mixer.gate.weight"
 EXPERT = "backbone.layers.1.mixer.experts.3.up_proj.weight"

@@ -212,7 +212,8 @@ def numpy_forward(c, params, token_T):
   for i, letter in enumerate(c.hybrid_override_pattern):
     block = p["units_0"][f"blocks_{i}"]
     h = h + {"M": numpy_mamba, "E": numpy_moe, "*": numpy_attention, "-": numpy_mlp}[letter](
-      c, block["mixer"], norm(h, block["norm"]["weight"]), silu)
+      c, block["mixer"], norm(h, block["norm"]["weight"]), silu
+    )
   return norm(h, p["norm_f"]["weight"]) @ p["lm_head"]
 
 

@@ -6,7 +6,10 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import domain, ifbench_formats, instruction, instructions, limited
+from nemocascade.domains import domain, instruction
+from nemocascade.sandbox import limited
+from nemocascade.verifiers import ifbench_formats, instructions
+from nemocascade.verifiers.verdict import Completion
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 
@@ -158,7 +161,7 @@ CASES = [
 
 def judge(row, content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return instruction.make_domain().verify([row], [domain.Completion((turn,))])[0]
+  return instruction.make_domain().verify([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize(("name", "arguments", "kept", "broken"), CASES)

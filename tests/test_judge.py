@@ -8,9 +8,9 @@ import pytest
 
 from nemocascade import errors
 from nemocascade.data import chat
-from nemocascade.domains import judge as judges
-from nemocascade.domains.domain import Completion
-from nemocascade.domains.judge import Comparison, Match
+from nemocascade.verifiers import judge as judges
+from nemocascade.verifiers.judge import Comparison, Match
+from nemocascade.verifiers.verdict import Completion
 
 PROMPT = [{"role": "user", "content": "Say a word."}]
 OFF = {"lambda_think": 0.0, "lambda_answer": 0.0, "bonus": 0.0}

@@ -8,7 +8,9 @@ import subprocess
 import graders
 import pytest
 
-from nemocascade.domains import confinement, domain, limited
+from nemocascade.domains import domain
+from nemocascade.sandbox import confinement, limited
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 
 def cause(function, *arguments, **limits):
@@ -34,9 +36,7 @@ def test_values_go_to_the_grader_and_back_and_it_is_prepared_once(value):
     (graders.unserializable, (), "error"),
   ],
 )
-def test_a_grader_that_gives_up_says_why_and_the_next_question_is_answered(
-  function, arguments, expected
-):
+def test_a_grader_that_gives_up_says_why_and_the_next_question_is_answered(function, arguments, expected):
   limited.call(graders.echo, 0)  # Starts the process first, so that the short limit applies to the grader alone.
   assert cause(function, *arguments, limit_s=0.5 if expected == "time" else 20) == expected
   assert limited.call(graders.echo, "next") == ["next", 1]
@@ -60,9 +60,9 @@ def test_a_domain_keeps_its_verdicts_in_order_while_all_processes_judge():
     def judge(self, row, completion):
       if row == 3:
         return limited.call(graders.fail, "odd")
-      return domain.Verdict(limited.call(graders.echo, row)[0], "echoed")
+      return Verdict(limited.call(graders.echo, row)[0], "echoed")
 
-  verdicts = Asking().verify(list(range(40)), [domain.Completion(())] * 40)
+  verdicts = Asking().verify(list(range(40)), [Completion(())] * 40)
   assert [v.reward for v in verdicts] == [0.0 if i == 3 else i for i in range(40)]
   assert [i for i, v in enumerate(verdicts) if v.masked] == [3] and verdicts[3].cause == "error"
 
@@ -140,7 +140,7 @@ def test_a_function_that_no_other_process_could_find_is_refused():
 
 def test_the_processes_end_with_the_one_that_started_them():
   program = (
-    "import graders; from nemocascade.domains import limited; limited.call(graders.echo, 1);"
+    "import graders; from nemocascade.sandbox import limited; limited.call(graders.echo, 1);"
     "(worker,) = limited._running; print(worker.process.pid)"
   )
   import sys

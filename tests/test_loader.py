@@ -11,9 +11,7 @@ from nemocascade.data.loader import Loader, to_documents, tokenize_all
 from nemocascade.data.tokenizer import train_sentencepiece
 from nemocascade.errors import UserError
 
-TOKENIZER = train_sentencepiece(
-  ["sum of 1 2 is 3"] * 9, vocab_size=500, phrases=(*chat.PHRASES, "step ")
-)
+TOKENIZER = train_sentencepiece(["sum of 1 2 is 3"] * 9, vocab_size=500, phrases=(*chat.PHRASES, "step "))
 
 
 def example(i):

@@ -5,17 +5,19 @@ import pytest
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains import domain, long_context, registry
+from nemocascade.domains.rows import prompt_messages
+from nemocascade.verifiers.verdict import Completion
 
 TASK = long_context.make_domain()
 
 
 def judge(row, content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return TASK.verify([row], [domain.Completion((turn,))])[0]
+  return TASK.verify([row], [Completion((turn,))])[0]
 
 
 def words(row):
-  return len(domain.prompt_messages(row)[0]["content"].split())
+  return len(prompt_messages(row)[0]["content"].split())
 
 
 def test_the_question_is_answered_by_exactly_one_document():
@@ -41,9 +43,7 @@ def test_demonstrations_are_mostly_short_and_some_of_full_length():
 
 
 def test_lengths_can_be_chosen():
-  task = long_context.make_domain(
-    documents=5, teaching_documents=(2, 2), teaching_full_share=0.0
-  )
+  task = long_context.make_domain(documents=5, teaching_documents=(2, 2), teaching_full_share=0.0)
   assert {len(row["documents"]) for row in domain.rows(task, "train", 0, 0, 20)} == {5}
   assert {len(r["documents"]) for r in domain.rows(task, "train", 0, 0, 20, teaching=True)} == {2}
 

@@ -56,7 +56,9 @@ RATIO_1T = np.array([[1e-30, 0.49, 0.5, 1.0, 2.0, 2.01, 1e9]])
 
 def corrected(correction, ratio_BT, drawn_BT=None, **options):
   """Weights of a correction for the given ratios to the sampler; `drawn_BT`: ratios to the nucleus, if cut."""
-  gap_BT, drawn_gap_BT = (jnp.log(jnp.asarray(r, jnp.float32)) for r in (ratio_BT, ratio_BT if drawn_BT is None else drawn_BT))
+  gap_BT, drawn_gap_BT = (
+    jnp.log(jnp.asarray(r, jnp.float32)) for r in (ratio_BT, ratio_BT if drawn_BT is None else drawn_BT)
+  )
   return correction(gap_BT, drawn_gap_BT, ROW_MEAN, **options)
 
 
@@ -163,9 +165,7 @@ def test_at_the_proximal_policy_all_ratio_forms_have_the_same_gradient(form):
   assert not clipped.any()
 
 
-POLICY_V, OTHER_V = (
-  jax.nn.log_softmax(jax.random.normal(jax.random.key(i), (7,))) for i in (0, 1)
-)
+POLICY_V, OTHER_V = (jax.nn.log_softmax(jax.random.normal(jax.random.key(i), (7,))) for i in (0, 1))
 
 
 def kl_of(p_V, q_V):

@@ -7,14 +7,16 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import boxed, domain, equality, math
+from nemocascade.domains import domain, math
+from nemocascade.verifiers import boxed, equality
+from nemocascade.verifiers.verdict import Completion
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 
 
 def judge(row, content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return math.make_domain().verify([row], [domain.Completion((turn,))])[0]
+  return math.make_domain().verify([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"terms": (2, 6), "largest_total": 18, "long_share": 0.5}])

@@ -21,9 +21,7 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(
-  "data, expert, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, -1, (2, 4)), (4, 2, (4, 2))]
-)
+@pytest.mark.parametrize("data, expert, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, -1, (2, 4)), (4, 2, (4, 2))])
 def test_the_mesh_covers_all_devices(data, expert, shape):
   mesh = make_mesh(data, expert)
   assert (mesh.shape["data"], mesh.shape["expert"]) == shape

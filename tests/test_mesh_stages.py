@@ -10,15 +10,16 @@ from ml_collections import ConfigDict
 from two_processes import assert_both_say
 
 from configs.tiny import rl as rl_config
-from experiments import objective, sft
-from experiments.assembly import Assembly
-from experiments.processes import join
-from experiments.stage import start
-from experiments.teaching import score_rows
+from experiments import sft
 from nemocascade.errors import UserError
 from nemocascade.rollout.episode import Samples
+from nemocascade.runtime import objective
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.hosts import join
+from nemocascade.runtime.stage import start
+from nemocascade.runtime.teachers import TOLERANCES, check_probe, take_probe
+from nemocascade.runtime.teaching import score_rows
 from nemocascade.step.optimizer import make_optimizer
-from nemocascade.teachers import TOLERANCES, check_probe, take_probe
 from nemocascade.types import Batch, Prompts
 
 GRIDS = [(2, 4), (8, 1), (1, 8)]
@@ -171,7 +172,9 @@ def test_a_probe_holds_on_another_mesh_in_bf16_and_finds_other_weights():
     c = config(data, expert)
     c.model.update(dtype="bfloat16", hybrid_override_pattern="M*EM*E")
     a = Assembly(c, Path("."), NoText())
-    put = lambda seed: jax.device_put(a.fresh_params(jax.random.key(seed)), jax.tree.map(lambda p: p.sharding, a.template))
+    put = lambda seed: jax.device_put(
+      a.fresh_params(jax.random.key(seed)), jax.tree.map(lambda p: p.sharding, a.template)
+    )
     return a.score, put
 
   tokens_BT = np.random.default_rng(2).integers(0, V, (4, 16))

@@ -10,14 +10,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemocascade import metrics
-from nemocascade.metrics import (
-  CompileCounter,
-  MetricsWriter,
-  Phases,
-  Progress,
-  read_lines,
-)
+from nemocascade.report import metrics
+from nemocascade.report.metrics import CompileCounter, MetricsWriter, Phases, Progress, read_lines
 from nemocascade.state_files import write_json
 
 # Settings that keep every program in the cache folder.

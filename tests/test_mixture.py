@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments.mixture import TRIES, Mixture, next_domain
-from nemocascade.domains.domain import Domain, make_prompt
+from nemocascade.domains.domain import Domain
+from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import UserError
+from nemocascade.runtime.mixture import TRIES, Mixture, next_domain
 
 
 class Numbered(Domain):
@@ -33,7 +34,7 @@ def mixture(shares, state=None, long=lambda n: False, limit=100):
 def tokens(monkeypatch):
   """One token per character, so that lengths need no tokenizer."""
   monkeypatch.setattr(
-    "experiments.mixture.prompt_of",
+    "nemocascade.runtime.mixture.prompt_of",
     lambda row, domain, tokenizer: [1] * len(row["responses_create_params"]["input"][0]["content"]),
   )
 

@@ -4,8 +4,8 @@ import pytest
 
 from configs.nano_30b.model import get_config
 from nemocascade.config import ModelConfig
-from nemocascade.model.hf_config import config_fields, model_config
 from nemocascade.model.size import active_params, count_params
+from nemocascade.store.hf_config import config_fields, model_config
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,7 @@ PARAMS = {
 
 
 def schedule(**fields):
-  fields = (
-    dict(peak_lr=1.0, warmup_steps=4, total_steps=14, schedule="constant", final_fraction=0.1)
-    | fields
-  )
+  fields = dict(peak_lr=1.0, warmup_steps=4, total_steps=14, schedule="constant", final_fraction=0.1) | fields
   return make_schedule(**fields)
 
 
@@ -52,9 +49,7 @@ def test_warm_up_is_linear_from_the_first_step_and_meets_the_peak(name):
   np.testing.assert_allclose([lr(i) for i in range(5)], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "name, middle, end", [("constant", 1.0, 1.0), ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1)]
-)
+@pytest.mark.parametrize("name, middle, end", [("constant", 1.0, 1.0), ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1)])
 def test_decay_ends_at_its_fraction_and_stays_there(name, middle, end):
   lr = schedule(schedule=name)
   np.testing.assert_allclose([lr(9), lr(14), lr(99)], [middle, end, end], rtol=1e-5)

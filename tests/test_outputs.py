@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nemocascade.domains.outputs import same_text, same_value
+from nemocascade.verifiers.outputs import same_text, same_value
 
 
 @pytest.mark.parametrize(

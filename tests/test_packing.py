@@ -84,9 +84,7 @@ def test_filled_rows_hold_documents_left_to_right():
   batch = fill([document(5, 6, 7), document(8, 9), document(4)], [[1, 0], [2]], T=6)
   np.testing.assert_array_equal(batch.tokens_BT, [[8, 9, 5, 6, 7, 0], [4, 0, 0, 0, 0, 0]])
   np.testing.assert_array_equal(batch.segment_ids_BT, [[1, 1, 2, 2, 2, 0], [1, 0, 0, 0, 0, 0]])
-  np.testing.assert_array_equal(
-    batch.loss_mask_BT, np.array([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
-  )
+  np.testing.assert_array_equal(batch.loss_mask_BT, np.array([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool))
   assert [a.dtype for a in (batch.tokens_BT, batch.segment_ids_BT, batch.loss_mask_BT)] == [
     np.int32,
     np.int32,

@@ -114,9 +114,7 @@ def decode(config, params, prompt_BT, new: int):
 
   @functools.partial(jax.jit, compiler_options=QUICK)
   def run(params, prompt_BT):
-    logits_BV, state = model.apply(
-      {"params": params}, prompt_BT, jnp.full((B,), P), P + new, method="prefill"
-    )
+    logits_BV, state = model.apply({"params": params}, prompt_BT, jnp.full((B,), P), P + new, method="prefill")
 
     def tick(carry, _):
       state, logits_BV = carry
@@ -166,7 +164,9 @@ def test_the_published_spelling_means_no_clamp_and_that_is_another_function(tmp_
   assert config.time_step_limit == (0.05, math.inf)
   free = Hybrid(dataclasses.replace(config, time_step_limit=(0.0, math.inf)))
   tokens_BT = tokens()
-  found = jax.jit(free.apply, compiler_options=QUICK)({"params": params}, jnp.array(tokens_BT), jnp.ones_like(tokens_BT))
+  found = jax.jit(free.apply, compiler_options=QUICK)(
+    {"params": params}, jnp.array(tokens_BT), jnp.ones_like(tokens_BT)
+  )
   assert relative(found, their_logits(model, tokens_BT)) > 1e-3
 
 

@@ -125,9 +125,7 @@ def by_hand(r, coefficients_QGT, *, aggregation, kl_weight=0.0):
   table_VV = np.asarray(state().params["table_VV"], np.float64)
   logprobs_VV = table_VV - np.log(np.exp(table_VV).sum(axis=1, keepdims=True))
   tokens_QGT, mask_QGT = np.asarray(r.tokens_QGT), np.asarray(r.loss_mask_QGT)
-  coefficients_QGT, reference_QGT = (
-    np.asarray(a, np.float64) for a in (coefficients_QGT, r.reference_logprobs_QGT)
-  )
+  coefficients_QGT, reference_QGT = (np.asarray(a, np.float64) for a in (coefficients_QGT, r.reference_logprobs_QGT))
   samples = np.argwhere(np.asarray(r.valid_QG))
   tokens = sum(mask_QGT[q, g].sum() for q, g in samples)
   value, grad_VV = 0.0, np.zeros((V, V))

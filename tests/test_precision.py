@@ -40,7 +40,9 @@ B, T, V = 2, 12, 40
 DTYPES = ["float32", "bfloat16"]
 
 # In bf16 these operations lose what a softmax, a norm, a loss or a decay needs, and a sum loses small terms.
-ROUNDED = re.compile(r"stablehlo\.(exponential|exponential_minus_one|log|log_plus_one|logistic|tanh|rsqrt|sqrt|power|divide)\b")
+ROUNDED = re.compile(
+  r"stablehlo\.(exponential|exponential_minus_one|log|log_plus_one|logistic|tanh|rsqrt|sqrt|power|divide)\b"
+)
 SUM = re.compile(r"stablehlo\.(reduce|reduce_window)\b.*(add|multiply)")
 LOW = re.compile(r"[x<](bf16|f16|f8\w*)>")
 
@@ -82,8 +84,11 @@ def normal(*shape, dtype="float32"):
 
 def value_and_grads(fn, *argnums):
   """Value and gradients of the sum of fn's outputs, so that the lowered text includes the backward pass."""
+
   def total(*args):
-    return sum(jnp.sum(out.astype(jnp.float32)) for out in jax.tree.leaves(fn(*args)) if jnp.issubdtype(out.dtype, jnp.floating))
+    return sum(
+      jnp.sum(out.astype(jnp.float32)) for out in jax.tree.leaves(fn(*args)) if jnp.issubdtype(out.dtype, jnp.floating)
+    )
 
   return jax.value_and_grad(total, argnums=argnums)
 
@@ -107,7 +112,9 @@ def test_the_reader_finds_what_is_less_than_fp32(fn, args):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_routers_logits_and_balance_are_fp32(dtype):
-  c = ModelConfig(vocab_size=V, hidden_size=16, hybrid_override_pattern="E", n_routed_experts=8, n_group=2, topk_group=1)
+  c = ModelConfig(
+    vocab_size=V, hidden_size=16, hybrid_override_pattern="E", n_routed_experts=8, n_group=2, topk_group=1
+  )
 
   def routed(x_TD, gate_DE, bias_E):
     expert_TX, weight_TX, score_TE = route(x_TD, gate_DE, bias_E, c)
@@ -265,7 +272,9 @@ def test_the_embeddings_gradient_sums_a_tokens_rows_in_fp32():
 def test_norms_of_gradients_are_fp32_and_so_is_the_clip(dtype):
   """In bf16 a norm has only three digits."""
   grads = {"a": normal(64, 64, dtype=dtype), "b": normal(9, dtype=dtype)}
-  text = lowered(lambda grads: (optimizer.norm(grads), optimizer.clip_by_norm(1.0).update(grads, optax.EmptyState())[0]), grads)
+  text = lowered(
+    lambda grads: (optimizer.norm(grads), optimizer.clip_by_norm(1.0).update(grads, optax.EmptyState())[0]), grads
+  )
   check(text, dtype)
   wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
   assert float(optimizer.norm(grads)) == float(optax.tree.norm(wide))

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from nemocascade.data import chat
-from nemocascade.domains import domain, judge, preference
-from nemocascade.domains.domain import Completion, Style
+from nemocascade.domains import domain, preference
+from nemocascade.domains.domain import Style
+from nemocascade.domains.rows import SPLITS, prompt_messages, split_of
+from nemocascade.verifiers import judge
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym/genrm_compare.jsonl"
 
@@ -53,7 +56,7 @@ def test_sloppy_errors_lose():
 
 def test_the_reference_is_good_but_not_the_best():
   for row in domain.rows(DOMAIN, "train", 0, 0, 200):
-    prompt = domain.prompt_messages(row)
+    prompt = prompt_messages(row)
     assert preference.gold_quality(prompt, row["reference"]) in (4.0, 5.0)
     assert preference.gold_quality(prompt, preference.best_answer(prompt).text) == 6.0
 
@@ -80,7 +83,7 @@ def test_gold_quality_by_hand():
 
 def test_there_are_two_thousand_prompts_and_none_tells_the_answer():
   rows = domain.rows(DOMAIN, "train", 0, 0, 6000)
-  texts = {domain.prompt_messages(row)[0]["content"] for row in rows}
+  texts = {prompt_messages(row)[0]["content"] for row in rows}
   assert len(texts) >= 2000
   steps = {step for pair in preference.STEPS.values() for step in pair}
   assert not any(steps & set(text.split()) for text in texts)
@@ -92,13 +95,11 @@ def test_without_a_judge_there_is_no_verdict():
   assert verdict.masked and "judge" in verdict.reason
 
 
-@pytest.mark.parametrize(
-  "bad", [said("x", finished=False), said("x", error="no </think>"), said("  "), Completion(())]
-)
+@pytest.mark.parametrize("bad", [said("x", finished=False), said("x", error="no </think>"), said("  "), Completion(())])
 def test_malformed_and_unfinished_completions_lose(bad):
   (row,) = domain.rows(DOMAIN, "train", 0, 0, 1)
   (verdict,) = DOMAIN.verify([row], [bad])
-  assert verdict == domain.Verdict(0.0, verdict.reason) and not verdict.masked
+  assert verdict == Verdict(0.0, verdict.reason) and not verdict.masked
 
 
 def test_the_reference_itself_does_not_win():
@@ -126,21 +127,21 @@ def test_verdicts_keep_their_order_and_the_judge_is_asked_once():
     return gold_rewards(prompts, answers)
 
   rows = domain.rows(DOMAIN, "train", 0, 0, 3)
-  best = [preference.best_answer(domain.prompt_messages(row)).text for row in rows]
+  best = [preference.best_answer(prompt_messages(row)).text for row in rows]
   chosen = preference.make_domain(judge.BradleyTerryJudge(counting))
   verdicts = chosen.verify(rows, [said(best[0]), said("", finished=False), said(best[2])])
   assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
   assert calls == [4]
 
 
-@pytest.mark.parametrize("split", domain.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_pairs_are_ordered_by_the_hidden_measure_and_stay_in_their_split(split):
   pairs = preference.preference_pairs(0, 400, split)
   assert pairs == preference.preference_pairs(0, 400, split)
   for messages, chosen, rejected in pairs:
     quality = [preference.gold_quality(messages, text) for text in (chosen, rejected)]
     assert quality[0] > quality[1]
-    assert domain.split_of({"responses_create_params": {"input": messages}}) == split
+    assert split_of({"responses_create_params": {"input": messages}}) == split
 
 
 def test_no_length_and_no_word_alone_gives_the_pairs_away():
@@ -167,7 +168,7 @@ def test_real_rows_are_compared_in_groups():
   rows = [json.loads(line) for line in GYM.read_text().splitlines()]
   by_length = judge.BradleyTerryJudge(lambda prompts, answers: np.array([len(a) for a in answers]))
   rewards_QG = judge.batch_rewards(
-    by_length, [domain.prompt_messages(row) for row in rows],
+    by_length, [prompt_messages(row) for row in rows],
     [[said("short"), said("rather long")] for _ in rows],
     think_tokens_QG=np.ones((len(rows), 2), int), answer_tokens_QG=np.ones((len(rows), 2), int),
     bonus=0.0,
@@ -179,7 +180,7 @@ def test_phrases_stand_in_what_is_written():
   rows = domain.rows(DOMAIN, "train", 0, 0, 300)
   text = "\n".join(
     str(message) for row in rows
-    for message in [*domain.prompt_messages(row), row["reference"],
+    for message in [*prompt_messages(row), row["reference"],
                     *DOMAIN.demonstrate(row, np.random.default_rng(len(str(row))), thinking=True)]
   )  # fmt: skip
   pairs = preference.preference_pairs(0, 200)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from nemocascade.domains import python_tool
-from nemocascade.domains.python_tool import NAME, PythonTool
-from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError
+from nemocascade.sandbox import python_tool
+from nemocascade.sandbox.python_tool import NAME, PythonTool
+from nemocascade.sandbox.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
 
 
 def test_a_domain_differs_in_what_tasks_says_of_it_and_no_other_does():
-  usual, changed = (registry.build(["math", "stem"], tasks=t) for t in (None, {"math": {"sloppy_rate": 0.1, "terms": (2, 5)}}))
+  usual, changed = (
+    registry.build(["math", "stem"], tasks=t) for t in (None, {"math": {"sloppy_rate": 0.1, "terms": (2, 5)}})
+  )
   assert (changed["math"].style.sloppy_rate, changed["math"].terms) == (0.1, (2, 5))
   assert changed["math"].style.error_rate == usual["math"].style.error_rate
   assert changed["stem"] == usual["stem"] and registry.build(["math"])["math"] == usual["math"]
@@ -79,9 +81,7 @@ def test_a_factory_is_given_what_it_needs_and_no_more(monkeypatch):
       return judge
 
   monkeypatch.setattr(registry.importlib, "import_module", lambda name: Module)
-  assert registry.build(["preference"], judge="a judge", sandbox="a sandbox") == {
-    "preference": "a judge"
-  }
+  assert registry.build(["preference"], judge="a judge", sandbox="a sandbox") == {"preference": "a judge"}
 
 
 def test_the_domains_that_run_code_need_a_sandbox():

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import tiny_checkpoint
 
-from experiments import loading
 from experiments.reward_model import on_top_of
 from nemocascade.model.reward import RewardModel
+from nemocascade.runtime import loading
 from nemocascade.step.reward_model import bradley_terry_loss, reward_model_step
 from nemocascade.types import TrainState
 

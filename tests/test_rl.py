@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from configs.tiny import if_rl
-from experiments import objective, rl, teaching
-from experiments.assembly import Assembly
-from experiments.mixture import Mixture
-from experiments.teaching import gather
-from nemocascade.checkpoint import Store, load_params
-from nemocascade.domains.domain import Domain, Style, Verdict, make_prompt
+from experiments import rl
+from nemocascade.domains.domain import Domain, Style
+from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import StageStopped, UserError
-from nemocascade.teachers import Teacher
+from nemocascade.runtime import objective, teaching
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.mixture import Mixture
+from nemocascade.runtime.teachers import Teacher
+from nemocascade.runtime.teaching import gather
+from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
+from nemocascade.verifiers.verdict import Verdict
 
 
 @pytest.mark.parametrize(

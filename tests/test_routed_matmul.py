@@ -92,18 +92,14 @@ def test_a_shard_of_the_experts_does_its_own_rows(form, sizes, offset):
 def test_rows_that_are_nobodys_may_hold_anything(form):
   x, w, dy = inputs(jnp.float32)
   sizes = [3, 0, 17, 1, 0]
-  got = value_and_gradients(
-    x.at[21:].set(jnp.nan), w, dy.at[21:].set(jnp.inf), jnp.array(sizes, jnp.int32), 0, form
-  )
+  got = value_and_gradients(x.at[21:].set(jnp.nan), w, dy.at[21:].set(jnp.inf), jnp.array(sizes, jnp.int32), 0, form)
   compare(got, loop(x.at[21:].set(0), w, dy.at[21:].set(0), sizes), jnp.float32)
 
 
 def test_the_platforms_own_form_equals_ragged_dot():
   x, w, _ = inputs(jnp.float32)
   sizes = jnp.array([3, 0, 40, 1, 0], jnp.int32)
-  np.testing.assert_allclose(
-    kernel.routed_matmul(x, w, sizes), jax.lax.ragged_dot(x, w, sizes), atol=1e-4
-  )
+  np.testing.assert_allclose(kernel.routed_matmul(x, w, sizes), jax.lax.ragged_dot(x, w, sizes), atol=1e-4)
 
 
 def test_every_row_is_visited_once_by_its_own_group():
@@ -192,7 +188,9 @@ def mlp_inputs(experts, tokens, dtype=jnp.float32, crowded=False):
 
 
 @pytest.mark.parametrize("form", MLP_FORMS)
-@pytest.mark.parametrize("experts, tokens, crowded", [(4, 300, False), (16, 700, False), (16, 700, True), (16, 9, True)])
+@pytest.mark.parametrize(
+  "experts, tokens, crowded", [(4, 300, False), (16, 700, False), (16, 700, True), (16, 9, True)]
+)
 def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, crowded, form):
   x_TD, up, down, expert_TX, weight_TX = mlp_inputs(experts, tokens, crowded=crowded)
   x64, up64, down64 = (np.asarray(a, np.float64) for a in (x_TD, up, down))
@@ -219,9 +217,7 @@ def test_gradients_of_routed_mlp_are_the_definitions(form, crowded, dtype, toler
   x_TD, up, down, expert_TX, weight_TX = mlp_inputs(16, 700, dtype, crowded)
 
   def gradients(form, *args):
-    loss = lambda x, u, d, w: jnp.sum(
-      jnp.sin(kernel.routed_mlp(x, u, d, expert_TX, w, **form)[0].astype(jnp.float32))
-    )
+    loss = lambda x, u, d, w: jnp.sum(jnp.sin(kernel.routed_mlp(x, u, d, expert_TX, w, **form)[0].astype(jnp.float32)))
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
 
   inputs = x_TD, up, down, weight_TX

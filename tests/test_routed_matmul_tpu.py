@@ -37,9 +37,7 @@ def test_gradients_compile(topology, program, monkeypatch):
   of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
   int32 = jnp.int32
   if program == "mlp":
-    lowered = jax.jit(mlp_gradients).lower(
-      of(T, D), of(E, D, F), of(E, F, D), of(T, X, dtype=int32), of(T, X)
-    )
+    lowered = jax.jit(mlp_gradients).lower(of(T, D), of(E, D, F), of(E, F, D), of(T, X, dtype=int32), of(T, X))
   else:
     lowered = jax.jit(shard_gradients).lower(
       of(1000, D, dtype=jnp.float32), of(E // 2, D, F, dtype=jnp.float32), of(E, dtype=int32), of(dtype=int32)

@@ -92,9 +92,7 @@ def test_a_sample_depends_on_its_row_and_place_and_not_on_its_neighbours():
   logits_BV = jax.random.normal(jax.random.key(4), (64, 11))
   together = sample(row_keys(key, row_B, place_B), logits_BV, temperature=1.0, top_p=1.0)
   order = jax.random.permutation(jax.random.key(5), 64)[:20]
-  apart = sample(
-    row_keys(key, row_B[order], place_B[order]), logits_BV[order], temperature=1.0, top_p=1.0
-  )
+  apart = sample(row_keys(key, row_B[order], place_B[order]), logits_BV[order], temperature=1.0, top_p=1.0)
   np.testing.assert_array_equal(apart[0], together[0][order])
   np.testing.assert_allclose(apart[1], together[1][order], rtol=1e-6)
   np.testing.assert_array_equal(together[1], together[2])  # At top_p = 1 nothing is cut off.

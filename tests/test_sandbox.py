@@ -11,10 +11,10 @@ import zlib
 
 import pytest
 
-from nemocascade.domains import confinement, launcher, seccomp, worker
-from nemocascade.domains.program import Call, Limits, Program
-from nemocascade.domains.sandbox import Sandbox
 from nemocascade.errors import UserError
+from nemocascade.sandbox import confinement, launcher, seccomp, worker
+from nemocascade.sandbox.program import Call, Limits, Program
+from nemocascade.sandbox.sandbox import Sandbox
 
 CPU_S, WALL_S = 1, 2.5
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -33,8 +33,7 @@ HOSTILE = {  # Name -> (program, allowed statuses).
   "infinite loop": ("while True: pass", {"timeout"}),
   "sleep": ("import time; time.sleep(60)", {"timeout"}),
   "closes its streams and sleeps": (
-    "import os, time\nfor fd in range(64):\n  try: os.close(fd)\n  except OSError: pass\n"
-    "time.sleep(60)",
+    "import os, time\nfor fd in range(64):\n  try: os.close(fd)\n  except OSError: pass\ntime.sleep(60)",
     {"timeout"},
   ),
   "ignores the CPU limit": (
@@ -92,8 +91,7 @@ HOSTILE = {  # Name -> (program, allowed statuses).
   "runs a program": ("import subprocess; subprocess.run(['/bin/sh', '-c', 'true'])", {"error"}),
   "becomes a program": ("import os, sys; os.execv(sys.executable, ['python'])", {"error"}),
   "makes a namespace": (
-    "import ctypes\nif ctypes.CDLL(None, use_errno=True).unshare(0x10000000):\n"
-    "  raise OSError(ctypes.get_errno(), '')",
+    "import ctypes\nif ctypes.CDLL(None, use_errno=True).unshare(0x10000000):\n  raise OSError(ctypes.get_errno(), '')",
     {"error"},
   ),
   "crashes": ("import ctypes; ctypes.string_at(0)", {"killed"}),
@@ -150,7 +148,7 @@ def test_a_program_outlives_neither_its_run_nor_its_sandbox(tmp_path):
 
 def test_a_sandbox_dies_with_its_owner():
   source = (
-    "import os\nfrom nemocascade.domains.sandbox import Program, Sandbox\n"
+    "import os\nfrom nemocascade.sandbox.sandbox import Program, Sandbox\n"
     "box = Sandbox(workers=1); box.run(Program({'main.py': ''}))\n"
     "print(box._workers[0]._process.pid, flush=True); os._exit(0)"
   )
@@ -232,9 +230,7 @@ print(os.listdir("copy"), sqlite3.connect(":memory:").execute("select 1 + 1").fe
 def test_a_program_ends_as_python_ends(box, tmp_path, source):
   file = tmp_path / "main.py"
   file.write_text(source)
-  plain = subprocess.run(
-    [worker.EXECUTABLE, "main.py"], cwd=tmp_path, capture_output=True, text=True, env={}
-  )
+  plain = subprocess.run([worker.EXECUTABLE, "main.py"], cwd=tmp_path, capture_output=True, text=True, env={})
   result = box.run(script(source))
   code = 0 if result.status == "passed" else 1 if result.status == "error" else int(result.reason.split()[-1])
   assert (result.stdout, code) == (plain.stdout, plain.returncode), result

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains.domain import Completion, Domain, Verdict
-from nemocascade.rollout import score
+from nemocascade.domains.domain import Domain
+from nemocascade.rollout import rewards
 from nemocascade.rollout.episode import Samples
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 T = 4
 
@@ -29,10 +30,7 @@ def samples(contents_QG, *, names=None, finished=True):
   """Completions that say their own rewards; rows are their numbers."""
   finished_QG = np.broadcast_to(finished, np.shape(contents_QG))
   completions = [
-    [
-      Completion((Turn(None, str(content), finished=bool(end)),))
-      for content, end in zip(contents, ends, strict=True)
-    ]
+    [Completion((Turn(None, str(content), finished=bool(end)),)) for content, end in zip(contents, ends, strict=True)]
     for contents, ends in zip(contents_QG, finished_QG, strict=True)
   ]
   Q, G = np.shape(contents_QG)
@@ -51,13 +49,13 @@ def samples(contents_QG, *, names=None, finished=True):
 
 def judged(contents_QG, **fields):
   s = samples(contents_QG, **fields)
-  return s, score.judge(s, {"echo": Echo()})
+  return s, rewards.judge(s, {"echo": Echo()})
 
 
 def test_every_completion_gets_its_own_verdict_and_a_domain_is_asked_once():
   s = samples([[1, 2], [3, 4], [5, 6]], names=["a", "b", "a"])
   domains = {"a": Echo(), "b": Echo(), "idle": Echo()}
-  verdicts = score.judge(s, domains)
+  verdicts = rewards.judge(s, domains)
   assert [[v.reward for v in group] for group in verdicts] == [[1, 2], [3, 4], [5, 6]]
   assert [len(domains[name].calls) for name in domains] == [1, 1, 0]
   rows, completions = domains["a"].calls[0]
@@ -74,17 +72,17 @@ def test_every_completion_gets_its_own_verdict_and_a_domain_is_asked_once():
 )
 def test_what_becomes_of_completions_that_met_the_limit(overlong, rewards, valid):
   s, verdicts = judged([[1, 1, 0, 0]], finished=[[True, False, True, False]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong=score.OVERLONG[overlong])
+  rollout, counts = rewards.to_rollout(s, verdicts, overlong=rewards.OVERLONG[overlong])
   np.testing.assert_array_equal(rollout.rewards_QG, [rewards])
   np.testing.assert_array_equal(rollout.valid_QG, [valid])
   assert rollout.rewards_QG.dtype == np.float32
   assert counts["rollout/unfinished"] == 0.5
 
 
-@pytest.mark.parametrize("overlong", score.OVERLONG)
+@pytest.mark.parametrize("overlong", rewards.OVERLONG)
 def test_a_completion_without_a_verdict_is_never_trained_on(overlong):
   s, verdicts = judged([[1, 9, 0]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong=score.OVERLONG[overlong])
+  rollout, counts = rewards.to_rollout(s, verdicts, overlong=rewards.OVERLONG[overlong])
   np.testing.assert_array_equal(rollout.valid_QG, [[True, False, True]])
   assert counts["rollout/masked"] == pytest.approx(1 / 3)
   assert counts["rollout/verdict"] == 0.5  # Mean over the samples with a verdict.
@@ -93,7 +91,7 @@ def test_a_completion_without_a_verdict_is_never_trained_on(overlong):
 def test_masked_samples_are_counted_by_their_cause():
   s, _ = judged([[1, 0, 0, 0]])
   masked = [Verdict(0.0, "", masked=True, cause=cause) for cause in ("time", "time", "")]
-  _, counts = score.to_rollout(s, [[Verdict(1.0, ""), *masked]], overlong=score.keep)
+  _, counts = rewards.to_rollout(s, [[Verdict(1.0, ""), *masked]], overlong=rewards.keep)
   found = {name: n for name, n in counts.items() if name.startswith("rollout/masked")}
   assert found == {
     "rollout/masked": 0.75, "rollout/masked_time": 0.5, "rollout/masked_other": 0.25,
@@ -102,14 +100,14 @@ def test_masked_samples_are_counted_by_their_cause():
 
 def test_a_batch_without_any_verdict_still_counts():
   s, verdicts = judged([[9, 9]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong=score.keep)
+  rollout, counts = rewards.to_rollout(s, verdicts, overlong=rewards.keep)
   assert not rollout.valid_QG.any() and counts["rollout/verdict"] == 0.0
 
 
 def test_rewards_of_compared_groups_take_the_verdicts_place():
   s, verdicts = judged([[1, 0], [1, 1]], finished=[[True, True], [True, False]])
-  rollout, counts = score.to_rollout(
-    s, verdicts, overlong=score.zero, rewards_QG=np.array([[0.25, 0.75], [0.5, 0.5]])
+  rollout, counts = rewards.to_rollout(
+    s, verdicts, overlong=rewards.zero, rewards_QG=np.array([[0.25, 0.75], [0.5, 0.5]])
   )
   np.testing.assert_array_equal(rollout.rewards_QG, [[0.25, 0.75], [0.5, 0.0]])
   assert counts["rollout/verdict"] == 0.75
@@ -117,7 +115,7 @@ def test_rewards_of_compared_groups_take_the_verdicts_place():
 
 def test_tokens_masks_and_logprobs_pass_through_and_their_length_is_counted():
   s, verdicts = judged([[1, 0]])
-  rollout, counts = score.to_rollout(s, verdicts, overlong=score.keep)
+  rollout, counts = rewards.to_rollout(s, verdicts, overlong=rewards.keep)
   for name in ("tokens_QGT", "segment_ids_QGT", "loss_mask_QGT", "behaviour_logprobs_QGT"):
     np.testing.assert_array_equal(getattr(rollout, name), getattr(s, name))
   assert counts["rollout/tokens"] == T - 1
@@ -133,7 +131,7 @@ def test_the_soft_penalty_grows_with_every_token_of_the_last_few():
     segment_ids_QGT=(np.arange(10) < lengths_G[:, None])[None].astype(np.int32),
     limit_QG=np.full((1, 5), 10, np.int32),
   )
-  rollout, _ = score.to_rollout(s, verdicts, overlong=functools.partial(score.soft, tokens=4))
+  rollout, _ = rewards.to_rollout(s, verdicts, overlong=functools.partial(rewards.soft, tokens=4))
   np.testing.assert_allclose(rollout.rewards_QG, [[1, 1, 0.5, -1, 0]])
   assert rollout.rewards_QG.dtype == np.float32 and rollout.valid_QG.all()
 
@@ -141,9 +139,9 @@ def test_the_soft_penalty_grows_with_every_token_of_the_last_few():
 def test_dynamic_filtering_is_of_raw_verdicts_though_the_soft_penalty_parts_them():
   s, verdicts = judged([[1, 1]], finished=[[True, False]])
   s.segment_ids_QGT[0, 0, 1:] = 0
-  rollout, _ = score.to_rollout(s, verdicts, overlong=functools.partial(score.soft, tokens=2))
+  rollout, _ = rewards.to_rollout(s, verdicts, overlong=functools.partial(rewards.soft, tokens=2))
   assert rollout.rewards_QG[0, 0] != rollout.rewards_QG[0, 1]
-  assert not score.dynamic_filter(rollout, verdicts).valid_QG.any()
+  assert not rewards.dynamic_filter(rollout, verdicts).valid_QG.any()
 
 
 def test_dynamic_filtering_leaves_out_groups_whose_raw_verdicts_are_equal():
@@ -152,30 +150,30 @@ def test_dynamic_filtering_leaves_out_groups_whose_raw_verdicts_are_equal():
     [[1, 0], [1, 1], [1, 1], [1, 9], [0, 0]],
     finished=[[True, True], [True, True], [True, False], [True, True], [True, True]],
   )
-  rollout, counts = score.to_rollout(s, verdicts, overlong=score.zero)
+  rollout, counts = rewards.to_rollout(s, verdicts, overlong=rewards.zero)
   assert rollout.rewards_QG[2].tolist() == [1, 0]
-  valid_QG = score.dynamic_filter(rollout, verdicts).valid_QG
+  valid_QG = rewards.dynamic_filter(rollout, verdicts).valid_QG
   np.testing.assert_array_equal(valid_QG, [[True, True]] + [[False, False]] * 4)
   assert counts["rollout/groups_with_signal"] == pytest.approx(1 / 5)
-  assert score.informative([verdicts, verdicts[1:]]) == [[0], []]
+  assert rewards.informative([verdicts, verdicts[1:]]) == [[0], []]
 
 
 def test_dynamic_filtering_does_not_bring_back_what_was_left_out():
   s, verdicts = judged([[1, 0, 9]])
-  rollout, _ = score.to_rollout(s, verdicts, overlong=score.keep)
-  filtered = score.dynamic_filter(rollout, verdicts)
+  rollout, _ = rewards.to_rollout(s, verdicts, overlong=rewards.keep)
+  filtered = rewards.dynamic_filter(rollout, verdicts)
   np.testing.assert_array_equal(filtered.valid_QG, [[True, True, False]])
 
 
 def test_refill_takes_informative_groups_first_in_order_and_keeps_the_shape():
   first, second = judged([[1, 1], [1, 0], [0, 0]]), judged([[0, 1], [1, 1], [1, 0]])
-  s, verdicts = score.refill([first, second], 3)
+  s, verdicts = rewards.refill([first, second], 3)
   assert [c.content for group in s.completions for c in group] == list("100110")
   assert [[v.reward for v in group] for group in verdicts] == [[1, 0], [0, 1], [1, 0]]
   np.testing.assert_array_equal(s.tokens_QGT[0], first[0].tokens_QGT[1])
 
 
 def test_refill_fills_up_with_uninformative_groups_when_there_are_too_few():
-  s, verdicts = score.refill([judged([[1, 1], [1, 0], [0, 0]])], 3)
+  s, verdicts = rewards.refill([judged([[1, 1], [1, 0], [0, 0]])], 3)
   assert s.tokens_QGT.shape[0] == 3
   assert [[v.reward for v in group] for group in verdicts] == [[1, 0], [1, 1], [0, 0]]

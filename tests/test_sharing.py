@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.sharing import each, held
+from nemocascade.runtime.sharing import each, held
 
 HOLDS = """
 import sys
 from pathlib import Path
-from experiments.sharing import held
+from nemocascade.runtime.sharing import held
 with held(Path(sys.argv[1]), wait=True):
   print("in", flush=True)
   sys.stdin.read()  # Until it is killed.
@@ -38,7 +38,10 @@ def test_a_process_leaves_a_seed_that_another_is_at_to_the_last_and_then_waits(t
 
 def test_what_a_killed_process_held_is_free(tmp_path):
   with subprocess.Popen(
-    [sys.executable, "-c", HOLDS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
+    [sys.executable, "-c", HOLDS, str(tmp_path)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    cwd=Path(__file__).parent.parent,
   ) as other:
     assert other.stdout.readline() == b"in\n"
     with held(tmp_path, wait=False) as mine:

@@ -14,11 +14,12 @@ import tiny_checkpoint
 
 from configs.tiny import reward_model as judge_config
 from configs.tiny import sft as sft_config
-from experiments import loading, reward_model, sft, supervision
-from experiments.assembly import Assembly
-from nemocascade.checkpoint import Store, load_params
+from experiments import reward_model, sft
 from nemocascade.errors import StageStopped, UserError
 from nemocascade.rollout import episode
+from nemocascade.runtime import loading, supervision
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +123,9 @@ def test_a_disk_with_no_room_for_the_next_checkpoints_ends_the_stage_after_savin
   c, a, root = assembled
   usage = shutil.disk_usage(root)
   monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-  with pytest.raises(StageStopped, match=r"^sft, step 1: disk_full: .*guards.disk_full.*the same command goes on from .*/2$"):
+  with pytest.raises(
+    StageStopped, match=r"^sft, step 1: disk_full: .*guards.disk_full.*the same command goes on from .*/2$"
+  ):
     sft.run(c, root / "full" / "sft", a)
   assert lines(root / "full" / "sft")[-1]["guard/disk_full"] == 1
   monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage)

@@ -1,11 +1,11 @@
-"""Statistics of paired seeds: values computed by hand, and the coverage of intervals."""
+"""Statistics of paired seeds: values computed by hand, and the coverage of statistics."""
 
 import math
 
 import numpy as np
 import pytest
 
-from nemocascade import statistics
+from nemocascade.evaluate import statistics
 
 
 def test_the_p_value_of_signs_is_counted_by_hand():

@@ -7,7 +7,10 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import domain, limited, stem
+from nemocascade.domains import domain, stem
+from nemocascade.domains.rows import prompt_messages
+from nemocascade.sandbox import limited
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 ROW = {
@@ -19,7 +22,7 @@ ROW = {
 
 def judge(row, content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return stem.make_domain().verify([row], [domain.Completion((turn,))])[0]
+  return stem.make_domain().verify([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +32,7 @@ def judge(row, content):
    ("\\boxed{\\text{B}}", 1), ("\\boxed{iron}", 0), ("B", 0), ("\\boxed{}", 0), ("\\boxed{B", 0)],
 )  # fmt: skip
 def test_strict_mode_takes_one_capital_letter_of_an_option(content, reward):
-  assert judge(ROW, content) == domain.Verdict(reward, judge(ROW, content).reason)
+  assert judge(ROW, content) == Verdict(reward, judge(ROW, content).reason)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_exactly_one_option_belongs_to_the_asked_category():
   words = list(itertools.chain(*stem.KNOWLEDGE.values()))
   assert len(set(words)) == len(words)
   for row in domain.rows(stem.make_domain(), "train", 0, 0, 300):
-    asked = domain.prompt_messages(row)[0]["content"].partition("?")[0].split()[-1]
+    asked = prompt_messages(row)[0]["content"].partition("?")[0].split()[-1]
     options = [(key, word) for option in row["options"] for key, word in option.items()]
     right = [key for key, word in options if word in stem.KNOWLEDGE[asked]]
     assert right == [row["expected_answer"]]

@@ -6,7 +6,9 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import ToolCall, Turn
-from nemocascade.domains import domain, limited, structured
+from nemocascade.domains import structured
+from nemocascade.sandbox import limited
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 SCHEMA = {
@@ -20,7 +22,7 @@ ROW = {"schema_str": json.dumps(SCHEMA), "schema_type": "json", "response_mode":
 
 def judge(row, content, *calls):
   turn = Turn(reasoning="", content=content, tool_calls=calls, error=None, finished=True)
-  return structured.make_domain().verify([row], [domain.Completion((turn,))])[0]
+  return structured.make_domain().verify([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize(
@@ -37,9 +39,7 @@ def test_the_text_must_be_json_that_validates(content, reward):
   assert (verdict.reward, verdict.masked) == (reward, False)
 
 
-@pytest.mark.parametrize(
-  "schema", ["not json", '{"type": "no such type"}', '{"$ref": "http://x.invalid/y"}']
-)
+@pytest.mark.parametrize("schema", ["not json", '{"type": "no such type"}', '{"$ref": "http://x.invalid/y"}'])
 def test_a_bad_schema_gives_no_verdict_and_fetches_nothing(schema):
   verdict = judge({**ROW, "schema_str": schema}, "{}")
   assert (verdict.masked, verdict.cause) == (True, "row")
@@ -107,6 +107,6 @@ def test_released_rows_take_a_valid_payload_and_refuse_an_empty_call():
     arguments = {key: payload} if key else payload
     written = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
     verdict = judge(row, "", ToolCall(row["tool_name"], written))
-    assert verdict == domain.Verdict(1.0, "valid")
+    assert verdict == Verdict(1.0, "valid")
     refused = judge(row, "", ToolCall(row["tool_name"], {"no such key": "1"}))
     assert (refused.reward, refused.masked) == (0.0, False)

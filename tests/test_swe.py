@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from nemocascade.data.chat import ToolCall, Turn
-from nemocascade.domains import domain, edits, repository, swe
-from nemocascade.domains.program import Result
-from nemocascade.domains.sandbox import Sandbox
+from nemocascade.domains import domain, repository, swe
+from nemocascade.domains.rows import make_prompt, prompt_messages
+from nemocascade.sandbox.program import Result
+from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.verifiers import edits
+from nemocascade.verifiers.verdict import Completion, no_verdict
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 COUNT = 200
@@ -37,7 +40,7 @@ def agentic(box):
 
 
 def complete(content):
-  return domain.Completion((Turn(reasoning="", content=content, finished=True),))
+  return Completion((Turn(reasoning="", content=content, finished=True),))
 
 
 def turn(*calls, content="", finished=True):
@@ -58,7 +61,7 @@ def play(task, row, messages):
       assert (task.act(world, turns[-1]) or []) == [
         m["content"] for m in messages[len(turns) + len(results) :][: len(calls)]
       ]
-  return domain.Completion(tuple(turns), world)
+  return Completion(tuple(turns), world)
 
 
 def rewards(task, rows, *, thinking, seed=0, **style):
@@ -81,7 +84,7 @@ def test_demonstrations_succeed_as_often_as_their_styles_let_them(task):
 
 def test_there_are_thousands_of_prompts(task):
   rng = np.random.default_rng(0)
-  prompts = {domain.prompt_messages(task.make_row(rng))[0]["content"] for _ in range(6000)}
+  prompts = {prompt_messages(task.make_row(rng))[0]["content"] for _ in range(6000)}
   assert len(prompts) > 2000
 
 
@@ -104,10 +107,10 @@ def test_expected_values_never_enter_the_sandbox(task):
 
 def test_no_operator_is_in_the_issue_and_its_sign_is_not_in_an_agents_prompt(agentless, agentic):
   for row in domain.rows(agentic, "train", 0, 0, 50):
-    text = domain.prompt_messages(row)[0]["content"]
+    text = prompt_messages(row)[0]["content"]
     assert not set(text) & set("+-*/")
   for row in domain.rows(agentless, "train", 0, 0, 50):
-    text = domain.prompt_messages(row)[0]["content"]
+    text = prompt_messages(row)[0]["content"]
     assert not set(text.split("\n")[0]) & set("+-*/")
 
 
@@ -170,10 +173,7 @@ def test_text_without_edits_gets_nothing_and_a_reason(agentless, text):
 def test_an_edit_that_keeps_the_bug_or_breaks_another_file_gets_nothing(agentless):
   (row,) = domain.rows(agentless, "train", 0, 0, 1)
   bug, files = swe.Bug(**row["instance"]["bug"]), swe.repository_files(row)
-  assert (
-    "change nothing"
-    in agentless.verify([row], [complete(edit_of(row, files[bug.path].strip()))])[0].reason
-  )
+  assert "change nothing" in agentless.verify([row], [complete(edit_of(row, files[bug.path].strip()))])[0].reason
   (other,) = (path for path in files if path != bug.path)
   right = edit_of(row, f"def {bug.name}(a, b): return a {bug.right} b")
   broken = edits.show(edits.Edit(other, files[other].strip(), "x = 1"))
@@ -194,7 +194,7 @@ def test_an_agent_views_replaces_tests_and_is_judged_by_what_it_leaves(agentic):
   fixed = f"def {bug.name} ( a , b ) : return a {bug.right} b"
   assert results == ["failed", repository.REPLACED, "passed", fixed]
   assert agentic.act(world, turn(content="Done.")) is None
-  episode = domain.Completion((turn(content="Done."),), world)
+  episode = Completion((turn(content="Done."),), world)
   assert agentic.verify([row], [episode])[0].reward == 1.0
 
 
@@ -202,15 +202,13 @@ def test_an_episode_without_its_world_is_played_again(agentic):
   rows = domain.rows(agentic, "train", 0, 0, 40)
   rng = np.random.default_rng(0)
   episodes = [play(agentic, row, agentic.demonstrate(row, rng, thinking=False)) for row in rows]
-  texts = [domain.Completion(episode.turns) for episode in episodes]
+  texts = [Completion(episode.turns) for episode in episodes]
   assert agentic.verify(rows, texts) == agentic.verify(rows, episodes)
 
 
 def test_an_episode_that_changes_nothing_gets_nothing(agentic):
   (row,) = domain.rows(agentic, "train", 0, 0, 1)
-  (found,) = agentic.verify(
-    [row], [domain.Completion((turn(content="Done."),), agentic.start(row))]
-  )
+  (found,) = agentic.verify([row], [Completion((turn(content="Done."),), agentic.start(row))])
   assert (found.reward, found.reason) == (0.0, "nothing was changed")
 
 
@@ -252,7 +250,7 @@ def test_an_agents_tests_show_one_case_and_the_judges_are_more(agentic):
     repository.REPLACED,
     "passed",
   ]
-  assert agentic.verify([row], [domain.Completion((), world)])[0].reward == 0.0
+  assert agentic.verify([row], [Completion((), world)])[0].reward == 0.0
 
 
 # Samples that cannot be judged.
@@ -273,7 +271,7 @@ def released_row():
   """A row in the released form: an instance of a real repository, with some of its files."""
   files = {"pkg/a.py": "x = 1\r\ny = 2\nz = 3\n"}
   instance = {"FAIL_TO_PASS": '["t.py::test_a"]', "PASS_TO_PASS": "[]", "test_script": "pytest"}
-  row = domain.make_prompt("swerl_gen_simple_agent", "Fix it.", instance=instance)
+  row = make_prompt("swerl_gen_simple_agent", "Fix it.", instance=instance)
   return {**row, "metadata": {"relevant_file_contents": json.dumps(files), "image": "x.sif"}}
 
 
@@ -303,11 +301,11 @@ def test_the_released_rows_are_read_and_masked(agentless, agentic):
     edit = edits.Edit(path, unique, f"{unique}  # Seen.")
     (found,) = agentless.verify([row], [complete(edits.show(edit))])
     assert found.masked and found.cause == ("row" if row["mode"] == "eval" else "unknown")
-    episode = domain.Completion((turn(("view", {"path": path})), turn(content="Done.")))
+    episode = Completion((turn(("view", {"path": path})), turn(content="Done.")))
     assert agentic.verify([row], [episode])[0].masked
   for line in (GYM / "swe_agents.jsonl").read_text().splitlines():
     row = json.loads(line)
     world = agentic.start(row)
     assert agentic.act(world, turn(("test", {}))) == [f"error: {swe.NO_TESTS}"]
-    (found,) = agentic.verify([row], [domain.Completion((turn(content="Done."),), world)])
-    assert found == domain.no_verdict("row", swe.NO_TESTS)
+    (found,) = agentic.verify([row], [Completion((turn(content="Done."),), world)])
+    assert found == no_verdict("row", swe.NO_TESTS)

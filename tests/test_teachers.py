@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nemocascade.errors import UserError
-from nemocascade.teachers import Probe, Teacher, Teachers, best_checkpoints, check_probe, take_probe
+from nemocascade.runtime.teachers import Probe, Teacher, Teachers, best_checkpoints, check_probe, take_probe
 from nemocascade.types import Scores
 
 V = 16

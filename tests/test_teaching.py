@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.teaching import find
-from nemocascade.cascade import Record
 from nemocascade.errors import UserError
+from nemocascade.runtime.teaching import find
+from nemocascade.store.record import Record
 
 STAGES = [
   {"name": "sft", "status": "done", "checkpoint": "/run/sft/7", "scores_after": {"math": 0.5, "stem": 0.1}},
@@ -19,8 +19,7 @@ STAGES = [
 def found(record=True, **teachers):
   c = ConfigDict({"teachers": teachers})
   return [
-    (t.domain, t.checkpoint, t.stage)
-    for t in find(c, Record(Path("cascade.json"), STAGES, {}) if record else None)
+    (t.domain, t.checkpoint, t.stage) for t in find(c, Record(Path("cascade.json"), STAGES, {}) if record else None)
   ]
 
 

@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 
 from configs.tiny import if_rl
-from experiments import objective, rl, teaching
-from experiments.assembly import Assembly
-from experiments.teaching import gather
+from experiments import rl
 from nemocascade.advantage import mopd, mopd_clipped, mopd_outcome
-from nemocascade.checkpoint import Store, load_params
 from nemocascade.domains import domain as domain_lib
-from nemocascade.domains.domain import Verdict
-from nemocascade.metrics import read_lines
-from nemocascade.rollout import score
-from nemocascade.teachers import Teacher
+from nemocascade.report.metrics import read_lines
+from nemocascade.rollout import rewards
+from nemocascade.runtime import objective, teaching
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.teachers import Teacher
+from nemocascade.runtime.teaching import gather
+from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
+from nemocascade.verifiers.verdict import Verdict
 
 temperatures = pytest.mark.parametrize("temperature", [0.3, 0.6, 1.0, 1.7])
 
@@ -83,7 +84,7 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_of_it(stage, adv
   _, a, _, start, teachers = stage
   samples, _ = taken(temperature, 1.0, a, start)
   verdicts = [[Verdict(1.0, "")] * 2 for _ in samples.rows]  # Equal rewards: mopd_outcome's GRPO term is 0.
-  rollout, _ = score.to_rollout(samples, verdicts)
+  rollout, _ = rewards.to_rollout(samples, verdicts)
   said = teaching.teacher_logprobs(a, teachers, samples, np.float32(temperature))
   assert np.abs(said[samples.loss_mask_QGT]).mean() > 0.1
   advantages = advantage(jax.tree.map(jax.numpy.asarray, rollout.replace(teacher_logprobs_QGT=said)))
@@ -131,7 +132,9 @@ def test_a_nucleus_is_scored_as_the_whole_distribution_and_weighed_by_what_was_c
   np.testing.assert_allclose(own[mask], samples.behaviour_logprobs_QGT[mask], atol=1e-4)
   cut = (samples.drawn_logprobs_QGT - samples.behaviour_logprobs_QGT)[mask]
   assert (cut >= -1e-5).all() and cut.max() > 0.1 and cut.max() < -np.log(0.7) + 1e-4
-  said = line(stage, correction, 0.8, correction=correction, **{"rollout.top_p": 0.7, "options.sequence_mask.low": 0.99})
+  said = line(
+    stage, correction, 0.8, correction=correction, **{"rollout.top_p": 0.7, "options.sequence_mask.low": 0.99}
+  )
   assert said["policy/sampler_error"] < 1e-4 and said["policy/ratio_masked"] == 0
 
 

@@ -191,9 +191,7 @@ def test_without_tools_a_call_is_only_shown(typed):
 
 
 def test_a_conversation_that_is_full_says_so_and_goes_on_after_a_reset(typed):
-  conversation, shown = typed(
-    ["9" * 2000, "/reset", "go"], ["the mat", IM_END], thinking=False
-  )
+  conversation, shown = typed(["9" * 2000, "/reset", "go"], ["the mat", IM_END], thinking=False)
   assert "there is room for 1024; /reset begins anew" in shown
   assert shown.endswith("the mat\n\n") and len(conversation.messages) == 2
 

@@ -9,7 +9,9 @@ import pytest
 
 from nemocascade.data import chat
 from nemocascade.domains import domain, tools, workplace
-from nemocascade.domains.domain import Completion, Style
+from nemocascade.domains.domain import Style
+from nemocascade.domains.rows import prompt_messages, prompt_tools
+from nemocascade.verifiers.verdict import Completion
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym/workplace_assistant.jsonl"
 DOMAIN = tools.make_domain()
@@ -26,9 +28,7 @@ def turns_of(messages):
     if message["role"] == "assistant":
       calls = [c["function"] for c in message.get("tool_calls", ())]
       calls = tuple(chat.ToolCall(c["name"], c["arguments"]) for c in calls)
-      turns.append(
-        chat.Turn(message.get("reasoning_content"), message["content"], calls, None, True)
-      )
+      turns.append(chat.Turn(message.get("reasoning_content"), message["content"], calls, None, True))
   return tuple(turns)
 
 
@@ -107,7 +107,7 @@ def test_non_thinking_demonstrations_have_no_thoughts():
 
 def test_there_are_two_thousand_prompts():
   rows = domain.rows(DOMAIN, "train", 0, 0, 5000)
-  assert len({domain.prompt_messages(row)[0]["content"] for row in rows}) > 1800
+  assert len({prompt_messages(row)[0]["content"] for row in rows}) > 1800
   possible = sum(math.prod(map(len, task.words)) * len(tools.PLACES) for task in tools.TASKS)
   assert possible >= 2000
 
@@ -116,7 +116,7 @@ def test_keys_are_drawn_for_each_row_and_never_in_the_prompt():
   rows = domain.rows(DOMAIN, "train", 0, 0, 300)
   keys = {}
   for row in rows:
-    text = domain.prompt_messages(row)[0]["content"]
+    text = prompt_messages(row)[0]["content"]
     key = next(iter(json.loads(row["ground_truth"][1]["arguments"]).values()))
     assert key not in text.split()
     keys[key] = keys.get(key, 0) + 1
@@ -198,9 +198,9 @@ def test_phrases_are_what_the_chat_template_writes():
   assert len(blocks) == len(workplace.FUNCTIONS)
   assert all(f"<name>{name}</name>" in block for name, block in zip(workplace.FUNCTIONS, blocks))
   for task_row in domain.rows(CAREFUL, "train", 0, 0, 20):
-    messages = domain.prompt_messages(task_row)
+    messages = prompt_messages(task_row)
     messages += CAREFUL.demonstrate(task_row, np.random.default_rng(0), thinking=True)
-    text = chat.text_of(chat.render(messages, tools=domain.prompt_tools(task_row)))
+    text = chat.text_of(chat.render(messages, tools=prompt_tools(task_row)))
     for _, arguments in tools._true_calls(task_row):
       values = list(arguments.values())
       middle = [p for p in tools.call_phrases() if p.startswith("\n</parameter>\n<parameter=")]
@@ -210,5 +210,5 @@ def test_phrases_are_what_the_chat_template_writes():
       else:
         assert any(f"{values[0]}{p}{values[1]}\n</parameter>\n</function>\n" in text
                    for p in middle)  # fmt: skip
-  assert all(block in chat.text_of(chat.render(domain.prompt_messages(row), tools=DOMAIN.schemas))
+  assert all(block in chat.text_of(chat.render(prompt_messages(row), tools=DOMAIN.schemas))
              for block in blocks)  # fmt: skip

@@ -82,7 +82,17 @@ def check(messages, tools=None):
     ([user("a"), said("1", "so"), user("b")], 1),  # The last question has no answer.
     ([user("a"), said("1"), user("b")], 1),
     ([said("hi"), user("a"), said("1", "so"), user("b"), user("c"), said("2", "so")], 2),
-    ([{"role": "system", "content": "s"}, user("a"), said("1", "so"), {"role": "system", "content": "t"}, user("b"), said("2")], 2),
+    (
+      [
+        {"role": "system", "content": "s"},
+        user("a"),
+        said("1", "so"),
+        {"role": "system", "content": "t"},
+        user("b"),
+        said("2"),
+      ],
+      2,
+    ),
     ([user("a"), said("1", "  \n"), user("b"), said("2", "")], 1),  # Blank thoughts count as none.
     ([user("a"), said("1", "so"), user("a"), said("1", "so")], 2),
   ],

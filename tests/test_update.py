@@ -37,6 +37,7 @@ def add_to_bias(params, change_LE):
 
 def of_sft(accumulate=1):
   """(state, function (state, factor) -> (state, metrics)); a non-finite factor poisons the update."""
+
   def score(params, *rows):
     scores = sft_laws.score({"table_VV": params["table_VV"]}, *rows)
     return scores.replace(logprobs_BT=scores.logprobs_BT * params["scale"])

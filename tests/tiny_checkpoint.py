@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments.assembly import Assembly, model_alone
-from nemocascade.checkpoint import Store
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import EOS, IM_END, train_sentencepiece
+from nemocascade.runtime.assembly import Assembly, model_alone
+from nemocascade.store.checkpoint import Store
 from nemocascade.types import TrainState
 
 TOKENIZER = train_sentencepiece(

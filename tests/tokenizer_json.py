@@ -19,8 +19,7 @@ def make(size: int = 420) -> bytes:
   trainer = trainers.BpeTrainer(
     vocab_size=size,
     special_tokens=[
-      AddedToken(name, special=True, normalized=False)
-      for name in (*SPECIAL_NAMES, "<SPECIAL_18>", "<SPECIAL_19>")
+      AddedToken(name, special=True, normalized=False) for name in (*SPECIAL_NAMES, "<SPECIAL_18>", "<SPECIAL_19>")
     ],
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,

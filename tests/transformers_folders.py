@@ -8,8 +8,8 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.utils import logging
 
-from nemocascade.model.hf import Source, load_params, open_source
 from nemocascade.model.hybrid import init_params
+from nemocascade.store.hf import Source, load_params, open_source
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

@@ -99,9 +99,7 @@ def fields(c: ConfigDict, slice_: str) -> ConfigDict:
 def packing(rollout: ConfigDict, slice_: str) -> dict:
   """One row per completion, as long as the longest; each piece has one row per device."""
   devices, rows = meshes.DEVICES[slice_], rollout["prompts"] * rollout["completions"]
-  return dict(
-    rows=rows, row_tokens=rollout["total_tokens"], pieces=max(1, rows // devices), shared_prompts=False
-  )
+  return dict(rows=rows, row_tokens=rollout["total_tokens"], pieces=max(1, rows // devices), shared_prompts=False)
 
 
 def shrink(c: ConfigDict) -> None:

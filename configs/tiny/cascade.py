@@ -1,8 +1,8 @@
 """The whole cascade at the tiny scale: SFT, six RL stages and MOPD on two CPU cores.
 
-  python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny
-  python -m experiments.cascade --config=configs/tiny/cascade.py:smoke --workdir=runs/smoke
-  python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/b --config.seed=1
+python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny
+python -m experiments.cascade --config=configs/tiny/cascade.py:smoke --workdir=runs/smoke
+python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/b --config.seed=1
 """
 
 from ml_collections import ConfigDict

@@ -29,7 +29,7 @@ def fields() -> ConfigDict:
   )
   c.reward = "verdict"  # verdict | pairwise. pairwise: the judge compares all pairs of a group.
   c.judge = ""  # The reward model's checkpoint; empty in a cascade, which uses its reward_model stage.
-  # Each of these fields names a function. experiments/OBJECTIVES.md has the equations.
+  # Each of these fields names a function. docs/objectives.md has the equations.
   c.advantage = "grpo"  # nemocascade/advantage.py: ADVANTAGES.
   c.ratio = "none"  # For several updates per batch: none | token_clip | dual_clip | gspo | cispo.
   c.correction = "none"  # For a mismatch of sampler and trainer: none | tis | icepop | sequence_mask.

@@ -21,9 +21,7 @@ from nemocascade.errors import UserError, unknown
 
 Message = Mapping  # OpenAI: role, content, reasoning_content?, tool_calls?
 
-DEFAULT_SYSTEM = (
-  "You are a helpful and harmless assistant.\n\nYou are not allowed to use any tools."
-)
+DEFAULT_SYSTEM = "You are a helpful and harmless assistant.\n\nYou are not allowed to use any tools."
 
 # The template's fixed strings between special tokens. A tokenizer that we train gives each one token.
 PHRASES: tuple[str, ...] = (
@@ -221,6 +219,4 @@ def _text(content: object) -> str:
     isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
   ):
     return "".join(part["text"] for part in content)
-  raise UserError(
-    f"content of a message: must be text or a list of text parts, not {content!r:.80}"
-  )
+  raise UserError(f"content of a message: must be text or a list of text parts, not {content!r:.80}")

@@ -21,9 +21,7 @@ class Document:
   loss_mask_T: np.ndarray  # bool; true on the tokens that are trained on.
 
 
-def pack(
-  lengths: Sequence[int], *, capacity: int, overlong: str = "error", window: int = 65_536
-) -> list[list[int]]:
+def pack(lengths: Sequence[int], *, capacity: int, overlong: str = "error", window: int = 65_536) -> list[list[int]]:
   """Best-fit packing: the document numbers of each row; the lengths of a row sum to at most `capacity`.
 
   Within each window of documents the longest comes first; each goes into the fullest row that still
@@ -47,8 +45,7 @@ def pack(
   if overlong == "error" and not fits.all():
     i = int(np.argmin(fits))
     raise UserError(
-      f"document {i} has {lengths[i]} tokens, a row holds {capacity}: "
-      'lengthen the rows, or say overlong="drop"'
+      f'document {i} has {lengths[i]} tokens, a row holds {capacity}: lengthen the rows, or say overlong="drop"'
     )
 
   rows: list[list[int]] = []

@@ -56,9 +56,7 @@ def write_demonstrations(
       name=name, version=tfds.core.Version(version), data_dir=str(partial), module_name=""
     )
     info = tfds.core.DatasetInfo(builder=identity, features=features)
-    writer = tfds.core.SequentialWriter(
-      info, max_examples_per_shard=examples_per_shard, file_format="array_record"
-    )
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=examples_per_shard, file_format="array_record")
     writer.initialize_splits([SPLIT])
     numbered = enumerate(itertools.chain([first], examples))
     checked = (_alike(example, first, place) for place, example in numbered)
@@ -107,10 +105,7 @@ class Demonstrations(Sequence):
       self._ends = np.cumsum([0, *split.shard_lengths])
     except Exception as error:
       raise UserError(f"{info}: not the description of a TFDS dataset") from error
-    self._readers = [
-      _open_shard(file, length)
-      for file, length in zip(self.files, split.shard_lengths, strict=True)
-    ]
+    self._readers = [_open_shard(file, length) for file, length in zip(self.files, split.shard_lengths, strict=True)]
 
   def __len__(self) -> int:
     return int(self._ends[-1])

@@ -133,9 +133,7 @@ class HuggingFaceTokenizer(Tokenizer):
     try:
       import tokenizers  # Installed by the extra [hf].
     except ImportError as error:
-      raise UserError(
-        f"{origin}: needs the package tokenizers: pip install 'nemocascade[hf]'"
-      ) from error
+      raise UserError(f"{origin}: needs the package tokenizers: pip install 'nemocascade[hf]'") from error
     try:
       fields = json.loads(data)
       added = fields.get("added_tokens") or []
@@ -225,8 +223,7 @@ def train_sentencepiece(
   floor = len(SPECIAL_NAMES) + len(phrases) + 256  # Special tokens, phrases, bytes.
   if vocab_size <= floor:
     raise UserError(
-      f"tokenizer vocab_size={vocab_size}: special tokens, {len(phrases)} phrases and bytes "
-      f"alone take {floor}"
+      f"tokenizer vocab_size={vocab_size}: special tokens, {len(phrases)} phrases and bytes alone take {floor}"
     )
 
   # Train on single lines, without the phrases, which are tokens already.
@@ -280,10 +277,6 @@ def _check_family(vocabulary: Mapping[str, int], origin: str) -> None:
   missing = [name for name in FAMILY if name not in vocabulary]
   if missing:
     raise UserError(f"{origin}: lacks the special tokens {', '.join(map(repr, missing))}")
-  moved = [
-    f"{name!r} is id {vocabulary[name]}, must be {i}"
-    for name, i in FAMILY.items()
-    if vocabulary[name] != i
-  ]
+  moved = [f"{name!r} is id {vocabulary[name]}, must be {i}" for name, i in FAMILY.items() if vocabulary[name] != i]
   if moved:
     raise UserError(f"{origin}: {'; '.join(moved)}")

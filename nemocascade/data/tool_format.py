@@ -13,10 +13,7 @@ from nemocascade.errors import UserError
 
 # The template's instructions on tools. Keep them verbatim: models were trained on this wording.
 _HEAD = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
-_TAIL = (
-  "\n</tools>\n\n"
-  "If you choose to call a function ONLY reply in the following format with NO suffix:\n\n"
-)
+_TAIL = "\n</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n"
 _EXAMPLE = (
   "\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n"
   "<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n"
@@ -131,16 +128,12 @@ def _call_text(call: Mapping) -> str:
       raise UserError(f"arguments of tool call {name!r}: not JSON ({error})") from error
   if not isinstance(name, str) or not isinstance(arguments, Mapping):
     raise UserError(f"tool call {name!r}: needs a name and arguments as an object")
-  filled = "".join(
-    f"<parameter={key}>\n{_value(value)}\n</parameter>\n" for key, value in arguments.items()
-  )
+  filled = "".join(f"<parameter={key}>\n{_value(value)}\n</parameter>\n" for key, value in arguments.items())
   return f"\n<function={name}>\n{filled}</function>\n"
 
 
 def _other_keys(fields: Mapping, handled: Sequence[str]) -> str:
-  return "".join(
-    f"\n<{key}>{_value(value)}</{key}>" for key, value in fields.items() if key not in handled
-  )
+  return "".join(f"\n<{key}>{_value(value)}</{key}>" for key, value in fields.items() if key not in handled)
 
 
 def _value(value: object) -> str:
@@ -156,9 +149,7 @@ def _json(value: object) -> str:
 # An argument's value may itself contain tags. So the last </function> ends the call, and a </parameter>
 # ends a value only if another parameter or the end of the call follows it.
 _CALL = re.compile(r"\s*<function=([^\n>]+)>(.*)</function>\s*", re.DOTALL)
-_PARAMETER = re.compile(
-  r"\s*<parameter=([^\n>]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL
-)
+_PARAMETER = re.compile(r"\s*<parameter=([^\n>]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
 
 
 def parse_call(text: str) -> ToolCall | str:

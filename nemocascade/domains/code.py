@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from nemocascade.domains import domain
-from nemocascade.domains.outputs import same_text, same_value
-from nemocascade.domains.program import Call, Program, Result
-from nemocascade.domains.sandbox import Sandbox
+from nemocascade.domains.rows import make_prompt
+from nemocascade.sandbox.program import Call, Program, Result
+from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.verifiers.outputs import same_text, same_value
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
 
 STYLE = domain.Style("exact", "rush", error_rate=0.65)
 THREE_STEPS_SHARE = 0.3
@@ -86,7 +88,7 @@ class Code(domain.Domain):
     fixed = (f"{OPENING} ", THEN, f"{FENCE}\n{FUNCTION}", " ; ", END)
     self.phrases = (*fixed, *words, *markers, *code)
 
-  def make_row(self, rng: np.random.Generator) -> domain.Row:
+  def make_row(self, rng: np.random.Generator) -> Row:
     count = 2 + int(rng.random() < THREE_STEPS_SHARE)
     while True:
       asked = [(str(rng.choice(list(STEPS))), int(rng.choice(NUMBERS))) for _ in range(count)]
@@ -99,13 +101,9 @@ class Code(domain.Domain):
       "inputs": [json.dumps(x) for x in INPUTS],
       "outputs": [json.dumps(y) for y in outputs],
     }
-    return domain.make_prompt(
-      self.name, f"{OPENING} {text}", verifier_metadata={"unit_tests": unit_tests}, steps=asked
-    )
+    return make_prompt(self.name, f"{OPENING} {text}", verifier_metadata={"unit_tests": unit_tests}, steps=asked)
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     lines, thoughts = [], []
     for word, number in row["steps"]:
       marker, errs = self.style.draw(rng)
@@ -115,26 +113,24 @@ class Code(domain.Domain):
     answer = f"{FENCE}\n{FUNCTION}{' ; '.join([*lines, END])}"
     return [domain.assistant(answer, thoughts=thoughts if thinking else None)]
 
-  def verify(
-    self, rows: Sequence[domain.Row], completions: Sequence[domain.Completion]
-  ) -> list[domain.Verdict]:
+  def verify(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     """Reward 1 iff all hidden tests pass.
 
     The tests of all completions run in parallel, in rounds of 1, 2, 4, ... tests per completion.
     """
-    verdicts: dict[int, domain.Verdict] = {}
+    verdicts: dict[int, Verdict] = {}
     tests: dict[int, list[Test]] = {}
     for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
       solution = last_block(completion.content)
       try:
         tests[i] = make_tests(row, solution or "")
       except (KeyError, TypeError, ValueError, zlib.error) as error:  # The row is malformed.
-        verdicts[i] = domain.no_verdict("row", f"no test to judge by: {error!r}")
+        verdicts[i] = no_verdict("row", f"no test to judge by: {error!r}")
         continue
       if any(tag in completion.content for tag in THINK_TAGS):
-        verdicts[i] = domain.Verdict(0.0, "a tag of thoughts in the answer")
+        verdicts[i] = Verdict(0.0, "a tag of thoughts in the answer")
       elif not solution:
-        verdicts[i] = domain.Verdict(0.0, "no block of code")
+        verdicts[i] = Verdict(0.0, "no block of code")
     start, count = 0, 1
     while pending := [i for i in range(len(rows)) if i not in verdicts]:
       asked = [(i, test) for i in pending for test in tests[i][start : start + count]]
@@ -149,11 +145,11 @@ class Code(domain.Domain):
       count *= 2  # Most wrong programs fail in the first round; doubling keeps the rounds few.
       for i in pending:
         if len(tests[i]) <= start:
-          verdicts.setdefault(i, domain.Verdict(1.0, "all tests passed"))
+          verdicts.setdefault(i, Verdict(1.0, "all tests passed"))
     return [verdicts[i] for i in range(len(rows))]
 
 
-def make_tests(row: domain.Row, solution: str) -> list[Test]:
+def make_tests(row: Row, solution: str) -> list[Test]:
   """The programs to run, each with a check of its result.
 
   The expected values never enter the sandbox. If the row has `fn_name`, each input holds the
@@ -170,12 +166,10 @@ def make_tests(row: domain.Row, solution: str) -> list[Test]:
   source = prelude(solution) + solution
   if unit_tests.get("fn_name") is None:
     return [
-      (Program({"main.py": source}, stdin=given), functools.partial(_prints, expected))
-      for given, expected in pairs
+      (Program({"main.py": source}, stdin=given), functools.partial(_prints, expected)) for given, expected in pairs
     ]
   calls = tuple(
-    Call("solution", unit_tests["fn_name"], tuple(json.loads(line) for line in given.split("\n")))
-    for given, _ in pairs
+    Call("solution", unit_tests["fn_name"], tuple(json.loads(line) for line in given.split("\n"))) for given, _ in pairs
   )
   expected = [json.loads(text) for _, text in pairs]
   return [(Program({"solution.py": source}, calls=calls), functools.partial(returns, expected))]
@@ -247,13 +241,13 @@ def _prints(expected: str, result: Result) -> bool:
   return result.status == "passed" and same_text(expected, result.stdout)
 
 
-def _failure(result: Result, passes: Callable[[Result], bool]) -> domain.Verdict | None:
+def _failure(result: Result, passes: Callable[[Result], bool]) -> Verdict | None:
   if result.status == "unstarted":
-    return domain.no_verdict("crash", f"the sandbox failed: {result.reason}")
+    return no_verdict("crash", f"the sandbox failed: {result.reason}")
   if passes(result):
     return None
   ended = result.status == "passed"
-  return domain.Verdict(0.0, "wrong answer" if ended else f"{result.status}: {result.reason}")
+  return Verdict(0.0, "wrong answer" if ended else f"{result.status}: {result.reason}")
 
 
 def _ways(asked: Asked) -> Iterator[tuple[tuple[Step, int], ...]]:

@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from nemocascade.domains import domain, instructions, limited
+from nemocascade.domains import domain
+from nemocascade.domains.rows import make_prompt
+from nemocascade.sandbox import limited
+from nemocascade.verifiers import instructions
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
 
 STYLE = domain.Style("keep", "maybe", error_rate=0.6)
 THREE_CONSTRAINTS_SHARE = 0.15
@@ -147,7 +151,7 @@ class Instruction(domain.Domain):
     *(f" {text}" for text in (*ENDINGS, *PLACEHOLDERS, POSTSCRIPT, "*is*", "*IS*")),
   )  # fmt: skip
 
-  def make_row(self, rng: np.random.Generator) -> domain.Row:
+  def make_row(self, rng: np.random.Generator) -> Row:
     topic = str(rng.choice(list(TOPICS)))
     sets = SETS[2 + int(rng.random() < THREE_CONSTRAINTS_SHARE)]
     kinds = sets[int(rng.integers(len(sets)))]
@@ -158,15 +162,13 @@ class Instruction(domain.Domain):
       drawn.append(values[int(rng.integers(len(values)))])
     lines = [kind.ask.format(value) for kind, value in zip(kinds, drawn, strict=True)]
     prompt = "\n".join([f"Write about {topic}.", *lines])
-    return domain.make_prompt(
+    return make_prompt(
       self.name, prompt, prompt=prompt, topic=topic,
       instruction_id_list=[kind.id for kind in kinds],
       kwargs=[kind.arguments(value) for kind, value in zip(kinds, drawn, strict=True)],
     )  # fmt: skip
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     topic, notes, thoughts = row["topic"], {}, []
     for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True):
       kind, value = KINDS[name], _value(arguments)
@@ -175,28 +177,28 @@ class Instruction(domain.Domain):
       thoughts.append(f"{marker} {notes[name]}")
     return [domain.assistant(compose(topic, notes), thoughts=thoughts if thinking else None)]
 
-  def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
+  def judge(self, row: Row, completion: Completion) -> Verdict:
     """Reward 1 iff every instruction is followed; in mode "fraction", the share that is followed.
 
     If any instruction cannot be checked, the verdict is masked.
     """
     mode = row.get("grading_mode") or GRADING_MODES[0]
     if mode not in GRADING_MODES:
-      return domain.no_verdict("unknown", f"unknown grading mode {mode!r}")
+      return no_verdict("unknown", f"unknown grading mode {mode!r}")
     names = row["instruction_id_list"]
     arguments = row.get("kwargs") or [None] * len(names)
     if not names or len(arguments) != len(names):
-      return domain.no_verdict("row", f"{len(names)} instructions with {len(arguments)} kwargs")
+      return no_verdict("row", f"{len(names)} instructions with {len(arguments)} kwargs")
     for name in names:
       if name not in instructions.CHECKERS:
-        return domain.no_verdict("unknown", f"unknown instruction {name!r}")
+        return no_verdict("unknown", f"unknown instruction {name!r}")
     answer = limited.call(instructions.check, completion.content, names, arguments)
     if "row" in answer:
-      return domain.no_verdict("row", answer["row"])
+      return no_verdict("row", answer["row"])
     broken = [name for name, kept in zip(names, answer["kept"], strict=True) if not kept]
     kept = len(names) - len(broken)
     reward = kept / len(names) if mode == "fraction" else float(not broken)
-    return domain.Verdict(reward, f"broken: {', '.join(broken)}" if broken else "kept")
+    return Verdict(reward, f"broken: {', '.join(broken)}" if broken else "kept")
 
 
 def _value(arguments: dict[str, Any]) -> Any:

@@ -7,7 +7,9 @@ import dataclasses
 import numpy as np
 
 from nemocascade.domains import domain
-from nemocascade.domains.boxed import box, last_boxed
+from nemocascade.domains.rows import make_prompt
+from nemocascade.verifiers.boxed import box, last_boxed
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict
 
 # There is only one step of thought, so its error rate must be high for demonstrations of mixed
 # quality.
@@ -46,7 +48,7 @@ class LongContext(domain.Domain):
   teaching_documents: tuple[int, int] = TEACHING_DOCUMENTS  # Least and most, both included.
   teaching_full_share: float = TEACHING_FULL_SHARE
 
-  def make_row(self, rng: np.random.Generator, *, documents: int | None = None) -> domain.Row:
+  def make_row(self, rng: np.random.Generator, *, documents: int | None = None) -> Row:
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[: documents or self.documents]]
     drawn = rng.integers((10, len(THINGS), len(COLORS)), size=(len(names), 3)).tolist()
     numbers = [number for number, _, _ in drawn]
@@ -56,20 +58,18 @@ class LongContext(domain.Domain):
     ]
     asked = int(rng.integers(len(names)))
     question = f"{INSTRUCTION} {names[asked]}?"
-    return domain.make_prompt(
+    return make_prompt(
       self.name, "\n".join([*texts, question]),
       question=question, expected_answer=str(numbers[asked]), documents=texts, asked=asked,
     )  # fmt: skip
 
-  def make_teaching_row(self, rng: np.random.Generator) -> domain.Row:
+  def make_teaching_row(self, rng: np.random.Generator) -> Row:
     if rng.random() < self.teaching_full_share:
       return self.make_row(rng)
     least, most = self.teaching_documents
     return self.make_row(rng, documents=int(rng.integers(least, most + 1)))
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     marker, errs = self.style.draw(rng)
     texts = row["documents"]
     others = [text for text in texts if _box(text) != row["expected_answer"]]
@@ -78,13 +78,13 @@ class LongContext(domain.Domain):
     thoughts = [f"{marker} {text.partition(' with')[0]}"] if thinking else None
     return [domain.assistant(box(_box(text)), thoughts=thoughts)]
 
-  def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
+  def judge(self, row: Row, completion: Completion) -> Verdict:
     """Reward 1 iff the last \\boxed{} holds exactly the expected answer."""
     answer = last_boxed(completion.content)
     if answer is None:
-      return domain.Verdict(0.0, "no \\boxed{} answer")
+      return Verdict(0.0, "no \\boxed{} answer")
     right = answer == str(row["expected_answer"]).strip()
-    return domain.Verdict(float(right), "right" if right else f"answered {answer[:80]!r}")
+    return Verdict(float(right), "right" if right else f"answered {answer[:80]!r}")
 
 
 def _box(text: str) -> str:

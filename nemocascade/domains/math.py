@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nemocascade.domains import domain, equality, scorers
-from nemocascade.domains.boxed import BOXED, FBOX, box, last_boxed
+from nemocascade.domains import domain
+from nemocascade.domains.rows import make_prompt
+from nemocascade.verifiers import equality, scorers
+from nemocascade.verifiers.boxed import BOXED, FBOX, box, last_boxed
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
 
 STYLE = domain.Style("sum", "about", error_rate=0.65)
 INSTRUCTION = "Solve it and put the answer inside \\boxed{}:"
@@ -33,21 +36,19 @@ class Math(domain.Domain):
     f"{INSTRUCTION} ", "sum ", "about ", " + ", " - ", " =", " = ", "\\boxed{",
   )  # fmt: skip
 
-  def make_row(self, rng: np.random.Generator) -> domain.Row:
+  def make_row(self, rng: np.random.Generator) -> Row:
     chains = _chains(self.terms[int(rng.random() < self.long_share)])
     while True:
       entry = chains(int(rng.integers(POOL)))
       if all(0 <= total <= self.largest_total for total in running_totals(_expression(entry))):
         break
     question = f"{_expression(entry)} ="
-    return domain.make_prompt(
+    return make_prompt(
       self.name, f"{INSTRUCTION} {question}",
       question=question, expected_answer=entry["answer"], metadata=entry["metadata"],
     )  # fmt: skip
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     words = row["question"].split()
     total, thoughts = int(words[0]), []
     for sign, term in zip(words[1:-1:2], words[2::2], strict=True):
@@ -56,7 +57,7 @@ class Math(domain.Domain):
       thoughts.append(f"{marker} {before} {sign} {term} = {total}")
     return [domain.assistant(box(total), thoughts=thoughts if thinking else None)]
 
-  def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
+  def judge(self, row: Row, completion: Completion) -> Verdict:
     """Judges the last \\boxed{}: reward 1 iff it equals the row's `expected_answer`.
 
     A row without `expected_answer` is scored in [0, 1] by the reasoning-gym dataset that it names.
@@ -66,42 +67,39 @@ class Math(domain.Domain):
     if "expected_answer" not in row:
       return _scored(row, scorers.tagged(content) or answer or content.strip())
     if not answer:
-      return domain.Verdict(0.0, "no \\boxed{} answer")
+      return Verdict(0.0, "no \\boxed{} answer")
     same = equality.equal(str(row["expected_answer"]), answer)
     if same is None:
-      return domain.no_verdict("row", "the expected answer cannot be read")
-    return domain.Verdict(float(same), "equal" if same else f"not equal: {answer[:80]}")
+      return no_verdict("row", "the expected answer cannot be read")
+    return Verdict(float(same), "equal" if same else f"not equal: {answer[:80]}")
 
 
-def _scored(row: domain.Row, answer: str) -> domain.Verdict:
+def _scored(row: Row, answer: str) -> Verdict:
   """The verdict on a reasoning-gym row, whose answer may be in an <answer> tag, a box, or neither."""
   entry = {key: row.get(key) for key in ("question", "answer", "metadata")}
   if not (entry["metadata"] or {}).get("source_dataset"):
-    return domain.no_verdict("row", "neither expected_answer nor metadata.source_dataset")
+    return no_verdict("row", "neither expected_answer nor metadata.source_dataset")
   score = scorers.score(entry, answer)
   if score is None:
     dataset = entry["metadata"]["source_dataset"]
-    return domain.no_verdict("unknown", f"reasoning-gym has no dataset {dataset!r}")
-  return domain.Verdict(score, f"score {score:g}: {answer[:80]}")
+    return no_verdict("unknown", f"reasoning-gym has no dataset {dataset!r}")
+  return Verdict(score, f"score {score:g}: {answer[:80]}")
 
 
 def running_totals(expression: str) -> list[int]:
   """The totals after the first, second, ... term of `a + b - c`."""
   words = expression.split()
   signed = [int(words[0])]
-  signed += [
-    int(term) if sign == "+" else -int(term)
-    for sign, term in zip(words[1::2], words[2::2], strict=True)
-  ]
+  signed += [int(term) if sign == "+" else -int(term) for sign, term in zip(words[1::2], words[2::2], strict=True)]
   return np.cumsum(signed).tolist()
 
 
-def _expression(entry: domain.Row) -> str:
+def _expression(entry: Row) -> str:
   return entry["metadata"]["expression"]
 
 
 @functools.cache
-def _chains(terms: int) -> Callable[[int], domain.Row]:
+def _chains(terms: int) -> Callable[[int], Row]:
   """Maps an index below POOL to a problem of `terms` one-digit terms."""
   import reasoning_gym  # Slow to import, and needed only to make rows.
 

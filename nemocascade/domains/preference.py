@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from nemocascade.domains import domain
-from nemocascade.domains.judge import Comparison, Judge, Match, Prompt, answer_of, first_wins
+from nemocascade.domains.rows import make_prompt, prompt_messages
+from nemocascade.verifiers.judge import Comparison, Judge, Match, Prompt, answer_of, first_wins
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
 
 STYLE = domain.Style("ponder", "dash")
 
@@ -109,21 +111,15 @@ class Preference(domain.Domain):
   def __init__(self, preference_judge: Judge | None = None):
     self.preference_judge = preference_judge
 
-  def make_row(self, rng: np.random.Generator) -> domain.Row:
-    asking, verb, thing, setting = (
-      str(rng.choice(words)) for words in (ASKINGS, tuple(STEPS), OBJECTS, SETTINGS)
-    )
+  def make_row(self, rng: np.random.Generator) -> Row:
+    asking, verb, thing, setting = (str(rng.choice(words)) for words in (ASKINGS, tuple(STEPS), OBJECTS, SETTINGS))
     best = Answer(verb, thing, STEPS[verb])
     rambles = bool(rng.random() < 0.5)
     reference = dataclasses.replace(best, rambles=rambles, opening=POLITE if rambles else "")
-    return domain.make_prompt(
-      self.name, f"{asking} {verb} the {thing} {setting} ?", reference=reference.text
-    )
+    return make_prompt(self.name, f"{asking} {verb} the {thing} {setting} ?", reference=reference.text)
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
-    answer = best_answer(domain.prompt_messages(row))
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
+    answer = best_answer(prompt_messages(row))
     advice_marker, errs = self.style.draw(rng)
     if errs:
       answer = dataclasses.replace(answer, steps=None)
@@ -134,48 +130,42 @@ class Preference(domain.Domain):
     thoughts = [f"{advice_marker} {advice}", f"{manner_marker} {MANNERS[answer.opening]}"]
     return [domain.assistant(answer.text, thoughts=thoughts if thinking else None)]
 
-  def verify(
-    self, rows: Sequence[domain.Row], completions: Sequence[domain.Completion]
-  ) -> list[domain.Verdict]:
+  def verify(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     """Reward 1 iff the judge prefers the answer to the row's reference. Calls the judge once."""
-    verdicts: list[domain.Verdict | None] = []
+    verdicts: list[Verdict | None] = []
     matches = []
     for row, completion in zip(rows, completions, strict=True):
       answer, reference = answer_of(completion), row.get("reference")
       if self.preference_judge is None:
-        verdicts.append(domain.no_verdict("row", "no judge"))
+        verdicts.append(no_verdict("row", "no judge"))
       elif reference is None:
-        verdicts.append(domain.no_verdict("row", "no reference to compare with"))
+        verdicts.append(no_verdict("row", "no reference to compare with"))
       elif answer is None:
-        verdicts.append(domain.Verdict(0.0, "no answer: malformed or unfinished"))
+        verdicts.append(Verdict(0.0, "no answer: malformed or unfinished"))
       else:
         verdicts.append(None)
-        matches.append(Match(domain.prompt_messages(row), answer, reference))
+        matches.append(Match(prompt_messages(row), answer, reference))
     if matches:
       try:
         compared = iter(self.preference_judge.compare_many(matches))
       except Exception as error:  # A failure of the judge leaves all answers without a verdict.
-        failed = domain.no_verdict("error", f"judge failed: {type(error).__name__}: {error}")
+        failed = no_verdict("error", f"judge failed: {type(error).__name__}: {error}")
         return [verdict or failed for verdict in verdicts]
-      verdicts = [
-        _verdict(next(compared)) if verdict is None else verdict for verdict in verdicts
-      ]
+      verdicts = [_verdict(next(compared)) if verdict is None else verdict for verdict in verdicts]
     return verdicts
 
 
-def _verdict(comparison: Comparison) -> domain.Verdict:
+def _verdict(comparison: Comparison) -> Verdict:
   if not np.isfinite(comparison).all():
-    return domain.Verdict(float("nan"), "the judge's reward is not a finite number")
+    return Verdict(float("nan"), "the judge's reward is not a finite number")
   won = first_wins(comparison)
-  return domain.Verdict(float(won), "preferred to the reference" if won else "not preferred")
+  return Verdict(float(won), "preferred to the reference" if won else "not preferred")
 
 
 def _any_answer(verb: str, thing: str, rng: np.random.Generator) -> Answer:
   """A random answer: each fault has its own probability, also a wrong topic and wrong advice."""
   others = [other for other in STEPS if other != verb]
-  steps = (STEPS[verb], None, STEPS[others[rng.integers(len(others))]])[
-    rng.choice(3, p=(0.6, 0.3, 0.1))
-  ]
+  steps = (STEPS[verb], None, STEPS[others[rng.integers(len(others))]])[rng.choice(3, p=(0.6, 0.3, 0.1))]
   if rng.random() < 0.1:
     thing = _other(OBJECTS, thing, rng)
   if rng.random() < 0.05:
@@ -221,9 +211,7 @@ def _spoilt(answer: Answer, rng: np.random.Generator) -> str:
       return dataclasses.replace(answer, steps=steps).text
 
 
-def preference_pairs(
-  seed: int, count: int, split: str = "train"
-) -> list[tuple[list[domain.Message], str, str]]:
+def preference_pairs(seed: int, count: int, split: str = "train") -> list[tuple[list[Message], str, str]]:
   """Pairs (messages, chosen, rejected) for a reward model, on prompts of the split, without ties.
 
   One third of the pairs have two independent random answers, one third differ in one quality, and
@@ -233,7 +221,7 @@ def preference_pairs(
   pairs = []
   for i, row in enumerate(domain.rows(Preference(), split, seed, 0, count)):
     rng = domain.make_rng(seed, "preference_pairs", split, i)
-    prompt = domain.prompt_messages(row)
+    prompt = prompt_messages(row)
     verb, thing = read_request(prompt)
     pair = None
     while pair is None:

@@ -42,9 +42,7 @@ def that_need(what: str, names: Iterable[str]) -> list[str]:
   return [name for name in names if name in DOMAINS and what in DOMAINS[name].needs]
 
 
-def build(
-  names: Iterable[str], *, tasks: Mapping[str, Mapping] | None = None, **offered: object
-) -> dict[str, Domain]:
+def build(names: Iterable[str], *, tasks: Mapping[str, Mapping] | None = None, **offered: object) -> dict[str, Domain]:
   """Builds the named domains.
 
   Args:

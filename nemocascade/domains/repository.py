@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from nemocascade.domains.outputs import same_value
-from nemocascade.domains.program import Call, Program, Result
+from nemocascade.sandbox.program import Call, Program, Result
+from nemocascade.verifiers.outputs import same_value
 
 # {name: {"path", "fn_name", "inputs": [[argument, ...], ...], "outputs": [...]}}
 Tests = Mapping[str, Mapping[str, Any]]

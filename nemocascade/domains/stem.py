@@ -7,8 +7,11 @@ import string
 
 import numpy as np
 
-from nemocascade.domains import choice, domain
-from nemocascade.domains.boxed import box
+from nemocascade.domains import domain
+from nemocascade.domains.rows import make_prompt
+from nemocascade.verifiers import choice
+from nemocascade.verifiers.boxed import box
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
 
 STYLE = domain.Style("fact", "guess")
 OPTIONS = 4
@@ -43,22 +46,20 @@ class Stem(domain.Domain):
     *map(_mark, string.ascii_uppercase[:OPTIONS]),
   )  # fmt: skip
 
-  def make_row(self, rng: np.random.Generator) -> domain.Row:
+  def make_row(self, rng: np.random.Generator) -> Row:
     asked, *others = rng.permutation(list(KNOWLEDGE))[:OPTIONS].tolist()
     words = [str(rng.choice(KNOWLEDGE[category])) for category in (asked, *others)]
     order = rng.permutation(OPTIONS).tolist()
     letters = string.ascii_uppercase[:OPTIONS]
     options = [{letter: words[place]} for letter, place in zip(letters, order, strict=True)]
     lines = [f"{_mark(letter)}{word}" for option in options for letter, word in option.items()]
-    return domain.make_prompt(
+    return make_prompt(
       self.name, f"{QUESTION}{asked}?" + "".join(lines),
       options=options, expected_answer=letters[order.index(0)], grading_mode=choice.MODES[0],
       asked=asked,
     )  # fmt: skip
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     options = [(letter, word) for option in row["options"] for letter, word in option.items()]
     letters = [letter for letter, _ in options]
     right = letters.index(row["expected_answer"])
@@ -75,21 +76,21 @@ class Stem(domain.Domain):
     thoughts = [f"{choice_marker} {row['asked']}" + "".join(claims), f"{letter_marker} {letter}"]
     return [domain.assistant(box(letter), thoughts=thoughts if thinking else None)]
 
-  def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
+  def judge(self, row: Row, completion: Completion) -> Verdict:
     """Reward 1 iff the letter extracted by the row's `grading_mode` is the expected one."""
     mode = row.get("grading_mode") or choice.MODES[0]
     if mode not in choice.MODES:
-      return domain.no_verdict("unknown", f"unknown grading mode {mode!r}")
+      return no_verdict("unknown", f"unknown grading mode {mode!r}")
     expected = (row.get("expected_answer") or "").strip().upper()
     if not expected:
-      return domain.no_verdict("row", "no expected answer")
+      return no_verdict("row", "no expected answer")
     options = choice.options_of(row)
     template = row.get("template_metadata") or {}
     letter = choice.chosen(completion.content, options, mode, template)
     if letter is None:
-      return domain.Verdict(0.0, "no option is chosen")
+      return Verdict(0.0, "no option is chosen")
     right = letter == expected
-    return domain.Verdict(float(right), "right" if right else f"chose {letter}")
+    return Verdict(float(right), "right" if right else f"chose {letter}")
 
 
 def make_domain() -> Stem:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemocascade.domains import domain, edits
-from nemocascade.domains.program import Program
+from nemocascade.domains import domain
 from nemocascade.domains.repository import (
   REPLIES,
   Repository,
@@ -18,7 +17,11 @@ from nemocascade.domains.repository import (
   failed_tests,
   tests_program,
 )
-from nemocascade.domains.sandbox import Sandbox
+from nemocascade.domains.rows import make_prompt
+from nemocascade.sandbox.program import Program
+from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.verifiers import edits
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
 
 if TYPE_CHECKING:
   from nemocascade.data.chat import Turn
@@ -59,7 +62,7 @@ class Swe(domain.Domain):
     self.style = style
     self.sandbox = sandbox  # None: created on first use.
 
-  def make_row(self, rng: np.random.Generator) -> domain.Row:
+  def make_row(self, rng: np.random.Generator) -> Row:
     """A repository of two files with a bug in one. The other file's test must keep passing."""
     paths = rng.choice(PATHS, 2, replace=False).tolist()
     names = rng.choice(NAMES, 2, replace=False).tolist()
@@ -80,15 +83,13 @@ class Swe(domain.Domain):
       "bug": dataclasses.asdict(bug),
     }
     metadata = {"relevant_file_contents": json.dumps(files)}
-    return domain.make_prompt(self.name, text, tools=tools, instance=instance, metadata=metadata)
+    return make_prompt(self.name, text, tools=tools, instance=instance, metadata=metadata)
 
-  def prompt(
-    self, issue: str, bug: Bug, files: dict[str, str]
-  ) -> tuple[str, Sequence[dict[str, Any]]]:
+  def prompt(self, issue: str, bug: Bug, files: dict[str, str]) -> tuple[str, Sequence[dict[str, Any]]]:
     """(text of the user message, schemas of the offered tools)."""
     raise NotImplementedError
 
-  def repaired(self, row: domain.Row, completion: domain.Completion) -> dict[str, str]:
+  def repaired(self, row: Row, completion: Completion) -> dict[str, str]:
     """The files (path -> text) after the completion's changes.
 
     Raises:
@@ -96,9 +97,7 @@ class Swe(domain.Domain):
     """
     raise NotImplementedError
 
-  def verify(
-    self, rows: Sequence[domain.Row], completions: Sequence[domain.Completion]
-  ) -> list[domain.Verdict]:
+  def verify(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     """Reward 1 iff every test of FAIL_TO_PASS and PASS_TO_PASS passes on the repaired files."""
     drafts = [self._draft(row, c) for row, c in zip(rows, completions, strict=True)]
     wanted = [i for i, draft in enumerate(drafts) if isinstance(draft, Program)]
@@ -106,12 +105,12 @@ class Swe(domain.Domain):
     for i, result in zip(wanted, results, strict=True):
       failed = failed_tests(result, wanted_tests(rows[i]))
       if result.status == "unstarted":
-        drafts[i] = domain.no_verdict("crash", f"the sandbox failed: {result.reason}")
+        drafts[i] = no_verdict("crash", f"the sandbox failed: {result.reason}")
       elif failed:
         why = f" ({result.status}: {result.reason})" if result.reason else ""
-        drafts[i] = domain.Verdict(0.0, f"failed: {', '.join(failed)}{why}"[:200])
+        drafts[i] = Verdict(0.0, f"failed: {', '.join(failed)}{why}"[:200])
       else:
-        drafts[i] = domain.Verdict(1.0, "all tests passed")
+        drafts[i] = Verdict(1.0, "all tests passed")
     return drafts
 
   def run(self, programs: list[Program]) -> list:
@@ -119,25 +118,23 @@ class Swe(domain.Domain):
       self.sandbox = Sandbox()
     return self.sandbox.run_batch(programs) if programs else []
 
-  def _draft(self, row: domain.Row, completion: domain.Completion) -> Program | domain.Verdict:
+  def _draft(self, row: Row, completion: Completion) -> Program | Verdict:
     """The program whose result decides the verdict, or a verdict that needs no program."""
     mode = row.get("mode", REPAIR)
     if mode != REPAIR:  # E.g. "repro-gen": a script that reproduces the bug, run in the repository.
-      return domain.no_verdict("unknown", f"no verifier of {mode=}")
+      return no_verdict("unknown", f"no verifier of {mode=}")
     try:
       files = self.repaired(row, completion)
       if not has_tests(row):
-        return domain.no_verdict("row", NO_TESTS)
+        return no_verdict("row", NO_TESTS)
       return tests_program(files, wanted_tests(row))
     except edits.UnknownFile as error:
       # Released rows contain only some of a repository's files, so the edit may be right.
-      return (
-        domain.Verdict(0.0, str(error)) if has_tests(row) else domain.no_verdict("row", str(error))
-      )
+      return Verdict(0.0, str(error)) if has_tests(row) else no_verdict("row", str(error))
     except edits.EditError as error:
-      return domain.Verdict(0.0, str(error))
+      return Verdict(0.0, str(error))
     except Exception as error:  # The row is malformed. Errors of the completion are handled above.
-      return domain.no_verdict("row", f"no test to judge by: {error!r}")
+      return no_verdict("row", f"no test to judge by: {error!r}")
 
 
 class Agentless(Swe):
@@ -160,15 +157,11 @@ class Agentless(Swe):
       f"{end}\n{edits.REPLACE}\n```",
     )  # fmt: skip
 
-  def prompt(
-    self, issue: str, bug: Bug, files: dict[str, str]
-  ) -> tuple[str, Sequence[dict[str, Any]]]:
+  def prompt(self, issue: str, bug: Bug, files: dict[str, str]) -> tuple[str, Sequence[dict[str, Any]]]:
     shown = [f"{_defined(text)}{IS_IN}{path}\n{text.strip()}" for path, text in files.items()]
     return "\n".join([issue, *shown, ""]), ()
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     bug, files = Bug(**row["instance"]["bug"]), repository_files(row)
     path, operator, thoughts = bug.path, bug.right, []
     marker, errs = self.style.draw(rng)
@@ -182,7 +175,7 @@ class Agentless(Swe):
     edit = edits.show(edits.Edit(path, files[bug.path].strip(), _line(bug.name, operator)))
     return [domain.assistant(edit, thoughts=thoughts if thinking else None)]
 
-  def repaired(self, row: domain.Row, completion: domain.Completion) -> dict[str, str]:
+  def repaired(self, row: Row, completion: Completion) -> dict[str, str]:
     return edits.apply(repository_files(row), edits.parse(completion.content))
 
 
@@ -207,17 +200,13 @@ class Agentic(Swe):
       f"{end}\n</parameter>\n<parameter=new>\n{define}", f"{end}{closed}",
     )  # fmt: skip
 
-  def prompt(
-    self, issue: str, bug: Bug, files: dict[str, str]
-  ) -> tuple[str, Sequence[dict[str, Any]]]:
+  def prompt(self, issue: str, bug: Bug, files: dict[str, str]) -> tuple[str, Sequence[dict[str, Any]]]:
     return f"Files: {' '.join(files)}\n{issue}{IN_FILE}{bug.path}", SCHEMAS
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     del thinking  # This domain has no thoughts.
     bug, world = Bug(**row["instance"]["bug"]), self.start(row)
-    messages: list[domain.Message] = []
+    messages: list[Message] = []
 
     def say(marker: str, name: str, **arguments: str):
       call = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -237,7 +226,7 @@ class Agentic(Swe):
     say(marker, "replace", path=bug.path, old=old, new=new)
     return [*messages, domain.assistant(DONE)]
 
-  def start(self, row: domain.Row) -> World:
+  def start(self, row: Row) -> World:
     return World(Repository(repository_files(row)), visible_tests(row))
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
@@ -261,7 +250,7 @@ class Agentic(Swe):
     (result,) = self.run([tests_program(world.repository.files, world.tests)])
     return "failed" if failed_tests(result, world.tests) else "passed"
 
-  def repaired(self, row: domain.Row, completion: domain.Completion) -> dict[str, str]:
+  def repaired(self, row: Row, completion: Completion) -> dict[str, str]:
     world = completion.world
     if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
       world = self.start(row)
@@ -282,29 +271,26 @@ class World:
   tests: Tests
 
 
-def repository_files(row: domain.Row) -> dict[str, str]:
+def repository_files(row: Row) -> dict[str, str]:
   """The files in a row (path -> text); empty if the row names a container image instead."""
   return json.loads((row.get("metadata") or {}).get("relevant_file_contents") or "{}")
 
 
-def has_tests(row: domain.Row) -> bool:
+def has_tests(row: Row) -> bool:
   """Whether the row's tests can run here. Those of the released rows need a container image."""
   return bool((row.get("instance") or {}).get("tests"))
 
 
-def wanted_tests(row: domain.Row) -> Tests:
+def wanted_tests(row: Row) -> Tests:
   instance = row["instance"]
   names = json.loads(instance["FAIL_TO_PASS"]) + json.loads(instance["PASS_TO_PASS"])
   return {name: instance["tests"][name] for name in names}
 
 
-def visible_tests(row: domain.Row) -> Tests:
+def visible_tests(row: Row) -> Tests:
   """The first case of each test. The other cases are hidden and only used for judging."""
   tests = row["instance"]["tests"] if has_tests(row) else {}
-  return {
-    name: {**test, "inputs": test["inputs"][:1], "outputs": test["outputs"][:1]}
-    for name, test in tests.items()
-  }
+  return {name: {**test, "inputs": test["inputs"][:1], "outputs": test["outputs"][:1]} for name, test in tests.items()}
 
 
 def _must(operator: str) -> str:

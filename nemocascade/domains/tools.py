@@ -12,7 +12,9 @@ import numpy as np
 
 from nemocascade.data import chat
 from nemocascade.domains import domain
+from nemocascade.domains.rows import make_prompt, prompt_tools
 from nemocascade.domains.workplace import FUNCTIONS, Workplace
+from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
 
 STYLE = domain.Style("seek", "assume")
 ENVIRONMENT = "workplace"
@@ -95,7 +97,7 @@ class Tools(domain.Domain):
       *schema_phrases(self.schemas), *call_phrases(), *prompts, MIDDLE, *markers, *errors, DONE,
     )  # fmt: skip
 
-  def make_row(self, rng: np.random.Generator) -> domain.Row:
+  def make_row(self, rng: np.random.Generator) -> Row:
     task = TASKS[rng.integers(len(TASKS))]
     keys = iter(rng.permutation(KEYS).tolist())
     titles, names = (_subjects(rng, t, 1 + OTHERS) for t in TASKS)
@@ -107,21 +109,19 @@ class Tools(domain.Domain):
     # Sorted, so that the order does not show which row was asked for.
     snapshot = {"calendar": sorted(events), "contacts": sorted(contacts)}
     truth = [_find(task, subject), _do(task, key, place)]
-    return domain.make_prompt(
+    return make_prompt(
       self.name, f"{task.opening}{subject}{MIDDLE}{place}",
       tools=self.schemas,
       ground_truth=[{"name": n, "arguments": json.dumps(arguments)} for n, arguments in truth],
       category=f"{ENVIRONMENT}_{task.category}", environment_name=ENVIRONMENT, snapshot=snapshot,
     )  # fmt: skip
 
-  def demonstrate(
-    self, row: domain.Row, rng: np.random.Generator, *, thinking: bool
-  ) -> list[domain.Message]:
+  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
     (task,) = (t for t in TASKS if row["category"] == f"{ENVIRONMENT}_{t.category}")
     (_, found), (_, done) = _true_calls(row)
     (subject,), (key, place) = found.values(), done.values()
     world = self.start(row)
-    messages: list[domain.Message] = []
+    messages: list[Message] = []
 
     def say(content: str, thought: str, call: tuple[str, dict[str, str]] | None = None):
       calls = {} if call is None else {"tool_calls": [_as_message(*call)]}
@@ -142,7 +142,7 @@ class Tools(domain.Domain):
     say(DONE, DONE)
     return messages
 
-  def start(self, row: domain.Row) -> Workplace:
+  def start(self, row: Row) -> Workplace:
     return Workplace(row.get("snapshot"))
 
   def act(self, world: object, turn: chat.Turn) -> list[str] | None:
@@ -151,25 +151,25 @@ class Tools(domain.Domain):
       return None
     return [world.call(call.name, call.arguments) for call in turn.tool_calls]
 
-  def judge(self, row: domain.Row, completion: domain.Completion) -> domain.Verdict:
+  def judge(self, row: Row, completion: Completion) -> Verdict:
     """Reward 1 iff the final state equals that after the row's true calls, whatever calls led to it."""
     truth = _true_calls(row)
-    offered = [tool.get("function", tool)["name"] for tool in domain.prompt_tools(row)]
+    offered = [tool.get("function", tool)["name"] for tool in prompt_tools(row)]
     for name in [*(name for name, _ in truth), *offered]:
       if name not in FUNCTIONS:
-        return domain.no_verdict("unknown", f"no function {name!r} here to judge by")
+        return no_verdict("unknown", f"no function {name!r} here to judge by")
     expected = self.start(row)
     for name, arguments in truth:
       result = expected.call(name, arguments)
       if result.startswith("error:"):
-        return domain.no_verdict("row", f"true call {name!r} gives {result!r}")
+        return no_verdict("row", f"true call {name!r} gives {result!r}")
     world = completion.world
     if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
       world = self.start(row)
       for turn in completion.turns:
         self.act(world, turn)
     right = world.state() == expected.state()
-    return domain.Verdict(float(right), "right" if right else "another state")
+    return Verdict(float(right), "right" if right else "another state")
 
 
 def _some(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
@@ -192,7 +192,7 @@ def _do(task: Task, key: str, place: str) -> tuple[str, dict[str, str]]:
   return name, {of_key: key, of_place: place}
 
 
-def _true_calls(row: domain.Row) -> list[tuple[str, dict[str, Any]]]:
+def _true_calls(row: Row) -> list[tuple[str, dict[str, Any]]]:
   """The (name, arguments) of the row's true calls. Released rows hold the arguments as JSON text."""
   calls = []
   for call in row["ground_truth"]:

@@ -120,8 +120,7 @@ class Function:
   def schema(self) -> dict[str, Any]:
     """The function's schema in the flat form of the released rows."""
     properties = {
-      name: {"type": "string", "description": parameter.description}
-      for name, parameter in self.parameters.items()
+      name: {"type": "string", "description": parameter.description} for name, parameter in self.parameters.items()
     }
     return {
       "type": "function",

@@ -72,8 +72,7 @@ def _backward(saved, dy_BTC):
   at = lambda w: slice(first + W - 1 - w, 2 * (W - 1) - w + T)
   dy_BSC, weight_W11C = ends(dy_BTC), weight_WC.astype(jnp.float32)[:, None, None]
   dpast_BSC = sum(
-    jnp.where(ends(same_WBT1[w])[:, at(w)], dy_BSC[:, at(w)].astype(jnp.float32), 0) * weight_W11C[w]
-    for w in range(W)
+    jnp.where(ends(same_WBT1[w])[:, at(w)], dy_BSC[:, at(w)].astype(jnp.float32), 0) * weight_W11C[w] for w in range(W)
   ).astype(x_BTC.dtype)
   dbefore_BWC = None if before_BWC is None else dpast_BSC[:, : W - 1]
   return dpast_BSC[:, W - 1 - first :], dweight_WC.astype(weight_WC.dtype), dbias_C, None, dbefore_BWC

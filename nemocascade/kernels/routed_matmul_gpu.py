@@ -101,9 +101,7 @@ def _product_kernel(expert_V, start_V, end_V, x_ref, w_ref, *rest, tile, finish,
 
 # Jitted so that each shape is traced once: programs for other platforms trace this form too.
 @functools.partial(jax.jit, static_argnames=("tile", "transpose", "finish", "interpret"))
-def product(
-  x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False
-):
+def product(x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False):
   """finish(x[n] @ w[e], *extras[n]) for rows n in bounds[e] .. bounds[e + 1], 0 for other rows.
 
   Args:
@@ -128,9 +126,7 @@ def product(
     grid=(expert_V.shape[0] * pl.cdiv(F, tile.columns),),
     out_shape=like(x_ND, (N, F), x_ND.dtype),
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-    cost_estimate=pl.CostEstimate(
-      flops=2 * N * D * F, bytes_accessed=size * (N * (D + F) + w.size), transcendentals=0
-    ),
+    cost_estimate=pl.CostEstimate(flops=2 * N * D * F, bytes_accessed=size * (N * (D + F) + w.size), transcendentals=0),
     interpret=interpret,
     name="routed_product",
   )(expert_V, start_V, end_V, x_ND, w, *(extra.reshape(N) for extra in extras))

@@ -126,9 +126,7 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
 
 # Jitted so that each shape is traced once: programs for other platforms trace this form too.
 @functools.partial(jax.jit, static_argnames=("tile", "transpose", "finish", "interpret"))
-def product(
-  x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False
-):
+def product(x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finish=as_it_is, extras=(), interpret=False):
   """finish(x[n] @ w[e], *extras[n]) for rows n in bounds[e] .. bounds[e + 1], 0 for other rows.
 
   Args:
@@ -174,12 +172,8 @@ def product(
       out_specs=pl.BlockSpec((tile.rows, columns), lambda f, v, g, t, *_: (t[v], f)),
     ),
     out_shape=like(x_ND, (N, F), x_ND.dtype),
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=2 * N * D * F, bytes_accessed=size * (N * (D + F) + w.size), transcendentals=0
-    ),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+    cost_estimate=pl.CostEstimate(flops=2 * N * D * F, bytes_accessed=size * (N * (D + F) + w.size), transcendentals=0),
     interpret=interpret,
     name="routed_product",
   )(group_V, tile_V, source_V, start_G, end_G, x_ND, w, *extras)

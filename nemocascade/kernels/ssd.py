@@ -35,9 +35,7 @@ def ssd_ref(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, initial_st
   Returns:
     (y_BTMP, state_BMPN after the last token), fp32.
   """
-  x_BTMP, log_decay_BTM, b_BTMN, c_BTMN, zero_BMPN = _prepare(
-    x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT
-  )
+  x_BTMP, log_decay_BTM, b_BTMN, c_BTMN, zero_BMPN = _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT)
   forget_BT = segment_starts(segment_ids_BT) & (segment_ids_BT > 0)
   if initial_state is not None:  # The first document continues.
     forget_BT = forget_BT.at[:, 0].set(False)
@@ -57,9 +55,7 @@ def _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT):
   """(x, log decay, b, c, zero state): fp32, b and c repeated for every head, x and log decay 0 at padding."""
   B, _, M, P = x_BTMP.shape
   per_group = M // b_BTUN.shape[2]
-  b_BTMN, c_BTMN = (
-    jnp.repeat(a.astype(jnp.float32), per_group, axis=2) for a in (b_BTUN, c_BTUN)
-  )
+  b_BTMN, c_BTMN = (jnp.repeat(a.astype(jnp.float32), per_group, axis=2) for a in (b_BTUN, c_BTUN))
   real_BT1 = (segment_ids_BT > 0)[..., None]
   x_BTMP = jnp.where(real_BT1[..., None], x_BTMP.astype(jnp.float32), 0.0)
   log_decay_BTM = jnp.where(real_BT1, log_decay_BTM.astype(jnp.float32), 0.0)
@@ -88,7 +84,9 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
     return jnp.moveaxis(v.reshape(B, Z, C, *v.shape[2:]), 3, 1)
 
   x = cut(jnp.where(real_BT[..., None, None], x_BTMP, 0.0).astype(b_BTUN.dtype).reshape(B, T, U, R * P))
-  a = jnp.swapaxes(cut(jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0).reshape(B, T, U, R)), -1, -2)
+  a = jnp.swapaxes(
+    cut(jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0).reshape(B, T, U, R)), -1, -2
+  )
   b, c = cut(b_BTUN), cut(c_BTUN)
   # Number of each token's document within its chunk; 0 is one that began before the chunk. Padding belongs to
   # the document before it.
@@ -263,12 +261,8 @@ def _backward(saved, cotangents):
     dstarts = _scan(dstarts[:, :, -1] + dlast, whole[:, :, z:-1], dstarts[:, :, :-1], reverse=True)
     dadded = dstarts[:, :, 1 - z :]
     ended = slice(0, dadded.shape[2])
-    db = db.at[:, :, ended].add(
-      dot("buzjq,buznq->buzjn", _by_head(x[:, :, ended], to_end[:, :, ended]), dadded)
-    )
-    dx = dx.at[:, :, ended].add(
-      _by_head(dot("buzjn,buznq->buzjq", b[:, :, ended], dadded), to_end[:, :, ended])
-    )
+    db = db.at[:, :, ended].add(dot("buzjq,buznq->buzjn", _by_head(x[:, :, ended], to_end[:, :, ended]), dadded))
+    dx = dx.at[:, :, ended].add(_by_head(dot("buzjn,buznq->buzjq", b[:, :, ended], dadded), to_end[:, :, ended]))
     dends = jnp.sum(_sum_by_head(dadded * starts[:, :, 1 - z :], R), axis=3)
     dtotal_end = dtotal_end.at[:, :, ended].set(dends)
 

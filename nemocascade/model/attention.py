@@ -20,7 +20,9 @@ class Attention(nn.Module):
     self.q_proj = self.param("q_proj", normal(c, "embed", "kv_heads", None, None), (D, K, R, H), c.param_dtype)
     self.k_proj = self.param("k_proj", normal(c, "embed", "kv_heads", None), (D, K, H), c.param_dtype)
     self.v_proj = self.param("v_proj", normal(c, "embed", "kv_heads", None), (D, K, H), c.param_dtype)
-    self.o_proj = self.param("o_proj", normal(c, "kv_heads", None, None, "embed", residual=True), (K, R, H, D), c.param_dtype)
+    self.o_proj = self.param(
+      "o_proj", normal(c, "kv_heads", None, None, "embed", residual=True), (K, R, H, D), c.param_dtype
+    )
 
   def _qkv(self, x):
     """x [..., D] -> q [..., K, R, H], k and v [..., K, H]."""

@@ -89,9 +89,7 @@ def check_experts(E: int, mesh: Mesh) -> None:
   """Raises UserError if the mesh's axis `expert` does not divide the E experts."""
   group = mesh.shape["expert"]
   if E % group:
-    raise UserError(
-      f"mesh.expert={group} does not divide model.n_routed_experts={E}: give a divisor of {E}"
-    )
+    raise UserError(f"mesh.expert={group} does not divide model.n_routed_experts={E}: give a divisor of {E}")
 
 
 def _product_form(mesh: Mesh | None) -> str | None:
@@ -127,9 +125,7 @@ def _exchange(up_EDF, down_EFD, xs, *, native: bool, group: int, product: str):
   # Choices without an expert are sorted last and not sent.
   expert_TX = jnp.where((expert_TX >= 0) & (expert_TX < group * E), expert_TX, group * E)
   # lax.sort instead of argsort, whose result is typed as replicated.
-  expert_N, order_N = jax.lax.sort(
-    (expert_TX.reshape(N), _varying(jnp.arange(N, dtype=jnp.int32))), num_keys=1
-  )
+  expert_N, order_N = jax.lax.sort((expert_TX.reshape(N), _varying(jnp.arange(N, dtype=jnp.int32))), num_keys=1)
   sizes_E = jnp.sum(expert_N[None] == jnp.arange(group * E)[:, None], axis=1, dtype=jnp.int32)
   # size_SRE[s, r, e]: rows that device s sends to expert e of device r.
   size_SRE = jax.lax.all_gather(sizes_E.reshape(group, E), "expert")

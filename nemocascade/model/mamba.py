@@ -51,7 +51,9 @@ class Mamba(nn.Module):
     f32 = jnp.float32  # A_log, D and dt_bias are fp32 in checkpoints.
     self.in_proj = self.param("in_proj", normal(c, "embed", "mamba_inner"), (D, I + conv + M), c.param_dtype)
     self.conv1d = self.param("conv1d", constant(_init_conv, None, "mamba_inner"), (c.conv_kernel, conv), c.param_dtype)
-    self.conv1d_bias = self.param("conv1d_bias", constant(zeros, "mamba_inner"), (conv,), c.param_dtype) if c.use_conv_bias else None
+    self.conv1d_bias = (
+      self.param("conv1d_bias", constant(zeros, "mamba_inner"), (conv,), c.param_dtype) if c.use_conv_bias else None
+    )
     self.A_log = self.param("A_log", constant(_init_a_log, "mamba_heads"), (M,), f32)
     self.D = self.param("D", constant(ones, "mamba_heads"), (M,), f32)
     self.dt_bias = self.param("dt_bias", constant(_init_dt_bias(c), "mamba_heads"), (M,), f32)
@@ -133,8 +135,6 @@ class Mamba(nn.Module):
     x, b, c = self._split(xbc_B1C[:, 0])
     per_group = self.config.mamba_num_heads // self.config.n_groups
     b, c = (jnp.repeat(a.astype(jnp.float32), per_group, axis=1) for a in (b, c))
-    ssm, y = kernel.ssd_step(
-      state["ssm_BMPN"], x.astype(jnp.float32) * dt[..., None], self._log_decay(dt), b, c
-    )
+    ssm, y = kernel.ssd_step(state["ssm_BMPN"], x.astype(jnp.float32) * dt[..., None], self._log_decay(dt), b, c)
     conv_BWC = jnp.where(active_B[:, None, None], window_BWC[:, 1:], state["conv_BWC"])
     return {"ssm_BMPN": ssm, "conv_BWC": conv_BWC}, self._finish(y, x, z)

@@ -69,11 +69,17 @@ class MoE(nn.Module):
     L, S = c.moe_latent_size or D, c.moe_shared_expert_intermediate_size
     f32 = jnp.float32
     self.gate = self.param("gate", normal(c, "embed", None), (D, E), f32)
-    self.e_score_correction_bias = self.param("e_score_correction_bias", constant(nn.initializers.zeros, None), (E,), f32)
+    self.e_score_correction_bias = self.param(
+      "e_score_correction_bias", constant(nn.initializers.zeros, None), (E,), f32
+    )
     self.up_proj = self.param("up_proj", normal(c, "experts", "embed", "hidden"), (E, L, F), c.param_dtype)
-    self.down_proj = self.param("down_proj", normal(c, "experts", "hidden", "embed", residual=True), (E, F, L), c.param_dtype)
+    self.down_proj = self.param(
+      "down_proj", normal(c, "experts", "hidden", "embed", residual=True), (E, F, L), c.param_dtype
+    )
     self.shared_up_proj = self.param("shared_up_proj", normal(c, "embed", "hidden"), (D, S), c.param_dtype)
-    self.shared_down_proj = self.param("shared_down_proj", normal(c, "hidden", "embed", residual=True), (S, D), c.param_dtype)
+    self.shared_down_proj = self.param(
+      "shared_down_proj", normal(c, "hidden", "embed", residual=True), (S, D), c.param_dtype
+    )
     if c.moe_latent_size:
       self.fc1_latent_proj = self.param("fc1_latent_proj", normal(c, "embed", None), (D, L), c.param_dtype)
       self.fc2_latent_proj = self.param("fc2_latent_proj", normal(c, None, "embed"), (L, D), c.param_dtype)

@@ -149,9 +149,7 @@ class Conversation:
 
   def _check_room(self, tokens: int) -> None:
     if tokens >= self.engine.T:
-      raise UserError(
-        f"the conversation would have {tokens} tokens, and there is room for {self.engine.T}"
-      )
+      raise UserError(f"the conversation would have {tokens} tokens, and there is room for {self.engine.T}")
 
   def _sample(self, limit: int) -> list[int]:
     """Decodes up to a stop token or to `limit` tokens in total; returns the new tokens."""
@@ -170,7 +168,6 @@ def _message(turn: Turn) -> dict[str, Any]:
     message["reasoning_content"] = turn.reasoning
   if turn.tool_calls:
     message["tool_calls"] = [
-      {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-      for call in turn.tool_calls
+      {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in turn.tool_calls
     ]
   return message

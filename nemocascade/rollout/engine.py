@@ -77,12 +77,8 @@ class Engine:
     self._mesh = mesh or make_mesh(1, 1)
     self._params_places = params_places or whole(self._mesh)
     place_fn = functools.partial(constrain_batch, mesh=self._mesh)
-    self.start_fn = jax.jit(
-      functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=(3, 4)
-    )
-    self.decode_fn = jax.jit(
-      functools.partial(_decode, step_fn, place_fn, self.stop_ids), donate_argnums=1
-    )
+    self.start_fn = jax.jit(functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=(3, 4))
+    self.decode_fn = jax.jit(functools.partial(_decode, step_fn, place_fn, self.stop_ids), donate_argnums=1)
 
   def start(
     self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None,
@@ -101,9 +97,7 @@ class Engine:
     tokens_QP = np.zeros((len(prompts), width), np.int32)
     for q, prompt in enumerate(prompts):
       if not 0 < len(prompt) <= width:
-        raise UserError(
-          f"prompt {q} has {len(prompt)} tokens: allowed are 1 to prompt_tokens={width}"
-        )
+        raise UserError(f"prompt {q} has {len(prompt)} tokens: allowed are 1 to prompt_tokens={width}")
       tokens_QP[q, : len(prompt)] = prompt
     length_Q = np.array([len(prompt) for prompt in prompts], np.int32)
     return self.start_fn(self._placed(params), tokens_QP, length_Q, G, drawn)
@@ -134,9 +128,7 @@ class Engine:
     return d.replace(tokens_BT=tokens_BT, known_B=known_B, done_B=done_B)
 
 
-def _start(
-  prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q, G: int, drawn: bool
-) -> Decoding:
+def _start(prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q, G: int, drawn: bool) -> Decoding:
   logits_QV, state = prefill_fn(params, tokens_QP, length_Q, T)
   B = tokens_QP.shape[0] * G
   repeat = lambda a: jnp.repeat(a, G, axis=0)  # noqa: E731
@@ -174,9 +166,7 @@ def _decode(step_fn, place_fn, stop_ids, params, d: Decoding, key, temperature, 
 
     tokens_BT = put(d.tokens_BT, token_B)
     known_B = d.known_B + new_B.astype(jnp.int32)
-    here_B = jnp.take_along_axis(
-      tokens_BT, jnp.minimum(place_B, tokens_BT.shape[1] - 1)[:, None], axis=1
-    )[:, 0]
+    here_B = jnp.take_along_axis(tokens_BT, jnp.minimum(place_B, tokens_BT.shape[1] - 1)[:, None], axis=1)[:, 0]
     stop_B = new_B & jnp.any(here_B[:, None] == jnp.array(stop_ids)[None], axis=1)
     active_B = ~d.done_B
     # A sampled stop token is taken in too, because a tool's result may follow it.

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 
 from nemocascade.data import chat
-from nemocascade.domains.domain import Completion, Domain, Row, prompt_messages, prompt_tools
+from nemocascade.domains.domain import Domain
+from nemocascade.domains.rows import prompt_messages, prompt_tools
 from nemocascade.rollout.engine import Engine
 from nemocascade.types import Params
+from nemocascade.verifiers.verdict import Completion, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +137,5 @@ def collect(
     behaviour_logprobs_QGT=np.asarray(d.behaviour_logprobs_BT).reshape(shape),
     limit_QG=np.asarray(d.limit_B).reshape(shape[:2]),
     drawn_logprobs_QGT=None if d.drawn_logprobs_BT is None else np.asarray(d.drawn_logprobs_BT).reshape(shape),
-    completions=[
-      [Completion(tuple(turns[q * G + g]), worlds[q * G + g]) for g in range(G)]
-      for q in range(len(rows))
-    ],
+    completions=[[Completion(tuple(turns[q * G + g]), worlds[q * G + g]) for g in range(G)] for q in range(len(rows))],
   )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nemocascade.errors import UserError
-from nemocascade.field_table import check_values
+from nemocascade.field_check import check_values
 from nemocascade.types import Metrics, Params, Routing
 
 # (params, change_LE) -> params, with change_LE added to the routers' e_score_correction_bias.

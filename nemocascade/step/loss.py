@@ -132,9 +132,7 @@ def reinforce(logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf):
   return a_BT * logprobs_BT, jnp.zeros(a_BT.shape, bool)
 
 
-def token_clip(
-  logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 0.2, high: float = 0.28
-):
+def token_clip(logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 0.2, high: float = 0.28):
   """min(r a, clip(r, 1 - low, 1 + high) a): PPO, arXiv 1707.06347, eq. 7; two bounds as in DAPO, 2503.14476."""
   del mean_of
   return _clipped(bounded_exp(logprobs_BT - proximal_BT), a_BT, low, high)
@@ -149,9 +147,7 @@ def dual_clip(
   return jnp.where(capped_BT, cap * a_BT, gain_BT), clipped_BT | capped_BT
 
 
-def gspo(
-  logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 3e-4, high: float = 4e-4
-):
+def gspo(logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 3e-4, high: float = 4e-4):
   """`token_clip` with the completion's ratio exp(mean log r) (Zheng et al., 2025, arXiv 2507.18071).
 
   This is GSPO-token (eq. 13 and 14): the value of the ratio is the completion's, and each token keeps its
@@ -162,9 +158,7 @@ def gspo(
   return _clipped(ratio_BT, a_BT, low, high)
 
 
-def cispo(
-  logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 1.0, high: float = 0.28
-):
+def cispo(logprobs_BT, proximal_BT, a_BT, mean_of: MeanOf, *, low: float = 1.0, high: float = 0.28):
   """clip(r, 1 - low, 1 + high) a log pi; no gradient through r (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
 
   The clip bounds a token's weight, and no token loses its gradient. low = 1 means no lower bound.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nemocascade.errors import UserError
-from nemocascade.field_table import check_values
+from nemocascade.field_check import check_values
 from nemocascade.types import Params, TrainState
 
 # The router's bias is updated by expert load, not by gradient (DeepSeek-V3, arXiv 2412.19437, section 2.1.2;
@@ -119,13 +119,13 @@ def make_optimizer(
     try:
       re.compile(pattern)
     except re.error as error:
-      raise UserError(f"optimizer.frozen: {pattern!r} is not a regular expression ({error}); give one such as '/gate$'") from error
+      raise UserError(
+        f"optimizer.frozen: {pattern!r} is not a regular expression ({error}); give one such as '/gate$'"
+      ) from error
 
   @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
   def adam(peak_lr, warmup_steps, total_steps, final_fraction):
-    learning_rate = make_schedule(
-      peak_lr, warmup_steps, total_steps, final_fraction, schedule=schedule
-    )
+    learning_rate = make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, schedule=schedule)
     return optax.chain(
       clip_by_norm(clip_norm),
       optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
@@ -135,9 +135,7 @@ def make_optimizer(
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in frozen:
       if not any(matches(path, (pattern,)) for path in paths):
-        raise UserError(
-          f"optimizer.frozen: no parameter matches {pattern!r}; there is {path_name(paths[0])!r}"
-        )
+        raise UserError(f"optimizer.frozen: no parameter matches {pattern!r}; there is {path_name(paths[0])!r}")
     label = lambda path, _: "frozen" if matches(path, (*frozen, *NEVER)) else "trained"  # noqa: E731
     return jax.tree_util.tree_map_with_path(label, params)
 

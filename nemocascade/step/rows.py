@@ -14,9 +14,7 @@ from nemocascade.types import Prompts, Rollout
 Rows = dict[str, jax.Array]
 
 
-def to_rows(
-  r: Rollout, advantages_QGT: jax.Array, aggregation: Callable = loss.token_mean
-) -> tuple[Rows, jax.Array]:
+def to_rows(r: Rollout, advantages_QGT: jax.Array, aggregation: Callable = loss.token_mean) -> tuple[Rows, jax.Array]:
   """Flattens a rollout to rows of shape [Q * G, T], one document each: (rows, count).
 
   Advantages and weights are computed here from whole groups and sequences, so the rows may be packed or cut

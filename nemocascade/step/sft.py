@@ -74,9 +74,7 @@ def sft_step(
 
     def part(piece: Batch):
       def loss_fn(params):
-        scores = score_fn(
-          params, piece.tokens_BT, piece.segment_ids_BT, piece.loss_mask_BT
-        )
+        scores = score_fn(params, piece.tokens_BT, piece.segment_ids_BT, piece.loss_mask_BT)
         total, _ = sft_loss(scores.logprobs_BT, piece.loss_mask_BT)
         return total + balance.loss(scores.routing, count / jnp.maximum(real, 1.0)), (total, scores.routing)
 

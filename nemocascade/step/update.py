@@ -35,6 +35,7 @@ def apply_gradients(
     loss: the batch's loss, a scalar.
     move: changes the parameters after the optimizer (the routers' bias); a skipped update undoes it too.
   """
+
   def attempt(grads, opt_state, params):
     updates, opt_state = tx.update(grads, opt_state, params)
     return updates, opt_state, move(optax.apply_updates(params, updates))

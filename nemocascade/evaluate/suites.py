@@ -1,0 +1,98 @@
+"""Held-out scores of each domain: avg@k with its 95% interval, and pass@k."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from nemocascade.rollout.episode import Samples
+from nemocascade.verifiers.verdict import Row, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainScore:
+  """The score of one domain over n prompts with k completions each."""
+
+  mean: float  # avg@k: the mean over prompts of the mean verdict of their unmasked completions.
+  low: float  # The ends of the 95% interval of the mean, over prompts.
+  high: float
+  best: float  # pass@k: share of the prompts with a verdict that have at least one success.
+  prompts: int  # Of which a completion got a verdict: what the mean and its interval are over.
+  masked: int  # Completions without a verdict; they are not in the mean.
+  unfinished: int  # Completions that met the length limit.
+  tokens: int  # Sampled tokens of all completions.
+
+
+def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
+  """95% interval (low, high) of the mean over prompts, within [0, 1].
+
+  If every prompt has 0 or 1 it is the Wilson interval, which stays accurate near 0 and 1. Otherwise it is the
+  normal interval of the prompts' means.
+  """
+  n = len(success_Q)
+  if n == 0:
+    return 0.0, 1.0
+  p, z = float(np.mean(success_Q)), 1.959964
+  if np.isin(success_Q, (0.0, 1.0)).all():
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+  half = z * float(np.std(success_Q, ddof=1)) / math.sqrt(n) if n > 1 else 1.0
+  return max(0.0, p - half), min(1.0, p + half)
+
+
+def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], samples: Samples | None = None):
+  """The DomainScore of verdicts[q][g].
+
+  Args:
+    samples: the samples of the same prompts; without them `tokens` and `unfinished` are 0.
+  """
+  means, best = [], []
+  for verdicts_G in verdicts_QG:
+    rewards = [v.reward for v in verdicts_G if not v.masked]
+    if rewards:
+      means.append(float(np.mean(rewards)))
+      best.append(float(any(v.success for v in verdicts_G)))
+  low, high = mean_interval(np.asarray(means))
+  return DomainScore(
+    mean=float(np.mean(means)) if means else 0.0,
+    low=low,
+    high=high,
+    best=float(np.mean(best)) if best else 0.0,
+    prompts=len(means),
+    masked=sum(v.masked for verdicts_G in verdicts_QG for v in verdicts_G),
+    unfinished=sum(not c.finished for group in samples.completions for c in group) if samples else 0,
+    tokens=int(samples.loss_mask_QGT.sum()) if samples else 0,
+  )
+
+
+def evaluate(
+  rows: dict[str, list[Row]],
+  collect: Callable[[list[Row], int], Samples],
+  judge: Callable[[Samples], list[list[Verdict]]],
+  *,
+  batch: int,
+) -> dict[str, DomainScore]:
+  """Scores the rows of each domain.
+
+  Args:
+    rows: domain -> its rows.
+    collect: (rows, index) -> Samples of exactly `batch` rows; `index` is the number of the first row. The last
+      batch is filled up with copies of its last row, whose samples are dropped.
+    judge: Samples -> verdicts[q][g].
+    batch: rows that are sampled together.
+  """
+  flat = [(name, row) for name, domain_rows in rows.items() for row in domain_rows]
+  verdicts: dict[str, list] = {name: [] for name in rows}
+  parts: dict[str, list[Samples]] = {name: [] for name in rows}
+  for start in range(0, len(flat), batch):
+    chunk = flat[start : start + batch]
+    padded = [row for _, row in chunk] + [chunk[-1][1]] * (batch - len(chunk))
+    samples = collect(padded, start).take(range(len(chunk)))
+    judged = judge(samples)
+    for name in {name for name, _ in chunk}:
+      picked = [i for i, (other, _) in enumerate(chunk) if other == name]
+      verdicts[name] += [judged[i] for i in picked]
+      parts[name].append(samples.take(picked))
+  return {name: score_verdicts(verdicts[name], Samples.concatenate(parts[name])) for name in rows if rows[name]}

@@ -1,0 +1,191 @@
+"""Starts a command: parses flags, reads the config, prints errors in one line, sets the exit code."""
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from nemocascade import field_check, fields, host_memory
+from nemocascade.errors import StageStopped, UserError, nearest
+from nemocascade.fields import Field
+from nemocascade.runtime import config_file, hosts
+
+LONGEST = 199  # Most characters of an error line. --debug prints the whole error.
+
+# Flags that many commands share.
+CONFIG = fields.text("The config file, with an argument after a colon; --config.NAME=VALUE changes a field.")
+WORKDIR = fields.text("Where the run is written, and resumed from.")
+DISTRIBUTED = fields.text("Of several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
+DEBUG = fields.flag("Show the traceback of an error.")
+
+
+def launch(
+  run: Callable[..., object], *, config: bool = True, workdir: bool = True, several: bool = False,
+  positional: str = "", **extra: tuple[Field, object],
+) -> None:  # fmt: skip
+  """Parses the command line and calls `run`; does not return.
+
+  Args:
+    run: called as run(config, workdir, **extra flags); without config or workdir if the command lacks them.
+    config: whether the command takes --config and, with `workdir`, --workdir.
+    several: whether the command may run in several processes. Otherwise --distributed is an error.
+    positional: the name of the one argument written without a flag, or "".
+    **extra: further flags, name -> (field that parses and checks the value, default).
+  """
+  host_memory.keep()
+  debug = "--debug" in sys.argv
+  try:
+    request = _request(sys.argv[1:], config, workdir, positional, extra)
+    if request is not None:
+      first, arguments, distributed = request
+      if distributed and not several:
+        raise UserError(
+          f"--distributed={distributed}: must be empty: this command runs in one process, since verdicts and"
+          " tools' results are not shared between processes yet"
+        )
+      if distributed:
+        hosts.join(distributed)
+      run(*first, **arguments)
+  except UserError as error:
+    _report(error, 2, debug)
+  except KeyboardInterrupt:
+    print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(130)
+  except Exception as error:  # A failure rather than a wrong request.
+    _report(error, 1, debug)
+  sys.exit(0)
+
+
+def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict):
+  """Parses the command line; prints the help if asked for.
+
+  Returns:
+    (positional arguments of `run`, keyword arguments of `run`, --distributed), or None after help
+  """
+  known = dict(extra)
+  if config and workdir:
+    known |= {"workdir": (WORKDIR, None), "distributed": (DISTRIBUTED, "")}
+  known["debug"] = (DEBUG, False)
+  named, changes, others = config_file.split(argv) if config else (None, [], list(argv))
+  wanted = [word for word in others if word in ("--help", "-h", "-help", "--helpshort")]
+  found, left = _parse([word for word in others if word not in wanted], known, ["config"] if config else [])
+  c = None
+  if named is not None:
+    c = config_file.load(named)
+    config_file.change(c, changes)
+    field_check.check(c)
+  if wanted:
+    _help(c, {"config": (CONFIG, None)} | known if config else known)
+    return None
+  arguments = {positional: left.pop(0) if left else ""} if positional else {}
+  if left:
+    raise UserError(f"unexpected argument {fields.shown(left[0])}: flags are written --name=value")
+  if config and c is None:
+    raise UserError("--config is missing: give a file of configs/, such as --config=configs/tiny/cascade.py")
+  first = [c] if config else []
+  if config and workdir:
+    first.append(_workdir(found["workdir"]))
+  arguments |= {name: found[name] for name in extra}
+  return first, arguments, found.get("distributed", "")
+
+
+def _parse(argv: Sequence[str], known: dict[str, tuple[Field, object]], more: Sequence[str]):
+  """(flag -> value, words that are not flags). `more` names flags read elsewhere, for error messages."""
+  own = flags.FlagValues()
+  for name, (field, default) in known.items():
+    if field.kind is bool:
+      flags.DEFINE_bool(name, default, field.help, flag_values=own)
+    else:
+      flags.DEFINE_string(name, None, field.help, flag_values=own)
+  for word in argv:
+    name, equals, said = word.lstrip("-").partition("=")
+    if equals and name in known and known[name][0].kind is bool:
+      known[name][0].parse(f"--{name}", said)
+  if (
+    argv
+    and not argv[-1].partition("=")[1]
+    and argv[-1].lstrip("-") in {n for n, (f, _) in known.items() if f.kind is not bool}
+  ):
+    raise UserError(f"{argv[-1]} lacks its value: write {argv[-1]}=...")
+  try:
+    left = own([sys.argv[0], *argv])[1:]
+  except flags.UnrecognizedFlagError as error:
+    names = [f"--{name}" for name in (*more, *known)]
+    near = nearest(f"--{error.flagname}", names)
+    hint = f"did you mean {near}? " if near else ""
+    raise UserError(f"unknown flag --{error.flagname}: {hint}allowed: {', '.join(names)}") from error
+  except flags.Error as error:
+    raise UserError(_one_line(error)) from error
+  found = {}
+  for name, (field, default) in known.items():
+    said = getattr(own, name)
+    if isinstance(said, str):
+      said = field.parse(f"--{name}", said)
+      field.check(f"--{name}", said)
+    found[name] = default if said is None else said
+  flags.FLAGS([sys.argv[0]])  # Marks absl's global flags as parsed; libraries read them.
+  return found, left
+
+
+def _workdir(said: str | None) -> Path:
+  """The absolute path of the work directory. Raises UserError if it is missing or not writable."""
+  if said is None:
+    raise UserError("--workdir is missing: give the folder that the run is written to")
+  if not said:
+    raise UserError("--workdir='': must be a folder, not empty")
+  return writable_folder("--workdir", said)
+
+
+def writable_folder(flag: str, said: str | Path) -> Path:
+  """The folder as an absolute path; it may not exist yet. Raises UserError if it cannot be written."""
+  there = Path(os.path.abspath(said))
+  if any(len(os.fsencode(part)) > 255 for part in there.parts):
+    raise UserError(
+      f"{flag}={config_file.shown_path(str(said))}: a name in it is longer than 255 bytes; give another place"
+    )
+  while not os.path.lexists(there) and there != there.parent:
+    there = there.parent
+  if not there.is_dir():
+    raise UserError(
+      f"{flag}={config_file.shown_path(str(said))}: {there.name!r} is there and is no folder; give another place"
+    )
+  try:  # A trial write: permission bits do not show a read-only file system, or what root may do.
+    os.rmdir(tempfile.mkdtemp(dir=there))
+  except OSError as error:
+    raise UserError(
+      f"{flag}={config_file.shown_path(str(said))}: {there} cannot be written ({error.strerror}); give another place"
+    ) from error
+  return Path(said).resolve()
+
+
+def _help(c: ConfigDict | None, known: dict[str, tuple[Field, object]]) -> None:
+  """Prints the command's module docstring, its flags, and the fields of the given config."""
+  print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\nFlags:\n")
+  for name, (field, default) in known.items():
+    print(f"  --{name:16} {field.help}" + ("" if default in (None, "") else f" Default: {default}."))
+  if c is None:
+    return
+  print("\nFields of the config, set by --config.NAME=VALUE:")
+  for name, value, field in field_check.described(c):
+    print(f"  {name} = {fields.shown(value)}\n      {field.help} {field.allowed()[:1].upper()}{field.allowed()[1:]}.")
+
+
+def _one_line(error: BaseException) -> str:
+  if isinstance(error, OSError) and error.strerror:
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+  return " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
+
+
+def _report(error: BaseException, code: int, debug: bool) -> None:
+  if debug:
+    traceback.print_exception(error)
+  else:
+    kind = "" if isinstance(error, (UserError, StageStopped, OSError)) else f"{type(error).__name__}: "
+    line, rest = f"error: {kind}{_one_line(error)}", " ... (--debug: all of it)"
+    print(line if len(line) <= LONGEST else line[: LONGEST - len(rest)] + rest, file=sys.stderr)
+  sys.exit(code)

@@ -1,0 +1,143 @@
+"""The objective of an RL stage: the functions that its config names, and the programs built from them."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from nemocascade import advantage
+from nemocascade.mesh import check_rows
+from nemocascade.rollout import rewards
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.stage import abstract_state, jit_step
+from nemocascade.step import loss
+from nemocascade.step.balance import RouterBalance
+from nemocascade.step.optimizer import make_optimizer
+from nemocascade.step.policy_gradient import (
+  policy_gradient_step,
+  proximal_logprobs,
+  rollout_metrics,
+)
+from nemocascade.step.rows import after_prompts, pack_rows, to_rows
+from nemocascade.types import Prompts
+
+SLOTS = dict(
+  advantage=advantage.ADVANTAGES,
+  ratio=loss.RATIOS,
+  correction=loss.CORRECTIONS,
+  aggregation=loss.AGGREGATIONS,
+  kl=loss.KLS,
+  distillation=loss.DISTILLATIONS,
+  overlong=rewards.OVERLONG,
+)
+
+
+def taught(c: ConfigDict) -> list[str]:
+  """The settings of a stage that need teachers, such as "advantage='mopd'", for messages."""
+  of_advantage = [f"advantage={c.advantage!r}"] if c.advantage in advantage.TAUGHT else []
+  return of_advantage + ([f"distillation={c.distillation!r}"] if c.distillation_weight else [])
+
+
+def topk(c: ConfigDict) -> int:
+  return inspect.signature(chosen(c, "distillation")).parameters["k"].default
+
+
+def settings_of(function: Callable) -> list[str]:
+  """The names of a slot's keyword-only arguments."""
+  parameters = inspect.signature(function).parameters.values()
+  return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def arrange(c: ConfigDict, rows) -> tuple[dict[str, np.ndarray], Prompts | None]:
+  """Arranges the rows of a batch for the training step.
+
+  Returns:
+    (packed rows, None), or with packing.shared_prompts (rows without their prompts, the prompts)
+  """
+  p = c.packing
+  if p.shared_prompts:
+    return after_prompts(rows, c.rollout.prompts, P=c.rollout.prompt_tokens, T=p.row_tokens)
+  return pack_rows(rows, B=p.rows, T=p.row_tokens, accumulate=p.pieces), None
+
+
+def settings(c: ConfigDict, *names: str) -> str:
+  """The named fields of `c`, and the options of the functions that they name, as JSON."""
+  fields = {name: json.loads(c.to_json_best_effort())[name] for name in (*names, "options")}
+  fields["options"] = {n: o for n, o in fields["options"].items() if n in [fields[s] for s in names if s in SLOTS]}
+  return json.dumps(fields, sort_keys=True)
+
+
+# Stored in the optimizer's state, so that the step's program does not depend on them.
+SCHEDULED = ("peak_lr", "warmup_steps", "final_fraction")
+
+
+def step_settings(c: ConfigDict) -> str:
+  """The settings that a step depends on, as JSON. Stages with equal settings share a compiled program."""
+  c = ConfigDict(c)
+  c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
+  return settings(
+    c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
+    "optimizer", "packing", "router_balance",
+  )  # fmt: skip
+
+
+def chosen(c: ConfigDict, slot: str) -> Callable:
+  """The function that the field `slot` names, with its options bound."""
+  name = c[slot]
+  options = c.options[name] if name in c.options else {}
+  return functools.partial(SLOTS[slot][name], **options)
+
+
+@functools.cache
+def rows_program(fields: str):
+  """The jitted function rollout -> (training rows, the loss's count, metrics).
+
+  Args:
+    fields: the result of `settings` for advantage and aggregation.
+  """
+  c = ConfigDict(json.loads(fields))
+  advantage_fn, aggregation = chosen(c, "advantage"), chosen(c, "aggregation")
+
+  def rows(rollout):
+    rows, count = to_rows(rollout, advantage_fn(rollout), aggregation)
+    return rows, count, rollout_metrics(rollout)
+
+  return jax.jit(rows)
+
+
+def program(c: ConfigDict, a: Assembly):
+  """(optimizer, `step_program`) of a stage."""
+  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, a)
+
+
+def step_program(c: ConfigDict, a: Assembly):
+  """(abstract state, jitted step, jitted log-probabilities before the updates); cached in `a`.
+
+  Raises:
+    UserError: prompts or rows do not divide over the mesh.
+  """
+  if c.packing.shared_prompts:  # Prompts are sharded like rows.
+    check_rows("rollout.prompts", c.rollout.prompts, a.mesh)
+  if ("rl step", fields := step_settings(c)) not in a.programs:
+    a.programs["rl step", fields] = _step_program(a, fields)
+  return a.programs["rl step", fields]
+
+
+def _step_program(a: Assembly, fields: str):
+  c = ConfigDict(json.loads(fields))
+  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, a.mesh)
+  tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
+  balance = RouterBalance(**c.router_balance)
+  step = policy_gradient_step(
+    a.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
+    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
+    distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
+    accumulate=c.packing.pieces, balance=balance, add_to_bias=a.add_to_bias, take_in_fn=a.take_in_fn,
+  )  # fmt: skip
+  state = abstract_state(tx, a.template, a.mesh)
+  proximal = functools.partial(proximal_logprobs, a.score_fn, accumulate=c.packing.pieces, take_in_fn=a.take_in_fn)
+  return state, jit_step(step, state, a.mesh), jax.jit(proximal)

@@ -1,0 +1,116 @@
+"""Applies the guards in a stage's loop: prints a warning once, or ends the stage after a checkpoint."""
+
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from nemocascade.errors import StageStopped
+from nemocascade.report.metrics import MetricsWriter
+from nemocascade.runtime import guards
+from nemocascade.step.update import SKIPPED
+from nemocascade.types import TrainState
+
+
+class Supervisor:
+  """Writes each step's metrics and applies the guards to them.
+
+  Attributes:
+    stopping: whether a guard has asked to end the stage. The loop then saves a checkpoint and calls `end`.
+  """
+
+  def __init__(self, c: ConfigDict, stage_dir: Path, record: Mapping[str, Any], *, without: Iterable[str] = ()):
+    """
+    Args:
+      c: the stage's config; `guards` and `max_nonfinite` are read.
+      stage_dir: the stage's folder.
+      record: the result of `record` in the checkpoint that the stage resumes from, or empty.
+      without: guards to turn off for this stage.
+
+    Raises:
+      StageStopped: a guard ended the stage at this checkpoint.
+    """
+    self._dir, self._max_nonfinite = stage_dir, c.max_nonfinite
+    self._settings = c.guards.to_dict()
+    for name in without:
+      self._settings[name] = self._settings[name] | {"action": "off"}
+    self._histories = guards.from_json(record.get("histories", {}))
+    self._warned = list(record.get("warned", ()))
+    self._nonfinite = record.get("nonfinite", 0)  # Updates in a row that were not applied.
+    self._stop = self._line = ""  # The guard that asked to end the stage, and its message.
+    for finding in guards.standing(self._histories, self._settings):
+      if finding.action == "stop":
+        raise StageStopped(
+          f"{stage_dir.name} was ended by {finding.line}; to go on: another --workdir, with init_from its last checkpoint"
+        )
+
+  @property
+  def stopping(self) -> bool:
+    return bool(self._stop)
+
+  def record(self) -> dict[str, Any]:
+    """The guards' state as plain JSON, for the stage's checkpoints."""
+    return {"histories": guards.to_json(self._histories), "warned": self._warned, "nonfinite": self._nonfinite}
+
+  def write(
+    self, writer: MetricsWriter, step: int, metrics: Mapping[str, Any], *,
+    skipped: Sequence[float] | None = None, to_save: TrainState | None = None,
+  ) -> None:  # fmt: skip
+    """Writes the step's line of metrics, with the guards' flags, and reacts to guards that fire.
+
+    Args:
+      skipped: for each update of the step, whether it was skipped as not finite. By default the metric SKIPPED
+        of a single update.
+      to_save: the state, if a checkpoint follows this step: the room on the disk is then checked.
+
+    Raises:
+      StageStopped: max_nonfinite updates in a row were skipped.
+    """
+    metrics = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    if skipped is None:
+      skipped = [metrics[SKIPPED]] if SKIPPED in metrics else []
+    room = {} if to_save is None else {"disk/checkpoints": room_for(to_save, self._dir)}
+    self._histories, findings, flags = guards.observe(self._histories, metrics | room, self._settings)
+    writer.write(step, metrics | flags)
+    self._react(step, findings)
+    for refused in skipped:
+      self._nonfinite = self._nonfinite + 1 if refused else 0
+      if self._nonfinite >= self._max_nonfinite:
+        raise StageStopped(
+          f"{self._dir.name}, step {step}: {self._nonfinite} updates in a row were not finite, and not applied"
+          f" (max_nonfinite={self._max_nonfinite}); lower optimizer.peak_lr, and start in another --workdir"
+        )
+
+  def end(self, checkpoint: Path) -> None:
+    """Raises StageStopped if a guard asked to end the stage. The message names the saved `checkpoint`."""
+    if self._stop in guards.AT_ONCE:
+      raise StageStopped(f"{self._line}; the same command goes on from {checkpoint}")
+    if self._stop:
+      raise StageStopped(f"{self._line}; to go on: another --workdir with init_from={checkpoint}")
+
+  def _react(self, step: int, findings: list[guards.Finding]) -> None:
+    for finding in findings:
+      line = f"{self._dir.name}, step {step}: {finding.line}"
+      if finding.action == "stop":
+        if not self._stop:
+          self._stop, self._line = finding.guard, line
+      elif finding.guard not in self._warned:
+        self._warned.append(finding.guard)
+        if jax.process_index() == 0:
+          print(f"warning: {line}", file=sys.stderr)
+
+
+def room_for(state: TrainState, directory: Path) -> float:
+  """How many checkpoints of the state still fit on the disk, as measured by the first process."""
+  size = sum(array.nbytes for array in jax.tree.leaves(state))
+  fit = np.float32(shutil.disk_usage(directory).free / max(size, 1))
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    fit = multihost_utils.broadcast_one_to_all(fit)
+  return float(fit)

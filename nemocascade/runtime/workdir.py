@@ -1,0 +1,90 @@
+"""Reserves a work directory for one config, and for one process at a time."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from nemocascade.errors import UserError
+from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime.sharing import own
+from nemocascade.state_files import read_state, write_json
+
+CONFIG = {  # JSON schema of config.json.
+  "type": "object",
+  "required": ["config", "versions"],
+  "properties": {
+    "config": {"type": "object"},
+    "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+  },
+}
+
+
+def claim(c: ConfigDict, workdir: Path, a: Assembly, *, shared: bool = False) -> None:
+  """Reserves the work directory for this config and this process, and writes config.json and the tokenizer.
+
+  Call it after all checks: it is the first call of a run that writes.
+
+  Args:
+    shared: other processes with the same config may use the directory too, each in its own part.
+
+  Raises:
+    UserError: the directory belongs to another config, or another process writes there.
+  """
+  check_owner(c, workdir)
+  first_alone(lambda: own(workdir, shared=shared))
+  path = Path(workdir) / "config.json"
+  fields = json.loads(c.to_json_best_effort())
+  first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
+  check_owner(c, workdir)  # Another process may have written it first.
+  a.keep_tokenizer()
+
+
+def check_owner(c: ConfigDict, workdir: Path) -> None:
+  """Checks that the work directory is new, or belongs to this config.
+
+  Raises:
+    UserError: its config.json is damaged or differs; the message names the first differing field.
+  """
+  path = Path(workdir) / "config.json"
+  if not os.path.lexists(path):
+    return
+  before = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")["config"]
+  fields = json.loads(c.to_json_best_effort())
+  if difference := _difference(before, fields):
+    name, there, here = difference
+    raise UserError(
+      f"--workdir {path.parent} belongs to another config: {name} is {there!r} in its config.json and {here!r} here;"
+      " choose another --workdir"
+    )
+
+
+def _difference(there, here, name: str = "config"):
+  """(dotted field, value there, value here) of the first difference of two JSON values, or None."""
+  if isinstance(there, dict) and isinstance(here, dict):
+    for key in sorted(there.keys() | here.keys()):
+      if key not in there or key not in here:
+        return f"{name}.{key}", there.get(key, "absent"), here.get(key, "absent")
+      if found := _difference(there[key], here[key], f"{name}.{key}"):
+        return found
+    return None
+  return None if there == here else (name, there, here)
+
+
+def versions() -> dict[str, str]:
+  """Package -> version, for the packages that results depend on; and this code's git description."""
+  import subprocess
+  from importlib.metadata import version
+
+  found = {name: version(name) for name in ("jax", "flax", "optax", "numpy", "sentencepiece")}
+  if shutil.which("git"):
+    git = subprocess.run(
+      ["git", "describe", "--always", "--dirty"],
+      cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if git.returncode == 0:
+      found["nemocascade"] = git.stdout.strip()
+  return found

@@ -1,0 +1,1 @@
+"""Untrusted programs: the sandbox, confined grader processes, and the Python tool."""

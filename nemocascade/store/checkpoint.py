@@ -1,0 +1,240 @@
+"""Orbax checkpoints of a training state and a JSON record; the parameters can be loaded alone."""
+
+import asyncio
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.path import atomicity
+
+from nemocascade.errors import UserError
+from nemocascade.state_files import named
+from nemocascade.store import checksums
+from nemocascade.types import Params, TrainState
+
+# Orbax logs every save. It raises its errors besides logging them.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+# Exceptions that mean lost or changed files; our checksums and Orbax raise them. Orbax alone does not notice a
+# changed byte. Other errors (memory, permission) are passed on.
+DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
+
+
+class _Summed(atomicity.AtomicRenameTemporaryPath):
+  """A checkpoint under a temporary name that gets its checksums before it is renamed to its final name.
+
+  Orbax calls `finalize` in the first process, after all processes have written.
+  """
+
+  async def finalize(self) -> None:
+    final = self._final_path
+    # An item inside a checkpoint needs no checksums of its own: the checkpoint's cover it.
+    if atomicity.TMP_DIR_SUFFIX in final.parent.name:
+      return await super().finalize()
+    # Orbax still writes files in super().finalize(), so the folder gets another temporary name first.
+    # TMP_DIR_SUFFIX lets Orbax remove it after a kill.
+    self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}-whole")
+    await super().finalize()
+    whole, self._final_path = self._final_path, final
+    await asyncio.to_thread(checksums.write, Path(whole))
+    Path(whole).rename(final)
+
+
+class Store:
+  """The checkpoints of one stage, in DIRECTORY/<step>; only the newest `keep` are kept."""
+
+  def __init__(self, directory: str | Path, *, keep: int = 2):
+    self.directory = Path(directory).resolve()
+    self.directory.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True,
+      temporary_path_class=_Summed,
+    )  # fmt: skip
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
+    """Saves a checkpoint with its checksums under a temporary name and renames it; returns when that is done.
+
+    Args:
+      record: JSON that the stage needs to resume (position in the data, prompt frontier, ...).
+
+    Raises:
+      OSError: the checkpoint cannot be written, such as on a full disk; older ones are kept.
+    """
+    # An earlier run saved this step, but the stage was restored from an older one.
+    if step in self._manager.all_steps():
+      self._manager.delete(step)
+    try:
+      with named(self.path_of(step), needed=_bytes(state)):
+        self._manager.save(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            record=ocp.args.JsonSave(record),
+          ),
+          force=True,
+        )
+        self._manager.wait_until_finished()
+    except OSError:
+      # Orbax's threads may still be writing. The next opening of the store removes what they leave.
+      for partial in self.directory.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+      raise
+
+  def wait(self) -> None:
+    """Waits until all saves are on disk."""
+    self._manager.wait_until_finished()
+
+  def latest(self) -> int | None:
+    """The newest finished step; an unfinished save does not count."""
+    return max(self.steps(), default=None)
+
+  def steps(self) -> list[int]:
+    """All finished steps in ascending order, damaged ones included."""
+    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+
+  def path_of(self, step: int) -> Path:
+    return self.directory / str(step)
+
+  def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+    """Restores (state, record) of a step with the template's shapes, dtypes and shardings.
+
+    Without a step it restores the newest readable checkpoint. Damaged newer ones are then renamed to
+    damaged-<step> and reported on stderr. Nothing is deleted.
+
+    Raises:
+      UserError: there is no checkpoint, none can be read, or it is of another model or optimizer.
+    """
+    steps = [step] if step is not None else self.steps()[::-1]
+    damaged: dict[int, str] = {}
+    for i in steps:
+      try:
+        found = self._restore(template, i)
+      except DAMAGE as error:
+        damaged[i] = _line(error)
+        continue
+      for bad, why in damaged.items():
+        self._set_aside(bad)
+        print(f"checkpoint {self.path_of(bad)} is damaged ({why}): using step {i}", file=sys.stderr)
+      return found
+    if not damaged:
+      raise UserError(f"no checkpoint to restore in {self.directory}: the stage has saved none yet")
+    first, why = next(iter(damaged.items()))
+    other = [i for i in self.steps() if i not in damaged]
+    remedy = f"restore one of the steps {sorted(other)}" if other else "remove it to start the stage anew"
+    raise UserError(f"no checkpoint to restore: {self.path_of(first)} can't be read ({why}); {remedy}")
+
+  def _restore(self, template: TrainState, step: int) -> tuple[TrainState, dict]:
+    path = self.path_of(step)
+    if not path.is_dir():
+      raise FileNotFoundError("not a folder" if path.exists() else "no such checkpoint")
+    checksums.verify(path)
+    rest = {"step": template.step, "opt_state": template.opt_state}
+    for part, wanted in (("params", template.params), ("rest", rest)):
+      _same_shapes(path, part, wanted)
+    found = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(_placed(template.params)),
+        rest=ocp.args.StandardRestore(_placed(rest)),
+        record=ocp.args.JsonRestore(),
+      ),
+    )
+    state = TrainState(step=found["rest"]["step"], params=found["params"], opt_state=found["rest"]["opt_state"])
+    return state, found["record"]
+
+  def _set_aside(self, step: int) -> None:
+    """Renames a damaged checkpoint so that its step can be saved again."""
+    if jax.process_index() == 0:
+      target = self.directory / f"damaged-{step}"
+      for i in range(2, 100):
+        if not target.exists():
+          break
+        target = self.directory / f"damaged-{step}-{i}"
+      self.path_of(step).rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("set aside")
+    self._manager.reload()
+
+
+def load_params(path: str | Path, template: Params) -> Params:
+  """Loads the parameters of a checkpoint directory with the template's dtypes and shardings.
+
+  The optimizer state is not read.
+
+  Raises:
+    UserError: there is no checkpoint, it is damaged, or shapes differ from the template's (all are named).
+  """
+  path = Path(path).resolve()
+  check_params(path, template)
+  try:
+    checksums.verify(path, part="params")
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(path / "params", _placed(template))
+  except DAMAGE as error:
+    raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
+
+
+def check_params(path: str | Path, template: Params) -> None:
+  """Raises UserError if the checkpoint has no parameters or other shapes; no array is read."""
+  path = Path(path).resolve()
+  if not (path / "params").is_dir():
+    raise UserError(f"checkpoint {path}: not found, or without parameters; give STAGE/checkpoints/STEP")
+  try:
+    _same_shapes(path, "params", template)
+  except (*DAMAGE, OSError) as error:
+    raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
+
+
+def check(path: Path, part: str = "") -> None:
+  """Raises UserError if a file of the checkpoint, or of the folder `part` in it, is missing or has changed."""
+  try:
+    checksums.verify(path, part)
+  except checksums.Damage as error:
+    raise UserError(f"checkpoint {path}: can't be read ({_line(error)}); give another one") from error
+
+
+def _same_shapes(path: Path, part: str, template) -> None:
+  """Raises UserError that names every array that is absent or has another shape."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    stored = checkpointer.metadata(path / part).item_metadata
+  if stored is None:
+    raise ValueError(f"{part} says nothing of its arrays")
+  shapes = lambda tree: {
+    jax.tree_util.keystr(place, simple=True, separator="/"): tuple(leaf.shape)
+    for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  there, here = shapes(stored.tree), shapes(template)
+  different = [
+    f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]
+  if different:
+    what = "model" if part == "params" else "optimizer"
+    raise UserError(f"checkpoint {path} is of another {what}: {'; '.join(different)}")
+
+
+def _placed(template):
+  """The template as ShapeDtypeStructs, each with its own sharding or else this process's first device."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def place(leaf):
+    sharding = getattr(leaf, "sharding", None) or device
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(place, template)
+
+
+def _bytes(tree) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _line(error: BaseException) -> str:
+  return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,1 @@
+"""Verifiers: text and row in, verdict out."""
