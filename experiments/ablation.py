@@ -9,9 +9,7 @@ when each process has its own core (`taskset -c 0` and `-c 1`). All arms of a se
 arms of equal shapes share compiled programs.
 """
 
-import copy
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable
@@ -24,18 +22,19 @@ from tqdm import tqdm
 
 from experiments import cascade, rl
 from nemocascade.errors import UserError, unknown
-from nemocascade.evaluate import suites
 from nemocascade.field_check import check as check_fields
 from nemocascade.model.size import matmul_params
 from nemocascade.report import comparison, pages
 from nemocascade.report.metrics import read_lines
-from nemocascade.rollout import rewards
-from nemocascade.runtime import objective
-from nemocascade.runtime.assembly import Assembly, check_evaluation
+from nemocascade.runtime import heldout, loading, objective, parts
+from nemocascade.runtime.checks import check_evaluation
+from nemocascade.runtime.heldout import Heldout
 from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
+from nemocascade.runtime.outcome import Spent
+from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.sharing import each, held
-from nemocascade.runtime.teaching import find, gather
+from nemocascade.runtime.teachers import find, gather
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.state_files import named, read_state, refused, write_json
 from nemocascade.store.record import NUMBERS, Record
@@ -135,67 +134,51 @@ def arm_config(c: ConfigDict, name: str, seed: int, **changes) -> ConfigDict:
   return out
 
 
-def of_seed(a: Assembly, c: ConfigDict, workdir: Path) -> Assembly:
-  """A copy of `a` with another config and work directory; shares programs, domains and held-out prompts."""
-  other = copy.copy(a)
-  other.c, other.workdir = c, workdir
-  other.heldout = a.heldout
-  return other
+def prepare(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path, seed: int) -> tuple[Parts, Heldout, Record]:
+  """Trains a seed's student and teachers, unless done.
 
-
-def prepare(c: ConfigDict, a: Assembly, workdir: Path, seed: int) -> tuple[Assembly, Record]:
-  """Trains a seed's student and teachers, unless done. Returns (the seed's assembly, its record)."""
-  p = preparation(c, seed)
-  own, record = of_seed(a, p, workdir), Record.open(workdir)
+  Returns:
+    (the parts for the seed's arms, with the seed's judge; the held-out rows, sampled with this seed; its record)
+  """
+  own, record = preparation(c, seed), Record.open(workdir)
+  rows = dataclasses.replace(rows, seed=seed)
   for name in c.order:
-    entry = record.stage(name)
-    if entry is None or entry["status"] != "done":
-      cascade.run_stage(p, workdir, own, record, name, cascade.main_line(c, name))
-    if c.stages[name].kind == "reward_model":
-      own.use_judge_from(record.checkpoint(name))
-  return own, record
+    p = cascade.finish_stage(own, workdir, p, rows, record, name)
+  return p, rows, record
 
 
-def scores(c: ConfigDict, a: Assembly, params, *, full: bool) -> dict[str, float]:
+def scores(c: ConfigDict, p: Parts, rows: Heldout, params, *, full: bool) -> dict[str, float]:
   """Domain -> held-out score. Every call with one seed uses the same prompts and random numbers."""
-  e, key = c.compared, jax.random.key(a.c.seed)
+  e = c.compared
   prompts, G = (c.evaluation.prompts, e.full_completions) if full else (e.prompts, 1)
   # Taken evenly over the list: prompts near its start are more common and so easier.
-  rows = {name: a.heldout[name][:: c.evaluation.prompts // prompts][:prompts] for name in e.domains}
-
-  def collect(rows, index):
-    return a.collect(
-      params, jax.random.fold_in(key, index), rows, prompt_tokens=c.evaluation.prompt_tokens,
-      total_tokens=c.evaluation.total_tokens, completions=G, temperature=1.0,
-    )  # fmt: skip
-
-  judge = functools.partial(rewards.judge, domains=a.domains)
-  found = suites.evaluate(rows, collect, judge, batch=c.evaluation.batch // G)
+  some = {name: rows.rows[name][:: c.evaluation.prompts // prompts][:prompts] for name in e.domains}
+  found = dataclasses.replace(rows, rows=some).evaluate(p, params, temperature=1.0, completions=G)
   return {name: found[name].mean for name in e.domains}
 
 
-def line(c: ConfigDict, a: Assembly, params, spent: rl.Spent, steps: int, *, full: bool) -> comparison.Line:
-  found = scores(c, a, params, full=full)
+def line(c: ConfigDict, p: Parts, rows: Heldout, params, spent: Spent, steps: int, *, full: bool) -> comparison.Line:
+  found = scores(c, p, rows, params, full=full)
   return {
-    "steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(a.model_config)),
+    "steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(p.programs.config)),
     "score": float(np.mean(list(found.values()))), "domains": found,
   }  # fmt: skip
 
 
-def watcher(c: ConfigDict, a: Assembly, path: Path, last_step: int) -> Callable:
+def watcher(c: ConfigDict, p: Parts, rows: Heldout, path: Path, last_step: int) -> Callable:
   """The `watch` of an arm: evaluates at the config's steps and at the end, and ends a spent budget.
 
   Evaluations go to `path`; one that is there already is not repeated.
   """
   done = {entry["steps"] for entry in read_lines(path, EVALUATION)}
 
-  def watch(steps: int, params, spent: rl.Spent) -> bool:
-    cost = {"steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(a.model_config))}
+  def watch(steps: int, params, spent: Spent) -> bool:
+    cost = {"steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(p.programs.config))}
     ended = cost[c.budget.unit] >= c.budget.amount or steps == last_step
     full = ended or steps in c.compared.full_at
     if steps not in done and (full or steps in c.compared.at):
       done.add(steps)
-      append(path, line(c, a, params, spent, steps, full=full))
+      append(path, line(c, p, rows, params, spent, steps, full=full))
     return ended
 
   return watch
@@ -211,7 +194,9 @@ def append(path: Path, value: dict) -> None:
     os.fsync(file.fileno())
 
 
-def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directory: Path, first: dict) -> list:
+def run_arm(
+  arm: ConfigDict, c: ConfigDict, p: Parts, rows: Heldout, record: Record, directory: Path, first: dict
+) -> list:
   """Trains the arm, unless done. Returns its evaluations by step; `first`, the student's, comes first.
 
   Raises:
@@ -220,9 +205,12 @@ def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directo
   path = directory / "evaluations.jsonl"
   if not (directory / "done.json").exists():
     directory.mkdir(parents=True, exist_ok=True)
-    teachers = gather(a, find(arm, record), arm.teachers_in_memory) if objective.taught(arm) else None
+    teachers = None
+    if objective.taught(arm):
+      teachers = gather(p.programs, p.text.tokenizer, find(arm, record), arm.teachers_in_memory, rows.rows)
+    watch = watcher(c, p, rows, path, arm.steps)
     # All arms sample with the same random numbers: their key depends on the folder's name, here "rl".
-    outcome = rl.run(arm, directory / "rl", a, record.checkpoint(c.student), teachers, watcher(c, a, path, arm.steps))
+    outcome = rl.run(arm, directory / "rl", p, record.checkpoint(c.student), teachers, watch)
     write_json(directory / "done.json", {"steps": outcome.steps, "wall_s": outcome.wall_s})
   steps = read_state(directory / "done.json", DONE, remedy=f"remove {directory}")["steps"]
   lines = sorted(read_lines(path, EVALUATION), key=lambda entry: entry["steps"])
@@ -232,23 +220,23 @@ def run_arm(arm: ConfigDict, c: ConfigDict, a: Assembly, record: Record, directo
   return [first, *lines]
 
 
-def start_of(c: ConfigDict, a: Assembly, record: Record, workdir: Path) -> tuple[dict, dict]:
+def start_of(c: ConfigDict, p: Parts, rows: Heldout, record: Record, workdir: Path) -> tuple[dict, dict]:
   """(the student's evaluation at step 0, domain -> its teacher's score), evaluated as the arms are.
 
   Cached in start.json.
   """
   path = workdir / "start.json"
   if not path.exists():
-    load = lambda name: rl.loading.load(record.checkpoint(name), a.template)
-    student = line(c, a, load(c.student), rl.Spent(), 0, full=True)
-    of = {name: scores(c, a, load(name), full=True) for name in dict.fromkeys(c.teachers_of.values())}
+    load = lambda name: loading.load(record.checkpoint(name), p.programs.template)
+    student = line(c, p, rows, load(c.student), Spent(), 0, full=True)
+    of = {name: scores(c, p, rows, load(name), full=True) for name in dict.fromkeys(c.teachers_of.values())}
     teachers = {domain: of[name][domain] for domain, name in c.teachers_of.items()}
     write_json(path, {"student": student, "teachers": teachers})
   value = read_state(path, START, remedy="remove it")
   return value["student"], value["teachers"]
 
 
-def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
+def search(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path) -> dict[str, float]:
   """Arm -> its best peak learning rate, for the arms of c.search; {} if there are none.
 
   Every arm gets the same rates, seeds and number of steps. Writes search/search.json.
@@ -261,12 +249,12 @@ def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
   place = lambda seed: workdir / "search" / f"seed_{seed}"
 
   def ends(seed: int) -> dict[str, dict[str, float]]:
-    own, record = prepare(c, a, place(seed), seed)
-    first, _ = start_of(c, own, record, place(seed))
+    own, scored, record = prepare(c, p, rows, place(seed), seed)
+    first, _ = start_of(c, own, scored, record, place(seed))
 
     def end(name: str, rate: float) -> float:
       arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rate, "steps": c.search.steps})
-      return run_arm(arm, short, own, record, place(seed) / f"{name}_{rate:g}", first)[-1]["score"]
+      return run_arm(arm, short, own, scored, record, place(seed) / f"{name}_{rate:g}", first)[-1]["score"]
 
     return {name: {str(rate): end(name, rate) for rate in c.search.rates} for name in c.search.arms}
 
@@ -278,16 +266,16 @@ def search(c: ConfigDict, a: Assembly, workdir: Path) -> dict[str, float]:
   return best
 
 
-def run_seed(c: ConfigDict, a: Assembly, workdir: Path, seed: int, rates: dict[str, float]) -> OfSeed:
+def run_seed(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path, seed: int, rates: dict[str, float]) -> OfSeed:
   """Trains the unfinished stages and arms of a seed; returns all its evaluations."""
-  own, record = prepare(c, a, workdir, seed)
-  student, teachers = start_of(c, own, record, workdir)
+  p, rows, record = prepare(c, p, rows, workdir, seed)
+  student, teachers = start_of(c, p, rows, record, workdir)
   arms, equal = {}, {}
   for name in c.arms:
     arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rates[name]})
     # Arms whose configs are equal are run once.
     directory = equal.setdefault(arm.to_json_best_effort(sort_keys=True), workdir / "arms" / name)
-    arms[name] = run_arm(arm, c, own, record, directory, student)
+    arms[name] = run_arm(arm, c, p, rows, record, directory, student)
   pages.write(workdir)
   return OfSeed(student, teachers, arms)
 
@@ -316,20 +304,24 @@ def run(c: ConfigDict, workdir: Path) -> dict:
   check(c)
   refuse_several("a comparison")
   check_owner(c, workdir)
-  a = Assembly(preparation(c, seed=0), workdir)
-  cascade.check_programs(preparation(c, seed=0), a)
+  own = preparation(c, seed=0)
+  p = parts.build(own, workdir)
+  cascade.check_programs(own, p)
   for name in c.arms:
     with cascade.inside(f"arms.{name}"):
-      objective.program(arm_config(c, name, seed=0), a)
+      arm = arm_config(c, name, seed=0)
+      objective.program(arm, p.programs)
+      rl.check_prompts(arm, p)
+  rows = heldout.draw(own, p.domains, p.text.tokenizer)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   with held(workdir, wait=True, name=TURN):  # Several processes may start at once.
-    claim(c, workdir, a, shared=True)
-  best = search(c, a, workdir)
-  own = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}
-  rates = {name: own[c.rate_of.get(name, name)] for name in c.arms}
+    p = dataclasses.replace(p, text=claim(c, workdir, p.text, shared=True))
+  best = search(c, p, rows, workdir)
+  found = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}
+  rates = {name: found[c.rate_of.get(name, name)] for name in c.arms}
   place = lambda seed: workdir / f"seed_{seed}"
-  for found in each(c.seeds, place, lambda seed: run_seed(c, a, place(seed), seed, rates)):
+  for found in each(c.seeds, place, lambda seed: run_seed(c, p, rows, place(seed), seed, rates)):
     out = publish(c, workdir, found, rates)
   return out
 

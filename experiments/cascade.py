@@ -7,6 +7,7 @@ last checkpoint.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,14 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
-from nemocascade.runtime import loading, objective
-from nemocascade.runtime.assembly import Assembly, check_evaluation, judged
+from nemocascade.runtime import heldout, loading, objective, parts
+from nemocascade.runtime.checks import check_evaluation, judged
+from nemocascade.runtime.heldout import Heldout
 from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.stage import check_start
-from nemocascade.runtime.teaching import BEST, find, gather, probe
+from nemocascade.runtime.parts import Parts
+from nemocascade.runtime.start import check_start
+from nemocascade.runtime.teachers import BEST, find, gather, probe_tokens, take_probe
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.store.record import Record, columns
 
@@ -95,8 +98,8 @@ def main_line(c: ConfigDict, name: str) -> list[str]:
   return [n for n in c.order[: c.order.index(name)] if n not in c.side_line]
 
 
-def check_programs(c: ConfigDict, a: Assembly) -> None:
-  """Checks that need the assembly: rows over the mesh, parameter names, checkpoints, held-out prompts.
+def check_programs(c: ConfigDict, p: Parts) -> None:
+  """Checks that need the parts of the run: rows over the mesh, parameter names, checkpoints, prompts.
 
   Raises:
     UserError: a stage cannot run.
@@ -104,15 +107,19 @@ def check_programs(c: ConfigDict, a: Assembly) -> None:
   for name in c.order:
     stage = flat(c, name)
     with inside(f"stages.{name}"):
-      KINDS[stage.kind].program(stage, a)
+      KINDS[stage.kind].program(stage, p.programs)
       if stage.kind == "sft":
-        sft.check_documents(stage, a)
-      if loading.is_checkpoint(stage.init_from):
-        check_start(a, "init_from", stage.init_from)
-      for domain, teacher in stage.get("teachers", {}).items():
-        if loading.is_checkpoint(teacher):
-          check_start(a, f"teachers.{domain}", teacher)
-  a.heldout  # noqa: B018  Drawn now and cached; raises if a domain has too few.
+        sft.check_documents(stage, p)
+      given = {"init_from": stage.init_from}
+      given |= {f"teachers.{domain}": teacher for domain, teacher in stage.get("teachers", {}).items()}
+      for field, checkpoint in given.items():
+        if loading.is_checkpoint(checkpoint):
+          check_start(field, checkpoint, p.text.tokenizer, p.programs.template)
+  # After the checkpoints, because their tokenizer may be the reason why prompts are too long.
+  for name in c.order:
+    if c.stages[name].kind == "rl":
+      with inside(f"stages.{name}"):
+        rl.check_prompts(flat(c, name), p)
 
 
 def flat(c: ConfigDict, name: str) -> ConfigDict:
@@ -123,17 +130,17 @@ def flat(c: ConfigDict, name: str) -> ConfigDict:
   return stage
 
 
-def scores(a: Assembly, c: ConfigDict, params, name: str) -> tuple[dict, dict]:
+def scores(c: ConfigDict, p: Parts, rows: Heldout, params, name: str) -> tuple[dict, dict]:
   """Scores all held-out domains after the named stage.
 
   Returns:
     (score fields of the stage's entry, {"eval_s_after": seconds})
   """
   began = time.time()
-  sampled = a.evaluate(params, temperature=1.0, completions=c.evaluation.completions)
+  sampled = rows.evaluate(p, params, temperature=1.0, completions=c.evaluation.completions)
   fields = columns(sampled, "after")
   if name in c.evaluation.greedy:
-    greedy = a.evaluate(params, temperature=0.0)
+    greedy = rows.evaluate(p, params, temperature=0.0)
     fields |= columns(greedy, "after", prefix="greedy")
   fields["n_eval"] = {name: score.prompts for name, score in sampled.items()}
   return fields, {"eval_s_after": time.time() - began}
@@ -144,27 +151,32 @@ def run(c: ConfigDict, workdir: Path) -> Record:
   check(c)
   refuse_several("a cascade")
   check_owner(c, workdir)
-  a = Assembly(c, workdir)
-  check_programs(c, a)
-  claim(c, workdir, a)
+  p = parts.build(c, workdir)
+  check_programs(c, p)
+  rows = heldout.draw(c, p.domains, p.text.tokenizer)
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text))
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   record, began = Record.open(workdir), time.time()
   for name in c.order:
-    entry = record.stage(name)
-    if entry is None or entry["status"] != "done":
-      run_stage(c, workdir, a, record, name, main_line(c, name))
-    if c.stages[name].kind == "reward_model":
-      a.use_judge_from(record.checkpoint(name))
+    p = finish_stage(c, workdir, p, rows, record, name)
     pages.write(workdir)
   tqdm.write(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 
 
-def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, before: list[str]) -> None:
+def finish_stage(c: ConfigDict, workdir: Path, p: Parts, rows: Heldout, record: Record, name: str) -> Parts:
+  """Runs a stage unless it is done. Returns the parts of the stages after it: a reward model becomes the judge."""
+  entry = record.stage(name)
+  if entry is None or entry["status"] != "done":
+    run_stage(c, workdir, p, rows, record, name)
+  return parts.with_judge(c, p, record.checkpoint(name)) if c.stages[name].kind == "reward_model" else p
+
+
+def run_stage(c: ConfigDict, workdir: Path, p: Parts, rows: Heldout, record: Record, name: str) -> None:
   """Trains one stage, scores it, and writes its entry."""
   stage, began = flat(c, name), time.time()
-  init = record.start_of(name, stage.init_from, before)
+  init = record.start_of(name, stage.init_from, main_line(c, name))
   previous = record.stage(name) or {}
   entry = {
     "name": name,
@@ -184,10 +196,10 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, before: 
   extra = {}
   if stage.kind == "rl" and objective.taught(stage):
     found = find(stage, record)
-    extra["teachers"] = gather(a, found, stage.teachers_in_memory)
+    extra["teachers"] = gather(p.programs, p.text.tokenizer, found, stage.teachers_in_memory, rows.rows)
     record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}
   with CompileCounter() as compiled:
-    outcome = KINDS[stage.kind].run(stage, workdir / name, a, init, **extra)
+    outcome = KINDS[stage.kind].run(stage, workdir / name, p, init, **extra)
   entry |= {
     "steps": outcome.steps,
     "checkpoint": outcome.checkpoint,
@@ -196,8 +208,9 @@ def run_stage(c, workdir: Path, a: Assembly, record: Record, name: str, before: 
     "compilations": compiled.count,
   }
   if stage.kind != "reward_model":
-    fields, seconds = scores(a, c, outcome.params, name)
-    entry |= fields | seconds | {"probe": probe(a, outcome.params)}
+    fields, seconds = scores(c, p, rows, outcome.params, name)
+    probe = take_probe(p.programs.score, outcome.params, probe_tokens(p.text.tokenizer, rows.rows))
+    entry |= fields | seconds | {"probe": dataclasses.asdict(probe)}
   entry |= {"status": "done", "wall_s": entry["wall_s"] + time.time() - began}
   record.put(entry)
   tqdm.write(summary(entry))

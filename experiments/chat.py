@@ -11,7 +11,6 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from experiments.generate import MOST_TOKENS, TEMPERATURE, TOP_P
 from nemocascade.data.chat_parse import Delta, Turn
@@ -19,8 +18,8 @@ from nemocascade.data.tool_format import ToolCall
 from nemocascade.errors import UserError, unknown
 from nemocascade.fields import flag, text, whole, word
 from nemocascade.rollout.conversation import Conversation
-from nemocascade.runtime.assembly import from_checkpoint, model_alone
 from nemocascade.runtime.launch import launch
+from nemocascade.runtime.parts import from_checkpoint
 from nemocascade.sandbox.python_tool import PythonTool
 from nemocascade.sandbox.sandbox import Sandbox
 
@@ -42,11 +41,11 @@ def run(
 ) -> None:  # fmt: skip
   tool = Tools()
   offered = tool.offer(tools)
-  a, params = from_checkpoint(model_alone(), Path.cwd(), checkpoint)
-  if a.tokenizer is None:
+  programs, tokenizer, params = from_checkpoint(checkpoint)
+  if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint!r}: has no tokenizer, so it cannot be talked to")
   conversation = Conversation(
-    a.engine(context - 1, context), params, a.tokenizer,
+    programs.engine(context - 1, context), params, tokenizer,
     seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
     thinking=thinking, system=system or None, tools=offered,
   )  # fmt: skip

@@ -15,7 +15,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +24,16 @@ from ml_collections import ConfigDict
 
 from experiments import rl, sft
 from nemocascade import advantage
+from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import kind_of
 from nemocascade.fields import text
 from nemocascade.mesh import by_rows, first_rows, make_mesh, placed
 from nemocascade.model.size import matmul_params
-from nemocascade.runtime import objective
-from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime import objective, signals
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.stage import Spent
-from nemocascade.runtime.teaching import scored_rows
+from nemocascade.runtime.outcome import Spent
+from nemocascade.runtime.programs import Programs
 from nemocascade.types import Batch, Prompts, Rollout
 
 GIB = 1 << 30
@@ -63,15 +62,13 @@ def run(c: ConfigDict, topology: str) -> list[dict]:
       )
   kind, devices = slice_of(topology)
   gib, cores = CHIPS[kind]
-  c = ConfigDict(c)
-  c.domains = ()  # No tokenizer and no sandbox are made; the programs do not depend on them.
-  a = Assembly(c, Path("."), mesh=make_mesh(**c.mesh, of=devices))
+  programs = Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(**c.mesh, of=devices))
   lines, too_large = [], []
-  for name, trace, spent, advice in PROGRAMS[c.kind](c, a):
+  for name, trace, spent, advice in PROGRAMS[c.kind](c, programs):
     cost = spent.sampled + spent.prefilled + spent.scored + spent.trained
     line = {"program": name, "topology": topology, "chips": len(devices) // cores, "tokens": cost}
     began = time.time()
-    line |= measure(trace) | {"flops": spent.flops(matmul_params(a.model_config))}
+    line |= measure(trace) | {"flops": spent.flops(matmul_params(programs.config))}
     line["compile_s"] = round(time.time() - began, 1)
     print(json.dumps(line), flush=True)
     lines.append(line)
@@ -129,27 +126,27 @@ def measure(trace: Callable) -> dict[str, float | None]:
   }
 
 
-def _rows(a: Assembly, tree):
-  """Shapes and dtypes with the shardings that Assembly.put gives rows."""
-  return placed(tree, first_rows(tree, a.mesh))
+def _rows(programs: Programs, tree):
+  """Shapes and dtypes with the shardings that Programs.put gives rows."""
+  return placed(tree, first_rows(tree, programs.mesh))
 
 
-def _sft_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
-  _, state, step_fn = sft.program(c, a)
+def _sft_programs(c: ConfigDict, programs: Programs) -> Iterator[Program]:
+  _, state, step_fn = sft.program(c, programs)
   of = functools.partial(jax.ShapeDtypeStruct, (c.rows, c.row_tokens))
-  batch = _rows(a, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
+  batch = _rows(programs, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
   yield (
     "sft_step", lambda: step_fn.trace(state, batch), Spent(trained=c.rows * c.row_tokens),
     f"fewer rows or shorter ones than rows={c.rows} of row_tokens={c.row_tokens}, or model.remat=True",
   )  # fmt: skip
 
 
-def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
+def _rl_programs(c: ConfigDict, programs: Programs) -> Iterator[Program]:
   r, p, struct = c.rollout, c.packing, jax.ShapeDtypeStruct
-  engine = a.engine(r.prompt_tokens, r.total_tokens)
+  engine = programs.engine(r.prompt_tokens, r.total_tokens)
   Q, B, temperature = r.prompts, r.prompts * r.completions, np.float32(r.temperature)
-  prompts = _rows(a, (struct((Q, r.prompt_tokens), jnp.int32), struct((Q,), jnp.int32)))
-  prefill = functools.cache(lambda: engine.start_fn.trace(a.template, *prompts, r.completions, r.top_p < 1))
+  prompts = _rows(programs, (struct((Q, r.prompt_tokens), jnp.int32), struct((Q,), jnp.int32)))
+  prefill = functools.cache(lambda: engine.start_fn.trace(programs.template, *prompts, r.completions, r.top_p < 1))
   yield (
     "prefill", prefill, Spent(prefilled=Q * r.prompt_tokens),
     f"fewer prompts than rollout.prompts={Q}, or shorter ones than rollout.prompt_tokens={r.prompt_tokens}",
@@ -158,33 +155,33 @@ def _rl_programs(c: ConfigDict, a: Assembly) -> Iterator[Program]:
   def decode():
     d = prefill().out_info
     scalars = struct((), jax.eval_shape(lambda: jax.random.key(0)).dtype), *[struct((), jnp.float32)] * 2
-    return engine.decode_fn.trace(a.template, placed(d, by_rows(d, B, a.mesh)), *scalars)
+    return engine.decode_fn.trace(programs.template, placed(d, by_rows(d, B, programs.mesh)), *scalars)
 
   fewer = f"fewer sequences than rollout.prompts={Q} x rollout.completions={r.completions}"
   shorter = f"shorter ones than rollout.total_tokens={r.total_tokens}"
   yield "decode_step", decode, Spent(sampled=B), f"{fewer}, or {shorter}"
 
-  if c.advantage in advantage.TAUGHT or c.kl_weight:
-    n = scored_rows(a)
-    scored = _rows(a, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
+  if any(signal.phase == "score" for signal in signals.wanted(c)):
+    n = signals.scored_rows(programs)
+    scored = _rows(programs, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
     yield (
       "score",
-      lambda: a.score.trace(a.template, *scored, temperature=temperature),
+      lambda: programs.score.trace(programs.template, *scored, temperature=temperature),
       Spent(scored=n * r.total_tokens),
       shorter,
     )
 
-  state, step_fn, proximal_fn = objective.step_program(c, a)
+  state, step_fn, proximal_fn = objective.step_program(c, programs)
   rows, count = _taught_rows(c, Q, r.completions, r.total_tokens)
   rows = {name: struct((p.rows, p.row_tokens), row.dtype) for name, row in rows.items()}
-  rows, count = _rows(a, (rows, count))
+  rows, count = _rows(programs, (rows, count))
   pieces = f"more pieces than packing.pieces={p.pieces}, or shorter rows than packing.row_tokens={p.row_tokens}"
   prompts = Prompts(*prompts) if p.shared_prompts else None
   tokens = p.rows * p.row_tokens + (Q * r.prompt_tokens if p.shared_prompts else 0)
   if c.updates > 1:
     yield (
       "proximal_logprobs",
-      lambda: proximal_fn.trace(a.template, dict(rows), prompts, temperature),
+      lambda: proximal_fn.trace(programs.template, dict(rows), prompts, temperature),
       Spent(scored=tokens),
       pieces,
     )

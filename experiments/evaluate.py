@@ -12,13 +12,17 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from nemocascade.errors import UserError
 from nemocascade.field_check import check
 from nemocascade.fields import number, text, whole
-from nemocascade.runtime.assembly import check_evaluation, from_checkpoint
+from nemocascade.mesh import make_mesh
+from nemocascade.runtime import heldout, parts
+from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.sharing import own
-from nemocascade.runtime.stage import check_start
+from nemocascade.runtime.start import check_start
+from nemocascade.runtime.text import Text
 from nemocascade.state_files import write_json
 
 
@@ -28,14 +32,19 @@ def run(
   """Prints a table and writes scores.json in the work directory. Returns domain -> DomainScore."""
   check(c)
   check_evaluation(c, "--completions", completions)
-  a, params = from_checkpoint(c, workdir, checkpoint)
+  domains = parts.build_domains(c)
+  programs, tokenizer, params = parts.from_checkpoint(checkpoint, make_mesh(**c.mesh))
+  if tokenizer is None:
+    raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
+  p = parts.Parts(programs, Text(tokenizer), domains)
   if judge:
-    check_start(a, "--judge", judge, a.reward_template)
-    a.use_judge_from(judge)
-  elif "preference" in a.domains:
+    check_start("--judge", judge, tokenizer, programs.reward_template)
+    p = parts.with_judge(c, p, judge)
+  elif "preference" in p.domains:
     print("no --judge: the preference domain is masked")
   first_alone(lambda: own(workdir))
-  scores = a.evaluate(params, temperature=temperature, completions=completions)
+  rows = heldout.draw(c, p.domains, tokenizer)
+  scores = rows.evaluate(p, params, temperature=temperature, completions=completions)
   print(f"{'domain':14} {'avg@' + str(completions):>7}  {'95% interval':14} {'pass@' + str(completions):>7}  masked")
   for name, s in scores.items():
     print(f"{name:14} {s.mean:7.3f}  [{s.low:.3f}, {s.high:.3f}] {s.best:7.3f}  {s.masked}")

@@ -11,16 +11,17 @@ no tokenizer).
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.fields import flag, number, text, whole
 from nemocascade.runtime import json_rows as rows_lib
-from nemocascade.runtime.assembly import Assembly, from_checkpoint, model_alone
 from nemocascade.runtime.launch import launch
+from nemocascade.runtime.parts import from_checkpoint
+from nemocascade.runtime.programs import Programs
 from nemocascade.types import Params
 
 BATCH = 64  # Most rows decoded together.
@@ -35,32 +36,39 @@ def run(
 ) -> None:  # fmt: skip
   rows_lib.check_output(output)
   rows = rows_lib.read_rows(input)
-  a, params = from_checkpoint(model_alone(), Path(output).resolve().parent, checkpoint)
+  programs, tokenizer, params = from_checkpoint(checkpoint)
   prompts = rows_lib.tokens_of(
-    rows, a.tokenizer, path=input, vocab_size=a.model_config.vocab_size,
+    rows, tokenizer, path=input, vocab_size=programs.config.vocab_size,
     add_generation_prompt=True, enable_thinking=thinking,
   )  # fmt: skip
   completions = complete(
-    a, params, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+    programs, tokenizer, params, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
   )
   lines = [row | completion for (_, row), completion in zip(rows, completions, strict=True)]
   rows_lib.write_rows(output, lines)
 
 
 def generate(
-  a: Assembly, params: Params, rows: Sequence[dict], *, thinking: bool = True, **sampling: Any
+  programs: Programs,
+  tokenizer: Tokenizer | None,
+  params: Params,
+  rows: Sequence[dict],
+  *,
+  thinking: bool = True,
+  **sampling: Any,
 ) -> list[dict]:
   """The rows, in order, each merged with its completion; `sampling` goes to `complete`."""
   prompts = rows_lib.tokens_of(
-    list(enumerate(rows, start=1)), a.tokenizer, path="rows",
-    vocab_size=a.model_config.vocab_size, add_generation_prompt=True, enable_thinking=thinking,
+    list(enumerate(rows, start=1)), tokenizer, path="rows",
+    vocab_size=programs.config.vocab_size, add_generation_prompt=True, enable_thinking=thinking,
   )  # fmt: skip
-  completions = complete(a, params, prompts, **sampling)
+  completions = complete(programs, tokenizer, params, prompts, **sampling)
   return [row | completion for row, completion in zip(rows, completions, strict=True)]
 
 
 def complete(
-  a: Assembly,
+  programs: Programs,
+  tokenizer: Tokenizer | None,
   params: Params,
   prompts: Sequence[Sequence[int]],
   *,
@@ -82,7 +90,7 @@ def complete(
   completions: list[dict] = [{} for _ in prompts]
   key = jax.random.key(seed)
   for P, numbers in sorted(of_length.items()):
-    engine = a.engine(P, P + max_new_tokens)
+    engine = programs.engine(P, P + max_new_tokens)
     B = min(BATCH, 1 << (len(numbers) - 1).bit_length())
     for part in rows_lib.batches(numbers, B, desc=f"generate after {P}"):
       filled = part + [part[-1]] * (B - len(part))
@@ -99,7 +107,7 @@ def complete(
         completions[i] = {
           "tokens": tokens,
           "logprobs": logprobs,
-          "text": None if a.tokenizer is None else a.tokenizer.decode(said),
+          "text": None if tokenizer is None else tokenizer.decode(said),
           "finish_reason": "stop" if stopped else "length",
         }
   return completions

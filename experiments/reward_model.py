@@ -5,6 +5,7 @@
 If `init_from` names a checkpoint of the language model, training starts from its blocks.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from ml_collections import ConfigDict
 from nemocascade.domains.preference import preference_pairs
 from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
-from nemocascade.mesh import whole
 from nemocascade.model.reward import RewardModel, init_reward_params
 from nemocascade.report.metrics import MetricsWriter, progress
-from nemocascade.runtime import loading
-from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime import loading, parts
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
+from nemocascade.runtime.outcome import Outcome
+from nemocascade.runtime.parts import Parts
+from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
 from nemocascade.runtime.supervision import Supervisor
+from nemocascade.runtime.text import answer_rows, own_tokenizer
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.reward_model import reward_model_step
@@ -37,28 +40,36 @@ def check(c: ConfigDict) -> None:
     raise UserError(f"heldout_pairs={c.heldout_pairs}: must be at least pairs={c.pairs}, which are scored together")
 
 
-def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
+def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcome:
   """Trains to step c.steps. The last line of metrics.jsonl has the accuracy on held-out pairs."""
   began = time.time()
-  model = RewardModel(a.model_config, a.mesh)
+  programs = p.programs
+  model = RewardModel(programs.config, programs.mesh)
 
   def reward_fn(params, tokens_BT, segment_ids_BT):
     return model.apply({"params": params}, tokens_BT, segment_ids_BT)
 
   def rows(pairs):
     prompts, chosen, rejected = zip(*pairs, strict=True)
-    sides = (a.answer_rows(prompts, side, len(pairs), c.row_tokens) for side in (chosen, rejected))
-    return tuple(a.put(side) for side in sides)
+    sides = (answer_rows(p.text.tokenizer, prompts, side, len(pairs), c.row_tokens) for side in (chosen, rejected))
+    return tuple(programs.put(side) for side in sides)
 
-  tx, state = program(c, a)
-  step_fn = jit_step(reward_model_step(reward_fn, tx), state, a.mesh)
+  tx, state = program(c, programs)
+  step_fn = jit_step(reward_model_step(reward_fn, tx), state, programs.mesh)
   state, record, store = start(
-    a, stage_dir, tx, init_from, lambda key: init_reward_params(a.model_config, key), a.reward_template, on_top_of
+    c,
+    stage_dir,
+    p,
+    tx,
+    init_from,
+    lambda key: init_reward_params(programs.config, key),
+    programs.reward_template,
+    on_top_of,
   )
   first, supervisor = int(state.step), Supervisor(c, stage_dir, record.get("supervisor", {}))
-  pairs = preference_pairs(a.c.seed, c.pairs * c.steps, "train")
+  pairs = preference_pairs(c.seed, c.pairs * c.steps, "train")
   # Compiled before training, so that a failure to compile does not lose a trained stage.
-  judge = jax.jit(reward_fn, out_shardings=whole(a.mesh)).lower(state.params, *rows(pairs[: c.pairs])[0]).compile()
+  judge = programs.jitted(reward_fn).lower(state.params, *rows(pairs[: c.pairs])[0]).compile()
 
   with MetricsWriter(stage_dir, start_step=first) as writer:
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
@@ -67,7 +78,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
       metrics = jax.device_get(metrics)
       if step + 1 == c.steps:
         metrics["heldout/accuracy"] = accuracy(
-          judge, state.params, rows, preference_pairs(a.c.seed, c.heldout_pairs, "heldout"), c.pairs
+          judge, state.params, rows, preference_pairs(c.seed, c.heldout_pairs, "heldout"), c.pairs
         )
       bar.update(1, loss=float(metrics["loss/reward_model"]))
       due = (step + 1) % c.save_every == 0 or step + 1 == c.steps
@@ -81,10 +92,10 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
   return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
 
 
-def program(c: ConfigDict, a: Assembly):
+def program(c: ConfigDict, programs: Programs):
   """(optimizer, abstract state) of the stage."""
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  return tx, abstract_state(tx, a.reward_template, a.mesh)
+  return tx, abstract_state(tx, programs.reward_template, programs.mesh)
 
 
 def on_top_of(checkpoint: str, template: Params) -> Params:
@@ -106,11 +117,11 @@ def accuracy(reward, params, rows, pairs, batch: int) -> float:
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
   check_owner(c, workdir)
-  a = Assembly(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from))
-  check_start(a, "init_from", c.init_from)
-  program(c, a)
-  claim(c, workdir, a)
-  run(c, workdir / "reward_model", a, c.init_from)
+  p = parts.build(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from))
+  check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
+  program(c, p.programs)
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text))
+  run(c, workdir / "reward_model", p, c.init_from)
 
 
 if __name__ == "__main__":

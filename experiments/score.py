@@ -10,14 +10,14 @@ messages get their "tokens" too.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from nemocascade.fields import text
 from nemocascade.runtime import json_rows as rows_lib
-from nemocascade.runtime.assembly import Assembly, from_checkpoint, model_alone
 from nemocascade.runtime.launch import launch
+from nemocascade.runtime.parts import from_checkpoint
+from nemocascade.runtime.programs import Programs
 from nemocascade.types import Params
 
 TOKENS = 1 << 14  # Tokens of a batch, padding included.
@@ -26,16 +26,16 @@ TOKENS = 1 << 14  # Tokens of a batch, padding included.
 def run(checkpoint: str, input: str, output: str) -> None:
   rows_lib.check_output(output)
   rows = rows_lib.read_rows(input)
-  a, params = from_checkpoint(model_alone(), Path(output).resolve().parent, checkpoint)
-  documents = rows_lib.tokens_of(rows, a.tokenizer, path=input, vocab_size=a.model_config.vocab_size)
-  scored = zip(rows, documents, score(a, params, documents), strict=True)
+  programs, tokenizer, params = from_checkpoint(checkpoint)
+  documents = rows_lib.tokens_of(rows, tokenizer, path=input, vocab_size=programs.config.vocab_size)
+  scored = zip(rows, documents, score(programs, params, documents), strict=True)
   rows_lib.write_rows(
     output,
     [row | {"tokens": tokens, "logprobs": logprobs} for (_, row), tokens, logprobs in scored],
   )
 
 
-def score(a: Assembly, params: Params, documents: Sequence[Sequence[int]]) -> list[list[float | None]]:
+def score(programs: Programs, params: Params, documents: Sequence[Sequence[int]]) -> list[list[float | None]]:
   """[None, log p of each later token] of each document, in order. Similar lengths are batched together."""
   of_length = defaultdict(list)
   for i, tokens in enumerate(documents):
@@ -47,7 +47,7 @@ def score(a: Assembly, params: Params, documents: Sequence[Sequence[int]]) -> li
       tokens_BT, segment_ids_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
       for b, i in enumerate(part):
         tokens_BT[b, : len(documents[i])], segment_ids_BT[b, : len(documents[i])] = documents[i], 1
-      logprobs_BT = np.asarray(a.score(params, tokens_BT, segment_ids_BT).logprobs_BT)
+      logprobs_BT = np.asarray(programs.score(params, tokens_BT, segment_ids_BT).logprobs_BT)
       for b, i in enumerate(part):
         scores[i] = [None, *logprobs_BT[b, 1 : len(documents[i])].tolist()]
   return scores

@@ -5,7 +5,9 @@
 The dataset (TFDS, array_record) is written once, in the work directory. Run the same command again to resume.
 """
 
+import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -13,15 +15,20 @@ from ml_collections import ConfigDict
 
 from nemocascade.data import loader, sources
 from nemocascade.domains import domain as domain_lib
+from nemocascade.domains.domain import Domain
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.mesh import check_rows
 from nemocascade.report.metrics import MetricsWriter, progress
-from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime import parts
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.stage import Outcome, abstract_state, check_start, jit_step, own_tokenizer, start
+from nemocascade.runtime.outcome import Outcome
+from nemocascade.runtime.parts import Parts
+from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
 from nemocascade.runtime.supervision import Supervisor
+from nemocascade.runtime.text import own_tokenizer
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
@@ -39,13 +46,13 @@ def check(c: ConfigDict) -> None:
     raise UserError("conversations: all are 0, so there is nothing to learn from; give one of at least 1")
 
 
-def check_documents(c: ConfigDict, a: Assembly) -> None:
+def check_documents(c: ConfigDict, p: Parts) -> None:
   """Raises UserError if not even the shortest of the first demonstrations fits in a row."""
   lengths = {
     len(document.tokens_T)
     for name, count in c.conversations.items()
-    for example in domain_lib.demonstrations(a.domains[name], a.c.seed, 0, min(count, 8), non_thinking_share=c.non_thinking)
-    for document in loader.to_documents(example, a.tokenizer)
+    for example in domain_lib.demonstrations(p.domains[name], c.seed, 0, min(count, 8), non_thinking_share=c.non_thinking)
+    for document in loader.to_documents(example, p.text.tokenizer)
   }  # fmt: skip
   if min(lengths) > c.row_tokens:
     raise UserError(
@@ -53,15 +60,14 @@ def check_documents(c: ConfigDict, a: Assembly) -> None:
     )
 
 
-def demonstrations(a: Assembly, c: ConfigDict):
+def demonstrations(c: ConfigDict, directory: Path, domains: Mapping[str, Domain]):
   """The demonstrations of all domains as a data source. Written at the first call, then read."""
-  directory = a.workdir / "data" / "demonstrations"
 
   def write():
     examples = (
       example
       for name, count in c.conversations.items()
-      for example in domain_lib.demonstrations(a.domains[name], a.c.seed, 0, count, non_thinking_share=c.non_thinking)
+      for example in domain_lib.demonstrations(domains[name], c.seed, 0, count, non_thinking_share=c.non_thinking)
     )
     if not directory.exists():
       sources.write_demonstrations(examples, directory, name="demonstrations")
@@ -70,28 +76,29 @@ def demonstrations(a: Assembly, c: ConfigDict):
   return sources.read_demonstrations(directory)
 
 
-def program(c: ConfigDict, a: Assembly):
+def program(c: ConfigDict, programs: Programs):
   """(optimizer, abstract state, jitted step). Raises UserError if rows do not divide over the mesh."""
-  check_rows("rows of a step", c.rows, a.mesh)
+  check_rows("rows of a step", c.rows, programs.mesh)
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  state = abstract_state(tx, a.template, a.mesh)
+  state = abstract_state(tx, programs.template, programs.mesh)
   balance = RouterBalance(**c.router_balance)
-  step = sft_step(a.score_fn_under(balance), tx, balance=balance, add_to_bias=a.add_to_bias)
-  return tx, state, jit_step(step, state, a.mesh)
+  step = sft_step(programs.score_fn_under(balance), tx, balance=balance, add_to_bias=programs.add_to_bias)
+  return tx, state, jit_step(step, state, programs.mesh)
 
 
-def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Outcome:
+def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcome:
   """Trains to step c.steps, from the stage's last checkpoint if there is one, else from `init_from`.
 
   Raises:
     StageStopped: a guard ended the stage, or too many updates in a row were not finite.
   """
   began = time.time()
-  tx, _, step_fn = program(c, a)
-  documents = loader.tokenize_all(demonstrations(a, c), a.tokenizer)
-  batches = loader.Loader(documents, T=c.row_tokens, B=c.rows, seed=a.c.seed)
+  tx, _, step_fn = program(c, p.programs)
+  source = demonstrations(c, stage_dir.parent / "data" / "demonstrations", p.domains)
+  documents = loader.tokenize_all(source, p.text.tokenizer)
+  batches = loader.Loader(documents, T=c.row_tokens, B=c.rows, seed=c.seed)
 
-  state, record, store = start(a, stage_dir, tx, init_from)
+  state, record, store = start(c, stage_dir, p, tx, init_from)
   first = int(state.step)
   if record.get("iterator"):
     batches.set_state(record["iterator"])
@@ -110,7 +117,7 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
     pending = None
     for step in range(first, c.steps):
       batch = next(batches)
-      state, metrics = step_fn(state, a.put(batch))  # Asynchronous: does not wait for the step.
+      state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
       tokens += int((batch.segment_ids_BT > 0).sum())
       if pending is not None:
         finish(step - 1, pending)
@@ -129,12 +136,12 @@ def run(c: ConfigDict, stage_dir: Path, a: Assembly, init_from: str = "") -> Out
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
   check_owner(c, workdir)
-  a = Assembly(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from))
-  check_start(a, "init_from", c.init_from)
-  program(c, a)
-  check_documents(c, a)
-  claim(c, workdir, a)
-  run(c, workdir / "sft", a, c.init_from)
+  p = parts.build(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from))
+  check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
+  program(c, p.programs)
+  check_documents(c, p)
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text))
+  run(c, workdir / "sft", p, c.init_from)
 
 
 if __name__ == "__main__":

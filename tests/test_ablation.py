@@ -20,7 +20,8 @@ from experiments import ablation
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.size import count_params, matmul_params
-from nemocascade.runtime.stage import Outcome, Spent
+from nemocascade.runtime.heldout import Heldout
+from nemocascade.runtime.outcome import Outcome, Spent
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def trained(monkeypatch):
   """Replaces training by stubs; returns the list of (arm's folder, learning rate, start, teachers) that were run."""
   runs = []
 
-  def run_stage(c, workdir, a, record, name, main_line):
-    assert a.c.seed == c.seed and a.workdir == workdir
+  def run_stage(c, workdir, p, rows, record, name):
+    assert rows.seed == c.seed
     checkpoint = workdir / name / "checkpoints" / "1"
     (checkpoint / "params").mkdir(parents=True, exist_ok=True)
     record.put(
@@ -39,29 +40,31 @@ def trained(monkeypatch):
        "scores_after": {"math": 0.3}, "scores_intervals_after": {"math": [0.2, 0.4]}, "n_eval": {"math": 32}}
     )  # fmt: skip
 
-  def run_arm(arm, directory, a, init, teachers, watch):
+  def run_arm(arm, directory, p, init, teachers, watch):
     runs.append((directory.parent.name, arm.optimizer.peak_lr, init, teachers))
-    assert directory.name == "rl" and a.c.seed == arm.seed
+    assert directory.name == "rl" and f"seed_{arm.seed}" in directory.parts
     for steps in range(1, arm.steps + 1):
       if watch(steps, (arm.advantage, arm.optimizer.peak_lr, steps), Spent(sampled=10 * steps)):
         break
     return Outcome(None, "", steps, 10 * steps, 1.0)
 
-  def scores(c, a, params, full):
+  def scores(c, p, rows, params, full):
     """GRPO scores best at a rate of 1e-3, MOPD at 2e-3.
 
     The student scores 0.2 plus 0.01 times the seed; the teacher scores 0.3 more.
     """
     what, rate, steps = params
     rise = 0.1 * steps - abs(rate - (2e-3 if what == "mopd" else 1e-3))
-    return {"math": 0.2 + 0.01 * a.c.seed + (0.3 if what == "teacher" else rise if steps else 0)}
+    return {"math": 0.2 + 0.01 * rows.seed + (0.3 if what == "teacher" else rise if steps else 0)}
 
   monkeypatch.setattr(ablation.cascade, "run_stage", run_stage)
   monkeypatch.setattr(ablation.rl, "run", run_arm)
-  monkeypatch.setattr(ablation.rl.loading, "load", lambda path, template: (path.split("/")[-3], 1e-3, 0))
-  monkeypatch.setattr(ablation, "gather", lambda a, teachers, keep: [(t.domain, t.stage) for t in teachers])
+  monkeypatch.setattr(ablation.loading, "load", lambda path, template: (path.split("/")[-3], 1e-3, 0))
+  monkeypatch.setattr(
+    ablation, "gather", lambda programs, tokenizer, teachers, keep, rows: [(t.domain, t.stage) for t in teachers]
+  )
   monkeypatch.setattr(ablation, "scores", scores)
-  monkeypatch.setattr(ablation.Assembly, "heldout", {})
+  monkeypatch.setattr(ablation.heldout, "draw", lambda c, *_: Heldout({}, c.evaluation, c.seed))
   return runs
 
 
@@ -119,12 +122,12 @@ def test_an_arm_ends_when_its_budget_is_spent_and_is_scored_there_once(tmp_path,
   c = grpo_vs_mopd.get_config("smoke")
   c.budget.update(unit=unit, amount=1.0)
   monkeypatch.setattr(ablation, "scores", lambda *args, full: {"math": 0.25 + 0.5 * full})
-  a = SimpleNamespace(model_config=ModelConfig.from_fields(c.model.to_dict()))
-  path, spent = tmp_path / "evaluations.jsonl", ablation.rl.Spent()
-  watch = ablation.watcher(c, a, path, last_step=5)
+  p = SimpleNamespace(programs=SimpleNamespace(config=ModelConfig.from_fields(c.model.to_dict())))
+  path, spent = tmp_path / "evaluations.jsonl", Spent()
+  watch = ablation.watcher(c, p, None, path, last_step=5)
   assert not watch(1, None, spent)
   assert watch(3, None, spent.plus(sampled=1))
-  assert ablation.watcher(c, a, path, last_step=5)(3, None, spent.plus(sampled=1))  # Again, as after a kill.
+  assert ablation.watcher(c, p, None, path, last_step=5)(3, None, spent.plus(sampled=1))  # Again, as after a kill.
   lines = [json.loads(text) for text in path.read_text().splitlines()]
   assert [(x["steps"], x["tokens"], x["score"]) for x in lines] == [(1, 0, 0.25), (3, 1, 0.75)]
 

@@ -94,21 +94,21 @@ def test_the_command_takes_the_suite_as_its_argument():
   assert done.returncode == 2 and done.stderr.startswith("error: unknown suite 'none'")
 
 
-def smoke_rl(tmp_path):
-  """The config of `bench rl` and its start, at a size that compiles in seconds."""
+def smoke_rl():
+  """The config of `bench rl` and its parts, at a size that compiles in seconds."""
   c = rl.config(**SMALL | dict(vocab_size=256, hybrid_override_pattern="M*E"))
   c.steps = 2
   c.rollout.update(prompts=2, completions=4, total_tokens=rl.PROMPT_TOKENS + 12)
   c.packing.update(rows=8, row_tokens=rl.PROMPT_TOKENS + 12)
-  return c, rl.assembly(c, tmp_path)
+  return c, rl.make_parts(c)
 
 
 def test_our_step_of_bench_rl_samples_every_token_and_rewards_differ(tmp_path):
-  c, a = smoke_rl(tmp_path)
-  calls, start = [], rl.save(a, rl.endless_params(a), tmp_path / "start")
-  seconds, phases = rl.run_ours(c, a, start, tmp_path / "rl", lambda: calls.append(1))
+  c, p = smoke_rl()
+  calls, start = [], rl.save(c, p.text.tokenizer, rl.endless_params(p.programs, c.seed), tmp_path / "start")
+  seconds, phases = rl.run_ours(c, p, start, tmp_path / "rl", lambda: calls.append(1))
   assert len(seconds) == len(phases) == len(calls) == 2
-  assert all(0 < sum(p.values()) <= s and set(p) == set(rl.PHASES) for s, p in zip(seconds, phases))
+  assert all(0 < sum(of.values()) <= s and set(of) == set(rl.PHASES) for s, of in zip(seconds, phases))
   (first, _) = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
   assert first["rollout/tokens"] == 12 and first["rollout/unfinished"] == 1
   assert first["rollout/groups_with_signal"] > 0 and first["advantage/abs"] > 0
@@ -116,10 +116,10 @@ def test_our_step_of_bench_rl_samples_every_token_and_rewards_differ(tmp_path):
 
 def test_prompts_of_bench_rl_have_16_tokens_for_transformers_too(tmp_path):
   transformers = pytest.importorskip("transformers")
-  c, a = smoke_rl(tmp_path)
-  a.tokenizer.save(tmp_path / "tokenizer.json")
+  c, p = smoke_rl()
+  p.text.tokenizer.save(tmp_path / "tokenizer.json")
   theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-  texts, tokens, letters = rl.prompts(c, a)
+  texts, tokens, letters = rl.prompts(c, p)
   assert theirs(texts)["input_ids"] == tokens and {len(t) for t in tokens} == {rl.PROMPT_TOKENS}
   assert len(texts) == 2 * 2 and all(letter in rl.CONSONANTS for letter in letters)
 

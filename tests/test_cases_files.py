@@ -23,7 +23,7 @@ from nemocascade.errors import UserError
 from nemocascade.report.metrics import MetricsWriter, read_lines
 from nemocascade.runtime import loading
 from nemocascade.runtime.sharing import own
-from nemocascade.runtime.stage import own_tokenizer
+from nemocascade.runtime.text import own_tokenizer
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.state_files import read_state
 from nemocascade.store import checksums, conversion
@@ -37,7 +37,7 @@ READERS = {
   "cascade.json": lambda path: Record.open(path.parent),
   "model/config.json": lambda path: loading.read_config(path.parent),
   "metrics.jsonl": lambda path: MetricsWriter(path.parent, start_step=5),
-  "start.json": lambda path: ablation.start_of(None, None, None, path.parent),
+  "start.json": lambda path: ablation.start_of(None, None, None, None, path.parent),
   "hf.json": lambda path: read_state(path, conversion.RECORD_SHAPE, remedy=conversion.AGAIN),
 }
 

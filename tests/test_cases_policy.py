@@ -155,7 +155,7 @@ def test_a_reward_that_is_no_number_masks_its_sample_and_changes_no_other(case, 
   rewards_G = np.array(case["rewards"], np.float64)
   verdicts = [Verdict(1.0 if from_judge else r, "") for r in rewards_G]
   rollout_, counts = scoring.to_rollout(
-    samples(rewards_G), [verdicts], rewards_QG=rewards_G[None] if from_judge else None
+    samples(rewards_G), [verdicts], compared=[[Verdict(r, "") for r in rewards_G]] if from_judge else None
   )
   finite_G = np.isfinite(rewards_G)
   np.testing.assert_array_equal(rollout_.valid_QG, finite_G[None])

@@ -16,7 +16,7 @@ from nemocascade.data import chat
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.runtime import json_rows
-from nemocascade.runtime.assembly import from_checkpoint, model_alone
+from nemocascade.runtime.parts import from_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = tiny_checkpoint.TOKENIZER
@@ -28,8 +28,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint, tmp_path_factory):
-  return from_checkpoint(model_alone(), tmp_path_factory.mktemp("work"), checkpoint)
+def loaded(checkpoint):
+  return from_checkpoint(checkpoint)
 
 
 def write(path, lines):
@@ -44,8 +44,8 @@ def read(path):
 @pytest.fixture(scope="module")
 def logits(loaded):
   """Function tokens -> logits [T, V] by the full forward pass; padding gives all lengths one program."""
-  a, params = loaded
-  apply = jax.jit(lambda *row: a.model.apply({"params": params}, *row, method="logits"))
+  programs, _, params = loaded
+  apply = jax.jit(lambda *row: programs.model.apply({"params": params}, *row, method="logits"))
 
   def logits_of(tokens):
     tokens_BT, segment_ids_BT = np.zeros((2, 1, 128), np.int32)
@@ -85,20 +85,20 @@ def test_score_is_the_forward_pass_of_each_row_alone(checkpoint, logits, tmp_pat
 
 
 def test_many_lengths_are_few_programs(loaded):
-  a, params = loaded
+  programs, _, params = loaded
   documents = [LONG[: 1 + n % 64] for n in range(200)]
   with CompileCounter() as compiled:
-    score.score(a, params, documents)
+    score.score(programs, params, documents)
   assert compiled.count <= 4  # Two buckets, and at most two small programs besides.
   with CompileCounter() as compiled:
-    score.score(a, params, [tokens[::-1] for tokens in documents[::-1]])
+    score.score(programs, params, [tokens[::-1] for tokens in documents[::-1]])
   assert compiled.count == 0
 
 
 def test_greedy_completions_are_the_likeliest_tokens(loaded, logits):
-  a, params = loaded
+  programs, tokenizer, params = loaded
   lines = [{"tokens": LONG[:40], "id": 1}, {"messages": TALK[:1]}, *({"tokens": p} for p in PROMPTS[:2])]
-  done = generate.generate(a, params, lines, temperature=0.0, max_new_tokens=NEW, thinking=False)
+  done = generate.generate(programs, tokenizer, params, lines, temperature=0.0, max_new_tokens=NEW, thinking=False)
   assert done[0]["id"] == 1 and done[1]["messages"] == TALK[:1]
   pieces = chat.render(TALK[:1], add_generation_prompt=True, enable_thinking=False)
   prompts = [LONG[:40], chat.tokenize(pieces, TOKENIZER)[0], *PROMPTS[:2]]
@@ -113,8 +113,10 @@ def test_greedy_completions_are_the_likeliest_tokens(loaded, logits):
 
 
 def test_a_completion_depends_on_its_number_and_the_seed_alone(loaded):
-  a, params = loaded
-  sample = lambda prompts, seed=0: generate.complete(a, params, prompts, max_new_tokens=NEW, seed=seed)
+  programs, tokenizer, params = loaded
+  sample = lambda prompts, seed=0: generate.complete(
+    programs, tokenizer, params, prompts, max_new_tokens=NEW, seed=seed
+  )
   done = sample(PROMPTS)
   assert sample([*PROMPTS, LONG[:20], LONG[:40]])[:3] == done
   assert sample(PROMPTS, seed=1) != done
@@ -122,16 +124,15 @@ def test_a_completion_depends_on_its_number_and_the_seed_alone(loaded):
 
 
 def test_top_p_keeps_to_the_nucleus(loaded):
-  a, params = loaded
+  programs, tokenizer, params = loaded
   settings = dict(max_new_tokens=NEW, seed=3)
-  greedy = generate.complete(a, params, PROMPTS, temperature=0.0, **settings)
-  narrow = generate.complete(a, params, PROMPTS, temperature=1.0, top_p=1e-6, **settings)
+  greedy = generate.complete(programs, tokenizer, params, PROMPTS, temperature=0.0, **settings)
+  narrow = generate.complete(programs, tokenizer, params, PROMPTS, temperature=1.0, top_p=1e-6, **settings)
   assert narrow[0]["tokens"] == greedy[0]["tokens"]
   np.testing.assert_allclose(narrow[0]["logprobs"], 0.0, atol=1e-6)
 
 
-def test_a_row_may_set_the_template_for_itself(loaded):
-  a, _ = loaded
+def test_a_row_may_set_the_template_for_itself():
   ask = lambda **own: json_rows.tokens_of(
     [(1, {"messages": TALK[:1], **own})], TOKENIZER, path="rows", vocab_size=640,
     add_generation_prompt=True, enable_thinking=True,
@@ -164,7 +165,7 @@ WRONG = [
 @pytest.mark.parametrize("command", ["score", "generate"])
 def test_all_bad_rows_are_named_before_anything_is_compiled(checkpoint, tmp_path, monkeypatch, cases, command):
   for name in ("score", "engine"):
-    monkeypatch.setattr(f"nemocascade.runtime.assembly.Assembly.{name}", None, raising=False)
+    monkeypatch.setattr(f"nemocascade.runtime.programs.Programs.{name}", None, raising=False)
   path, out = write(tmp_path / "in.jsonl", [row for row, _ in cases]), tmp_path / "out.jsonl"
   with pytest.raises(UserError, match=r".*; ".join(why for _, why in cases)):
     if command == "score":
@@ -175,14 +176,12 @@ def test_all_bad_rows_are_named_before_anything_is_compiled(checkpoint, tmp_path
 
 
 def test_without_a_tokenizer_tokens_work_and_messages_are_refused(loaded):
-  a, params = loaded
+  programs, _, params = loaded
   one = json_rows.tokens_of([(1, {"tokens": [5, 6]})], None, path="rows", vocab_size=640)
   assert one == [[5, 6]]
   with pytest.raises(UserError, match="line 4: has messages, but the checkpoint has no tokenizer"):
     json_rows.tokens_of([(4, {"messages": TALK})], None, path="rows", vocab_size=640)
-  with pytest.MonkeyPatch().context() as patch:
-    patch.setattr(a, "tokenizer", None)
-    assert generate.complete(a, params, PROMPTS, max_new_tokens=NEW)[0]["text"] is None
+  assert generate.complete(programs, None, params, PROMPTS, max_new_tokens=NEW)[0]["text"] is None
 
 
 @pytest.mark.parametrize(

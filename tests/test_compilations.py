@@ -1,6 +1,7 @@
 """All programs are compiled in the first step of a stage; nothing compiles later, on one device or on eight."""
 
 import contextlib
+import dataclasses
 import zlib
 
 import jax
@@ -14,14 +15,17 @@ from experiments import sft as sft_stage
 from nemocascade.domains.domain import Domain, assistant
 from nemocascade.domains.rows import make_prompt
 from nemocascade.report.metrics import CompileCounter
+from nemocascade.rollout import episode
 from nemocascade.rollout.engine import Engine
-from nemocascade.runtime.assembly import Assembly
-from nemocascade.runtime.teachers import Teacher
-from nemocascade.runtime.teaching import gather
+from nemocascade.runtime import parts
+from nemocascade.runtime.heldout import draw
+from nemocascade.runtime.start import save_model_files
+from nemocascade.runtime.teachers import Teacher, gather
 from nemocascade.store.checkpoint import Store
 from nemocascade.types import TrainState
 from nemocascade.verifiers.verdict import Verdict
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 P, T = 200, 264
 GRIDS = [(1, 1), (2, 4)]
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}
@@ -58,17 +62,9 @@ class Adding(Domain):
     return Verdict(float(zlib.crc32(completion.text.encode("utf-8", "replace")) % 2), "")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-  """Compiles without most optimizations, because compilation takes nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module", params=GRIDS, ids=str)
 def stage(request, tmp_path_factory):
-  """(assembly on this mesh, its folder)."""
+  """(config with this mesh, its parts, a folder)."""
   root = tmp_path_factory.mktemp("compilations")
   c = if_rl.get_config("smoke")
   with c.unlocked():
@@ -76,18 +72,17 @@ def stage(request, tmp_path_factory):
     c.mesh = dict(zip(("data", "expert"), request.param, strict=True))
     c.domains, c.tokenizer.conversations = ("preference",), 20
     c.evaluation.update(prompts=20, batch=64, prompt_tokens=P, total_tokens=T, long_domains=())
-  a = Assembly(c, root)
-  a.domains = {name: Adding(name) for name in ("near", "far")}
-  return a, root
+  p = parts.build(c, root)
+  return c, dataclasses.replace(p, domains={name: Adding(name) for name in ("near", "far")}), root
 
 
-def steps_of(a, c, kind):
+def steps_of(base, c, kind):
   """Config of a stage of three steps that saves a checkpoint after each."""
   fields = {"sft": sft, "rl": if_rl, "reward_model": reward_model}[kind].get_config("smoke")
-  out = a.c.copy_and_resolve_references()
+  out = base.copy_and_resolve_references()
   with out.unlocked():
     out.update(fields)
-    out.model, out.mesh, out.evaluation, out.domains = a.c.model, a.c.mesh, a.c.evaluation, tuple(a.domains)
+    out.model, out.mesh, out.evaluation, out.domains = base.model, base.mesh, base.evaluation, ("near", "far")
     out.steps, out.save_every = 3, 1
     out.update_from_flattened_dict(c)
   return out
@@ -116,17 +111,17 @@ def nothing_after_the_first_step(monkeypatch):
 
 
 def test_sft(stage, monkeypatch):
-  a, root = stage
-  c = steps_of(a, {"conversations": {"near": 40, "far": 40}, "rows": 8, "row_tokens": 256}, "sft")
+  base, p, root = stage
+  c = steps_of(base, {"conversations": {"near": 40, "far": 40}, "rows": 8, "row_tokens": 256}, "sft")
   with nothing_after_the_first_step(monkeypatch):
-    sft_stage.run(c, root / "sft", a)
+    sft_stage.run(c, root / "sft", p)
 
 
 def test_a_reward_model(stage, monkeypatch):
-  a, root = stage
-  c = steps_of(a, {"pairs": 8, "heldout_pairs": 16}, "reward_model")
+  base, p, root = stage
+  c = steps_of(base, {"pairs": 8, "heldout_pairs": 16}, "reward_model")
   with nothing_after_the_first_step(monkeypatch):
-    reward_stage.run(c, root / "reward", a)
+    reward_stage.run(c, root / "reward", p)
 
 
 ROLLOUT = {
@@ -143,53 +138,56 @@ def extended(monkeypatch):
   return seen
 
 
-def checkpoint(a, root, seed):
+def checkpoint(c, p, root, seed):
   path = root / f"start_{seed}"
-  a.save_model_files(path)
-  Store(path / "checkpoints").save(1, TrainState(np.int32(0), a.fresh_params(jax.random.key(seed)), {}), {})
+  save_model_files(c, path, p.text.tokenizer)
+  Store(path / "checkpoints").save(1, TrainState(np.int32(0), p.programs.fresh_params(jax.random.key(seed)), {}), {})
   return str(path / "checkpoints" / "1")
 
 
 def test_grpo_with_tools_and_batches_that_are_refilled(stage, monkeypatch, extended):
   """On the mesh with shared prompts, on one device with two updates per batch."""
-  a, root = stage
-  shared = a.mesh.size > 1
+  base, p, root = stage
+  shared = p.programs.mesh.size > 1
   more = {"packing.shared_prompts": True, "packing.row_tokens": T - P + 10} if shared else {"updates": 2}
-  c = steps_of(a, ROLLOUT | {"refill_rounds": 3} | more, "rl")
-  start, rounds = checkpoint(a, root, 0), []
-  collect = a.collect
-  monkeypatch.setattr(a, "collect", lambda *args, **how: rounds.append(how) or collect(*args, **how))
+  c = steps_of(base, ROLLOUT | {"refill_rounds": 3} | more, "rl")
+  start, rounds = checkpoint(base, p, root, 0), []
+  collect = episode.collect
+  monkeypatch.setattr(episode, "collect", lambda *args, **how: rounds.append(how) or collect(*args, **how))
   with nothing_after_the_first_step(monkeypatch):
-    rl_stage.run(c, root / "grpo", a, start)
+    rl_stage.run(c, root / "grpo", p, start)
   assert len(rounds) > 3 and extended
   assert all(("completion_tokens" in how) and (how["completion_tokens"] is not None) == shared for how in rounds)
 
 
 def test_mopd_with_two_teachers_of_which_one_is_in_memory(stage, monkeypatch, extended):
-  a, root = stage
-  starts = [checkpoint(a, root, seed) for seed in (1, 2)]
+  base, p, root = stage
+  starts = [checkpoint(base, p, root, seed) for seed in (1, 2)]
   c = steps_of(
-    a, ROLLOUT | {"advantage": "mopd", "correction": "icepop", "aggregation": "sequence_mean", "dynamic_filtering": False}, "rl"
+    base, ROLLOUT | {"advantage": "mopd", "correction": "icepop", "aggregation": "sequence_mean", "dynamic_filtering": False}, "rl"
   )  # fmt: skip
   with c.unlocked():
     c.teachers = dict(near=starts[0], far=starts[1])
-  teachers = gather(a, [Teacher("near", starts[0], 0.0, ""), Teacher("far", starts[1], 0.0, "")], keep=1)
+  of = [Teacher("near", starts[0], 0.0, ""), Teacher("far", starts[1], 0.0, "")]
+  rows = draw(base, p.domains, p.text.tokenizer).rows
+  teachers = gather(p.programs, p.text.tokenizer, of, 1, rows)
   with nothing_after_the_first_step(monkeypatch):
-    rl_stage.run(c, root / "mopd", a, starts[0], teachers)
+    rl_stage.run(c, root / "mopd", p, starts[0], teachers)
   assert extended and teachers.loads > 4
 
 
 def test_evaluation(stage, monkeypatch, extended):
   """After a first evaluation, no greedy one, none with tool answers and none with moved parameters compiles."""
-  a, _ = stage
+  c, p, _ = stage
   monkeypatch.setattr(Adding, "later", False)
-  fresh = [a.fresh_params(jax.random.key(seed)) for seed in (3, 4)]
-  placed = jax.device_put(fresh[0], jax.tree.map(lambda leaf: leaf.sharding, a.template))
+  fresh = [p.programs.fresh_params(jax.random.key(seed)) for seed in (3, 4)]
+  placed = jax.device_put(fresh[0], jax.tree.map(lambda leaf: leaf.sharding, p.programs.template))
+  rows = draw(c, p.domains, p.text.tokenizer)
   with CompileCounter() as first:
-    a.evaluate(fresh[0], temperature=1.0)
+    rows.evaluate(p, fresh[0], temperature=1.0)
   Adding.later = True
   with CompileCounter() as again:
-    a.evaluate(placed, temperature=0.0)
-    a.evaluate(fresh[1], temperature=0.7)
-    a.evaluate(jax.device_get(fresh[1]), temperature=0.7)
+    rows.evaluate(p, placed, temperature=0.0)
+    rows.evaluate(p, fresh[1], temperature=0.7)
+    rows.evaluate(p, jax.device_get(fresh[1]), temperature=0.7)
   assert len(first.programs) <= 3 and again.programs == [] and extended

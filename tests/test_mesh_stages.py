@@ -1,7 +1,6 @@
 """A stage's programs give the same results on any mesh, and in two processes, as on one device."""
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,17 +10,22 @@ from two_processes import assert_both_say
 
 from configs.tiny import rl as rl_config
 from experiments import sft
+from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
+from nemocascade.mesh import make_mesh
 from nemocascade.rollout.episode import Samples
 from nemocascade.runtime import objective
-from nemocascade.runtime.assembly import Assembly
 from nemocascade.runtime.hosts import join
-from nemocascade.runtime.stage import start
+from nemocascade.runtime.parts import Parts
+from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.signals import score_rows
+from nemocascade.runtime.start import start
 from nemocascade.runtime.teachers import TOLERANCES, check_probe, take_probe
-from nemocascade.runtime.teaching import score_rows
+from nemocascade.runtime.text import Text
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.types import Batch, Prompts
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 GRIDS = [(2, 4), (8, 1), (1, 8)]
 B, T, V = 16, 24, 64
 
@@ -51,9 +55,16 @@ class NoText:
     del directory
 
 
+def parts_of(c: ConfigDict) -> Parts:
+  """The parts of a run without domains."""
+  return Parts(Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(**c.mesh)), Text(NoText()), {})
+
+
 @functools.cache
-def assembly(data, expert) -> Assembly:
-  return Assembly(config(data, expert), Path("."), NoText())
+def on(data, expert) -> tuple[ConfigDict, Parts]:
+  """(config, parts) on this mesh."""
+  c = config(data, expert)
+  return c, parts_of(c)
 
 
 @functools.cache
@@ -73,55 +84,47 @@ def arrays() -> dict[str, np.ndarray]:
   }
 
 
-def sft_step(a: Assembly, directory):
+def sft_step(c: ConfigDict, p: Parts, directory):
   """(metrics, next state, store) of the first step of an SFT stage."""
-  tx, _, step_fn = sft.program(a.c, a)
-  state, _, store = start(a, directory, tx, "")
+  tx, _, step_fn = sft.program(c, p.programs)
+  state, _, store = start(c, directory, p, tx, "")
   x = arrays()
-  state, metrics = step_fn(state, a.put(Batch(x["tokens"], x["segment_ids"], x["mask"])))
+  state, metrics = step_fn(state, p.programs.put(Batch(x["tokens"], x["segment_ids"], x["mask"])))
   return metrics, state, store
 
 
-def rl_step(a: Assembly, directory):
-  tx = make_optimizer(total_steps=1, **a.c.optimizer)
-  _, step_fn, _ = objective.step_program(a.c, a)
-  state, _, _ = start(a, directory, tx, "")
-  state, metrics = step_fn(state, *a.put((arrays(), np.float32(arrays()["mask"].sum()))))
+def rl_step(c: ConfigDict, p: Parts, directory):
+  tx = make_optimizer(total_steps=1, **c.optimizer)
+  _, step_fn, _ = objective.step_program(c, p.programs)
+  state, _, _ = start(c, directory, p, tx, "")
+  state, metrics = step_fn(state, *p.programs.put((arrays(), np.float32(arrays()["mask"].sum()))))
   return metrics, state
 
 
-def rl_step_after_prompts(a: Assembly, directory):
+def rl_step_after_prompts(c: ConfigDict, p: Parts, directory):
   """The same for RL rows of one document, two rows after each of eight shared prompts."""
-  c = a.c.copy_and_resolve_references()
+  c = c.copy_and_resolve_references()
   c.packing.shared_prompts = True
   tx = make_optimizer(total_steps=1, **c.optimizer)
-  _, step_fn, _ = objective.step_program(c, a)
-  state, _, _ = start(a, directory, tx, "")
+  _, step_fn, _ = objective.step_program(c, p.programs)
+  state, _, _ = start(c, directory, p, tx, "")
   r = np.random.default_rng(1)
   prompts = Prompts(r.integers(0, V, (8, 6), np.int32), r.integers(1, 7, 8, np.int32))
   x = arrays() | {"segment_ids": (arrays()["segment_ids"] > 0).astype(np.int32)}
-  rows, count, prompts = a.put((x, np.float32(x["mask"].sum()), prompts))
+  rows, count, prompts = p.programs.put((x, np.float32(x["mask"].sum()), prompts))
   state, metrics = step_fn(state, rows, count, None, prompts)
   return metrics, state
 
 
 @functools.cache
 def on_one_device(step, directory):
-  metrics, state, *_ = step(assembly(1, 1), directory / "one")
+  metrics, state, *_ = step(*on(1, 1), directory / "one")
   return jax.device_get((metrics, state.params))
 
 
 def assert_same(got, expected):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-  """Compiles without most optimizations, because compilation takes nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +134,14 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize("data, expert", GRIDS)
 def test_an_sft_step_is_that_of_one_device_and_its_checkpoint_fits_any_mesh(root, data, expert):
-  a, directory = assembly(data, expert), root / f"sft_{data}_{expert}"
-  metrics, state, store = sft_step(a, directory)
+  directory = root / f"sft_{data}_{expert}"
+  metrics, state, store = sft_step(*on(data, expert), directory)
   assert_same(jax.device_get((metrics, state.params)), on_one_device(sft_step, root))
   if (data, expert) == (2, 4):
     store.save(1, state, {"there": 1})
-    for other in (assembly(8, 1), assembly(1, 1)):
-      tx, abstract, _ = sft.program(other.c, other)
-      again, record, _ = start(other, directory, tx, "")
+    for c, p in (on(8, 1), on(1, 1)):
+      tx, abstract, _ = sft.program(c, p.programs)
+      again, record, _ = start(c, directory, p, tx, "")
       assert record == {"there": 1}
       jax.tree.map(lambda x, want: np.testing.assert_equal(x.sharding, want.sharding), again, abstract)
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(state))
@@ -147,7 +150,7 @@ def test_an_sft_step_is_that_of_one_device_and_its_checkpoint_fits_any_mesh(root
 @pytest.mark.parametrize("step", [rl_step, rl_step_after_prompts])
 @pytest.mark.parametrize("data, expert", GRIDS)
 def test_an_rl_step_is_that_of_one_device(root, data, expert, step):
-  metrics, state = step(assembly(data, expert), root / f"{step.__name__}_{data}_{expert}")
+  metrics, state = step(*on(data, expert), root / f"{step.__name__}_{data}_{expert}")
   assert_same(jax.device_get((metrics, state.params)), on_one_device(step, root))
 
 
@@ -157,9 +160,9 @@ def test_an_rl_step_in_bf16_is_nearly_that_of_one_device(root):
   def change(data, expert):
     c = config(data, expert)
     c.model.update(dtype="bfloat16", num_experts_per_tok=8)  # All experts are chosen, so rounding changes no choice.
-    a = Assembly(c, Path("."), NoText())
-    before = jax.device_get(a.fresh_params(jax.random.key(0)))
-    _, state = rl_step(a, root / f"bf16_{data}_{expert}")
+    p = parts_of(c)
+    before = jax.device_get(p.programs.fresh_params(jax.random.key(0)))
+    _, state = rl_step(c, p, root / f"bf16_{data}_{expert}")
     moved = jax.tree.map(lambda new, old: np.ravel(new - old), jax.device_get(state.params), before)
     return np.concatenate(jax.tree.leaves(moved))
 
@@ -171,11 +174,11 @@ def test_a_probe_holds_on_another_mesh_in_bf16_and_finds_other_weights():
   def made(data, expert):
     c = config(data, expert)
     c.model.update(dtype="bfloat16", hybrid_override_pattern="M*EM*E")
-    a = Assembly(c, Path("."), NoText())
+    programs = parts_of(c).programs
     put = lambda seed: jax.device_put(
-      a.fresh_params(jax.random.key(seed)), jax.tree.map(lambda p: p.sharding, a.template)
+      programs.fresh_params(jax.random.key(seed)), jax.tree.map(lambda p: p.sharding, programs.template)
     )
-    return a.score, put
+    return programs.score, put
 
   tokens_BT = np.random.default_rng(2).integers(0, V, (4, 16))
   (score, put), (score_there, put_there) = made(1, 1), made(2, 4)
@@ -190,8 +193,8 @@ def test_a_probe_holds_on_another_mesh_in_bf16_and_finds_other_weights():
 
 
 def test_parameters_and_moments_are_cut_over_all_devices(root):
-  a = assembly(2, 4)
-  _, state, _ = sft.program(a.c, a)
+  c, p = on(2, 4)
+  _, state, _ = sft.program(c, p.programs)
   for tree in (state.params, state.opt_state):
     whole = sum(x.size for x in jax.tree.leaves(tree))
     here = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
@@ -200,12 +203,13 @@ def test_parameters_and_moments_are_cut_over_all_devices(root):
 
 @functools.cache
 def said_and_sampled(data, expert):
-  a = assembly(data, expert)
-  params = jax.device_put(a.fresh_params(jax.random.key(1)), jax.tree.map(lambda p: p.sharding, a.template))
+  programs = on(data, expert)[1].programs
+  places = jax.tree.map(lambda p: p.sharding, programs.template)
+  params = jax.device_put(programs.fresh_params(jax.random.key(1)), places)
   x = {name: row.reshape(4, 4, T) for name, row in arrays().items()}
   samples = Samples([], [], x["tokens"], x["segment_ids"], x["mask"], x["behaviour"], np.full((4, 4), T), [])
-  scored = score_rows(a, params, samples, [0, 2], np.float32(0.7))
-  engine = a.engine(6, 16)
+  scored = score_rows(programs, params, samples, [0, 2], np.float32(0.7))
+  engine = programs.engine(6, 16)
   d = engine.start(params, [[3, 4, 5], [6] * 6, [7], [8, 9]], 2)
   d = engine.decode(params, d, jax.random.key(2), 1.0, 1.0)
   return scored, np.asarray(d.tokens_BT), np.asarray(d.behaviour_logprobs_BT)
@@ -221,17 +225,16 @@ def test_teachers_say_and_policies_sample_what_they_do_on_one_device(data, exper
 
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused_with_the_numbers():
-  a = assembly(8, 1)
-  c = config(8, 1)
+  c, programs = config(8, 1), on(8, 1)[1].programs
   c.rows = 12
   with pytest.raises(UserError, match="12 rows over the 8 devices"):
-    sft.program(c, a)
+    sft.program(c, programs)
   c.packing.rows = 4
   with pytest.raises(UserError, match="2 rows over the 8 devices"):
-    objective.step_program(c, a)
+    objective.step_program(c, programs)
   c.rollout.prompts, c.packing.shared_prompts = 4, True
   with pytest.raises(UserError, match="rollout.prompts is 4 rows over the 8 devices"):
-    objective.step_program(c, a)
+    objective.step_program(c, programs)
 
 
 PROCESS = """
@@ -239,9 +242,9 @@ from pathlib import Path
 jax.config.update("jax_disable_most_optimizations", True)
 import test_mesh_stages as t
 from nemocascade.mesh import whole
-a, root = t.assembly(2, 4), Path(*arguments)
-metrics, state, store = t.sft_step(a, root / "two")
-gathered = jax.jit(lambda p: p, out_shardings=whole(a.mesh))(state.params)
+(c, p), root = t.on(2, 4), Path(*arguments)
+metrics, state, store = t.sft_step(c, p, root / "two")
+gathered = jax.jit(lambda p: p, out_shardings=whole(p.programs.mesh))(state.params)
 t.assert_same(jax.device_get((metrics, gathered)), t.on_one_device(t.sft_step, root / index))
 print("the same")
 """

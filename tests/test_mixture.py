@@ -114,10 +114,11 @@ def test_what_is_too_long_is_counted_once_and_the_next_row_takes_its_place():
 
 def test_a_domain_without_a_prompt_that_fits_is_named_before_the_first_step():
   with pytest.raises(UserError, match=rf"rollout.prompt_tokens=100: domain 'a' .* among {TRIES}"):
-    mixture({"a": 1.0, "b": 1.0}, long=lambda n: True)
+    mixture({"a": 1.0, "b": 1.0}, long=lambda n: True).check()
 
 
 def test_a_domain_without_a_share_is_never_drawn_nor_looked_at():
   domains = {"a": Numbered("a"), "b": Numbered("b", lambda n: True)}
   m = Mixture(domains, {"a": 1.0, "b": 0.0}, seed=0, tokenizer=None, limit=100, state={})
+  m.check()
   assert counts(m.draw(9)[0], "ab") == {"a": 9, "b": 0}

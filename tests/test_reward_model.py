@@ -68,10 +68,10 @@ def test_pairs_come_apart_in_one_compilation():
 
 def test_it_begins_with_the_blocks_of_a_language_model_and_no_opinion(tmp_path):
   checkpoint = tiny_checkpoint.make(tmp_path)
-  a = tiny_checkpoint.assembly(tmp_path)
-  params = on_top_of(checkpoint, a.reward_template)
-  chex.assert_trees_all_equal(params["backbone"], loading.load(checkpoint, a.template))
-  rewards = lambda params: RewardModel(a.model_config).apply({"params": params}, *rows([20, 21, 22], [30, 31, 32]))
+  programs = tiny_checkpoint.programs()
+  params = on_top_of(checkpoint, programs.reward_template)
+  chex.assert_trees_all_equal(params["backbone"], loading.load(checkpoint, programs.template))
+  rewards = lambda params: RewardModel(programs.config).apply({"params": params}, *rows([20, 21, 22], [30, 31, 32]))
   assert not np.any(rewards(params))
   seen = rewards(params | {"reward_head": jnp.ones_like(params["reward_head"])})
   assert np.all(np.isfinite(seen)) and seen[0] != seen[1]

@@ -1,5 +1,6 @@
 """An RL stage: bad requests are refused with the numbers, and a resumed stage is bitwise the same."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -13,11 +14,12 @@ from experiments import rl
 from nemocascade.domains.domain import Domain, Style
 from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import StageStopped, UserError
-from nemocascade.runtime import objective, teaching
-from nemocascade.runtime.assembly import Assembly
+from nemocascade.rollout import episode, rewards
+from nemocascade.runtime import objective, parts, signals
+from nemocascade.runtime.heldout import draw
 from nemocascade.runtime.mixture import Mixture
-from nemocascade.runtime.teachers import Teacher
-from nemocascade.runtime.teaching import gather
+from nemocascade.runtime.start import save_model_files
+from nemocascade.runtime.teachers import Teacher, gather
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 from nemocascade.verifiers.verdict import Verdict
@@ -123,13 +125,6 @@ class Vowels(Domain):
     return Verdict(sum(c in VOWELS for c in text) / max(len(text), 1), "share of vowels")
 
 
-def vowels_alone(a, *names):
-  """Replaces the named domains by this one."""
-  for name in names:
-    a.domains[name] = Vowels()
-    a.domains[name].name = name
-
-
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
   """A stage of four steps from fresh parameters, with a checkpoint after every second step."""
@@ -141,19 +136,20 @@ def stage(tmp_path_factory):
     c.packing.update(rows=8, pieces=2)
     c.guards.window = 2  # A short window, so that the guards' histories matter within four steps.
     c.optimizer.warmup_steps = 0
-  a = Assembly(c, root)
-  vowels_alone(a, "instruction")
-  params = a.fresh_params(jax.random.key(0))
+  p = parts.build(c, root)
+  p = dataclasses.replace(p, domains=p.domains | {"instruction": Vowels()})
+  params = p.programs.fresh_params(jax.random.key(0))
   Store(root / "start" / "checkpoints").save(1, TrainState(np.int32(0), params, {}), {})
-  a.save_model_files(root / "start")
+  save_model_files(c, root / "start", p.text.tokenizer)
   start = str(root / "start" / "checkpoints" / "1")
-  collect, keys = a.collect, set()
-  a.collect = lambda params, key, *args, **how: keys.add(str(key)) or collect(params, key, *args, **how)
-  outcome = rl.run(c, root / "whole" / "if_rl", a, start)
-  a.collect = collect
+  collect, keys = episode.collect, set()
+  with pytest.MonkeyPatch().context() as patch:
+    see = lambda engine, params, key, *args, **how: keys.add(str(key)) or collect(engine, params, key, *args, **how)
+    patch.setattr(episode, "collect", see)
+    outcome = rl.run(c, root / "whole" / "if_rl", p, start)
   assert len(keys) == c.steps  # Each step has its own random key.
   assert moved(outcome, start) and all(line["reward/mean"] > 0 for line in lines(root / "whole" / "if_rl"))
-  return c, a, root, start
+  return c, p, root, start
 
 
 def moved(outcome, start) -> bool:
@@ -178,11 +174,11 @@ def record(stage_dir):
 
 
 def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
-  c, a, root, start = stage
+  c, p, root, start = stage
   whole, cut = root / "whole" / "if_rl", root / "cut" / "if_rl"
   shutil.copytree(whole, cut)
   shutil.rmtree(cut / "checkpoints" / "4")  # As if killed in the fourth step.
-  outcome = rl.run(c, cut, a, start)
+  outcome = rl.run(c, cut, p, start)
   expected = load_params(whole / "checkpoints" / "4", jax.eval_shape(lambda p: p, outcome.params))
   jax.tree.map(np.testing.assert_array_equal, outcome.params, expected)
   assert lines(cut) == lines(whole)
@@ -192,14 +188,14 @@ def test_a_resumed_stage_is_the_uninterrupted_one_to_the_last_bit(stage):
 
 
 def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_repeated(stage, monkeypatch):
-  c, a, root, start = stage
-  collect, asked = a.collect, {}
-  monkeypatch.setattr(a, "collect", lambda *args, **how: asked.update(how) or collect(*args, **how))
+  c, p, root, start = stage
+  collect, asked = episode.collect, {}
+  monkeypatch.setattr(episode, "collect", lambda *args, **how: asked.update(how) or collect(*args, **how))
   shared = c.copy_and_resolve_references()
   with shared.unlocked():
     shared.steps = 1
     shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
-  assert moved(rl.run(shared, root / "shared" / "if_rl", a, start), start)
+  assert moved(rl.run(shared, root / "shared" / "if_rl", p, start), start)
   assert asked["completion_tokens"] == shared.packing.row_tokens  # A completion must fit in its row.
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
   # Router loads differ, because the tokens of a prompt are counted once; these metrics must agree.
@@ -208,33 +204,33 @@ def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_re
 
 
 def test_several_updates_a_batch_are_counted_as_one_step_and_all_learn(stage):
-  c, a, root, start = stage
+  c, p, root, start = stage
   twice = c.copy_and_resolve_references()
   with twice.unlocked():
     twice.updates, twice.steps, twice.ratio = 2, 1, "token_clip"
-  outcome = rl.run(twice, root / "twice", a, start)
+  outcome = rl.run(twice, root / "twice", p, start)
   (line,) = lines(root / "twice")
   assert change(outcome, start) > 1.5e-3 and line["step/skipped_nonfinite"] == 0
   assert line["policy/sampler_error"] < 1e-4  # Measured with the policy that sampled, before both updates.
   assert outcome.steps == 1 and len(lines(root / "twice")) == 1
   assert int(Store(root / "twice" / "checkpoints").latest()) == 1
-  assert rl.run(twice, root / "twice", a, start).steps == 1  # The stage is finished, so nothing runs again.
+  assert rl.run(twice, root / "twice", p, start).steps == 1  # The stage is finished, so nothing runs again.
 
 
 def test_a_batch_of_which_everything_is_left_out_is_counted_and_changes_no_parameter(stage, monkeypatch):
-  c, a, root, start = stage
+  c, p, root, start = stage
   none = c.copy_and_resolve_references()
   with none.unlocked():
     none.steps, none.dynamic_filtering = 2, True
   monkeypatch.setattr(Vowels, "judge", lambda *_: Verdict(0.25, "all alike"))
-  outcome = rl.run(none, root / "none", a, start)
+  outcome = rl.run(none, root / "none", p, start)
   assert [line["rollout/skipped"] for line in lines(root / "none")] == [1, 1]
   before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
   jax.tree.map(np.testing.assert_array_equal, outcome.params, before)
 
 
 def test_a_stage_ends_where_its_watcher_says_and_knows_it_when_run_again(stage):
-  c, a, root, start = stage
+  c, p, root, start = stage
   seen = []
 
   def watch(steps, params, spent):
@@ -242,7 +238,7 @@ def test_a_stage_ends_where_its_watcher_says_and_knows_it_when_run_again(stage):
     return spent.sampled > 0 and steps >= 1
 
   for _ in range(2):
-    outcome = rl.run(c, root / "watched", a, start, watch=watch)
+    outcome = rl.run(c, root / "watched", p, start, watch=watch)
     assert outcome.steps == 1 and outcome.checkpoint.endswith("/1")
   (steps, spent), again = seen
   assert again == (1, spent) and spent.sampled == outcome.tokens
@@ -254,20 +250,22 @@ def test_a_stage_ends_where_its_watcher_says_and_knows_it_when_run_again(stage):
 
 @pytest.mark.parametrize("name, options", [("reverse_kl", {}), ("forward_kl_topk", {"k": 1024})])
 def test_a_policy_that_is_its_own_teacher_is_at_no_distance_and_stays(stage, name, options):
-  c, a, root, start = stage
+  c, p, root, start = stage
   own = c.copy_and_resolve_references()
   with own.unlocked():
     own.steps, own.advantage, own.distillation, own.distillation_weight = 1, "none", name, 1.0
     own.options, own.teachers = {name: options}, dict.fromkeys(c.mixture, start)
     own.optimizer.update(peak_lr=1e-3, warmup_steps=0, eps=1.0)  # A small eps would amplify gradients near 0.
-  teachers = gather(a, [Teacher(domain, start, 0.0, "") for domain in c.mixture], keep=1)
-  other = a.fresh_params(jax.random.key(1))
+  rows = draw(c, p.domains, p.text.tokenizer).rows
+  teachers = gather(p.programs, p.text.tokenizer, [Teacher(domain, start, 0.0, "") for domain in c.mixture], 1, rows)
+  other = p.programs.fresh_params(jax.random.key(1))
   Store(root / name / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
   stranger = str(root / name / "other" / "checkpoints" / "1")
-  strangers = gather(a, [Teacher(domain, stranger, 0.0, "") for domain in c.mixture], keep=1)
+  of = [Teacher(domain, stranger, 0.0, "") for domain in c.mixture]
+  strangers = gather(p.programs, p.text.tokenizer, of, 1, rows)
   # It must learn from another teacher by more than the tolerance below; eps makes updates as small as gradients.
-  assert change(rl.run(own, root / f"{name}_of_another", a, start, strangers), start) > 3e-6
-  outcome = rl.run(own, root / name, a, start, teachers)
+  assert change(rl.run(own, root / f"{name}_of_another", p, start, strangers), start) > 3e-6
+  outcome = rl.run(own, root / name, p, start, teachers)
   (line,) = lines(root / name)
   assert abs(line["policy/teacher_kl"]) < 1e-6 and line["norm/grad"] < 1e-4
   before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
@@ -275,25 +273,25 @@ def test_a_policy_that_is_its_own_teacher_is_at_no_distance_and_stays(stage, nam
 
 
 def test_states_and_likeliest_tokens_are_those_of_each_prompts_own_teacher(stage):
-  c, a, root, start = stage
-  other = a.fresh_params(jax.random.key(1))
+  c, p, root, start = stage
+  other = p.programs.fresh_params(jax.random.key(1))
   Store(root / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
   other = str(root / "other" / "checkpoints" / "1")
   shares = {"instruction": 1.0, "math": 1.0}
-  rows, *_ = Mixture(a.domains, shares, seed=0, tokenizer=a.tokenizer, limit=48, state={}).draw(4)
-  params = a.fresh_params(jax.random.key(2))
+  rows, *_ = Mixture(p.domains, shares, seed=0, tokenizer=p.text.tokenizer, limit=48, state={}).draw(4)
+  params = p.programs.fresh_params(jax.random.key(2))
   r = c.rollout
-  samples = a.collect(
-    params, jax.random.key(0), rows, prompt_tokens=r.prompt_tokens, total_tokens=r.total_tokens, completions=2
-  )
-  teachers = gather(a, [Teacher("instruction", start, 0.0, ""), Teacher("math", other, 0.0, "")], keep=1)
-  expected = teaching.teacher_logprobs(a, teachers, samples, np.float32(1))
-  heads = teaching.teacher_heads(a, teachers)
-  found = teaching.teacher_states(a, teachers, samples)
+  engine = p.programs.engine(r.prompt_tokens, r.total_tokens)
+  samples = episode.collect(engine, params, jax.random.key(0), rows, p.domains, tokenizer=p.text.tokenizer, G=2)
+  of = [Teacher("instruction", start, 0.0, ""), Teacher("math", other, 0.0, "")]
+  teachers = gather(p.programs, p.text.tokenizer, of, 1, draw(c, p.domains, p.text.tokenizer).rows)
+  expected = signals.teacher_logprobs(p.programs, teachers, samples, np.float32(1))
+  heads = signals.teacher_heads(p.programs, teachers)
+  found = signals.teacher_states(p.programs, teachers, samples)
   logits = np.einsum("QGTD,QDV->QGTV", found["teacher_states_QGTD"], heads[found["teacher_Q"]])
   logprobs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), samples.tokens_QGT[..., None], -1)[..., 0]
   np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)
-  top = teaching.teacher_likeliest(a, teachers, samples, 1024, np.float32(1))
+  top = signals.teacher_likeliest(p.programs, teachers, samples, 1024, np.float32(1))
   at = np.argmax(top["top_tokens_QGTK"] == samples.tokens_QGT[..., None], axis=-1)
   logprobs = np.take_along_axis(top["top_logprobs_QGTK"], at[..., None], -1)[..., 0]
   np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)
@@ -306,21 +304,21 @@ def test_a_step_learns_from_what_the_trainer_itself_would_have_sampled(stage):
 
 
 def test_a_reward_rises_on_a_task_that_twenty_steps_can_learn(stage):
-  c, a, root, start = stage
+  c, p, root, start = stage
   longer = c.copy_and_resolve_references()
   with longer.unlocked():
     longer.steps, longer.save_every = 20, 20
     longer.rollout.update(prompts=8, completions=8, prompt_tokens=32, total_tokens=48)
     longer.packing.update(rows=16, row_tokens=192, pieces=1)
     longer.optimizer.peak_lr = 1e-2
-  rl.run(longer, root / "learns" / "if_rl", a, start)
-  rewards = [line["reward/mean"] for line in lines(root / "learns" / "if_rl")]
-  assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.1, rewards
+  rl.run(longer, root / "learns" / "if_rl", p, start)
+  found = [line["reward/mean"] for line in lines(root / "learns" / "if_rl")]
+  assert np.mean(found[-4:]) > np.mean(found[:4]) + 0.1, found
 
 
 def test_one_bad_batch_is_passed_over_and_so_many_in_a_row_end_the_stage(stage, monkeypatch):
-  c, a, root, start = stage
-  to_rollout, bad = rl.score.to_rollout, {1}
+  c, p, root, start = stage
+  to_rollout, bad = rewards.to_rollout, {1}
   calls = []
 
   def poisoned(*args, **how):
@@ -330,32 +328,32 @@ def test_one_bad_batch_is_passed_over_and_so_many_in_a_row_end_the_stage(stage, 
       rollout = rollout.replace(rewards_QG=np.full_like(rollout.rewards_QG, np.nan))
     return rollout, counts
 
-  monkeypatch.setattr(rl.score, "to_rollout", poisoned)
-  outcome = rl.run(c, root / "one_bad" / "if_rl", a, start)
+  monkeypatch.setattr(rewards, "to_rollout", poisoned)
+  outcome = rl.run(c, root / "one_bad" / "if_rl", p, start)
   assert [line["step/skipped_nonfinite"] for line in lines(root / "one_bad" / "if_rl")] == [0, 1, 0, 0]
   assert moved(outcome, start) and all(np.isfinite(p).all() for p in jax.tree.leaves(outcome.params))
 
   bad.update(range(10))
   with pytest.raises(StageStopped, match=r"^if_rl, step 2: 3 updates in a row .*max_nonfinite=3"):
     calls.clear()
-    rl.run(c, root / "all_bad" / "if_rl", a, start)
+    rl.run(c, root / "all_bad" / "if_rl", p, start)
   # The count is in the checkpoint's record, so a restarted stage does not count from 0 again.
   with pytest.raises(StageStopped, match=r"^if_rl, step 2: 3 updates in a row"):
-    rl.run(c, root / "all_bad" / "if_rl", a, start)
+    rl.run(c, root / "all_bad" / "if_rl", p, start)
   kept = load_params(root / "all_bad" / "if_rl" / "checkpoints" / "2", jax.eval_shape(lambda p: p, outcome.params))
   before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
   jax.tree.map(np.testing.assert_array_equal, kept, before)
 
 
 def test_a_guard_that_stops_saves_says_why_and_lets_nothing_go_on_there(stage, capsys):
-  c, a, root, start = stage
+  c, p, root, start = stage
   guarded = c.copy_and_resolve_references()
   guarded.guards.entropy_collapse.update(action="stop", threshold=100.0)
   guarded.guards.length_explosion.update(action="warn", threshold=0.0)
   guarded.guards.window = 3
   for words in ("^if_rl, step 2: entropy_collapse: policy/entropy is .* init_from=.*/3$", "ended by entropy_collapse"):
     with pytest.raises(StageStopped, match=words):
-      rl.run(guarded, root / "guarded" / "if_rl", a, start)
+      rl.run(guarded, root / "guarded" / "if_rl", p, start)
   # The guard judges at the third step, when its window is full; that step is saved, and the stage ends there.
   found = lines(root / "guarded" / "if_rl")
   assert [line.get("guard/entropy_collapse") for line in found] == [None, None, 1]
@@ -364,7 +362,7 @@ def test_a_guard_that_stops_saves_says_why_and_lets_nothing_go_on_there(stage, c
 
 
 def test_prompts_that_are_too_long_are_counted_and_met_once(stage, monkeypatch):
-  c, a, root, start = stage
+  c, p, root, start = stage
   make_row = Vowels.make_row
 
   def sometimes_long(self, rng):
@@ -374,9 +372,9 @@ def test_prompts_that_are_too_long_are_counted_and_met_once(stage, monkeypatch):
     return row
 
   monkeypatch.setattr(Vowels, "make_row", sometimes_long)
-  rl.run(c, root / "long" / "if_rl", a, start)
+  rl.run(c, root / "long" / "if_rl", p, start)
   whole = lines(root / "long" / "if_rl")
   assert sum(line["rollout/too_long_prompts"] for line in whole) > 0
   shutil.rmtree(root / "long" / "if_rl" / "checkpoints" / "4")
-  rl.run(c, root / "long" / "if_rl", a, start)
+  rl.run(c, root / "long" / "if_rl", p, start)
   assert lines(root / "long" / "if_rl") == whole

@@ -63,17 +63,17 @@ def test_every_completion_gets_its_own_verdict_and_a_domain_is_asked_once():
 
 
 @pytest.mark.parametrize(
-  "overlong, rewards, valid",
+  "overlong, shaped, valid",
   [
     ("zero", [1, 0, 0, 0], [True, True, True, True]),
     ("filter", [1, 1, 0, 0], [True, False, True, False]),
     ("keep", [1, 1, 0, 0], [True, True, True, True]),
   ],
 )
-def test_what_becomes_of_completions_that_met_the_limit(overlong, rewards, valid):
+def test_what_becomes_of_completions_that_met_the_limit(overlong, shaped, valid):
   s, verdicts = judged([[1, 1, 0, 0]], finished=[[True, False, True, False]])
   rollout, counts = rewards.to_rollout(s, verdicts, overlong=rewards.OVERLONG[overlong])
-  np.testing.assert_array_equal(rollout.rewards_QG, [rewards])
+  np.testing.assert_array_equal(rollout.rewards_QG, [shaped])
   np.testing.assert_array_equal(rollout.valid_QG, [valid])
   assert rollout.rewards_QG.dtype == np.float32
   assert counts["rollout/unfinished"] == 0.5
@@ -107,7 +107,10 @@ def test_a_batch_without_any_verdict_still_counts():
 def test_rewards_of_compared_groups_take_the_verdicts_place():
   s, verdicts = judged([[1, 0], [1, 1]], finished=[[True, True], [True, False]])
   rollout, counts = rewards.to_rollout(
-    s, verdicts, overlong=rewards.zero, rewards_QG=np.array([[0.25, 0.75], [0.5, 0.5]])
+    s,
+    verdicts,
+    overlong=rewards.zero,
+    compared=[[Verdict(r, "") for r in group] for group in ([0.25, 0.75], [0.5, 0.5])],
   )
   np.testing.assert_array_equal(rollout.rewards_QG, [[0.25, 0.75], [0.5, 0.0]])
   assert counts["rollout/verdict"] == 0.75

@@ -15,10 +15,13 @@ import tiny_checkpoint
 from configs.tiny import reward_model as judge_config
 from configs.tiny import sft as sft_config
 from experiments import reward_model, sft
+from nemocascade.config import ModelConfig
 from nemocascade.errors import StageStopped, UserError
+from nemocascade.mesh import make_mesh
 from nemocascade.rollout import episode
-from nemocascade.runtime import loading, supervision
-from nemocascade.runtime.assembly import Assembly
+from nemocascade.runtime import loading, parts, supervision
+from nemocascade.runtime.heldout import draw
+from nemocascade.runtime.programs import Programs
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 
@@ -42,10 +45,10 @@ def test_a_rate_that_ruins_the_parameters_ends_the_command_with_one_line_and_goo
     assert word in said[0]
   assert [line["step/skipped_nonfinite"] for line in lines(tmp_path / "sft")] == [1, 1, 1]
   store = Store(tmp_path / "sft" / "checkpoints")
-  a = Assembly(sft_config.get_config("smoke"), tmp_path)
+  programs = Programs(ModelConfig.from_fields(sft_config.get_config("smoke").model.to_dict()), make_mesh(1, 1))
   assert store.latest() == 2
-  saved = load_params(store.path_of(2), a.template)
-  jax.tree.map(np.testing.assert_array_equal, saved, a.fresh_params(jax.random.key(0)))
+  saved = load_params(store.path_of(2), programs.template)
+  jax.tree.map(np.testing.assert_array_equal, saved, programs.fresh_params(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +59,13 @@ def assembled(tmp_path_factory):
     c.steps, c.save_every, c.rows, c.row_tokens = 4, 2, 2, 256
     c.domains, c.conversations = ("instruction", "preference"), dict(instruction=40)
     c.tokenizer.conversations = 60
-  return c, Assembly(c, root), root
+  return c, parts.build(c, root), root
 
 
 @pytest.fixture(scope="module")
 def fine(assembled):
-  c, a, root = assembled
-  sft.run(c, root / "fine" / "sft", a)
+  c, p, root = assembled
+  sft.run(c, root / "fine" / "sft", p)
   return lines(root / "fine" / "sft")
 
 
@@ -88,10 +91,10 @@ def poisoned_at(module, monkeypatch, bad):
 
 
 def test_sft_passes_over_a_bad_step_and_ends_after_so_many_in_a_row(assembled, fine, monkeypatch):
-  c, a, root = assembled
+  c, p, root = assembled
   bad = {1}
   seen = poisoned_at(sft, monkeypatch, bad)
-  sft.run(c, root / "one" / "sft", a)
+  sft.run(c, root / "one" / "sft", p)
   found = lines(root / "one" / "sft")
   assert [line["step/skipped_nonfinite"] for line in found] == [0, 1, 0, 0]
   assert found[0]["loss/sft"] == fine[0]["loss/sft"] and found[1]["loss/sft"] is None
@@ -100,36 +103,36 @@ def test_sft_passes_over_a_bad_step_and_ends_after_so_many_in_a_row(assembled, f
   for _ in range(2):  # The second run starts from step 2, whose record already counts two bad updates of three.
     seen.clear()
     with pytest.raises(StageStopped, match=r"^sft, step 2: 3 updates in a row"):
-      sft.run(c, root / "all" / "sft", a)
+      sft.run(c, root / "all" / "sft", p)
   assert Store(root / "all" / "sft" / "checkpoints").latest() == 2
 
 
 def test_the_reward_model_does_too(assembled, monkeypatch):
-  _, a, root = assembled
+  _, p, root = assembled
   c = judge_config.get_config("smoke")
   c.steps, c.save_every, c.pairs, c.heldout_pairs, c.max_nonfinite = 3, 1, 8, 8, 2
   bad = {0}
   seen = poisoned_at(reward_model, monkeypatch, bad)
-  outcome = reward_model.run(c, root / "judge" / "one", a)
+  outcome = reward_model.run(c, root / "judge" / "one", p)
   assert [line["step/skipped_nonfinite"] for line in lines(root / "judge" / "one")] == [1, 0, 0]
   assert all(np.isfinite(p).all() for p in jax.tree.leaves(outcome.params))
   bad.update(range(9))
   seen.clear()
   with pytest.raises(StageStopped, match=r"^all, step 1: 2 updates in a row"):
-    reward_model.run(c, root / "judge" / "all", a)
+    reward_model.run(c, root / "judge" / "all", p)
 
 
 def test_a_disk_with_no_room_for_the_next_checkpoints_ends_the_stage_after_saving(assembled, fine, monkeypatch):
-  c, a, root = assembled
+  c, p, root = assembled
   usage = shutil.disk_usage(root)
   monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
   with pytest.raises(
     StageStopped, match=r"^sft, step 1: disk_full: .*guards.disk_full.*the same command goes on from .*/2$"
   ):
-    sft.run(c, root / "full" / "sft", a)
+    sft.run(c, root / "full" / "sft", p)
   assert lines(root / "full" / "sft")[-1]["guard/disk_full"] == 1
   monkeypatch.setattr(supervision.shutil, "disk_usage", lambda _: usage)
-  assert sft.run(c, root / "full" / "sft", a).steps == 4  # With room on the disk again, the stage goes on.
+  assert sft.run(c, root / "full" / "sft", p).steps == 4  # With room on the disk again, the stage goes on.
   drop = lambda found: [{k: v for k, v in line.items() if not k.startswith("guard/")} for line in found]  # noqa: E731
   assert drop(lines(root / "full" / "sft")) == drop(fine)
 
@@ -137,32 +140,32 @@ def test_a_disk_with_no_room_for_the_next_checkpoints_ends_the_stage_after_savin
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_checkpoint_with_a_value_that_is_not_finite_is_refused_by_its_name(tmp_path, value):
   tiny_checkpoint.make(tmp_path)
-  a = tiny_checkpoint.assembly(tmp_path)
-  params = a.fresh_params(jax.random.key(0))
+  programs = tiny_checkpoint.programs()
+  params = programs.fresh_params(jax.random.key(0))
   params["lm_head"] = params["lm_head"].at[3, 5].set(value)
   Store(tmp_path / "checkpoints").save(2, TrainState(jnp.int32(0), params, {}), {})
   with pytest.raises(UserError, match="checkpoints/2: lm_head holds values that are not finite"):
-    loading.load(str(tmp_path / "checkpoints" / "2"), a.template)
+    loading.load(str(tmp_path / "checkpoints" / "2"), programs.template)
   with pytest.raises(UserError, match="lm_head"):
-    loading.find(str(tmp_path / "checkpoints" / "2")).load(a.template)
-  loading.load(str(tmp_path / "checkpoints" / "1"), a.template)
+    loading.find(str(tmp_path / "checkpoints" / "2")).load(programs.template)
+  loading.load(str(tmp_path / "checkpoints" / "1"), programs.template)
 
 
 def test_heldout_prompts_without_room_are_left_out_and_said_or_named_where_too_few_remain(assembled, capsys):
-  c, a, root = assembled
-  domain = a.domains["instruction"]
-  lengths = lambda rows: sorted(len(episode.prompt_of(row, domain, a.tokenizer)) for row in rows)  # noqa: E731
-  all_fit = lengths(a.heldout["instruction"])
+  c, p, root = assembled
+  domain, tokenizer = p.domains["instruction"], p.text.tokenizer
+  lengths = lambda rows: sorted(len(episode.prompt_of(row, domain, tokenizer)) for row in rows)  # noqa: E731
+  all_fit = lengths(draw(c, p.domains, tokenizer).rows["instruction"])
   assert len(all_fit) == c.evaluation.prompts and "left out" not in capsys.readouterr().err
   short = c.copy_and_resolve_references()
   short.domains = ("instruction",)
   short.evaluation.prompt_tokens, short.evaluation.prompts = all_fit[len(all_fit) // 2], 8
   assert all_fit[0] < short.evaluation.prompt_tokens < all_fit[-1]
-  found = lengths(Assembly(short, root).heldout["instruction"])
+  found = lengths(draw(short, {"instruction": domain}, tokenizer).rows["instruction"])
   assert len(found) == 8 and found[-1] <= short.evaluation.prompt_tokens
   said = capsys.readouterr().err
   assert "domain 'instruction': left out" in said
   assert f"evaluation.prompt_tokens={short.evaluation.prompt_tokens} tokens" in said
   short.evaluation.prompt_tokens = 3
   with pytest.raises(UserError, match=r"domain 'instruction' has only 0 .*evaluation.prompt_tokens=3"):
-    _ = Assembly(short, root).heldout
+    draw(short, {"instruction": domain}, tokenizer)

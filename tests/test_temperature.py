@@ -11,24 +11,17 @@ from experiments import rl
 from nemocascade.advantage import mopd, mopd_clipped, mopd_outcome
 from nemocascade.domains import domain as domain_lib
 from nemocascade.report.metrics import read_lines
-from nemocascade.rollout import rewards
-from nemocascade.runtime import objective, teaching
-from nemocascade.runtime.assembly import Assembly
-from nemocascade.runtime.teachers import Teacher
-from nemocascade.runtime.teaching import gather
+from nemocascade.rollout import episode, rewards
+from nemocascade.runtime import objective, parts, signals
+from nemocascade.runtime.heldout import draw
+from nemocascade.runtime.start import save_model_files
+from nemocascade.runtime.teachers import Teacher, gather
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 from nemocascade.verifiers.verdict import Verdict
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 temperatures = pytest.mark.parametrize("temperature", [0.3, 0.6, 1.0, 1.7])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-  """Compiles without most optimizations, because compilation takes nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +35,15 @@ def stage(tmp_path_factory):
     c.packing.update(rows=8, pieces=2)
     c.model.initializer_range = 0.2  # Wide, because a temperature only matters where logits differ.
     c.domains = ("instruction",)
-  a = Assembly(c, root)
-  a.save_model_files(root / "start")
-  Store(root / "start" / "checkpoints").save(1, TrainState(np.int32(0), a.fresh_params(jax.random.key(0)), {}), {})
+  p = parts.build(c, root)
+  save_model_files(c, root / "start", p.text.tokenizer)
+  Store(root / "start" / "checkpoints").save(
+    1, TrainState(np.int32(0), p.programs.fresh_params(jax.random.key(0)), {}), {}
+  )
   start = str(root / "start" / "checkpoints" / "1")
-  teachers = gather(a, [Teacher("instruction", start, 0.0, "")], keep=1)
-  return c, a, root, start, teachers
+  rows = draw(c, p.domains, p.text.tokenizer).rows
+  teachers = gather(p.programs, p.text.tokenizer, [Teacher("instruction", start, 0.0, "")], 1, rows)
+  return c, p, root, start, teachers
 
 
 def changed(c, temperature, **fields):
@@ -60,19 +56,19 @@ def changed(c, temperature, **fields):
 
 def line(stage, name, temperature, **fields):
   """The metrics of the only step."""
-  c, a, root, start, teachers = stage
-  rl.run(changed(c, temperature, **fields), root / f"{name}_{temperature}", a, start, teachers)
+  c, p, root, start, teachers = stage
+  rl.run(changed(c, temperature, **fields), root / f"{name}_{temperature}", p, start, teachers)
   (line,) = read_lines(root / f"{name}_{temperature}" / "metrics.jsonl")
   return line
 
 
 @functools.cache
-def taken(temperature, top_p, a, start):
+def taken(temperature, top_p, p, start):
   """Samples, and the parameters that sampled them."""
-  params = load_params(start, a.template)
-  rows = domain_lib.rows(a.domains["instruction"], "train", 0, 0, 4)
-  samples = a.collect(
-    params, jax.random.key(3), rows, prompt_tokens=48, total_tokens=112, completions=2,
+  params = load_params(start, p.programs.template)
+  rows = domain_lib.rows(p.domains["instruction"], "train", 0, 0, 4)
+  samples = episode.collect(
+    p.programs.engine(48, 112), params, jax.random.key(3), rows, p.domains, tokenizer=p.text.tokenizer, G=2,
     temperature=np.float32(temperature), top_p=top_p,
   )  # fmt: skip
   return samples, params
@@ -81,11 +77,11 @@ def taken(temperature, top_p, a, start):
 @temperatures
 @pytest.mark.parametrize("advantage", [mopd, mopd_clipped, mopd_outcome])
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_of_it(stage, advantage, temperature):
-  _, a, _, start, teachers = stage
-  samples, _ = taken(temperature, 1.0, a, start)
+  _, p, _, start, teachers = stage
+  samples, _ = taken(temperature, 1.0, p, start)
   verdicts = [[Verdict(1.0, "")] * 2 for _ in samples.rows]  # Equal rewards: mopd_outcome's GRPO term is 0.
   rollout, _ = rewards.to_rollout(samples, verdicts)
-  said = teaching.teacher_logprobs(a, teachers, samples, np.float32(temperature))
+  said = signals.teacher_logprobs(p.programs, teachers, samples, np.float32(temperature))
   assert np.abs(said[samples.loss_mask_QGT]).mean() > 0.1
   advantages = advantage(jax.tree.map(jax.numpy.asarray, rollout.replace(teacher_logprobs_QGT=said)))
   np.testing.assert_allclose(np.asarray(advantages)[samples.loss_mask_QGT], 0.0, atol=2e-4)
@@ -112,23 +108,23 @@ def test_a_student_is_at_no_distance_of_itself(stage, name, options, temperature
 
 
 def test_the_temperature_is_no_reason_to_compile_again(stage):
-  c, a, *_ = stage
+  c, p, *_ = stage
   fields = dict(advantage="mopd", kl_weight=0.1, updates=2, ratio="token_clip")
   line(stage, "first", 0.9, **fields)
-  _, step_fn, proximal_fn = objective.step_program(changed(c, 0.9, **fields), a)
-  programs = [step_fn, proximal_fn, a.score, a.engine(48, 112).decode_fn]
+  _, step_fn, proximal_fn = objective.step_program(changed(c, 0.9, **fields), p.programs)
+  programs = [step_fn, proximal_fn, p.programs.score, p.programs.engine(48, 112).decode_fn]
   before = [program._cache_size() for program in programs]
   line(stage, "second", 1.1, **fields)
-  assert objective.step_program(changed(c, 1.1, **fields), a)[1] is step_fn
+  assert objective.step_program(changed(c, 1.1, **fields), p.programs)[1] is step_fn
   assert [program._cache_size() for program in programs] == before and min(before) > 0
 
 
 @pytest.mark.parametrize("correction", ["tis", "icepop", "sequence_mask"])
 def test_a_nucleus_is_scored_as_the_whole_distribution_and_weighed_by_what_was_cut_off(stage, correction):
-  c, a, _, start, _ = stage
-  samples, params = taken(0.8, 0.7, a, start)
+  _, p, _, start, _ = stage
+  samples, params = taken(0.8, 0.7, p, start)
   mask = samples.loss_mask_QGT
-  own = teaching.score_rows(a, params, samples, list(range(4)), np.float32(0.8))
+  own = signals.score_rows(p.programs, params, samples, list(range(4)), np.float32(0.8))
   np.testing.assert_allclose(own[mask], samples.behaviour_logprobs_QGT[mask], atol=1e-4)
   cut = (samples.drawn_logprobs_QGT - samples.behaviour_logprobs_QGT)[mask]
   assert (cut >= -1e-5).all() and cut.max() > 0.1 and cut.max() < -np.log(0.7) + 1e-4
@@ -139,5 +135,5 @@ def test_a_nucleus_is_scored_as_the_whole_distribution_and_weighed_by_what_was_c
 
 
 def test_whole_distributions_are_recorded_once(stage):
-  _, a, _, start, _ = stage
-  assert taken(0.6, 1.0, a, start)[0].drawn_logprobs_QGT is None
+  _, p, _, start, _ = stage
+  assert taken(0.6, 1.0, p, start)[0].drawn_logprobs_QGT is None

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from nemocascade.config import ModelConfig
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import EOS, IM_END, train_sentencepiece
-from nemocascade.runtime.assembly import Assembly, model_alone
+from nemocascade.mesh import make_mesh
+from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.start import save_model_files
 from nemocascade.store.checkpoint import Store
 from nemocascade.types import TrainState
 
@@ -37,21 +40,18 @@ MODEL = dict(
 )
 
 
-def assembly(workdir: Path) -> Assembly:
-  """The assembly of the model, without parameters."""
-  c = model_alone()
-  c.model = ConfigDict(MODEL)
-  return Assembly(c, workdir, TOKENIZER)
+def programs() -> Programs:
+  """The programs of the model on one device."""
+  return Programs(ModelConfig.from_fields(MODEL), make_mesh(data=1, expert=1))
 
 
 def make(stage: Path, *, endless: bool = False) -> str:
   """Writes the checkpoint into the stage's folder; returns its path. `endless`: greedy answers never stop."""
-  a = assembly(stage)
-  params = a.fresh_params(jax.random.key(0))
+  params = programs().fresh_params(jax.random.key(0))
   if endless:  # Among 640 logits around 0, a logit of exactly 0 is never the largest.
     params["lm_head"] = params["lm_head"].at[:, jnp.array([EOS, IM_END])].set(0)
   state = TrainState(jnp.zeros((), jnp.int32), params, {})
-  a.save_model_files(stage)
+  save_model_files(ConfigDict({"model": MODEL}), stage, TOKENIZER)
   store = Store(stage / "checkpoints")
   store.save(1, state, {})
   return str(store.path_of(1))

@@ -22,14 +22,19 @@ from ml_collections import ConfigDict
 from configs import guards
 from configs.tiny import rl as tiny_rl
 from experiments import convert, rl
+from nemocascade.config import ModelConfig
 from nemocascade.data import chat
-from nemocascade.data.tokenizer import SPECIAL_NAMES, HuggingFaceTokenizer
+from nemocascade.data.tokenizer import SPECIAL_NAMES, HuggingFaceTokenizer, Tokenizer
 from nemocascade.domains import domain as domain_lib
 from nemocascade.domains.domain import Domain
 from nemocascade.domains.rows import make_prompt, prompt_messages
 from nemocascade.errors import UserError
+from nemocascade.mesh import make_mesh
 from nemocascade.report.metrics import read_lines
-from nemocascade.runtime.assembly import Assembly, model_alone
+from nemocascade.runtime.parts import Parts
+from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.start import save_model_files
+from nemocascade.runtime.text import Text
 from nemocascade.store.checkpoint import Store
 from nemocascade.types import Params, TrainState
 from nemocascade.verifiers.verdict import Verdict
@@ -111,16 +116,13 @@ def config(**model) -> ConfigDict:
   return c
 
 
-def assembly(c: ConfigDict, workdir: Path) -> Assembly:
-  """The assembly of an RL run whose only domain is `Initials`, which is not in the registry."""
-  alone = model_alone()
-  alone.update(model=c.model, seed=c.seed)
-  a = Assembly(alone, workdir, make_tokenizer(c.model.vocab_size))
-  a.domains = {Initials.name: Initials()}
-  return a
+def make_parts(c: ConfigDict) -> Parts:
+  """The parts of an RL run whose only domain is `Initials`, which is not in the registry."""
+  programs = Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(data=1, expert=1))
+  return Parts(programs, Text(make_tokenizer(c.model.vocab_size)), {Initials.name: Initials()})
 
 
-def endless_params(a: Assembly) -> Params:
+def endless_params(programs: Programs, seed: int) -> Params:
   """Fresh parameters under which no special token is drawn.
 
   No block writes to the first number of a hidden state, so it stays 1, and the head gives special tokens a
@@ -137,18 +139,18 @@ def endless_params(a: Assembly) -> Params:
       return leaf.at[0, : len(SPECIAL_NAMES)].set(-100.0)
     return leaf.at[..., 0].set(0.0) if name in writes else leaf
 
-  return jax.tree_util.tree_map_with_path(change, a.fresh_params(jax.random.key(a.c.seed)))
+  return jax.tree_util.tree_map_with_path(change, programs.fresh_params(jax.random.key(seed)))
 
 
-def save(a: Assembly, params: Params, stage_dir: Path) -> str:
+def save(c: ConfigDict, tokenizer: Tokenizer, params: Params, stage_dir: Path) -> str:
   """Writes a checkpoint in the layout of a stage, with these parameters; returns its path."""
-  a.save_model_files(stage_dir)
+  save_model_files(c, stage_dir, tokenizer)
   store = Store(stage_dir / "checkpoints")
   store.save(1, TrainState(jnp.zeros((), jnp.int32), params, {}), {})
   return str(store.path_of(1))
 
 
-def run_ours(c: ConfigDict, a: Assembly, start: str, stage_dir: Path, between=lambda: None):
+def run_ours(c: ConfigDict, p: Parts, start: str, stage_dir: Path, between=lambda: None):
   """Runs our side. Returns (seconds of each step, {phase: seconds} of each step).
 
   `between` is called after each step, outside the measured time.
@@ -162,7 +164,7 @@ def run_ours(c: ConfigDict, a: Assembly, start: str, stage_dir: Path, between=la
     mark = time.perf_counter()
     return False
 
-  rl.run(c, stage_dir, a, start, watch=watch)
+  rl.run(c, stage_dir, p, start, watch=watch)
   lines = read_lines(stage_dir / "metrics.jsonl")
   for line in lines:
     if line["rollout/tokens"] != c.rollout.total_tokens - c.rollout.prompt_tokens:
@@ -170,12 +172,12 @@ def run_ours(c: ConfigDict, a: Assembly, start: str, stage_dir: Path, between=la
   return seconds, [{phase: line[f"time/{phase}"] for phase in PHASES} for line in lines]
 
 
-def prompts(c: ConfigDict, a: Assembly) -> tuple[list[str], list[list[int]], list[str]]:
+def prompts(c: ConfigDict, p: Parts) -> tuple[list[str], list[list[int]], list[str]]:
   """(texts, tokens, letters) of all prompts of the run, in the order in which our side draws them."""
-  rows = domain_lib.rows(a.domains[Initials.name], "train", c.seed, 0, c.steps * c.rollout.prompts)
+  rows = domain_lib.rows(p.domains[Initials.name], "train", c.seed, 0, c.steps * c.rollout.prompts)
   pieces = [chat.render(prompt_messages(row), enable_thinking=False, add_generation_prompt=True) for row in rows]
-  tokens = [chat.tokenize(p, a.tokenizer)[0] for p in pieces]
-  return [chat.text_of(p) for p in pieces], tokens, [row["letter"] for row in rows]
+  tokens = [chat.tokenize(prompt, p.text.tokenizer)[0] for prompt in pieces]
+  return [chat.text_of(prompt) for prompt in pieces], tokens, [row["letter"] for row in rows]
 
 
 def cases() -> Iterator[dict]:
@@ -196,14 +198,14 @@ def of_dtype(dtype: str, trl) -> Iterator[dict]:
   with tempfile.TemporaryDirectory() as place:
     root = Path(place)
     c = config(dtype=dtype)
-    a = assembly(c, root)
-    params = endless_params(a)
-    start = save(a, params, root / "start")
+    p = make_parts(c)
+    params = endless_params(p.programs, c.seed)
+    start = save(c, p.text.tokenizer, params, root / "start")
     convert.run(start, f"hf:{root / 'hf'}")
-    texts, tokens, letters = prompts(c, a)
+    texts, tokens, letters = prompts(c, p)
     with trl.Trainer(root / "hf", c, texts, letters, share) as theirs:
-      gap = _compare(a, params, theirs, c, tokens)
-      seconds, phases = run_ours(c, a, start, root / "rl", theirs.step)
+      gap = _compare(p.programs, params, theirs, c, tokens)
+      seconds, phases = run_ours(c, p, start, root / "rl", theirs.step)
     ours, peer = _best(seconds, phases), _best(theirs.seconds, theirs.phases)
     print(f"{dtype}: log-probabilities of the same tokens differ by at most {gap:.1e} nats; {theirs.description}")
     print(f"{'seconds':12} {'ours':>8} {'TRL':>8}")
@@ -226,7 +228,7 @@ def _best(seconds: list[float], phases: list[dict]) -> dict[str, float]:
   return {"step": seconds[best]} | {phase: phases[best][phase] for phase in PHASES}
 
 
-def _compare(a: Assembly, params: Params, theirs, c: ConfigDict, tokens: list[list[int]]) -> float:
+def _compare(programs: Programs, params: Params, theirs, c: ConfigDict, tokens: list[list[int]]) -> float:
   """The largest difference, in nats, of the log-probabilities that both sides give the same tokens.
 
   Raises:
@@ -238,7 +240,7 @@ def _compare(a: Assembly, params: Params, theirs, c: ConfigDict, tokens: list[li
   given_BP = np.array(tokens[:SCORED], np.int32)
   drawn_BN = rng.integers(len(SPECIAL_NAMES), c.model.vocab_size, (len(given_BP), new), np.int32)
   row_BT = np.concatenate([given_BP, drawn_BN], axis=1)
-  ours_BT = np.asarray(a.score(params, row_BT, np.ones_like(row_BT)).logprobs_BT)
+  ours_BT = np.asarray(programs.score(params, row_BT, np.ones_like(row_BT)).logprobs_BT)
   gap = float(np.abs(ours_BT[:, -new:] - theirs.logprobs(row_BT, new)).max())
   if gap > DTYPES[c.model.dtype]:
     raise RuntimeError(f"log-probabilities of the same tokens differ by {gap:.1e} nats")

@@ -152,6 +152,11 @@ class Phases:
     self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
     self._last = now
 
+  @property
+  def metrics(self) -> dict[str, float]:
+    """{"time/PHASE": seconds}."""
+    return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+
 
 class Progress:
   """A progress bar with the stage's figures. Without a terminal it prints a line every `every_s` seconds."""

@@ -8,7 +8,7 @@ import numpy as np
 from nemocascade.domains.domain import Domain
 from nemocascade.rollout.episode import Samples
 from nemocascade.types import Rollout
-from nemocascade.verifiers.verdict import NONFINITE, Verdict
+from nemocascade.verifiers.verdict import Verdict
 
 Verdicts = list[list[Verdict]]  # [Q][G]
 
@@ -61,28 +61,20 @@ def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
 
 
 def to_rollout(
-  samples: Samples, verdicts: Verdicts, *, overlong: Callable = keep, rewards_QG: np.ndarray | None = None
+  samples: Samples, verdicts: Verdicts, *, overlong: Callable = keep, compared: Verdicts | None = None
 ) -> tuple[Rollout, dict[str, float]]:
   """Returns the Rollout that a step trains on, and metrics "rollout/<name>" of what was left out.
 
   Args:
     overlong: a value of OVERLONG.
-    rewards_QG: rewards to use instead of the verdicts', for judges that compare the completions of a group.
-      Then a masked verdict does not leave out its sample, because it only says that the row has no verdict
-      of its own. A reward that is not finite masks its sample.
+    compared: verdicts whose rewards and masks are used instead, from judges that compare the completions of a
+      group. Then a masked verdict of `verdicts` does not leave out its sample, because it only says that the row
+      has no verdict of its own.
   """
   finished_QG = np.array([[c.finished for c in group] for group in samples.completions])
-  masked_QG = np.array([[v.masked for v in group] for group in verdicts])
-  verdict_QG = np.array([[v.reward for v in group] for group in verdicts], np.float32)
-  verdicted_QG = ~masked_QG
-  causes = collections.Counter(v.cause or "other" for group in verdicts for v in group if v.masked)
-  if rewards_QG is None:
-    rewards_QG = verdict_QG
-  else:
-    rewards_QG = np.asarray(rewards_QG, np.float32)
-    masked_QG = ~np.isfinite(rewards_QG)
-    causes = collections.Counter({NONFINITE: int(masked_QG.sum())})
-    rewards_QG = np.where(masked_QG, np.float32(0), rewards_QG)
+  verdict_QG, masked_verdict_QG = _arrays(verdicts)
+  rewards_QG, masked_QG = (verdict_QG, masked_verdict_QG) if compared is None else _arrays(compared)
+  causes = collections.Counter(v.cause or "other" for group in compared or verdicts for v in group if v.masked)
   room_QG = samples.limit_QG - (samples.segment_ids_QGT > 0).sum(-1)
   rewards_QG, kept_QG = overlong(rewards_QG, finished_QG, room_QG)
   valid_QG = ~masked_QG & kept_QG
@@ -90,7 +82,7 @@ def to_rollout(
     "rollout/masked": float(masked_QG.mean()),
     **{f"rollout/masked_{cause}": n / masked_QG.size for cause, n in sorted(causes.items()) if n},
     "rollout/unfinished": float(1 - finished_QG.mean()),
-    "rollout/verdict": float(verdict_QG[verdicted_QG].mean()) if verdicted_QG.any() else 0.0,
+    "rollout/verdict": float(verdict_QG[~masked_verdict_QG].mean()) if not masked_verdict_QG.all() else 0.0,
     "rollout/tokens": float(samples.loss_mask_QGT.sum(-1).mean()),
     "rollout/groups_with_signal": float(np.mean([bool(i) for i in _signal(verdicts)])),
   }
@@ -104,6 +96,12 @@ def to_rollout(
     valid_QG=valid_QG,
   )
   return rollout, counts
+
+
+def _arrays(verdicts: Verdicts) -> tuple[np.ndarray, np.ndarray]:
+  """(rewards_QG, fp32; masked_QG, bool) of verdicts."""
+  rewards_QG = np.array([[v.reward for v in group] for group in verdicts], np.float32)
+  return rewards_QG, np.array([[v.masked for v in group] for group in verdicts])
 
 
 def _signal(verdicts: Verdicts) -> list[bool]:

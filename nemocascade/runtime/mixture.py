@@ -38,14 +38,14 @@ class Mixture:
     Args:
       limit: most tokens of a prompt, rollout.prompt_tokens.
       state: the result of `get_state`, to continue from, or empty.
-
-    Raises:
-      UserError: a domain has no prompt that fits.
     """
     self._domains, self._shares, self._seed = domains, dict(shares), seed
     self._tokenizer, self._limit = tokenizer, limit
     self._frontier = dict(state.get("frontier", {}))  # Domain -> index of its next row.
     self._given = dict(state.get("given", self._frontier))  # Domain -> rows drawn; skipped ones do not count.
+
+  def check(self) -> None:
+    """Raises UserError if a domain of the mixture has no prompt that fits."""
     for name in (name for name, share in self._shares.items() if share > 0):
       self._next(name)
 
@@ -57,6 +57,9 @@ class Mixture:
 
     Returns:
       (`count` rows, grouped by domain; the tokens of each prompt; the number of skipped prompts)
+
+    Raises:
+      UserError: a domain has no prompt that fits.
     """
     names = []
     for _ in range(count):

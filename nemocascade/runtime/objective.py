@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from nemocascade import advantage
 from nemocascade.mesh import check_rows
 from nemocascade.rollout import rewards
-from nemocascade.runtime.assembly import Assembly
-from nemocascade.runtime.stage import abstract_state, jit_step
+from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.start import abstract_state, jit_step
 from nemocascade.step import loss
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
@@ -22,8 +21,7 @@ from nemocascade.step.policy_gradient import (
   proximal_logprobs,
   rollout_metrics,
 )
-from nemocascade.step.rows import after_prompts, pack_rows, to_rows
-from nemocascade.types import Prompts
+from nemocascade.step.rows import to_rows
 
 SLOTS = dict(
   advantage=advantage.ADVANTAGES,
@@ -50,18 +48,6 @@ def settings_of(function: Callable) -> list[str]:
   """The names of a slot's keyword-only arguments."""
   parameters = inspect.signature(function).parameters.values()
   return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-
-
-def arrange(c: ConfigDict, rows) -> tuple[dict[str, np.ndarray], Prompts | None]:
-  """Arranges the rows of a batch for the training step.
-
-  Returns:
-    (packed rows, None), or with packing.shared_prompts (rows without their prompts, the prompts)
-  """
-  p = c.packing
-  if p.shared_prompts:
-    return after_prompts(rows, c.rollout.prompts, P=c.rollout.prompt_tokens, T=p.row_tokens)
-  return pack_rows(rows, B=p.rows, T=p.row_tokens, accumulate=p.pieces), None
 
 
 def settings(c: ConfigDict, *names: str) -> str:
@@ -109,35 +95,35 @@ def rows_program(fields: str):
   return jax.jit(rows)
 
 
-def program(c: ConfigDict, a: Assembly):
+def program(c: ConfigDict, programs: Programs):
   """(optimizer, `step_program`) of a stage."""
-  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, a)
+  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, programs)
 
 
-def step_program(c: ConfigDict, a: Assembly):
-  """(abstract state, jitted step, jitted log-probabilities before the updates); cached in `a`.
+def step_program(c: ConfigDict, programs: Programs):
+  """(abstract state, jitted step, jitted log-probabilities before the updates); made once by `programs`.
 
   Raises:
     UserError: prompts or rows do not divide over the mesh.
   """
   if c.packing.shared_prompts:  # Prompts are sharded like rows.
-    check_rows("rollout.prompts", c.rollout.prompts, a.mesh)
-  if ("rl step", fields := step_settings(c)) not in a.programs:
-    a.programs["rl step", fields] = _step_program(a, fields)
-  return a.programs["rl step", fields]
+    check_rows("rollout.prompts", c.rollout.prompts, programs.mesh)
+  fields = step_settings(c)
+  return programs.once(("rl step", fields), lambda: _step_program(programs, fields))
 
 
-def _step_program(a: Assembly, fields: str):
+def _step_program(programs: Programs, fields: str):
   c = ConfigDict(json.loads(fields))
-  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, a.mesh)
+  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, programs.mesh)
   tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   balance = RouterBalance(**c.router_balance)
+  take_in_fn = programs.take_in_fn
   step = policy_gradient_step(
-    a.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"), kl=chosen(c, "kl"),
-    kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
+    programs.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"),
+    kl=chosen(c, "kl"), kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
     distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
-    accumulate=c.packing.pieces, balance=balance, add_to_bias=a.add_to_bias, take_in_fn=a.take_in_fn,
+    accumulate=c.packing.pieces, balance=balance, add_to_bias=programs.add_to_bias, take_in_fn=take_in_fn,
   )  # fmt: skip
-  state = abstract_state(tx, a.template, a.mesh)
-  proximal = functools.partial(proximal_logprobs, a.score_fn, accumulate=c.packing.pieces, take_in_fn=a.take_in_fn)
-  return state, jit_step(step, state, a.mesh), jax.jit(proximal)
+  state = abstract_state(tx, programs.template, programs.mesh)
+  proximal = functools.partial(proximal_logprobs, programs.score_fn, accumulate=c.packing.pieces, take_in_fn=take_in_fn)
+  return state, jit_step(step, state, programs.mesh), jax.jit(proximal)

@@ -1,15 +1,25 @@
-"""Checkpoints of the cascade as teachers: the best one for each domain; a probe verifies every load."""
+"""Checkpoints as teachers: those that a config names, or the best of each domain; a probe verifies every load."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError, unknown
+from nemocascade.runtime import loading
+from nemocascade.runtime.programs import Programs
+from nemocascade.store.record import Record
 from nemocascade.types import Params, ScoreFn
+from nemocascade.verifiers.verdict import Row
 
+# A teacher's name in a config: the cascade's best checkpoint so far for the domain. Nemotron-Cascade 2 takes
+# its MOPD teachers from its own stages too (arXiv 2603.19220, section 4.4).
+BEST = "best"
+PROBE_ROWS, PROBE_TOKENS = 4, 16
 # dtype of products -> the largest mean |difference|, in nats a token, between a probe's log-probabilities at
 # registration and now. Meshes split sums differently. For hybrids of 5 and 21 blocks on 1 x 1, 2 x 4 and 8 x 1
 # devices the difference was at most 1e-6 in fp32, and 0.002 to 0.09 in bf16. In bf16 single tokens that chose
@@ -198,3 +208,62 @@ class Teachers:
       probe = take_probe(self._score_fn, params, self._tokens_BT)
       check_entropy(probe, **how)
       self._probes[teacher.checkpoint] = probe
+
+
+def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
+  """The teachers of `c.teachers`; each value is "best", the name of a finished stage, or a checkpoint.
+
+  Raises:
+    UserError: no such stage or checkpoint exists, or no finished stage has a score for a "best".
+  """
+  stages = record.stages if record else []
+  best = best_checkpoints(stages)
+  found = []
+  for domain, name in c.teachers.items():
+    stage = next((s for s in stages if s["name"] == name and s["status"] == "done"), None)
+    if name == BEST and domain in best:
+      found.append(best[domain])
+    elif name == BEST:
+      raise UserError(
+        f"teachers.{domain}='best': no finished stage of a cascade has a score for it here;"
+        f" give --config.teachers.{domain}=CKPT"
+      )
+    elif stage is not None:
+      found.append(of_stage(stage, domain))
+    elif loading.is_checkpoint(name):
+      tokenizer = loading.find(name).tokenizer
+      fingerprint = tokenizer.fingerprint if tokenizer else ""
+      found.append(Teacher(domain, name, float("nan"), "", tokenizer=fingerprint))
+    else:
+      raise unknown(f"teachers.{domain}", name, [BEST, *(s["name"] for s in stages)])
+  return found
+
+
+def gather(
+  programs: Programs, tokenizer, teachers: Sequence[Teacher], keep: int, rows: Mapping[str, Sequence[Row]]
+) -> Teachers:
+  """A registry that loads and probes the teachers. Checks each teacher once before it returns.
+
+  Args:
+    tokenizer: the student's.
+    keep: most teacher checkpoints in memory.
+    rows: domain -> its held-out rows, which teachers without a probe are probed with.
+  """
+  registry = Teachers(
+    lambda checkpoint: loading.load(checkpoint, programs.template), programs.score,
+    vocab_size=programs.config.vocab_size, tokenizer=tokenizer.fingerprint, keep=keep,
+    tokens_BT=probe_tokens(tokenizer, rows) if teachers else None, dtype=programs.config.dtype,
+  )  # fmt: skip
+  for teacher in teachers:
+    registry.register(teacher)
+  registry.check()
+  return registry
+
+
+def probe_tokens(tokenizer, rows: Mapping[str, Sequence[Row]]) -> list[list[int]]:
+  """The first tokens of the first held-out prompt of up to PROBE_ROWS domains, equally many of each."""
+  first = [of_domain[0] for of_domain in rows.values()][:PROBE_ROWS]
+  texts = ["\n".join(str(m.get("content")) for m in prompt_messages(row)) for row in first]
+  tokens = [tokenizer.encode(text)[:PROBE_TOKENS] for text in texts]
+  shortest = min(map(len, tokens))
+  return [row[:shortest] for row in tokens]

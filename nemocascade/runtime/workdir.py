@@ -8,9 +8,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
-from nemocascade.runtime.assembly import Assembly
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.sharing import own
+from nemocascade.runtime.text import Text
 from nemocascade.state_files import read_state, write_json
 
 CONFIG = {  # JSON schema of config.json.
@@ -23,10 +23,10 @@ CONFIG = {  # JSON schema of config.json.
 }
 
 
-def claim(c: ConfigDict, workdir: Path, a: Assembly, *, shared: bool = False) -> None:
+def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False) -> Text:
   """Reserves the work directory for this config and this process, and writes config.json and the tokenizer.
 
-  Call it after all checks: it is the first call of a run that writes.
+  Call it after all checks: it is the first call of a run that writes. Returns the text to go on with.
 
   Args:
     shared: other processes with the same config may use the directory too, each in its own part.
@@ -40,7 +40,7 @@ def claim(c: ConfigDict, workdir: Path, a: Assembly, *, shared: bool = False) ->
   fields = json.loads(c.to_json_best_effort())
   first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
   check_owner(c, workdir)  # Another process may have written it first.
-  a.keep_tokenizer()
+  return text.write()
 
 
 def check_owner(c: ConfigDict, workdir: Path) -> None:

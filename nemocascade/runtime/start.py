@@ -1,4 +1,4 @@
-"""What all training stages share: the start, the state, the resumption record and the outcome."""
+"""How a training stage starts: its state, anew, from a checkpoint, or resumed with its record."""
 
 import dataclasses
 import functools
@@ -10,53 +10,17 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
+from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.mesh import alike, placed, whole
-from nemocascade.rollout.episode import Samples
 from nemocascade.runtime import loading
-from nemocascade.runtime.assembly import Assembly
-from nemocascade.state_files import check_shape
+from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime.outcome import Spent
+from nemocascade.runtime.parts import Parts
+from nemocascade.state_files import check_shape, write_json
 from nemocascade.step.optimizer import new_state
+from nemocascade.store import checksums
 from nemocascade.store.checkpoint import Store
 from nemocascade.types import Params, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Spent:
-  """Tokens that an RL stage has processed so far, by the kind of processing."""
-
-  sampled: int = 0  # Decoded one at a time.
-  prefilled: int = 0  # Prompts, once each.
-  scored: int = 0  # By a teacher or a reference.
-  trained: int = 0  # Forward and backward. Samples with no token to learn are not in a row.
-
-  def plus(self, **more: int) -> "Spent":
-    return dataclasses.replace(self, **{name: getattr(self, name) + n for name, n in more.items()})
-
-  def plus_rollout(self, samples: Samples) -> "Spent":
-    given_QG = ((samples.segment_ids_QGT > 0) & ~samples.loss_mask_QGT).sum(-1)
-    return self.plus(sampled=int(samples.loss_mask_QGT.sum()), prefilled=int(given_QG[:, 0].sum()))
-
-  def flops(self, matmul_params: int) -> int:
-    """FLOPs: 2 per parameter and token forward, 6 with the backward pass.
-
-    Products of the attention and the scan themselves are left out; they are few at these lengths.
-
-    Args:
-      matmul_params: the result of model.size.matmul_params for the model.
-    """
-    return matmul_params * (2 * (self.sampled + self.prefilled + self.scored) + 6 * self.trained)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """The result of a finished stage."""
-
-  params: Params
-  checkpoint: str
-  steps: int
-  tokens: int  # Trained on or sampled, all steps.
-  wall_s: float  # Seconds in this process. The caller adds those before a resumption.
 
 
 def abstract_state(tx: optax.GradientTransformation, template: Params, mesh: Mesh) -> TrainState:
@@ -100,31 +64,13 @@ RECORD = {  # JSON schema of the record that a stage saves with its state.
 }
 
 
-def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer | None:
-  """The tokenizer of a stage that runs outside a cascade: the config's, else that of `init_from`.
-
-  None if there is neither: the assembly then trains one.
-
-  Raises:
-    UserError: the config's tokenizer differs from that of `init_from`.
-  """
-  if c.tokenizer.path:
-    tokenizer = load_tokenizer(c.tokenizer.path)
-    if init_from:
-      loading.same_tokenizer("init_from", init_from, tokenizer)
-    return tokenizer
-  if not init_from:
-    return None
-  begun = stage_dir / "model"  # A resumed stage keeps its tokenizer, even if init_from has moved.
-  return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from, "init_from")
-
-
-def check_start(a: Assembly, field: str, checkpoint: str, template: Params | None = None) -> None:
+def check_start(field: str, checkpoint: str, tokenizer: Tokenizer | None, template: Params) -> None:
   """Checks that a stage can use a checkpoint, without reading its weights. "" passes.
 
   Args:
     field: the config field or flag that names it, for errors.
-    template: the shapes that its parameters must have; by default those of the assembly's model.
+    tokenizer: the run's, which the checkpoint must share.
+    template: the shapes that its parameters must have.
 
   Raises:
     UserError: it does not exist, or has another model or tokenizer.
@@ -132,13 +78,24 @@ def check_start(a: Assembly, field: str, checkpoint: str, template: Params | Non
   if not checkpoint:
     return
   found = loading.find(checkpoint, field)
-  loading.same_tokenizer(field, checkpoint, a.tokenizer)
-  found.check(template or a.template)
+  loading.same_tokenizer(field, checkpoint, tokenizer)
+  found.check(template)
+
+
+def save_model_files(c: ConfigDict, stage_dir: Path, tokenizer: Tokenizer) -> None:
+  """Writes the model's config and tokenizer, so that the stage's checkpoints can be used on their own."""
+
+  def write():
+    write_json(stage_dir / "model" / "config.json", c.model.to_dict())
+    tokenizer.save(stage_dir / "model")
+    checksums.write(stage_dir / "model")
+
+  first_alone(write)
 
 
 def start(
-  a: Assembly, stage_dir: Path, tx: optax.GradientTransformation, init_from: str, init_params=None, template=None,
-  load=loading.load,
+  c: ConfigDict, stage_dir: Path, parts: Parts, tx: optax.GradientTransformation, init_from: str, init_params=None,
+  template=None, load=loading.load,
 ) -> tuple[TrainState, dict, Store]:  # fmt: skip
   """(state to train from, record, checkpoint store). The state is the first of these that exists:
 
@@ -147,31 +104,32 @@ def start(
   3. Freshly initialized parameters.
 
   Args:
-    init_params, template: used instead of the assembly's, for another model.
+    init_params, template: used instead of those of `parts.programs`, for another model.
     load: (checkpoint, template) -> its parameters.
 
   Raises:
     UserError: the checkpoint cannot be read, has another tokenizer, or a value is not finite.
   """
-  init_params, template = init_params or a.fresh_params, template or a.template
-  state = abstract_state(tx, template, a.mesh)
+  programs, tokenizer = parts.programs, parts.text.tokenizer
+  init_params, template = init_params or programs.fresh_params, template or programs.template
+  state = abstract_state(tx, template, programs.mesh)
   # Each device computes only its own shards.
   make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
   store = Store(stage_dir / "checkpoints")
   if store.latest() is not None:
     latest = store.path_of(store.latest())
-    remedy = f"restore {a.workdir / 'tokenizer'}, or choose another --workdir"
-    loading.same_tokenizer("--workdir", str(latest), a.tokenizer, remedy)
+    remedy = f"restore {stage_dir.parent / 'tokenizer'}, or choose another --workdir"
+    loading.same_tokenizer("--workdir", str(latest), tokenizer, remedy)
     state, record = store.restore(state)
     check_shape(record, RECORD, f"{latest}/record", remedy="restore another checkpoint")
     return loading.finite(state, f"{store.directory}, after {int(state.step)} updates"), record, store
   if init_from:
-    loading.same_tokenizer("init_from", init_from, a.tokenizer)
-  a.save_model_files(stage_dir)
+    loading.same_tokenizer("init_from", init_from, tokenizer)
+  save_model_files(c, stage_dir, tokenizer)
   under_new_optimizer = functools.partial(new_state, tx)
   if init_from:
     make = functools.partial(make, donate_argnums=0)  # Avoids a second copy of the parameters.
     return make(under_new_optimizer)(load(init_from, template)), {}, store
-  key = jax.random.key(a.c.seed)
+  key = jax.random.key(c.seed)
   state = make(lambda key: under_new_optimizer(init_params(key)))(key)
   return loading.finite(state, "fresh parameters"), {}, store

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
-from nemocascade.runtime.teaching import find
+from nemocascade.runtime.teachers import find
 from nemocascade.store.record import Record
 
 STAGES = [

@@ -1,0 +1,98 @@
+"""Held-out rows of every domain, and a model's scores on them."""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Mapping
+
+import jax
+from ml_collections import ConfigDict
+
+from nemocascade.domains import domain as domain_lib
+from nemocascade.domains.domain import Domain
+from nemocascade.domains.rows import prompt_messages
+from nemocascade.errors import UserError
+from nemocascade.evaluate import suites
+from nemocascade.rollout import episode, rewards
+from nemocascade.runtime.parts import Parts
+from nemocascade.types import Params
+from nemocascade.verifiers.verdict import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Heldout:
+  """What a model is scored on. Every scoring uses the same prompts and random numbers.
+
+  Attributes:
+    rows: domain -> its held-out rows.
+    settings: the config's section `evaluation`.
+    seed: of the sampling.
+  """
+
+  rows: Mapping[str, list[Row]]
+  settings: ConfigDict
+  seed: int
+
+  def evaluate(
+    self, parts: Parts, params: Params, *, temperature: float, completions: int = 1
+  ) -> dict[str, suites.DomainScore]:
+    """Domain -> DomainScore. Domains of `long_domains` get longer prompts and smaller batches."""
+    e, key = self.settings, jax.random.key(self.seed)
+    scores = {}
+    for long in (False, True):
+      rows = {name: r for name, r in self.rows.items() if (name in e.long_domains) == long}
+      P, T = (e.long_prompt_tokens, e.long_total_tokens) if long else (e.prompt_tokens, e.total_tokens)
+      batch = (e.long_batch if long else e.batch) // completions
+
+      def collect(rows, index, P=P, T=T):
+        return episode.collect(
+          parts.programs.engine(P, T), params, jax.random.fold_in(key, index), rows, parts.domains,
+          tokenizer=parts.text.tokenizer, G=completions, temperature=temperature,
+        )  # fmt: skip
+
+      scores |= suites.evaluate(rows, collect, functools.partial(rewards.judge, domains=parts.domains), batch=batch)
+    return {name: scores[name] for name in self.rows}
+
+
+def draw(c: ConfigDict, domains: Mapping[str, Domain], tokenizer) -> Heldout:
+  """`c.evaluation.prompts` held-out rows of each domain; all prompts of a domain differ.
+
+  Raises:
+    UserError: a domain has too few prompts.
+  """
+  rows = {name: _rows_of(c, domain, name, tokenizer) for name, domain in domains.items()}
+  return Heldout(rows, c.evaluation, c.seed)
+
+
+def _rows_of(c: ConfigDict, domain: Domain, name: str, tokenizer) -> list[Row]:
+  """A domain's held-out rows. Leaves out prompts that are too long, and reports them on stderr."""
+  e = c.evaluation
+  field = "long_prompt_tokens" if name in e.long_domains else "prompt_tokens"
+  fits: dict[str, Row] = {}
+  too_long: dict[str, int] = {}  # Prompt's text -> number of its tokens.
+  start = 0
+  while len(fits) < e.prompts:
+    for row in domain_lib.rows(domain, "heldout", c.seed, start, e.prompts):
+      text = json.dumps(prompt_messages(row))
+      if text in fits or text in too_long or len(fits) == e.prompts:
+        continue
+      tokens = len(episode.prompt_of(row, domain, tokenizer))
+      if tokens <= e[field]:
+        fits[text] = row
+      else:
+        too_long[text] = tokens
+    start += e.prompts
+    if start > 100 * e.prompts or len(too_long) > 10 * e.prompts:
+      others = f" of at most evaluation.{field}={e[field]} tokens, and {len(too_long)} longer" if too_long else ""
+      raise UserError(
+        f"domain {name!r} has only {len(fits)} held-out prompts{others}: lower evaluation.prompts"
+        f"{f', or raise evaluation.{field}' if too_long else ''}"
+      )
+  if too_long:
+    print(
+      f"domain {name!r}: left out {len(too_long)} held-out prompts of more than"
+      f" evaluation.{field}={e[field]} tokens; the longest has {max(too_long.values())}",
+      file=sys.stderr,
+    )  # fmt: skip
+  return list(fits.values())

@@ -1,0 +1,77 @@
+"""Writes what each step of an RL stage leaves behind: metrics, samples, and a checkpoint now and then."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nemocascade import advantage
+from nemocascade.report.metrics import MetricsWriter, progress
+from nemocascade.runtime.outcome import Spent
+from nemocascade.runtime.supervision import Supervisor
+from nemocascade.store.checkpoint import Store
+from nemocascade.types import Params, TrainState
+
+Watch = Callable[[int, Params, Spent], bool]  # (steps done, parameters, cost) -> end the stage?
+
+
+class Logbook:
+  """Records the steps of an RL stage, applies the guards and asks the stage's watcher. Use it in a `with`."""
+
+  def __init__(
+    self, c: ConfigDict, stage_dir: Path, store: Store, watch: Watch, *, first: int, supervisor: Mapping[str, Any]
+  ):
+    """
+    Args:
+      first: the step that the stage begins or resumes with.
+      supervisor: the supervisor's record in the checkpoint that the stage resumes from, or empty.
+
+    Raises:
+      StageStopped: a guard ended the stage at this checkpoint.
+    """
+    self._c, self._dir, self._store, self._watch, self._first = c, stage_dir, store, watch, first
+    # few_signals watches the share of groups whose verdicts differ. Others lack a signal only if verdicts are
+    # compared within groups.
+    compares = c.advantage in advantage.GROUPED and c.reward == "verdict"
+    self._supervisor = Supervisor(c, stage_dir, supervisor, without=() if compares else ("few_signals",))
+
+  def __enter__(self) -> "Logbook":
+    self._writer = MetricsWriter(self._dir, start_step=self._first)
+    self._bar = progress(self._c.steps, initial=self._first, desc=self._dir.name)
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    self._writer.__exit__()
+    if kind is None:
+      self._bar.close()
+
+  def record(
+    self, step: int, state: TrainState, metrics: Mapping[str, float], skipped: Sequence[float], spent: Spent,
+    samples: list[dict], mixture: Mapping[str, Any],
+  ) -> bool:  # fmt: skip
+    """Writes a finished step. Returns whether the stage ends here.
+
+    Args:
+      state: after the step.
+      skipped: for each update, whether it was skipped as not finite.
+      spent: of the stage so far.
+      samples: lines for samples.jsonl.
+      mixture: the position in the prompts, for the checkpoint.
+
+    Raises:
+      StageStopped: a guard ends the stage, or too many updates in a row were not finite.
+    """
+    c, supervisor = self._c, self._supervisor
+    due = (step + 1) % c.save_every == 0
+    supervisor.write(self._writer, step, metrics, skipped=skipped, to_save=state if due else None)
+    ended = self._watch(step + 1, state.params, spent) or step + 1 == c.steps
+    if step % c.samples_every == 0 or ended:
+      self._writer.write_samples(step, samples)
+    self._bar.update(1, reward=metrics["reward/mean"], tokens=spent.sampled)
+    if due or ended or supervisor.stopping:
+      parts = {"mixture": mixture, "spent": dataclasses.asdict(spent), "supervisor": supervisor.record()}
+      self._store.save(step + 1, state, parts)
+      supervisor.end(self._store.path_of(step + 1))
+    return ended

@@ -1,0 +1,95 @@
+"""The parts of a run that its stages share, built once from its config."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nemocascade.config import ModelConfig
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.domains import registry
+from nemocascade.domains.domain import Domain
+from nemocascade.errors import UserError
+from nemocascade.mesh import make_mesh
+from nemocascade.runtime import loading
+from nemocascade.runtime.judge import load_judge
+from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.text import Text, text_of
+from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.types import Params
+from nemocascade.verifiers.judge import Judge
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+  """Model, tokenizer, domains and judge of a run; none of them changes while a stage trains.
+
+  Attributes:
+    judge: compares answers; None until there is a reward model.
+  """
+
+  programs: Programs
+  text: Text
+  domains: Mapping[str, Domain]
+  judge: Judge | None = None
+
+
+def build(c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None) -> Parts:
+  """Builds the parts from a config. Nothing is written.
+
+  Args:
+    workdir: where the run is written; its tokenizer is used if it has one.
+    tokenizer: used instead of the config's.
+    mesh: used instead of the config's mesh over this machine's devices.
+
+  Raises:
+    UserError: the parts do not fit together, or programs cannot be confined.
+  """
+  programs = Programs(ModelConfig.from_fields(c.model.to_dict()), mesh or make_mesh(**c.mesh))
+  domains = build_domains(c)
+  text = Text(tokenizer) if tokenizer else text_of(c, workdir, domains)
+  if text.tokenizer and text.tokenizer.vocab_size > programs.config.vocab_size:
+    raise UserError(
+      f"model.vocab_size={programs.config.vocab_size} is smaller than the tokenizer's"
+      f" {text.tokenizer.vocab_size}: raise it, or lower tokenizer.vocab_size"
+    )
+  return Parts(programs, text, domains)
+
+
+def build_domains(c: ConfigDict) -> dict[str, Domain]:
+  """The config's domains. Starts the sandbox only if a domain runs code, so that others work on any machine."""
+  running = registry.that_need("sandbox", c.domains)
+  try:
+    sandbox = Sandbox(workers=c.sandbox.workers) if running else None
+  except UserError as error:
+    raise UserError(f"domains={','.join(running)}: {error}") from error
+  return registry.build(c.domains, tasks=c.tasks, sandbox=sandbox)
+
+
+def with_judge(c: ConfigDict, parts: Parts, checkpoint: str) -> Parts:
+  """The parts with a reward model as the judge; domains that need a judge are rebuilt with it.
+
+  Raises:
+    UserError: the reward model was trained with another tokenizer, or cannot be loaded.
+  """
+  judge = load_judge(checkpoint, parts.programs, parts.text.tokenizer, c.evaluation)
+  names = registry.that_need("judge", parts.domains)
+  tasks = {name: fields for name, fields in c.tasks.items() if name in names}
+  judged = registry.build(names, tasks=tasks, judge=judge)
+  return dataclasses.replace(parts, domains={**parts.domains, **judged}, judge=judge)
+
+
+def from_checkpoint(checkpoint: str, mesh: Mesh | None = None) -> tuple[Programs, Tokenizer | None, Params]:
+  """(programs, tokenizer, parameters) of a checkpoint of ours or an `hf:DIR`; the tokenizer is None if it has none.
+
+  Args:
+    mesh: by default one device.
+
+  Raises:
+    UserError: it cannot be loaded.
+  """
+  found = loading.find(checkpoint)
+  programs = Programs(found.config, mesh or make_mesh(data=1, expert=1))
+  return programs, found.tokenizer, found.load(programs.template)

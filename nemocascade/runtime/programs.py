@@ -1,0 +1,155 @@
+"""The model on its mesh, and the programs of it that are jitted once and shared by all stages of a run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from nemocascade import mesh as mesh_lib
+from nemocascade.config import ModelConfig
+from nemocascade.model.expert_parallel import check_experts
+from nemocascade.model.hybrid import (
+  Hybrid,
+  add_to_router_bias,
+  init_params,
+  logical_axes,
+  repeat_state,
+)
+from nemocascade.model.reward import init_reward_params, reward_axes
+from nemocascade.rollout.engine import Engine
+from nemocascade.step.balance import RouterBalance
+from nemocascade.types import Params, Scores
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+  """The model of a run and its jitted methods. Holds no parameters.
+
+  Raises UserError if the mesh's `expert` does not divide the model's experts.
+  """
+
+  config: ModelConfig
+  mesh: Mesh
+  _made: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+  def __post_init__(self):
+    if "E" in self.config.hybrid_override_pattern:
+      check_experts(self.config.n_routed_experts, self.mesh)
+
+  def once(self, key: tuple, make: Callable[[], T]) -> T:
+    """The result of `make`, which is called at the first call with this key only."""
+    if key not in self._made:
+      self._made[key] = make()
+    return self._made[key]
+
+  # The parameters.
+
+  @functools.cached_property
+  def template(self) -> Params:
+    """Shapes, dtypes and shardings of the parameters."""
+    return self._placed(init_params, logical_axes)
+
+  @functools.cached_property
+  def reward_template(self) -> Params:
+    """Shapes, dtypes and shardings of a reward model's parameters."""
+    return self._placed(init_reward_params, reward_axes)
+
+  def _placed(self, init: Callable, axes: Callable) -> Params:
+    shapes = jax.eval_shape(functools.partial(init, self.config), jax.random.key(0))
+    return mesh_lib.placed(shapes, mesh_lib.shardings(axes(self.config), self.mesh, shapes))
+
+  def fresh_params(self, key: jax.Array) -> Params:
+    return init_params(self.config, key)
+
+  def put(self, tree: Any) -> Any:
+    """Puts rows on the mesh. Every process must have all the rows."""
+    return mesh_lib.put_rows(tree, self.mesh)
+
+  # Jitted methods of the model. Their results are replicated.
+
+  @functools.cached_property
+  def model(self) -> Hybrid:
+    return Hybrid(self.config, self.mesh)
+
+  @functools.cached_property
+  def score(self) -> Callable:
+    """`score_fn`, jitted."""
+    return self.jitted(self.score_fn)
+
+  @functools.cached_property
+  def states(self) -> Callable:
+    """(params, tokens_BT, segment_ids_BT) -> the result of Hybrid.states."""
+    return self.jitted(self._method("states"))
+
+  @functools.cached_property
+  def likeliest(self) -> Callable:
+    """(params, tokens_BT, segment_ids_BT, wanted_BT, k, temperature) -> the result of Hybrid.likeliest."""
+    return self.jitted(self._method("likeliest"), static_argnums=4)
+
+  @functools.cached_property
+  def head(self) -> Callable:
+    """params -> head_DV."""
+    return self.jitted(self._method("head"))
+
+  def jitted(self, fn: Callable, **how: Any) -> Callable:
+    """`fn` jitted, with its results replicated over the mesh."""
+    return jax.jit(fn, out_shardings=mesh_lib.whole(self.mesh), **how)
+
+  def _method(self, name: str) -> Callable:
+    return lambda params, *args: self.model.apply({"params": params}, *args, method=name)
+
+  def engine(self, prompt_tokens: int, total_tokens: int) -> Engine:
+    """The engine for prompts of at most `prompt_tokens` and rows of at most `total_tokens`; cached."""
+    return self.once(("engine", prompt_tokens, total_tokens), lambda: self._engine(prompt_tokens, total_tokens))
+
+  def _engine(self, prompt_tokens: int, total_tokens: int) -> Engine:
+    def prefill(params, tokens_BP, length_B, capacity):
+      return self.model.apply({"params": params}, tokens_BP, length_B, capacity, method="prefill")
+
+    def step(params, state, tokens_B, active_B):
+      return self.model.apply({"params": params}, state, tokens_B, active_B, method="step")
+
+    return Engine(
+      prefill, step, repeat_state, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
+      mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.template),
+    )  # fmt: skip
+
+  # Functions for training steps, which are jitted as a whole.
+
+  def score_fn(
+    self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None, temperature=1.0
+  ) -> Scores:
+    """A ScoreFn (see types.py) of the model."""
+    rows = tokens_BT, segment_ids_BT, wanted_BT
+    return self._apply(self.model, params, "score", *rows, distance, after, temperature)
+
+  def score_fn_under(self, balance: RouterBalance) -> Callable:
+    """The score function of a training step. It computes the balance loss only if `balance` uses it."""
+    return self._balanced_score_fn if balance.has_loss else self.score_fn
+
+  def _balanced_score_fn(
+    self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, temperature=1.0
+  ) -> Scores:
+    """score_fn whose result also has the routers' balance loss."""
+    model = Hybrid(dataclasses.replace(self.config, router_loss=True), self.mesh)
+    rows = tokens_BT, segment_ids_BT, wanted_BT
+    return self._apply(model, params, "score", *rows, distance, None, temperature)
+
+  def take_in_fn(self, params, prompts):
+    """A TakeInFn (see types.py) of the model."""
+    return self._apply(self.model, params, "take_in", prompts)
+
+  def _apply(self, model: Hybrid, params, method: str, *args):
+    if self.mesh.size > 1:  # Gives gradients and their sums the parameters' shardings.
+      places = jax.tree.map(lambda p: p.sharding, self.template)
+      params = jax.lax.with_sharding_constraint(params, places)
+    return model.apply({"params": params}, *args, method=method)
+
+  def add_to_bias(self, params, change_LE):
+    """params with `change_LE` ([MoE blocks, experts]) added to the routers' biases."""
+    return add_to_router_bias(self.config, params, change_LE)

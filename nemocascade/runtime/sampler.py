@@ -1,0 +1,87 @@
+"""Samples the completions of a step's prompts, and gets their verdicts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from nemocascade.domains.rows import prompt_messages
+from nemocascade.report.metrics import Phases
+from nemocascade.rollout import episode, rewards
+from nemocascade.rollout.episode import Samples
+from nemocascade.runtime.mixture import Mixture
+from nemocascade.runtime.outcome import Spent
+from nemocascade.runtime.parts import Parts
+from nemocascade.types import Params, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """The samples of a step and their verdicts.
+
+  Attributes:
+    rounds: batches that were sampled.
+    too_long: prompts that were skipped because they are too long.
+    spent: tokens that all rounds have cost.
+  """
+
+  samples: Samples
+  verdicts: rewards.Verdicts
+  rounds: int
+  too_long: int
+  spent: Spent
+
+  @property
+  def metrics(self) -> dict[str, float]:
+    return {"rollout/rounds": self.rounds, "rollout/too_long_prompts": self.too_long}
+
+
+def sample(
+  c: ConfigDict, parts: Parts, mixture: Mixture, params: Params, key: jax.Array, step: int, phases: Phases
+) -> Sampled:
+  """Samples `rollout.prompts` groups.
+
+  With dynamic_filtering it samples up to `refill_rounds` batches, until enough groups have verdicts that differ.
+
+  Args:
+    key: the stage's random key; each step and round gets its own.
+    phases: the step's timer.
+  """
+  r, rounds, too_long, spent = c.rollout, [], 0, Spent()
+  for round_ in range(c.refill_rounds):
+    rows, prompts, left_out = mixture.draw(r.prompts)
+    too_long += left_out
+    samples = episode.collect(
+      parts.programs.engine(r.prompt_tokens, r.total_tokens), params, jax.random.fold_in(key, step * 100 + round_),
+      rows, parts.domains, tokenizer=parts.text.tokenizer, G=r.completions, prompts=prompts,
+      completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
+      temperature=np.float32(r.temperature), top_p=r.top_p,
+    )  # fmt: skip
+    phases.end("rollout")
+    rounds.append((samples, rewards.judge(samples, parts.domains)))
+    phases.end("verdict")
+    spent = spent.plus_rollout(samples)
+    if not c.dynamic_filtering or sum(map(len, rewards.informative([v for _, v in rounds]))) >= r.prompts:
+      break
+  samples, verdicts = rewards.refill(rounds, r.prompts) if c.dynamic_filtering else rounds[0]
+  return Sampled(samples, verdicts, len(rounds), too_long, spent)
+
+
+def sample_lines(sampled: Sampled, rollout: Rollout, count: int) -> list[dict]:
+  """Lines of samples.jsonl: the first completion of up to `count` prompts, spread over the batch."""
+  samples, lines = sampled.samples, []
+  for q in np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).astype(int):
+    verdict = sampled.verdicts[q][0]
+    lines.append(
+      {
+        "domain": samples.domains[q],
+        "prompt": prompt_messages(samples.rows[q])[-1]["content"],
+        "completion": samples.completions[q][0].text,
+        "reward": float(rollout.rewards_QG[q][0]),
+        "verdict": verdict.reward,
+        "reason": verdict.reason,
+        "masked": verdict.masked,
+      }
+    )
+  return lines
