@@ -118,3 +118,21 @@ def test_each_arm_is_drawn_on_each_domain_also_where_nobody_teaches():
   drawn = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o")
   assert drawn == pytest.approx([0.2, 0.3, 0.3, 0.5])
   plt.close(figure)
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_last_one_whole(tmp_path, found, monkeypatch):
+  write = lambda: comparison.write(
+    tmp_path, found, ARMS, students=[{"math": x} for x in STUDENTS], teachers=[{"math": x} for x in TEACHERS],
+    rates={"slow": 1e-3, "fast": 2e-3},
+  )  # fmt: skip
+  write()
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+  def full(figure, path, **how):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+  with pytest.raises(OSError, match="curves.png"):
+    write()
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -169,7 +169,8 @@ def write(
   if len(domains) > 1:
     pictures["domains.png"] = by_domain(ends)
   for name, figure in pictures.items():
-    figure.savefig(out / name, dpi=130)
+    with whole(out / name) as partial:
+      figure.savefig(partial, format="png", dpi=130)
     plt.close(figure)
 
 

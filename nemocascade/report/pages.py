@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from nemocascade.report.metrics import LINE, read_lines
-from nemocascade.state_files import named, whole
+from nemocascade.state_files import whole
 from nemocascade.store.record import Record
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -136,14 +136,14 @@ def _picture(figure, path: Path) -> str:
   data = io.BytesIO()
   figure.savefig(data, format="png", dpi=130)
   plt.close(figure)
-  with named(path):
-    path.write_bytes(data.getvalue())
+  with whole(path) as partial:
+    partial.write_bytes(data.getvalue())
   return f'<img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def _table(path: Path, header: list[str], rows: list[list]) -> str:
   """Writes the rows to a CSV file and returns them as an HTML table."""
-  with named(path), path.open("w", newline="") as file:
+  with whole(path) as partial, partial.open("w", newline="") as file:
     csv.writer(file).writerows([header, *rows])
   cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
   line = lambda tag, row: "<tr>" + "".join(cell(tag, value) for value in row) + "</tr>"
