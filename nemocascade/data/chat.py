@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
 }
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_SYSTEM = ("system", "developer")  # Roles of a message that fills the system turn.
 _END = (mark("<|im_end|>"), Piece("\n"))
 _NO_THOUGHT = (mark("<think>"), mark("</think>"))
 _THINK_TAG = re.compile("(</?think>)")
@@ -77,20 +78,10 @@ def render(
     }
   )
   messages = list(messages)
-  for place, message in enumerate(messages):
-    if not isinstance(message, Mapping):
-      raise UserError(f"message {place}: must be an object, is {message!r:.80}")
-    if message.get("role") not in _ROLES:
-      raise unknown(f"role of message {place}", message.get("role"), _ROLES)
-  if messages and messages[0]["role"] in ("system", "developer"):
-    system_text = _text(messages.pop(0).get("content"))
-  else:
-    system_text = "" if tools else DEFAULT_SYSTEM
-  pieces = [mark("<|im_start|>"), Piece("system\n"), Piece(system_text)]
-  if tools:
-    pieces += [Piece("\n\n" if system_text else ""), *tool_format.tools_section(tools)]
-  pieces += [mark("<|im_end|>"), Piece("\n")]
-
+  _check_messages(messages)
+  pieces = _system_turn(messages, tools)
+  if messages and messages[0]["role"] in _SYSTEM:
+    messages.pop(0)
   last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
   for is_result, run in itertools.groupby(enumerate(messages), lambda im: im[1]["role"] == "tool"):
     if is_result:
@@ -109,6 +100,15 @@ def render(
   if add_generation_prompt:
     pieces += generation_prompt(enable_thinking)
   return [piece for piece in pieces if piece.text]
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+  """Raises UserError if a message is no object, or has an unknown role."""
+  for place, message in enumerate(messages):
+    if not isinstance(message, Mapping):
+      raise UserError(f"message {place}: must be an object, is {message!r:.80}")
+    if message.get("role") not in _ROLES:
+      raise unknown(f"role of message {place}", message.get("role"), _ROLES)
 
 
 def training_sequences(
@@ -161,6 +161,18 @@ def generation_prompt(enable_thinking: bool) -> list[Piece]:
   """The opening of an assistant turn, up to the first token that the model samples."""
   opening = (mark("<think>"), Piece("\n")) if enable_thinking else _NO_THOUGHT
   return [mark("<|im_start|>"), Piece("assistant\n"), *opening]
+
+
+def _system_turn(messages: Sequence[Message], tools: Sequence[Mapping] | None) -> list[Piece]:
+  """The first turn: the system message if the conversation begins with one, and the list of tools."""
+  if messages and messages[0]["role"] in _SYSTEM:
+    text = _text(messages[0].get("content"))
+  else:
+    text = "" if tools else DEFAULT_SYSTEM
+  turn = [mark("<|im_start|>"), Piece("system\n"), Piece(text)]
+  if tools:
+    turn += [Piece("\n\n" if text else ""), *tool_format.tools_section(tools)]
+  return [*turn, *_END]
 
 
 def _result_turn(results: Sequence[str]) -> list[Piece]:

@@ -201,6 +201,29 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   return kind(data, origin=f"tokenizer {path}")
 
 
+_SETTINGS = {  # Of SentencePiece's trainer, beside the corpus and the sizes.
+  "model_type": "bpe",
+  "hard_vocab_limit": False,
+  "byte_fallback": True,
+  "character_coverage": 1.0,
+  "normalization_rule_name": "identity",
+  "add_dummy_prefix": False,
+  "remove_extra_whitespaces": False,
+  "split_digits": True,
+  "max_sentence_length": 1 << 30,  # Bytes; SentencePiece skips longer lines.
+  "unk_id": 0,
+  "bos_id": 1,
+  "eos_id": 2,
+  "pad_id": -1,
+  "unk_piece": SPECIAL_NAMES[0],
+  "bos_piece": SPECIAL_NAMES[1],
+  "eos_piece": SPECIAL_NAMES[2],
+  "control_symbols": list(SPECIAL_NAMES[3:]),
+  "minloglevel": 2,
+  "num_threads": 1,
+}
+
+
 def train_sentencepiece(
   texts: Iterable[str], *, vocab_size: int, phrases: Iterable[str] = ()
 ) -> SentencePieceTokenizer:
@@ -226,45 +249,28 @@ def train_sentencepiece(
       f"tokenizer vocab_size={vocab_size}: special tokens, {len(phrases)} phrases and bytes alone take {floor}"
     )
 
-  # Train on single lines, without the phrases, which are tokens already.
+  model = io.BytesIO()
+  # SentencePiece matches phrases after it has replaced spaces by U+2581.
+  symbols = [phrase.replace(" ", _SPACE) for phrase in phrases]
+  lines = _lines(texts, phrases)
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, user_defined_symbols=symbols,
+      **_SETTINGS,
+    )  # fmt: skip
+  except RuntimeError as error:
+    raise UserError(f"tokenizer vocab_size={vocab_size}: {str(error).splitlines()[-1]}") from error
+  return SentencePieceTokenizer(model.getvalue())
+
+
+def _lines(texts: Iterable[str], phrases: Iterable[str]) -> list[str]:
+  """The lines to train on, without the phrases, which are tokens already. Raises UserError if there are none."""
   cut = re.compile("|".join(map(re.escape, sorted(phrases, key=len, reverse=True))))
   lines = (part for text in texts for part in cut.split(text.replace(_SPACE, "")))
   lines = [line.encode("utf-8", "replace").decode() for line in lines if line.strip()]
   if not lines:
     raise UserError("tokenizer: no text to learn from")
-
-  model = io.BytesIO()
-  settings = {
-    "sentence_iterator": iter(lines),
-    "model_writer": model,
-    "model_type": "bpe",
-    "vocab_size": vocab_size,
-    "hard_vocab_limit": False,
-    "byte_fallback": True,
-    "character_coverage": 1.0,
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "split_digits": True,
-    "max_sentence_length": 1 << 30,  # Bytes; SentencePiece skips longer lines.
-    "unk_id": 0,
-    "bos_id": 1,
-    "eos_id": 2,
-    "pad_id": -1,
-    "unk_piece": SPECIAL_NAMES[0],
-    "bos_piece": SPECIAL_NAMES[1],
-    "eos_piece": SPECIAL_NAMES[2],
-    "control_symbols": list(SPECIAL_NAMES[3:]),
-    # SentencePiece matches phrases after it has replaced spaces by U+2581.
-    "user_defined_symbols": [phrase.replace(" ", _SPACE) for phrase in phrases],
-    "minloglevel": 2,
-    "num_threads": 1,
-  }
-  try:
-    sentencepiece.SentencePieceTrainer.train(**settings)
-  except RuntimeError as error:
-    raise UserError(f"tokenizer vocab_size={vocab_size}: {str(error).splitlines()[-1]}") from error
-  return SentencePieceTokenizer(model.getvalue())
+  return lines
 
 
 def _whole(text: str) -> str:

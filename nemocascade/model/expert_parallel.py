@@ -50,19 +50,12 @@ def sharded_routed_mlp(
   here = -(-T // mesh.size)  # Tokens per device.
   if form == "auto":
     form = "gather" if group == 1 or here * group <= GATHER_TOKENS else "exchange"
-  pieces = 1
-  if form == "exchange":
-    pieces = -(-here * group * min(X, E // group) // buffer_rows)
-  grow = lambda a, parts: jnp.pad(a, ((0, -a.shape[0] % parts), (0, 0)))  # Padding has weight 0.
+  pieces = -(-here * group * min(X, E // group) // buffer_rows) if form == "exchange" else 1
   cut = "data" if D % data == 0 else None
   tokens = PartitionSpec(BATCH, None)
 
   def local(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
-    if cut:
-      up_EDF = jax.lax.all_gather(up_EDF, "data", axis=1, tiled=True)
-      down_EFD = jax.lax.all_gather(down_EFD, "data", axis=2, tiled=True)
-    else:  # With this cast their gradients are summed over `data`.
-      up_EDF, down_EFD = (jax.lax.pcast(w, "data", to="varying") for w in (up_EDF, down_EFD))
+    up_EDF, down_EFD = _whole_experts(up_EDF, down_EFD, sharded=cut is not None)
     if form == "gather":
       y_TD, rows = _gather(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, product)
       return y_TD, rows[None]
@@ -71,7 +64,7 @@ def sharded_routed_mlp(
     if pieces == 1:
       y_TD, rows = part((x_TD, expert_TX, weight_TX))
       return y_TD, rows[None]
-    split = lambda a: grow(a, pieces).reshape(pieces, -1, a.shape[1])
+    split = lambda a: _padded(a, pieces).reshape(pieces, -1, a.shape[1])
     xs = tuple(map(split, (x_TD, expert_TX, weight_TX)))
     y_PTD, rows_P = jax.lax.map(jax.checkpoint(part), xs)
     return y_PTD.reshape(-1, D)[:here], jnp.sum(rows_P)[None]
@@ -80,7 +73,7 @@ def sharded_routed_mlp(
     local, mesh=mesh,
     in_specs=(tokens, PartitionSpec("expert", cut, None), PartitionSpec("expert", None, cut), tokens, tokens),
     out_specs=(tokens, PartitionSpec(BATCH)),
-  )(grow(x_TD, mesh.size), up_EDF, down_EFD, grow(expert_TX, mesh.size), grow(weight_TX, mesh.size))  # fmt: skip
+  )(_padded(x_TD, mesh.size), up_EDF, down_EFD, _padded(expert_TX, mesh.size), _padded(weight_TX, mesh.size))  # fmt: skip
   padding = -(-here // pieces) * pieces * mesh.size - T  # Padding chose expert 0 and was counted.
   return y_TD[:T], jnp.sum(rows) - padding * X
 
@@ -98,6 +91,20 @@ def _product_form(mesh: Mesh | None) -> str | None:
     return None
   platform = mesh.devices.flat[0].platform
   return platform if platform in ("tpu", "gpu") else "blocked"
+
+
+def _padded(a, parts: int):
+  """Pads the first axis of a matrix with zeros to a multiple of `parts`. Padded tokens have weight 0."""
+  return jnp.pad(a, ((0, -a.shape[0] % parts), (0, 0)))
+
+
+def _whole_experts(up_EDF, down_EFD, *, sharded: bool):
+  """The device's experts (in shard_map), gathered over `data` if their axis D is sharded there."""
+  if sharded:
+    up_EDF = jax.lax.all_gather(up_EDF, "data", axis=1, tiled=True)
+    return up_EDF, jax.lax.all_gather(down_EFD, "data", axis=2, tiled=True)
+  # With this cast their gradients are summed over `data`.
+  return tuple(jax.lax.pcast(w, "data", to="varying") for w in (up_EDF, down_EFD))
 
 
 def _varying(a):

@@ -9,7 +9,7 @@ import numpy as np
 from nemocascade.data import chat
 from nemocascade.domains.domain import Domain
 from nemocascade.domains.rows import prompt_messages, prompt_tools
-from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.engine import Decoding, Engine
 from nemocascade.types import Params
 from nemocascade.verifiers.verdict import Completion, Row
 
@@ -97,37 +97,67 @@ def collect(
   d = engine.start(params, prompts, G, drawn=top_p < 1)
   if completion_tokens is not None:
     d = d.replace(limit_B=np.minimum(d.limit_B, np.asarray(d.known_B) + np.int32(completion_tokens)))
-  B = len(rows) * G
-  worlds = [of_row[b // G].start(rows[b // G]) for b in range(B)]
-  turns: list[list[chat.Turn]] = [[] for _ in range(B)]
-  begin_B = np.array(d.known_B)  # Where the turn being sampled begins.
-  open_rows = list(range(B))
+  episodes = [
+    _Episode(domain, think, domain.start(row))
+    for row, domain, think in zip(rows, of_row, thinks, strict=True)
+    for _ in range(G)
+  ]
+  d = _run(engine, params, d, key, episodes, tokenizer, temperature, top_p)
+  return _samples(d, rows, episodes, shape=(len(rows), G, engine.T))
 
-  for round_ in range(max((domain.max_turns for domain in of_row), default=1)):
+
+@dataclasses.dataclass
+class _Episode:
+  """One episode while it is sampled."""
+
+  domain: Domain
+  thinking: bool
+  world: object | None
+  turns: list[chat.Turn] = dataclasses.field(default_factory=list)
+
+  def respond(self, tokens: list[int], tokenizer) -> list[int] | None:
+    """Adds a sampled turn. Returns the tokens of its tools' results, or None if the episode ends."""
+    turn = chat.parse(tokens, tokenizer, thinking=self.thinking)
+    self.turns.append(turn)
+    if not turn.finished or len(self.turns) >= self.domain.max_turns:
+      return None
+    results = self.domain.act(self.world, turn)
+    if results is None:
+      return None
+    return chat.tokenize(chat.tool_response(results, enable_thinking=self.thinking), tokenizer)[0]
+
+  def cut_off(self) -> None:
+    """Marks the last turn as unfinished."""
+    self.turns[-1] = dataclasses.replace(self.turns[-1], finished=False)
+
+
+def _run(
+  engine: Engine, params: Params, d: Decoding, key: jax.Array, episodes: list[_Episode], tokenizer, temperature, top_p
+) -> Decoding:
+  """Samples turns and appends tool results, until all episodes have ended. Returns the final decoding state."""
+  begin_B = np.array(d.known_B)  # Where the turn being sampled begins.
+  open_rows = list(range(len(episodes)))
+  for round_ in range(max((episode.domain.max_turns for episode in episodes), default=1)):
     d = engine.decode(params, d, jax.random.fold_in(key, round_), temperature, top_p)
-    tokens_BT, known_B = np.asarray(d.tokens_BT), np.asarray(d.known_B)
-    given = {}
-    for b in open_rows:
-      domain, think = of_row[b // G], thinks[b // G]
-      turn = chat.parse(tokens_BT[b, begin_B[b] : known_B[b]].tolist(), tokenizer, thinking=think)
-      turns[b].append(turn)
-      if not turn.finished or len(turns[b]) >= domain.max_turns:
-        continue
-      results = domain.act(worlds[b], turn)
-      if results is not None:
-        given[b] = chat.tokenize(chat.tool_response(results, enable_thinking=think), tokenizer)[0]
-    limit_B = np.asarray(d.limit_B)
+    tokens_BT, known_B, limit_B = np.asarray(d.tokens_BT), np.asarray(d.known_B), np.asarray(d.limit_B)
+    given = {b: episodes[b].respond(tokens_BT[b, begin_B[b] : known_B[b]].tolist(), tokenizer) for b in open_rows}
+    given = {b: tokens for b, tokens in given.items() if tokens is not None}
     open_rows = [b for b, tokens in given.items() if known_B[b] + len(tokens) < limit_B[b]]
-    for b in given.keys() - set(open_rows):  # The results do not fit: the episode is cut off here.
-      turns[b][-1] = dataclasses.replace(turns[b][-1], finished=False)
+    for b in given.keys() - set(open_rows):  # The results do not fit.
+      episodes[b].cut_off()
     if not open_rows:
       break
     d = engine.extend(d, {b: given[b] for b in open_rows})
     begin_B = np.array(d.known_B)
+  return d
 
-  shape = (len(rows), G, engine.T)
+
+def _samples(d: Decoding, rows: Sequence[Row], episodes: list[_Episode], shape: tuple[int, int, int]) -> Samples:
+  """The samples of ended episodes; `shape` is (Q, G, T)."""
+  Q, G, T = shape
   tokens_BT, known_B = np.asarray(d.tokens_BT), np.asarray(d.known_B)
-  real_BT = np.arange(engine.T)[None] < known_B[:, None]
+  real_BT = np.arange(T)[None] < known_B[:, None]
+  completions = [Completion(tuple(episode.turns), episode.world) for episode in episodes]
   return Samples(
     rows=list(rows),
     domains=[row_domain(row) for row in rows],
@@ -137,5 +167,5 @@ def collect(
     behaviour_logprobs_QGT=np.asarray(d.behaviour_logprobs_BT).reshape(shape),
     limit_QG=np.asarray(d.limit_B).reshape(shape[:2]),
     drawn_logprobs_QGT=None if d.drawn_logprobs_BT is None else np.asarray(d.drawn_logprobs_BT).reshape(shape),
-    completions=[[Completion(tuple(turns[q * G + g]), worlds[q * G + g]) for g in range(G)] for q in range(len(rows))],
+    completions=[completions[q * G : (q + 1) * G] for q in range(Q)],
   )

@@ -1,6 +1,8 @@
 """The policy-gradient step, one program for GRPO, MOPD and all other advantages."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +14,12 @@ from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.rows import Rows
 from nemocascade.step.sft import real_tokens, sum_over_parts
 from nemocascade.step.update import apply_gradients
-from nemocascade.types import Metrics, Params, Prompts, Rollout, ScoreFn, TakeInFn, TrainState
+from nemocascade.types import Metrics, Params, Prompts, Rollout, ScoreFn, Scores, TakeInFn, TrainState
 
 
-def policy_gradient_step(
-  score_fn: ScoreFn,
-  tx: optax.GradientTransformation,
-  *,
-  ratio: Callable = loss.reinforce,
-  correction: Callable = loss.no_correction,
-  kl: Callable = loss.k3,
-  kl_weight: float = 0.0,
-  entropy_weight: float = 0.0,
-  distillation: Callable = loss.reverse_kl,
-  distillation_weight: float = 0.0,
-  accumulate: int = 1,
-  balance: RouterBalance = RouterBalance(),  # noqa: B008 (frozen)
-  add_to_bias: AddToBias | None = None,
-  take_in_fn: TakeInFn | None = None,
-):
-  """Returns step(state, rows, count, heads_ZDV=None, prompts=None, temperature=1.0) -> (state, metrics).
-
-  The step is pure and can be jitted.
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+  """The loss of rows under the policy.
 
   The proximal policy is the one before the first update of a batch. Its log-probabilities are rows["proximal"]
   if the batch is used for several updates; otherwise it is the current policy. The correction compares the
@@ -41,22 +27,118 @@ def policy_gradient_step(
   current policy with the proximal one. The sign of the advantage decides which side is clipped, so a
   correction's weights must be at least 0.
 
+  Attributes:
+    score_fn: scores the rows under the policy.
+    ratio, correction, kl, distillation: functions of step/loss.py, see there.
+    kl_weight: factor of the KL to rows["reference"].
+    entropy_weight: factor of the entropy bonus.
+    distillation_weight: factor of the distance from the teachers.
+    balance: the load balancing of the routers. With shared prompts its loss must have weight 0, because documents
+      are then split into prompt and completion.
+  """
+
+  score_fn: ScoreFn
+  ratio: Callable = loss.reinforce
+  correction: Callable = loss.no_correction
+  kl: Callable = loss.k3
+  kl_weight: float = 0.0
+  entropy_weight: float = 0.0
+  distillation: Callable = loss.reverse_kl
+  distillation_weight: float = 0.0
+  balance: RouterBalance = RouterBalance()  # noqa: RUF009 (frozen)
+
+  def gradients(self, params: Params, after, rows: Rows, scale: jax.Array, heads_ZDV, temperature):
+    """Loss sums and gradients of one piece of the rows.
+
+    Args:
+      after: (Prefix, length_Q) of the prompts, or None.
+      scale: factor of the balance loss.
+
+    Returns:
+      (((total, tokens, sums, Routing), gradient of the parameters, gradient of the prefix), the largest sampler
+      gap)
+    """
+    prefix, length_Q = after or (None, None)
+    # The prefix is fp32 here, so that its gradient is summed over the pieces in fp32.
+    prefix_32 = jax.tree.map(lambda a: a.astype(jnp.float32), prefix)
+
+    def loss_fn(params, prefix_32):
+      own = jax.tree.map(lambda a, like: a.astype(like.dtype), prefix_32, prefix)
+      scores = self._scores(params, (own, length_Q) if after else None, rows, heads_ZDV, temperature)
+      mask_BT = rows["mask"]
+      loss_BT, gap_BT, sums = self._terms(scores, rows)
+      total = jnp.sum(jnp.where(mask_BT, rows["weights"] * loss_BT, 0.0), dtype=jnp.float32)
+      sums = {name: jnp.sum(value_BT, dtype=jnp.float32) for name, value_BT in sums.items()}
+      tokens = jnp.sum(mask_BT, dtype=jnp.float32)
+      balanced = total + self.balance.loss(scores.routing, scale)
+      return balanced, (total, tokens, sums, scores.routing, jnp.max(gap_BT))
+
+    grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    (_, (*sums, gap_max)), grads = grad_fn(params, prefix_32)
+    return (sums, *grads), gap_max
+
+  def _scores(self, params: Params, after, rows: Rows, heads_ZDV, temperature) -> Scores:
+    def distance(x_BTD, head_DV, wanted_BT):
+      return self.distillation(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature)
+
+    return self.score_fn(
+      params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(self.distillation_weight),
+      **({"after": after} if after else {}), temperature=temperature,
+    )  # fmt: skip
+
+  def _terms(self, scores: Scores, rows: Rows) -> tuple[jax.Array, jax.Array, Metrics]:
+    """(loss_BT, sampler gap_BT, metrics by token) of all terms; the loss counts on learned tokens only."""
+    logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
+    # Without gradient. Where nothing is learned the policy's own values are used.
+    own_BT = jax.lax.stop_gradient(logprobs_BT)
+    proximal_BT = jnp.where(mask_BT, rows["proximal"], own_BT) if "proximal" in rows else own_BT
+    gap_BT = sampler_gap(proximal_BT, rows, "behaviour")
+    drawn_gap_BT = sampler_gap(proximal_BT, rows, "drawn") if "drawn" in rows else gap_BT
+    mean_of = lambda x_BT: document_mean(x_BT, mask_BT, rows["segment_ids"])
+    ratios_BT = self.correction(gap_BT, drawn_gap_BT, mean_of)
+    a_BT = jax.lax.stop_gradient(ratios_BT * rows["advantages"])
+    gain_BT, clipped_BT = self.ratio(logprobs_BT, proximal_BT, a_BT, mean_of)
+    loss_BT = -gain_BT
+    sums = {
+      "policy/entropy": jnp.where(mask_BT, scores.entropy_BT, 0.0),
+      "policy/sampler_kl": -gap_BT,
+      "policy/sampler_error": jnp.abs(gap_BT),
+      "policy/ratio_masked": mask_BT & (ratios_BT == 0),
+      "policy/clipped": mask_BT & clipped_BT,
+      "advantage/mean": rows["advantages"],
+      "advantage/abs": jnp.abs(rows["advantages"]),
+    }
+    if self.kl_weight:
+      kl_BT = reference_kl(logprobs_BT, rows, self.kl)
+      loss_BT += self.kl_weight * kl_BT
+      sums["policy/reference_kl"] = kl_BT
+    if self.entropy_weight:
+      loss_BT -= self.entropy_weight * scores.entropy_BT
+    if self.distillation_weight:
+      loss_BT += self.distillation_weight * scores.distance_BT
+      sums["policy/teacher_kl"] = jnp.where(mask_BT, scores.distance_BT, 0.0)
+    return loss_BT, gap_BT, sums
+
+
+def policy_gradient_step(
+  score_fn: ScoreFn, tx: optax.GradientTransformation, *, accumulate: int = 1, add_to_bias: AddToBias | None = None,
+  take_in_fn: TakeInFn | None = None, **settings: Any,
+):  # fmt: skip
+  """Returns step(state, rows, count, heads_ZDV=None, prompts=None, temperature=1.0) -> (state, metrics).
+
+  The step is pure and can be jitted.
+
   Tokens of invalid samples do not contribute to any sum or count. Rows without a learned token are treated as
   padding, for load balancing too.
 
   Args:
     score_fn: scores the rows under the policy.
     tx: the optimizer.
-    ratio, correction, kl, distillation: functions of step/loss.py, see there.
-    kl_weight: factor of the KL to rows["reference"].
-    entropy_weight: factor of the entropy bonus.
-    distillation_weight: factor of the distance from the teachers.
     accumulate: the rows are processed in this many pieces, one after another; the result equals that of one
       piece. A piece without a learned token is skipped.
-    balance: the load balancing of the routers. With `prompts` its loss must have weight 0, because documents
-      are then split into prompt and completion.
-    add_to_bias: needed if `balance` moves the routers' bias.
+    add_to_bias: needed if the load balancing moves the routers' bias.
     take_in_fn: prefills the prompts; needed with `prompts`.
+    settings: fields of PolicyLoss.
 
   Args of step:
     rows, count: those of rows.to_rows, packed or not.
@@ -65,89 +147,20 @@ def policy_gradient_step(
       completions. Each piece of the rows then has completions of every prompt.
     temperature: the sampling temperature of the rows, a scalar. The loss uses softmax(logits / temperature).
   """
-
-  def part(params, after, rows: Rows, scale: jax.Array, heads_ZDV, temperature):
-    """Loss sums and gradients of one piece of the rows.
-
-    Args:
-      after: (Prefix, length_Q) of the prompts, or None.
-
-    Returns:
-      ((sums, gradient of the parameters, gradient of the prefix), the largest sampler gap).
-    """
-    prefix, length_Q = after or (None, None)
-    # The prefix is fp32 here, so that its gradient is summed over the pieces in fp32.
-    prefix_32 = jax.tree.map(lambda a: a.astype(jnp.float32), prefix)
-
-    def distance(x_BTD, head_DV, wanted_BT):
-      return distillation(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature)
-
-    def loss_fn(params, prefix_32):
-      own = jax.tree.map(lambda a, like: a.astype(like.dtype), prefix_32, prefix)
-      scores = score_fn(
-        params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(distillation_weight),
-        **({"after": (own, length_Q)} if after else {}), temperature=temperature,
-      )  # fmt: skip
-      logprobs_BT, mask_BT = scores.logprobs_BT, rows["mask"]
-      # Without gradient. Where nothing is learned the policy's own values are used.
-      own_BT = jax.lax.stop_gradient(logprobs_BT)
-      proximal_BT = jnp.where(mask_BT, rows["proximal"], own_BT) if "proximal" in rows else own_BT
-      gap_BT = sampler_gap(proximal_BT, rows, "behaviour")
-      drawn_gap_BT = sampler_gap(proximal_BT, rows, "drawn") if "drawn" in rows else gap_BT
-      mean_of = lambda x_BT: document_mean(x_BT, mask_BT, rows["segment_ids"])  # noqa: E731
-      ratios_BT = correction(gap_BT, drawn_gap_BT, mean_of)
-      a_BT = jax.lax.stop_gradient(ratios_BT * rows["advantages"])
-      gain_BT, clipped_BT = ratio(logprobs_BT, proximal_BT, a_BT, mean_of)
-      loss_BT = -gain_BT
-      sums = {
-        "policy/entropy": jnp.where(mask_BT, scores.entropy_BT, 0.0),
-        "policy/sampler_kl": -gap_BT,
-        "policy/sampler_error": jnp.abs(gap_BT),
-        "policy/ratio_masked": mask_BT & (ratios_BT == 0),
-        "policy/clipped": mask_BT & clipped_BT,
-        "advantage/mean": rows["advantages"],
-        "advantage/abs": jnp.abs(rows["advantages"]),
-      }
-      if kl_weight:
-        kl_BT = reference_kl(logprobs_BT, rows, kl)
-        loss_BT += kl_weight * kl_BT
-        sums["policy/reference_kl"] = kl_BT
-      if entropy_weight:
-        loss_BT -= entropy_weight * scores.entropy_BT
-      if distillation_weight:
-        loss_BT += distillation_weight * scores.distance_BT
-        sums["policy/teacher_kl"] = jnp.where(mask_BT, scores.distance_BT, 0.0)
-      total = jnp.sum(jnp.where(mask_BT, rows["weights"] * loss_BT, 0.0), dtype=jnp.float32)
-      sums = {name: jnp.sum(value_BT, dtype=jnp.float32) for name, value_BT in sums.items()}
-      tokens = jnp.sum(mask_BT, dtype=jnp.float32)
-      balanced = total + balance.loss(scores.routing, scale)
-      return balanced, (total, tokens, sums, scores.routing, jnp.max(gap_BT))
-
-    grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    (_, (*sums, gap_max)), grads = grad_fn(params, prefix_32)
-    return (sums, *grads), gap_max
+  policy_loss = PolicyLoss(score_fn, **settings)
 
   def step(
     state: TrainState, rows: Rows, count: jax.Array, heads_ZDV=None, prompts: Prompts | None = None,
     temperature: float | jax.Array = 1.0,
   ) -> tuple[TrainState, Metrics]:  # fmt: skip
-    taught_B1 = jnp.any(rows["mask"], axis=1, keepdims=True)
-    rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
-    real, after = real_tokens(rows["segment_ids"]), None
-    if prompts is not None:
-      after, pull, of_prompts = _take_in(take_in_fn, state.params, prompts)
-      real += jnp.sum(after[1], dtype=jnp.float32)
-    scale = count / jnp.maximum(real, 1.0)
-    ((total, tokens, sums, routing), grads, dprefix), gap_max = sum_over_parts(
-      lambda rows: part(state.params, after, rows, scale, heads_ZDV, temperature), rows, accumulate,
-      worth=lambda rows: jnp.any(rows["mask"]),
-    )  # fmt: skip
-    if prompts is not None:
-      grads = jax.tree.map(jnp.add, grads, pull(dprefix))
-      routing = jax.tree.map(jnp.add, routing, of_prompts)
+    part = lambda after, rows, scale: policy_loss.gradients(state.params, after, rows, scale, heads_ZDV, temperature)
+    take_in = lambda: _take_in(take_in_fn, state.params, prompts)
+    (total, tokens, sums, routing), grads, gap_max, real = _sum_gradients(
+      part, rows, count, accumulate, None if prompts is None else take_in
+    )
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-    move = lambda params: balance.move(params, routing, add_to_bias)  # noqa: E731
+    move = lambda params: policy_loss.balance.move(params, routing, add_to_bias)
     state, metrics = apply_gradients(state, tx, grads, mean := total / count, move)
     metrics |= {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
     metrics |= {
@@ -158,6 +171,32 @@ def policy_gradient_step(
     return state, metrics | routing_metrics(routing, real)
 
   return step
+
+
+def _sum_gradients(part: Callable, rows: Rows, count: jax.Array, accumulate: int, take_in: Callable | None):
+  """Sums the gradients over the pieces of the rows, and adds those through the shared prompts.
+
+  Args:
+    part: (after, piece of the rows, scale) -> the result of PolicyLoss.gradients.
+    take_in: () -> the result of `_take_in`; None without shared prompts.
+
+  Returns:
+    ((total, tokens, sums, Routing), gradient of the parameters, largest sampler gap of each piece, real tokens)
+  """
+  taught_B1 = jnp.any(rows["mask"], axis=1, keepdims=True)
+  rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
+  real, after = real_tokens(rows["segment_ids"]), None
+  if take_in is not None:
+    after, pull, of_prompts = take_in()
+    real += jnp.sum(after[1], dtype=jnp.float32)
+  scale = count / jnp.maximum(real, 1.0)
+  ((*sums, routing), grads, dprefix), gap_max = sum_over_parts(
+    lambda rows: part(after, rows, scale), rows, accumulate, worth=lambda rows: jnp.any(rows["mask"])
+  )
+  if take_in is not None:
+    grads = jax.tree.map(jnp.add, grads, pull(dprefix))
+    routing = jax.tree.map(jnp.add, routing, of_prompts)
+  return (*sums, routing), grads, gap_max, real
 
 
 def rollout_metrics(r: Rollout) -> Metrics:

@@ -319,13 +319,31 @@ def batch_rewards(
   """
   if pairs not in PAIRINGS:
     raise errors.unknown("pairing", pairs, PAIRINGS)
-  matches, played = [], []  # Matches for the judge, and the (prompt, match) indices of each.
-  seats_Q, comparisons_Q, present_QG = [], [], []
-  for q, (prompt, completions_G) in enumerate(zip(prompts, completions_QG, strict=True)):
+  for completions_G in completions_QG:
     if len(completions_G) < 2:
       raise errors.UserError(f"G = {len(completions_G)}: answers are compared, so a group needs 2")
-    answers_G = [answer_of(completion) for completion in completions_G]
-    seats = PAIRINGS[pairs](len(answers_G))
+  answers_QG = [[answer_of(completion) for completion in completions_G] for completions_G in completions_QG]
+  rewards_QG = []
+  for q, base_G in enumerate(_base_scores_of_all(judge, prompts, answers_QG, PAIRINGS[pairs])):
+    present_G = np.array([answer is not None for answer in answers_QG[q]])
+    reward_G = base_G.copy()
+    for tokens_QG, weight in ((think_tokens_QG, lambda_think), (answer_tokens_QG, lambda_answer)):
+      tokens_G = np.asarray(tokens_QG[q])
+      tokens_G = np.where(present_G, tokens_G, tokens_G.max())
+      reward_G += weight * length_weights(tokens_G)
+      reward_G += bonus * concise(base_G, tokens_G, present_G, quantile=quantile)
+    rewards_QG.append(reward_G)
+  return np.array(rewards_QG, np.float32)
+
+
+def _base_scores_of_all(
+  judge: Judge, prompts: Sequence[Prompt], answers_QG: Sequence[Sequence[str | None]], pairing: Callable
+) -> list[np.ndarray]:
+  """`base_scores` of each group. The matches of all groups are judged in one call."""
+  matches, played = [], []  # Matches for the judge, and the (prompt, match) indices of each.
+  seats_Q, comparisons_Q = [], []
+  for q, (prompt, answers_G) in enumerate(zip(prompts, answers_QG, strict=True)):
+    seats = pairing(len(answers_G))
     comparisons = [EVEN] * len(seats)
     for k, (i, j) in enumerate(seats):
       first, second = answers_G[i], answers_G[j]
@@ -338,22 +356,10 @@ def batch_rewards(
         comparisons[k] = SECOND_WALKS_OVER
     seats_Q.append(seats)
     comparisons_Q.append(comparisons)
-    present_QG.append(np.array([answer is not None for answer in answers_G]))
-
   for (q, k), comparison in zip(played, judge.compare_many(matches), strict=True):
     comparisons_Q[q][k] = comparison
-
-  rewards_QG = []
-  for q, present_G in enumerate(present_QG):
-    base_G = base_scores(seats_Q[q], comparisons_Q[q], len(present_G))
-    reward_G = base_G.copy()
-    for tokens_QG, weight in ((think_tokens_QG, lambda_think), (answer_tokens_QG, lambda_answer)):
-      tokens_G = np.asarray(tokens_QG[q])
-      tokens_G = np.where(present_G, tokens_G, tokens_G.max())
-      reward_G += weight * length_weights(tokens_G)
-      reward_G += bonus * concise(base_G, tokens_G, present_G, quantile=quantile)
-    rewards_QG.append(reward_G)
-  return np.array(rewards_QG, np.float32)
+  groups = zip(seats_Q, comparisons_Q, answers_QG, strict=True)
+  return [base_scores(seats, comparisons, len(answers_G)) for seats, comparisons, answers_G in groups]
 
 
 def group_rewards(
