@@ -93,6 +93,8 @@ class Rollout:
   teacher_Q: jax.Array | None = None  # int32
   top_tokens_QGTK: jax.Array | None = None  # int32
   top_logprobs_QGTK: jax.Array | None = None  # fp32
+  # Signals without a field of their own (runtime/signals.py), for advantages: name -> [Q, ...].
+  signals: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

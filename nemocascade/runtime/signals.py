@@ -64,8 +64,8 @@ class Signal:
 
   Attributes:
     wanted: config of the stage -> whether the stage needs the signal.
-    read: (Sources, Samples) -> {field of a Rollout: its value}; the field "compared" has verdicts that replace
-      the samples' own, see rewards.to_rollout.
+    read: (Sources, Samples) -> {name: array [Q, ...]}. A name that is no field of Rollout goes to its `signals`.
+      "compared" has verdicts that replace the samples' own, see rewards.to_rollout.
     phase: "score" if `read` runs a language model over all samples, which counts as scored tokens; else "verdict".
   """
 
@@ -152,7 +152,9 @@ def annotate(sampled: Sampled, signals: Sequence[Signal], s: Sources, phases: Ph
   if s.c.dynamic_filtering:
     rollout = rewards.dynamic_filter(rollout, sampled.verdicts)
   phases.end("verdict")
-  rollout = rollout.replace(**found)
+  fields = {field.name for field in dataclasses.fields(Rollout)}
+  own = {name: found.pop(name) for name in found.keys() - fields}
+  rollout = rollout.replace(**found, signals=own)
   if taught(s.c):
     counts |= uniform_share(rollout, samples.domains, s.programs.config.vocab_size, s.heads_ZDV)
   phases.end("score")
