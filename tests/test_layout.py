@@ -1,4 +1,4 @@
-"""Modules import only from the same or a lower layer, files stay small, and every file has a docstring."""
+"""Modules import only from the same or a lower layer, files and functions stay small, files have docstrings."""
 
 import ast
 from pathlib import Path
@@ -73,3 +73,10 @@ def test_a_file_has_one_purpose_and_says_it(path):
   if path.name != "__init__.py" or text:
     assert ast.get_docstring(ast.parse(text)), "no docstring"
   assert path.stem not in ("utils", "util", "common", "helpers", "misc")
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_function_has_at_most_60_lines(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      assert node.end_lineno - node.lineno < 60, node.name
