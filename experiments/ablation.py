@@ -26,9 +26,9 @@ from nemocascade.field_check import check as check_fields
 from nemocascade.model.size import matmul_params
 from nemocascade.report import comparison, pages
 from nemocascade.report.metrics import read_lines
-from nemocascade.runtime import heldout, loading, objective, parts
+from nemocascade.runtime import loading, objective, parts
 from nemocascade.runtime.checks import check_evaluation
-from nemocascade.runtime.heldout import Heldout
+from nemocascade.runtime.heldout import Heldout, draw_heldout
 from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Spent
@@ -134,38 +134,38 @@ def arm_config(c: ConfigDict, name: str, seed: int, **changes) -> ConfigDict:
   return out
 
 
-def prepare(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path, seed: int) -> tuple[Parts, Heldout, Record]:
+def prepare(c: ConfigDict, p: Parts, heldout: Heldout, workdir: Path, seed: int) -> tuple[Parts, Heldout, Record]:
   """Trains a seed's student and teachers, unless done.
 
   Returns:
     (the parts for the seed's arms, with the seed's judge; the held-out rows, sampled with this seed; its record)
   """
   own, record = preparation(c, seed), Record.open(workdir)
-  rows = dataclasses.replace(rows, seed=seed)
+  heldout = dataclasses.replace(heldout, seed=seed)
   for name in c.order:
-    p = cascade.finish_stage(own, workdir, p, rows, record, name)
-  return p, rows, record
+    p = cascade.finish_stage(own, workdir, p, heldout, record, name)
+  return p, heldout, record
 
 
-def scores(c: ConfigDict, p: Parts, rows: Heldout, params, *, full: bool) -> dict[str, float]:
+def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, *, full: bool) -> dict[str, float]:
   """Domain -> held-out score. Every call with one seed uses the same prompts and random numbers."""
   e = c.compared
   prompts, G = (c.evaluation.prompts, e.full_completions) if full else (e.prompts, 1)
   # Taken evenly over the list: prompts near its start are more common and so easier.
-  some = {name: rows.rows[name][:: c.evaluation.prompts // prompts][:prompts] for name in e.domains}
-  found = dataclasses.replace(rows, rows=some).evaluate(p, params, temperature=1.0, completions=G)
+  some = {name: heldout.rows[name][:: c.evaluation.prompts // prompts][:prompts] for name in e.domains}
+  found = dataclasses.replace(heldout, rows=some).evaluate(p, params, temperature=1.0, completions=G)
   return {name: found[name].mean for name in e.domains}
 
 
-def line(c: ConfigDict, p: Parts, rows: Heldout, params, spent: Spent, steps: int, *, full: bool) -> comparison.Line:
-  found = scores(c, p, rows, params, full=full)
+def line(c: ConfigDict, p: Parts, heldout: Heldout, params, spent: Spent, steps: int, *, full: bool) -> comparison.Line:
+  found = scores(c, p, heldout, params, full=full)
   return {
     "steps": steps, "tokens": spent.sampled, "flops": spent.flops(matmul_params(p.programs.config)),
     "score": float(np.mean(list(found.values()))), "domains": found,
   }  # fmt: skip
 
 
-def watcher(c: ConfigDict, p: Parts, rows: Heldout, path: Path, last_step: int) -> Callable:
+def watcher(c: ConfigDict, p: Parts, heldout: Heldout, path: Path, last_step: int) -> Callable:
   """The `watch` of an arm: evaluates at the config's steps and at the end, and ends a spent budget.
 
   Evaluations go to `path`; one that is there already is not repeated.
@@ -178,7 +178,7 @@ def watcher(c: ConfigDict, p: Parts, rows: Heldout, path: Path, last_step: int) 
     full = ended or steps in c.compared.full_at
     if steps not in done and (full or steps in c.compared.at):
       done.add(steps)
-      append(path, line(c, p, rows, params, spent, steps, full=full))
+      append(path, line(c, p, heldout, params, spent, steps, full=full))
     return ended
 
   return watch
@@ -195,7 +195,7 @@ def append(path: Path, value: dict) -> None:
 
 
 def run_arm(
-  arm: ConfigDict, c: ConfigDict, p: Parts, rows: Heldout, record: Record, directory: Path, first: dict
+  arm: ConfigDict, c: ConfigDict, p: Parts, heldout: Heldout, record: Record, directory: Path, first: dict
 ) -> list:
   """Trains the arm, unless done. Returns its evaluations by step; `first`, the student's, comes first.
 
@@ -207,8 +207,8 @@ def run_arm(
     directory.mkdir(parents=True, exist_ok=True)
     teachers = None
     if objective.taught(arm):
-      teachers = gather(p.programs, p.text.tokenizer, find(arm, record), arm.teachers_in_memory, rows.rows)
-    watch = watcher(c, p, rows, path, arm.steps)
+      teachers = gather(p.programs, p.text.tokenizer, find(arm, record), arm.teachers_in_memory, heldout.rows)
+    watch = watcher(c, p, heldout, path, arm.steps)
     # All arms sample with the same random numbers: their key depends on the folder's name, here "rl".
     outcome = rl.run(arm, directory / "rl", p, record.checkpoint(c.student), teachers, watch)
     write_json(directory / "done.json", {"steps": outcome.steps, "wall_s": outcome.wall_s})
@@ -220,7 +220,7 @@ def run_arm(
   return [first, *lines]
 
 
-def start_of(c: ConfigDict, p: Parts, rows: Heldout, record: Record, workdir: Path) -> tuple[dict, dict]:
+def start_of(c: ConfigDict, p: Parts, heldout: Heldout, record: Record, workdir: Path) -> tuple[dict, dict]:
   """(the student's evaluation at step 0, domain -> its teacher's score), evaluated as the arms are.
 
   Cached in start.json.
@@ -228,15 +228,15 @@ def start_of(c: ConfigDict, p: Parts, rows: Heldout, record: Record, workdir: Pa
   path = workdir / "start.json"
   if not path.exists():
     load = lambda name: loading.load(record.checkpoint(name), p.programs.template)
-    student = line(c, p, rows, load(c.student), Spent(), 0, full=True)
-    of = {name: scores(c, p, rows, load(name), full=True) for name in dict.fromkeys(c.teachers_of.values())}
+    student = line(c, p, heldout, load(c.student), Spent(), 0, full=True)
+    of = {name: scores(c, p, heldout, load(name), full=True) for name in dict.fromkeys(c.teachers_of.values())}
     teachers = {domain: of[name][domain] for domain, name in c.teachers_of.items()}
     write_json(path, {"student": student, "teachers": teachers})
   value = read_state(path, START, remedy="remove it")
   return value["student"], value["teachers"]
 
 
-def search(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path) -> dict[str, float]:
+def search(c: ConfigDict, p: Parts, heldout: Heldout, workdir: Path) -> dict[str, float]:
   """Arm -> its best peak learning rate, for the arms of c.search; {} if there are none.
 
   Every arm gets the same rates, seeds and number of steps. Writes search/search.json.
@@ -249,7 +249,7 @@ def search(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path) -> dict[str, f
   place = lambda seed: workdir / "search" / f"seed_{seed}"
 
   def ends(seed: int) -> dict[str, dict[str, float]]:
-    own, scored, record = prepare(c, p, rows, place(seed), seed)
+    own, scored, record = prepare(c, p, heldout, place(seed), seed)
     first, _ = start_of(c, own, scored, record, place(seed))
 
     def end(name: str, rate: float) -> float:
@@ -266,16 +266,16 @@ def search(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path) -> dict[str, f
   return best
 
 
-def run_seed(c: ConfigDict, p: Parts, rows: Heldout, workdir: Path, seed: int, rates: dict[str, float]) -> OfSeed:
+def run_seed(c: ConfigDict, p: Parts, heldout: Heldout, workdir: Path, seed: int, rates: dict[str, float]) -> OfSeed:
   """Trains the unfinished stages and arms of a seed; returns all its evaluations."""
-  p, rows, record = prepare(c, p, rows, workdir, seed)
-  student, teachers = start_of(c, p, rows, record, workdir)
+  p, heldout, record = prepare(c, p, heldout, workdir, seed)
+  student, teachers = start_of(c, p, heldout, record, workdir)
   arms, equal = {}, {}
   for name in c.arms:
     arm = arm_config(c, name, seed, **{"optimizer.peak_lr": rates[name]})
     # Arms whose configs are equal are run once.
     directory = equal.setdefault(arm.to_json_best_effort(sort_keys=True), workdir / "arms" / name)
-    arms[name] = run_arm(arm, c, p, rows, record, directory, student)
+    arms[name] = run_arm(arm, c, p, heldout, record, directory, student)
   pages.write(workdir)
   return OfSeed(student, teachers, arms)
 
@@ -312,16 +312,16 @@ def run(c: ConfigDict, workdir: Path) -> dict:
       arm = arm_config(c, name, seed=0)
       objective.program(arm, p.programs)
       rl.check_prompts(arm, p)
-  rows = heldout.draw(own, p.domains, p.text.tokenizer)
+  heldout = draw_heldout(own, p.domains, p.text.tokenizer)
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   with held(workdir, wait=True, name=TURN):  # Several processes may start at once.
     p = dataclasses.replace(p, text=claim(c, workdir, p.text, shared=True))
-  best = search(c, p, rows, workdir)
+  best = search(c, p, heldout, workdir)
   found = {name: best.get(name, arm.optimizer.peak_lr) for name, arm in c.arms.items()}
   rates = {name: found[c.rate_of.get(name, name)] for name in c.arms}
   place = lambda seed: workdir / f"seed_{seed}"
-  for found in each(c.seeds, place, lambda seed: run_seed(c, p, rows, place(seed), seed, rates)):
+  for found in each(c.seeds, place, lambda seed: run_seed(c, p, heldout, place(seed), seed, rates)):
     out = publish(c, workdir, found, rates)
   return out
 

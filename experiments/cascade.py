@@ -23,9 +23,9 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
-from nemocascade.runtime import heldout, loading, objective, parts
+from nemocascade.runtime import loading, objective, parts
 from nemocascade.runtime.checks import check_evaluation, judged
-from nemocascade.runtime.heldout import Heldout
+from nemocascade.runtime.heldout import Heldout, draw_heldout
 from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.parts import Parts
@@ -130,17 +130,17 @@ def flat(c: ConfigDict, name: str) -> ConfigDict:
   return stage
 
 
-def scores(c: ConfigDict, p: Parts, rows: Heldout, params, name: str) -> tuple[dict, dict]:
+def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tuple[dict, dict]:
   """Scores all held-out domains after the named stage.
 
   Returns:
     (score fields of the stage's entry, {"eval_s_after": seconds})
   """
   began = time.time()
-  sampled = rows.evaluate(p, params, temperature=1.0, completions=c.evaluation.completions)
+  sampled = heldout.evaluate(p, params, temperature=1.0, completions=c.evaluation.completions)
   fields = columns(sampled, "after")
   if name in c.evaluation.greedy:
-    greedy = rows.evaluate(p, params, temperature=0.0)
+    greedy = heldout.evaluate(p, params, temperature=0.0)
     fields |= columns(greedy, "after", prefix="greedy")
   fields["n_eval"] = {name: score.prompts for name, score in sampled.items()}
   return fields, {"eval_s_after": time.time() - began}
@@ -153,27 +153,27 @@ def run(c: ConfigDict, workdir: Path) -> Record:
   check_owner(c, workdir)
   p = parts.build(c, workdir)
   check_programs(c, p)
-  rows = heldout.draw(c, p.domains, p.text.tokenizer)
+  heldout = draw_heldout(c, p.domains, p.text.tokenizer)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   record, began = Record.open(workdir), time.time()
   for name in c.order:
-    p = finish_stage(c, workdir, p, rows, record, name)
+    p = finish_stage(c, workdir, p, heldout, record, name)
     pages.write(workdir)
   tqdm.write(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 
 
-def finish_stage(c: ConfigDict, workdir: Path, p: Parts, rows: Heldout, record: Record, name: str) -> Parts:
+def finish_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: Record, name: str) -> Parts:
   """Runs a stage unless it is done. Returns the parts of the stages after it: a reward model becomes the judge."""
   entry = record.stage(name)
   if entry is None or entry["status"] != "done":
-    run_stage(c, workdir, p, rows, record, name)
+    run_stage(c, workdir, p, heldout, record, name)
   return parts.with_judge(c, p, record.checkpoint(name)) if c.stages[name].kind == "reward_model" else p
 
 
-def run_stage(c: ConfigDict, workdir: Path, p: Parts, rows: Heldout, record: Record, name: str) -> None:
+def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: Record, name: str) -> None:
   """Trains one stage, scores it, and writes its entry."""
   stage, began = flat(c, name), time.time()
   init = record.start_of(name, stage.init_from, main_line(c, name))
@@ -196,7 +196,7 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, rows: Heldout, record: Rec
   extra = {}
   if stage.kind == "rl" and objective.taught(stage):
     found = find(stage, record)
-    extra["teachers"] = gather(p.programs, p.text.tokenizer, found, stage.teachers_in_memory, rows.rows)
+    extra["teachers"] = gather(p.programs, p.text.tokenizer, found, stage.teachers_in_memory, heldout.rows)
     record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}
   with CompileCounter() as compiled:
     outcome = KINDS[stage.kind].run(stage, workdir / name, p, init, **extra)
@@ -208,8 +208,8 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, rows: Heldout, record: Rec
     "compilations": compiled.count,
   }
   if stage.kind != "reward_model":
-    fields, seconds = scores(c, p, rows, outcome.params, name)
-    probe = take_probe(p.programs.score, outcome.params, probe_tokens(p.text.tokenizer, rows.rows))
+    fields, seconds = scores(c, p, heldout, outcome.params, name)
+    probe = take_probe(p.programs.score, outcome.params, probe_tokens(p.text.tokenizer, heldout.rows))
     entry |= fields | seconds | {"probe": dataclasses.asdict(probe)}
   entry |= {"status": "done", "wall_s": entry["wall_s"] + time.time() - began}
   record.put(entry)

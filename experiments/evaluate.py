@@ -16,8 +16,9 @@ from nemocascade.errors import UserError
 from nemocascade.field_check import check
 from nemocascade.fields import number, text, whole
 from nemocascade.mesh import make_mesh
-from nemocascade.runtime import heldout, parts
+from nemocascade.runtime import parts
 from nemocascade.runtime.checks import check_evaluation
+from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.sharing import own
@@ -43,8 +44,8 @@ def run(
   elif "preference" in p.domains:
     print("no --judge: the preference domain is masked")
   first_alone(lambda: own(workdir))
-  rows = heldout.draw(c, p.domains, tokenizer)
-  scores = rows.evaluate(p, params, temperature=temperature, completions=completions)
+  heldout = draw_heldout(c, p.domains, tokenizer)
+  scores = heldout.evaluate(p, params, temperature=temperature, completions=completions)
   print(f"{'domain':14} {'avg@' + str(completions):>7}  {'95% interval':14} {'pass@' + str(completions):>7}  masked")
   for name, s in scores.items():
     print(f"{name:14} {s.mean:7.3f}  [{s.low:.3f}, {s.high:.3f}] {s.best:7.3f}  {s.masked}")

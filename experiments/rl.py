@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import Phases
-from nemocascade.runtime import heldout, parts, signals
+from nemocascade.runtime import parts, signals
 from nemocascade.runtime.checks import check_rl as check
 from nemocascade.runtime.checks import judged
+from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.learner import arrange, learn
@@ -125,7 +126,7 @@ def main(c: ConfigDict, workdir: Path) -> None:
   if c.judge:
     check_start("judge", c.judge, tokenizer, programs.reward_template)
     p = parts.with_judge(c, p, c.judge)
-  rows = heldout.draw(c, p.domains, tokenizer).rows if teachers else {}  # Teachers are probed with them.
+  rows = draw_heldout(c, p.domains, tokenizer).rows if teachers else {}  # Teachers are probed with them.
   teachers = gather(programs, tokenizer, teachers, c.teachers_in_memory, rows)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))
   run(c, workdir / "rl", p, c.init_from, teachers)

@@ -64,7 +64,7 @@ def trained(monkeypatch):
     ablation, "gather", lambda programs, tokenizer, teachers, keep, rows: [(t.domain, t.stage) for t in teachers]
   )
   monkeypatch.setattr(ablation, "scores", scores)
-  monkeypatch.setattr(ablation.heldout, "draw", lambda c, *_: Heldout({}, c.evaluation, c.seed))
+  monkeypatch.setattr(ablation, "draw_heldout", lambda c, *_: Heldout({}, c.evaluation, c.seed))
   return runs
 
 

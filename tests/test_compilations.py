@@ -18,7 +18,7 @@ from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout import episode
 from nemocascade.rollout.engine import Engine
 from nemocascade.runtime import parts
-from nemocascade.runtime.heldout import draw
+from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.start import save_model_files
 from nemocascade.runtime.teachers import Teacher, gather
 from nemocascade.store.checkpoint import Store
@@ -169,7 +169,7 @@ def test_mopd_with_two_teachers_of_which_one_is_in_memory(stage, monkeypatch, ex
   with c.unlocked():
     c.teachers = dict(near=starts[0], far=starts[1])
   of = [Teacher("near", starts[0], 0.0, ""), Teacher("far", starts[1], 0.0, "")]
-  rows = draw(base, p.domains, p.text.tokenizer).rows
+  rows = draw_heldout(base, p.domains, p.text.tokenizer).rows
   teachers = gather(p.programs, p.text.tokenizer, of, 1, rows)
   with nothing_after_the_first_step(monkeypatch):
     rl_stage.run(c, root / "mopd", p, starts[0], teachers)
@@ -182,7 +182,7 @@ def test_evaluation(stage, monkeypatch, extended):
   monkeypatch.setattr(Adding, "later", False)
   fresh = [p.programs.fresh_params(jax.random.key(seed)) for seed in (3, 4)]
   placed = jax.device_put(fresh[0], jax.tree.map(lambda leaf: leaf.sharding, p.programs.template))
-  rows = draw(c, p.domains, p.text.tokenizer)
+  rows = draw_heldout(c, p.domains, p.text.tokenizer)
   with CompileCounter() as first:
     rows.evaluate(p, fresh[0], temperature=1.0)
   Adding.later = True

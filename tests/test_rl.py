@@ -16,7 +16,7 @@ from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import StageStopped, UserError
 from nemocascade.rollout import episode, rewards
 from nemocascade.runtime import objective, parts, signals
-from nemocascade.runtime.heldout import draw
+from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.start import save_model_files
 from nemocascade.runtime.teachers import Teacher, gather
@@ -256,7 +256,7 @@ def test_a_policy_that_is_its_own_teacher_is_at_no_distance_and_stays(stage, nam
     own.steps, own.advantage, own.distillation, own.distillation_weight = 1, "none", name, 1.0
     own.options, own.teachers = {name: options}, dict.fromkeys(c.mixture, start)
     own.optimizer.update(peak_lr=1e-3, warmup_steps=0, eps=1.0)  # A small eps would amplify gradients near 0.
-  rows = draw(c, p.domains, p.text.tokenizer).rows
+  rows = draw_heldout(c, p.domains, p.text.tokenizer).rows
   teachers = gather(p.programs, p.text.tokenizer, [Teacher(domain, start, 0.0, "") for domain in c.mixture], 1, rows)
   other = p.programs.fresh_params(jax.random.key(1))
   Store(root / name / "other" / "checkpoints").save(1, TrainState(np.int32(0), other, {}), {})
@@ -284,7 +284,7 @@ def test_states_and_likeliest_tokens_are_those_of_each_prompts_own_teacher(stage
   engine = p.programs.engine(r.prompt_tokens, r.total_tokens)
   samples = episode.collect(engine, params, jax.random.key(0), rows, p.domains, tokenizer=p.text.tokenizer, G=2)
   of = [Teacher("instruction", start, 0.0, ""), Teacher("math", other, 0.0, "")]
-  teachers = gather(p.programs, p.text.tokenizer, of, 1, draw(c, p.domains, p.text.tokenizer).rows)
+  teachers = gather(p.programs, p.text.tokenizer, of, 1, draw_heldout(c, p.domains, p.text.tokenizer).rows)
   expected = signals.teacher_logprobs(p.programs, teachers, samples, np.float32(1))
   heads = signals.teacher_heads(p.programs, teachers)
   found = signals.teacher_states(p.programs, teachers, samples)

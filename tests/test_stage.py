@@ -20,7 +20,7 @@ from nemocascade.errors import StageStopped, UserError
 from nemocascade.mesh import make_mesh
 from nemocascade.rollout import episode
 from nemocascade.runtime import loading, parts, supervision
-from nemocascade.runtime.heldout import draw
+from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.programs import Programs
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
@@ -155,17 +155,17 @@ def test_heldout_prompts_without_room_are_left_out_and_said_or_named_where_too_f
   c, p, root = assembled
   domain, tokenizer = p.domains["instruction"], p.text.tokenizer
   lengths = lambda rows: sorted(len(episode.prompt_of(row, domain, tokenizer)) for row in rows)  # noqa: E731
-  all_fit = lengths(draw(c, p.domains, tokenizer).rows["instruction"])
+  all_fit = lengths(draw_heldout(c, p.domains, tokenizer).rows["instruction"])
   assert len(all_fit) == c.evaluation.prompts and "left out" not in capsys.readouterr().err
   short = c.copy_and_resolve_references()
   short.domains = ("instruction",)
   short.evaluation.prompt_tokens, short.evaluation.prompts = all_fit[len(all_fit) // 2], 8
   assert all_fit[0] < short.evaluation.prompt_tokens < all_fit[-1]
-  found = lengths(draw(short, {"instruction": domain}, tokenizer).rows["instruction"])
+  found = lengths(draw_heldout(short, {"instruction": domain}, tokenizer).rows["instruction"])
   assert len(found) == 8 and found[-1] <= short.evaluation.prompt_tokens
   said = capsys.readouterr().err
   assert "domain 'instruction': left out" in said
   assert f"evaluation.prompt_tokens={short.evaluation.prompt_tokens} tokens" in said
   short.evaluation.prompt_tokens = 3
   with pytest.raises(UserError, match=r"domain 'instruction' has only 0 .*evaluation.prompt_tokens=3"):
-    draw(short, {"instruction": domain}, tokenizer)
+    draw_heldout(short, {"instruction": domain}, tokenizer)

@@ -13,7 +13,7 @@ from nemocascade.domains import domain as domain_lib
 from nemocascade.report.metrics import read_lines
 from nemocascade.rollout import episode, rewards
 from nemocascade.runtime import objective, parts, signals
-from nemocascade.runtime.heldout import draw
+from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.start import save_model_files
 from nemocascade.runtime.teachers import Teacher, gather
 from nemocascade.store.checkpoint import Store, load_params
@@ -41,7 +41,7 @@ def stage(tmp_path_factory):
     1, TrainState(np.int32(0), p.programs.fresh_params(jax.random.key(0)), {}), {}
   )
   start = str(root / "start" / "checkpoints" / "1")
-  rows = draw(c, p.domains, p.text.tokenizer).rows
+  rows = draw_heldout(c, p.domains, p.text.tokenizer).rows
   teachers = gather(p.programs, p.text.tokenizer, [Teacher("instruction", start, 0.0, "")], 1, rows)
   return c, p, root, start, teachers
 

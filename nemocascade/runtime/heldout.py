@@ -55,7 +55,7 @@ class Heldout:
     return {name: scores[name] for name in self.rows}
 
 
-def draw(c: ConfigDict, domains: Mapping[str, Domain], tokenizer) -> Heldout:
+def draw_heldout(c: ConfigDict, domains: Mapping[str, Domain], tokenizer) -> Heldout:
   """`c.evaluation.prompts` held-out rows of each domain; all prompts of a domain differ.
 
   Raises:
