@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from configs import guards as config
+from configs import recipe
 from configs.tiny import if_rl
 from nemocascade import field_check, field_table
 from nemocascade.errors import UserError
 from nemocascade.runtime import guards
 from nemocascade.runtime.guards import GUARDS
 
-DEFAULTS = config.fields().guards.to_dict()
+DEFAULTS = recipe.guards().guards.to_dict()
 STEPS = 60
 RNG = np.random.default_rng(0)
 NOISE = 1 + 0.1 * RNG.standard_normal(STEPS)
@@ -137,7 +137,7 @@ def test_a_finding_names_the_metric_its_value_and_the_field():
 
 def test_every_guard_has_its_fields():
   """The table of fields, the default configs and the guards have the same names."""
-  assert set(field_table.GUARDS) == set(GUARDS) == set(config.fields().guards) - {"window"}
+  assert set(field_table.GUARDS) == set(GUARDS) == set(recipe.guards().guards) - {"window"}
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,18 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.nano_30b import base, meshes, mopd, rl, sft
 
-# The stages before MOPD in the cascade, and the domains that are trained or scored here.
-ORDER = ("sft", "if_rl", "multi_domain_rl")
-DOMAINS = ("instruction", "math", "stem", "structured", "tools")
+ORDER = ("sft", "if_rl", "multi_domain_rl")  # The stages before MOPD in the cascade.
 STEPS = 52
 
 
 def get_config(arg: str = "") -> ConfigDict:
   slice_, _, smoke = meshes.words(arg)
-  c, of = up_to_the_student(slice_, smoke, DOMAINS)
-  c.teachers_of = dict(math="sft")
+  domains = tuple(name for name in recipe.COMPARED if name != "preference")
+  c, of = up_to_the_student(slice_, smoke, recipe.comparison(), domains)
+  c.teachers_of = dict(math=recipe.TEACHERS["math"])
 
   c.arms = dict(
     grpo=shaped(of(rl), slice_, 128, 16),
@@ -36,27 +36,28 @@ def get_config(arg: str = "") -> ConfigDict:
   for name, arm in c.arms.items():
     arm.mixture = ConfigDict(dict(math=1.0))
     if "mopd" in name:
-      arm.teachers = ConfigDict(dict(math="sft"))
+      arm.teachers = ConfigDict(c.teachers_of)
     arm.steps = STEPS
     if smoke:
       rl.shrink(arm)
       if name == "mopd_512x1":
         arm.rollout.update(prompts=64, completions=1)
-  c.rate_of = {}
-  c.budget = dict(unit="steps", amount=float(STEPS))
-  c.compared = dict(
-    domains=("math",), at=(5, 10, 15, 20, 40), prompts=128, full_at=(25, 30, 50), full_completions=8, reach=0.95,
+  c.budget.amount = float(STEPS)
+  c.compared.update(
+    at=(5, 10, 15, 20, 40), full_at=(25, 30, 50), full_completions=8,
     pairs=(("mopd", "grpo"), ("mopd", "grpo_128x4"), ("mopd_512x1", "mopd")),
-    ends=(),
   )  # fmt: skip
-  c.search = dict(arms=(), rates=(1e-6, 2e-6, 3e-6), steps=25, seeds=(100,))
   if smoke:
-    c.compared.update(at=(1,), full_at=(2,), prompts=32, full_completions=2)
+    recipe.shrink_comparison(c)
   return c
 
 
-def up_to_the_student(slice_: str, smoke: bool, domains: tuple) -> tuple[ConfigDict, Callable]:
+def up_to_the_student(slice_: str, smoke: bool, own: ConfigDict, domains: tuple) -> tuple[ConfigDict, Callable]:
   """The shared config of a comparison at this scale, and a function that reads a stage file.
+
+  Args:
+    own: the fields of recipe.comparison, or of a variant of it.
+    domains: those trained or scored.
 
   Returns:
     c: shared fields and the stages that train the student.
@@ -66,14 +67,18 @@ def up_to_the_student(slice_: str, smoke: bool, domains: tuple) -> tuple[ConfigD
   del c.seed
   c.seeds = (0,)  # One run, as in the report; its means have no intervals.
   c.domains = domains
-  c.evaluation.update(long_domains=(), total_tokens=112 if smoke else 98_304)
+  c.update(own)
+  if not smoke:
+    c.evaluation.total_tokens = 98_304
+  c.compared.prompts = c.evaluation.prompts
+  c.search.update(rates=(1e-6, 2e-6, 3e-6), steps=25)
 
   of = lambda module, *words: own_fields(module.get_config(",".join((slice_, *words, *["smoke"] * smoke))))
-  c.order, c.side_line = ORDER, ()
+  c.order = ORDER
   c.stages = {"sft": of(sft), "if_rl": of(rl, "if_rl"), "multi_domain_rl": of(rl, "multi_domain_rl")}
   c.stages.sft.conversations = ConfigDict({name: c.stages.sft.conversations[name] for name in domains})
-  c.stages.if_rl.init_from = c.stages.multi_domain_rl.init_from = "previous"
-  c.student = "multi_domain_rl"
+  for name in ("if_rl", "multi_domain_rl"):
+    c.stages[name].init_from = recipe.rl(name).init_from
   return c, of
 
 
@@ -85,5 +90,5 @@ def own_fields(c: ConfigDict) -> ConfigDict:
 
 def shaped(c: ConfigDict, slice_: str, prompts: int, completions: int) -> ConfigDict:
   c.rollout.update(prompts=prompts, completions=completions, total_tokens=98_304)
-  c.packing = ConfigDict(rl.packing(c.rollout, slice_))
+  c.packing.update(rl.packing(c.rollout, slice_))
   return c

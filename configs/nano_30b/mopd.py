@@ -10,37 +10,24 @@ section 4.4, equations 2 to 4, and table 8.
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.nano_30b import base, meshes, rl
-
-# Domain -> a finished stage of the cascade, or a checkpoint.
-TEACHERS = dict(
-  math="sft",
-  preference="rlhf_teacher",  # An RLHF run that starts from the SFT checkpoint.
-  instruction="multi_domain_rl",
-  stem="multi_domain_rl",
-  structured="multi_domain_rl",
-  tools="multi_domain_rl",
-)
 
 
 def get_config(arg: str = "") -> ConfigDict:
   slice_, _, smoke = meshes.words(arg)
-  c = rl.fields(base.get_config(slice_, smoke), slice_)
+  c = base.get_config(slice_, smoke)
+  c.update(rl.fields("mopd", slice_))
   # Shares of the rows on the RL data card. The number of RLHF prompts is not published; 0.25 is our choice.
   c.mixture = dict(math=0.3, instruction=0.3, stem=0.15, structured=0.15, tools=0.1, preference=0.25)
   # The report later used 512 x 1: the same result, slightly more stable.
   c.rollout.update(prompts=128, completions=4, total_tokens=98_304)
-  c.packing = rl.packing(c.rollout, slice_)
-  c.advantage = "mopd"
-  c.aggregation = "sequence_mean"
-  c.correction = "icepop"
-  c.dynamic_filtering = False
-  c.overlong = "keep"
+  c.packing.update(rl.packing(c.rollout, slice_))
   c.steps = 52
   # The rate and warm-up of section 4.4; table 8 has 3e-6. The report's warm-up starts at a tenth of the
   # peak, ours at a thirtieth.
   c.optimizer.update(peak_lr=2e-6, warmup_steps=30)
-  c.teachers = TEACHERS
+  c.teachers = recipe.TEACHERS  # Finished stages of the cascade; give checkpoints where there is none.
   if smoke:
     rl.shrink(c)
   return c

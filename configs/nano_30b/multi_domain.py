@@ -11,38 +11,34 @@ after 160; MOPD (85.5, 71.0) after 52.
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.nano_30b import meshes, mopd, rl
-from configs.nano_30b.grpo_vs_mopd import DOMAINS, STEPS, up_to_the_student
+from configs.nano_30b.grpo_vs_mopd import ORDER, STEPS, up_to_the_student
+from configs.tiny import reward_model as tiny
 
 RLHF_STEPS = 160
 
 
 def get_config(arg: str = "") -> ConfigDict:
   slice_, _, smoke = meshes.words(arg)
-  c, of = up_to_the_student(slice_, smoke, (*DOMAINS, "preference"))
+  own = recipe.several_teachers()
+  c, of = up_to_the_student(slice_, smoke, own, own.domains)
   c.order = ("sft", "reward_model", "if_rl", "multi_domain_rl", "rlhf_teacher")
-  c.side_line = ("reward_model", "rlhf_teacher")
   c.stages.update(reward_model=reward_model(smoke), rlhf_teacher=of(rl, "rlhf"))
-  c.stages.rlhf_teacher.init_from = "sft"
-  c.teachers_of = mopd.TEACHERS
+  c.stages.rlhf_teacher.init_from = recipe.rl("rlhf_teacher").init_from
+  c.teachers_of = recipe.TEACHERS
 
   c.arms = dict(mopd=of(mopd), grpo=of(rl), rlhf=of(rl, "rlhf"))
   c.arms.grpo.mixture = c.arms.mopd.mixture.copy_and_resolve_references()
   c.arms.grpo.rollout.total_tokens = c.arms.mopd.rollout.total_tokens
   if not smoke:
-    c.arms.grpo.packing = ConfigDict(rl.packing(c.arms.grpo.rollout, slice_))
+    c.arms.grpo.packing.update(rl.packing(c.arms.grpo.rollout, slice_))
     c.arms.mopd.steps = c.arms.grpo.steps = STEPS
     c.arms.rlhf.steps = RLHF_STEPS
-  c.rate_of = {}
-  c.budget = dict(unit="steps", amount=float(RLHF_STEPS))
-  c.compared = dict(
-    domains=c.domains, at=(10, 20, 40), prompts=128, full_at=(30, 50, 100), full_completions=4, reach=0.95,
-    pairs=(("mopd", "grpo"), ("mopd", "rlhf")),
-    ends=(("mopd", "rlhf"),),
-  )  # fmt: skip
-  c.search = dict(arms=(), rates=(1e-6, 2e-6, 3e-6), steps=25, seeds=(100,))
+  c.budget.amount = float(RLHF_STEPS)
+  c.compared.update(full_at=(30, 50, 100), ends=(("mopd", "rlhf"),))
   if smoke:
-    c.compared.update(at=(1,), full_at=(2,), prompts=32, full_completions=2)
+    recipe.shrink_comparison(c)
   return c
 
 
@@ -51,26 +47,14 @@ def reward_model(smoke: bool) -> ConfigDict:
 
   The batch of 256 and one epoch over 82K pairs are those of Nemotron-Cascade 1 (arXiv 2512.13607, section 4).
   """
-  c = ConfigDict()
-  c.kind = "reward_model"
-  c.init_from = "sft"  # Cascade 1 starts from Qwen2.5-72B-Instruct.
+  c = recipe.reward_model()
+  c.init_from = ORDER[0]  # Cascade 1 starts from Qwen2.5-72B-Instruct.
   c.pairs = 256
   c.row_tokens = 4_096  # Prompt and final answer, without thoughts. The length is not published.
   c.heldout_pairs = 1_024
   c.steps = 320  # One epoch.
-  c.optimizer = dict(
-    peak_lr=2e-6,
-    warmup_steps=0,  # This and the fields below are not published.
-    schedule="constant",
-    final_fraction=1.0,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-8,
-    weight_decay=0.0,
-    clip_norm=1.0,
-    frozen=(),
-  )
-  c.save_every = 100
+  c.optimizer.update(peak_lr=2e-6, warmup_steps=0)  # The warm-up is not published.
   if smoke:
-    c.update(pairs=64, row_tokens=64, heldout_pairs=64, steps=4, save_every=2)
+    small = tiny.stage("smoke")
+    c.update(pairs=small.pairs, row_tokens=small.row_tokens, heldout_pairs=small.heldout_pairs, steps=4, save_every=2)
   return c

@@ -10,41 +10,35 @@ implemented. Here a row is as long as one device holds (meshes.py), and longer c
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.nano_30b import base, meshes
+from configs.tiny import sft as tiny
 
 
 def get_config(arg: str = "") -> ConfigDict:
   slice_, _, smoke = meshes.words(arg)
   c = base.get_config(slice_, smoke)
-  c.kind = "sft"
-  c.init_from = f"hf:{base.FOLDER}"
+  c.update(recipe.sft())
   # Generated conversations. The report's 26M (section 3.2) are not all released.
   c.conversations = dict.fromkeys(c.domains, 100_000)
-  c.non_thinking = 0.1  # Nemotron-3-Nano (arXiv 2512.20848) removed the thoughts from 10%.
   c.rows = meshes.SLICES[slice_]["rows"]  # 64 on v5p.
   c.row_tokens = meshes.SLICES[slice_]["row_tokens"]
   c.steps = 40_000  # Length of the schedule. The report stops at 33,000, about 1.5 epochs.
-  c.optimizer = dict(
+  c.optimizer.update(
     peak_lr=5e-5,
     warmup_steps=200,
-    schedule="cosine",
     final_fraction=0.1,  # The rate ends at 5e-6.
-    b1=0.9,
     b2=0.98,
-    eps=1e-8,  # Not published; Adam's default.
     weight_decay=0.1,
-    clip_norm=1.0,  # Not published; the value of Nano-3's RL recipe.
-    frozen=(),
   )
-  c.router_balance = dict(
-    kind="both",  # Not published for Cascade 2; as in Nano-3's SFT (arXiv 2512.20848).
-    rate=1e-3,
-    weight=1e-4,
-  )
+  c.router_balance.kind = "both"  # Not published for Cascade 2; as in Nano-3's SFT (arXiv 2512.20848).
   c.save_every = 500
   if smoke:
-    c.init_from = ""
-    c.conversations = dict.fromkeys(c.domains, 60)
-    c.rows, c.row_tokens, c.steps, c.save_every = 8, 256, 4, 2
-    c.optimizer.update(peak_lr=5e-3, warmup_steps=2)  # The check of teachers refuses near-uniform models.
+    small = tiny.stage("smoke")
+    c.conversations = small.conversations
+    c.rows, c.row_tokens, c.steps, c.save_every = 8, small.row_tokens, 4, 2
+    # The check of teachers refuses near-uniform models.
+    c.optimizer.update(peak_lr=5e-3, warmup_steps=small.optimizer.warmup_steps)
+  else:
+    c.init_from = f"hf:{base.FOLDER}"
   return c

@@ -6,21 +6,16 @@ the same. The sizes were chosen by trials on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from configs import guards
+from configs import recipe
 from nemocascade.errors import unknown
 
-# Every domain, in the column order of this project's run report.
-DOMAINS = (
-  "instruction", "math", "stem", "structured", "tools",
-  "preference", "long_context", "code", "swe", "swe_agentic",
-)  # fmt: skip
+FINAL_FRACTION = 0.02  # Share of the peak learning rate at the end of SFT and of the reward model's training.
 
 
 def get_config(arg: str = "") -> ConfigDict:
   if arg not in ("", "smoke"):
     raise unknown("config argument", arg, ("smoke",))
-  c = ConfigDict()
-  c.seed = 0
+  c = recipe.shared()
 
   c.model = dict(
     vocab_size=1024,  # At least the tokenizer's size; embedding rows beyond that are unused.
@@ -49,10 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     conversations=200,  # Conversations per domain whose text trains the tokenizer.
   )
 
-  c.domains = DOMAINS
-  c.tasks = {}  # Domain -> its fields that differ from the defaults; those of its style (`sloppy_rate`) too.
-
-  c.evaluation = dict(
+  c.evaluation.update(
     prompts=256,  # Held-out prompts per domain.
     completions=2,  # Per prompt, at temperature 1. Enough to resolve score differences of 0.1.
     batch=256,  # Rows decoded together.
@@ -60,20 +52,21 @@ def get_config(arg: str = "") -> ConfigDict:
     total_tokens=112,
     long_prompt_tokens=240,  # For the domains in `long_domains`.
     long_total_tokens=272,
-    long_domains=("long_context",),
-    long_batch=128,
     greedy=("sft", "swe_agentic_rl"),  # Stages also scored with greedy decoding.
   )
 
   c.sandbox = dict(workers=2)
 
-  c.update(guards.fields())
-
   if arg == "smoke":
-    c.model.hybrid_override_pattern = "M*E"  # Each block kind once; a smoke run mostly compiles.
+    shrink_model(c)
     c.evaluation.update(prompts=32, completions=1, batch=64, long_batch=64)
-    c.tokenizer.conversations = 60
   return c
+
+
+def shrink_model(c: ConfigDict) -> None:
+  """Changes model and tokenizer to those of the `:smoke` forms."""
+  c.model.hybrid_override_pattern = "M*E"  # Each block kind once; a smoke run mostly compiles.
+  c.tokenizer.conversations = 60
 
 
 def stage(arg: str, **fields) -> ConfigDict:

@@ -7,6 +7,7 @@ python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/b 
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import (
   base,
   code_rl,
@@ -41,6 +42,6 @@ STAGES = dict(
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
   c.order = tuple(STAGES)
-  c.side_line = ("reward_model", "rlhf_teacher")  # No stage starts from these by "previous".
+  c.side_line = recipe.SIDE_LINE
   c.stages = {name: module.stage(arg) for name, module in STAGES.items()}
   return c

@@ -10,10 +10,7 @@ from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
-  c.mixture = dict(code=1.0)
-  c.overlong = "filter"
-  c.refill_rounds = 2
+  c = rl.fields("code_rl")
   c.steps = 12  # The score stops rising within ten.
   c.optimizer.peak_lr = 4e-4  # A late stage forgets less at a low rate.
   if arg == "smoke":

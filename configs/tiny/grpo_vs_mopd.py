@@ -11,6 +11,7 @@ would be dominated by step noise. So arms of different length are compared at th
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import base, rl, sft
 from nemocascade.errors import unknown
 
@@ -22,16 +23,16 @@ def get_config(arg: str = "") -> ConfigDict:
   if arg not in SLOPPY:
     raise unknown("config argument", arg, filter(None, SLOPPY))
   c = base.get_config()
+  c.update(recipe.comparison())
   c.seeds = tuple(range(8))
-  c.domains = ("math",)
-  c.evaluation.update(prompts=2048, total_tokens=80, long_domains=(), greedy=())
+  c.domains = c.compared.domains
+  c.evaluation.update(prompts=2048, total_tokens=80)
   # Sums of 3 and 5 terms, with totals that SFT learns imperfectly. A sampled solution of 5 terms is seldom
   # right, so GRPO gets little signal there, while MOPD's teacher scores every token. The 3-term problems give
   # the teacher's own GRPO run a start.
   c.tasks = dict(math=dict(sloppy_rate=SLOPPY[arg], terms=(3, 5), largest_total=15))
 
   c.order = ("sft", "teacher")  # Stages that each seed trains before the arms, in this order.
-  c.side_line = ()
   c.stages = {"sft": sft.stage(), "teacher": equal_shape()}
   c.stages.sft.conversations = ConfigDict(dict(math=12000))
   c.stages.sft.update(steps=350, save_every=350)
@@ -43,23 +44,21 @@ def get_config(arg: str = "") -> ConfigDict:
   c.arms = dict(grpo=grpo(), grpo_150=grpo(steps=150))
   c.arms.update(mopd=mopd(), mopd_512x1=mopd_wide(), mopd_clipped=mopd_clipped(), mopd_at_grpo_rate=mopd())
   c.rate_of = dict(grpo_150="grpo", mopd_clipped="mopd", mopd_at_grpo_rate="grpo")  # Arm -> whose rate.
-  # Unit: steps | tokens (sampled) | flops. An arm ends at the budget or at its own `steps`.
-  c.budget = dict(unit="steps", amount=150.0)
-  c.compared = dict(
-    domains=("math",),
+  c.budget.amount = 150.0
+  c.compared.update(
     at=(10, 20, 40, 75, 100),  # Steps after which `prompts` prompts are scored, one completion each.
     prompts=512,
     full_at=(30, 50),  # Steps after which, as at the end, all `evaluation.prompts` are scored.
     full_completions=1,  # Completions per prompt in these full evaluations.
-    reach=0.8,  # An arm has reached its teacher when it closes this share of the gap.
+    reach=0.8,
     pairs=(
       ("mopd", "grpo"), ("mopd_512x1", "grpo"), ("mopd_clipped", "grpo"), ("mopd_clipped", "mopd"),
       ("mopd_512x1", "mopd"), ("mopd_at_grpo_rate", "grpo"),
     ),
-    ends=(("mopd", "grpo_150"), ("mopd_512x1", "grpo_150")),  # Arms of different length: their ends.
+    ends=(("mopd", "grpo_150"), ("mopd_512x1", "grpo_150")),
   )  # fmt: skip
-  c.search = dict(
-    arms=("grpo", "mopd", "mopd_512x1"),  # Arms whose peak_lr is searched for among `rates`.
+  c.search.update(
+    arms=("grpo", "mopd", "mopd_512x1"),
     rates=(3e-4, 8e-4, 2e-3),
     steps=30,
     seeds=(100, 101),
@@ -75,8 +74,9 @@ def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
   c = get_config()
   c.seeds = tuple(range(4))
   c.arms = ConfigDict(arms)
-  c.compared.update(pairs=pairs, ends=())
-  c.search.arms, c.rate_of = (), ConfigDict()
+  plain = recipe.comparison()
+  c.compared.update(pairs=pairs, ends=plain.compared.ends)
+  c.search.arms, c.rate_of = plain.search.arms, plain.rate_of
   c.budget.amount = 50.0
   if arg == "smoke":
     shrink(c)
@@ -92,7 +92,7 @@ def equal_shape() -> ConfigDict:
   c.rollout.update(prompts=64, completions=8)
   c.packing.rows = 176  # A row holds at least three completions of 80 tokens.
   c.save_every = 50
-  c.optimizer.update(schedule="cosine", final_fraction=0.05)
+  c.optimizer.update(final_fraction=0.05, **recipe.COSINE)
   return c
 
 
@@ -103,11 +103,9 @@ def grpo(steps: int = 50) -> ConfigDict:
 
 
 def mopd(steps: int = 50) -> ConfigDict:
-  """Cascade 2 report (arXiv 2603.19220), section 4.4: sequence mean, mask outside [0.5, 2], no clip."""
-  c = equal_shape()
+  """MOPD of the recipe: sequence mean, mask outside [0.5, 2], no clip."""
+  c = recipe.put(equal_shape(), **recipe.STAGES["mopd"])
   c.steps = steps
-  c.advantage, c.aggregation, c.correction = "mopd", "sequence_mean", "icepop"
-  c.dynamic_filtering, c.overlong = False, "keep"
   c.teachers = dict(math="teacher")
   return c
 
@@ -128,7 +126,7 @@ def mopd_clipped() -> ConfigDict:
 def distilled(word: str, **options) -> ConfigDict:
   """`mopd` with a distillation loss instead of an advantage; `word` names the loss, `options` set it."""
   c = mopd()
-  c.advantage, c.correction = "none", "none"
+  c.advantage, c.correction = "none", grpo().correction
   c.distillation, c.distillation_weight = word, 1.0
   if options:
     c.options[word].update(options)
@@ -137,8 +135,7 @@ def distilled(word: str, **options) -> ConfigDict:
 
 def shrink(c: ConfigDict) -> None:
   """Changes `c` to its `:smoke` form: the same code path in a minute or two. Scores mean nothing."""
-  c.model.hybrid_override_pattern = "M*E"  # Each block kind once.
-  c.tokenizer.conversations = 60
+  base.shrink_model(c)
   c.seeds = (0, 1)
   c.evaluation.update(prompts=32, batch=64)
   c.stages.sft.conversations.math = 60
@@ -150,5 +147,6 @@ def shrink(c: ConfigDict) -> None:
     stage.update(steps=2, save_every=1)
     if stage.advantage == "grpo":  # So that the loss is not 0 when every verdict is 0.
       stage.update(dynamic_filtering=False, entropy_weight=0.01)
-  c.compared.update(at=(1,), full_at=(2,), prompts=16)
-  c.search.update(arms=c.search.arms[:2], rates=(1e-3, 2e-3), steps=1, seeds=(100,))
+  recipe.shrink_comparison(c)
+  c.compared.prompts = 16
+  c.search.update(arms=c.search.arms[:2], rates=(1e-3, 2e-3), steps=1, seeds=c.search.seeds[:1])

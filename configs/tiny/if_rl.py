@@ -11,10 +11,7 @@ from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
-  c.mixture = dict(instruction=1.0)
-  c.overlong = "zero"
-  c.refill_rounds = 2
+  c = rl.fields("if_rl")
   c.steps = 40
   if arg == "smoke":
     rl.shrink(c)

@@ -9,11 +9,8 @@ from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
-  c.mixture = dict(long_context=1.0)
+  c = rl.fields("long_context_rl")
   c.rollout.update(prompts=16, prompt_tokens=240, total_tokens=272)
-  c.overlong = "filter"
-  c.refill_rounds = 2
   c.steps = 24
   c.optimizer.peak_lr = 6e-4  # As in RLHF; a higher rate lowers the other domains' scores.
   if arg == "smoke":

@@ -6,22 +6,18 @@ so far for each domain. For preferences that can be the RLHF run from the SFT ch
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
+  c = rl.fields("mopd")
   c.mixture = dict(math=0.1, instruction=0.3, stem=0.1, structured=0.1, tools=0.1, preference=0.3)
   # The signal is per token, so a group adds nothing.
-  c.rollout.update(prompts=256, completions=1, total_tokens=112)
-  c.advantage = "mopd"
+  c.rollout.update(prompts=256, completions=1, total_tokens=rl.SEVERAL_TURNS)
   c.teachers = dict.fromkeys(c.mixture, "best")
-  c.aggregation = "sequence_mean"
-  c.correction = "icepop"
-  c.dynamic_filtering = False
-  c.overlong = "keep"
   c.steps = 48
-  c.optimizer.update(peak_lr=2e-3, warmup_steps=5, schedule="linear", final_fraction=0.0)
+  c.optimizer.update(peak_lr=2e-3, **recipe.ANNEALED)
   if arg == "smoke":
     rl.shrink(c)
     c.rollout.update(prompts=64, completions=1)

@@ -10,6 +10,7 @@ One differs: instructions have IF-RL's checkpoint, because multi-domain RL forge
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import (
   base,
   if_rl,
@@ -24,47 +25,34 @@ from configs.tiny import (
 
 # Shares of multi-domain RL. Mathematics is left out, so that SFT stays its best teacher.
 RL_DOMAINS = dict(stem=0.35, tools=0.35, structured=0.3)
+STEPS = 50  # Of every arm.
 MIXTURE = dict(math=0.25, preference=0.25, instruction=0.25, structured=0.125, tools=0.125)
-DOMAINS = ("instruction", "math", "stem", "structured", "tools", "preference")
 
 
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
+  c.update(recipe.several_teachers())
   c.seeds = (0, 2, 3, 4)  # Seed 1 was used to choose MOPD's learning rate.
-  c.domains = DOMAINS
-  c.evaluation.update(prompts=256, long_domains=(), greedy=())
+  c.evaluation.prompts = 256
 
   c.order = ("reward_model", "sft", "if_rl", "multi_domain_rl", "rlhf_teacher")
-  c.side_line = ("reward_model", "rlhf_teacher")
   stages = (reward_model, sft, if_rl, multi_domain_rl, rlhf_teacher)
   c.stages = {name: module.stage(arg) for name, module in zip(c.order, stages, strict=True)}
   of = c.stages.sft.conversations
-  c.stages.sft.conversations = ConfigDict({name: count for name, count in of.items() if name in DOMAINS})
+  c.stages.sft.conversations = ConfigDict({name: count for name, count in of.items() if name in c.domains})
   c.stages.multi_domain_rl.mixture = ConfigDict(RL_DOMAINS)
   if arg != "smoke":
     c.stages.rlhf_teacher.steps = 16  # So that this teacher is much better than the student.
-  c.student = "multi_domain_rl"
-  c.teachers_of = dict(math="sft", preference="rlhf_teacher", instruction="if_rl") | dict.fromkeys(
-    ("structured", "tools", "stem"), "multi_domain_rl"
-  )
+  c.teachers_of = recipe.TEACHERS | dict(instruction="if_rl")
 
   c.arms = dict(mopd=distilled(c.teachers_of, arg), grpo=mixed(arg), rlhf=alone(arg))
-  c.rate_of = {}
-  c.budget = dict(unit="steps", amount=50.0)
-  c.compared = dict(
-    domains=DOMAINS,
-    at=(10, 20, 40),
-    prompts=256,
-    full_at=(30, 50),
-    full_completions=4,
-    reach=0.95,
-    pairs=(("mopd", "grpo"), ("mopd", "rlhf")),
-    ends=(),
-  )
-  c.search = dict(arms=(), rates=(5e-4, 1e-3, 2e-3), steps=30, seeds=(100,))
+  c.budget.amount = float(STEPS)
+  c.compared.update(prompts=c.evaluation.prompts, full_at=(30, STEPS))
+  c.search.update(rates=(5e-4, 1e-3, 2e-3), steps=30)
   if arg == "smoke":
     c.seeds = (0,)
-    c.compared.update(at=(1,), full_at=(2,), prompts=16, full_completions=2)
+    recipe.shrink_comparison(c)
+    c.compared.prompts = 16
   return c
 
 
@@ -80,7 +68,7 @@ def mixed(arg: str) -> ConfigDict:
   """GRPO on the same mixture. The reward is the verdict; the judge gives that of preferences."""
   c = rl.fields()
   c.mixture = ConfigDict(MIXTURE)
-  c.rollout.total_tokens = 112
+  c.rollout.total_tokens = rl.SEVERAL_TURNS
   if arg == "smoke":
     rl.shrink(c)
   return ended(c, arg)
@@ -92,6 +80,6 @@ def alone(arg: str) -> ConfigDict:
 
 
 def ended(c: ConfigDict, arg: str) -> ConfigDict:
-  c.steps, c.save_every = (2, 1) if arg == "smoke" else (50, 25)
-  c.optimizer.update(schedule="linear", final_fraction=0.0)
+  c.steps, c.save_every = (2, 1) if arg == "smoke" else (STEPS, 25)
+  c.optimizer.update(recipe.ANNEALED)
   return c

@@ -7,30 +7,18 @@ Nemotron-Cascade 1 (arXiv 2512.13607, section 4) has one; Cascade 2 uses a gener
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import base
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = ConfigDict()
-  c.kind = "reward_model"
+  c = recipe.reward_model()
   c.init_from = ""
   c.pairs = 64  # Per step.
   c.row_tokens = 64
   c.heldout_pairs = 512
   c.steps = 70
-  c.optimizer = dict(
-    peak_lr=3e-3,
-    warmup_steps=10,
-    schedule="cosine",
-    final_fraction=0.02,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-8,
-    weight_decay=0.0,
-    clip_norm=1.0,
-    frozen=(),
-  )
-  c.save_every = 100
+  c.optimizer.update(peak_lr=3e-3, warmup_steps=10, final_fraction=base.FINAL_FRACTION, **recipe.COSINE)
   if arg == "smoke":
     c.steps, c.save_every, c.heldout_pairs = 6, 3, 64
   return c

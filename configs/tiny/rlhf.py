@@ -10,12 +10,7 @@ from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
-  c.mixture = dict(preference=1.0)
-  c.reward = "pairwise"
-  c.dynamic_filtering = False  # Pairwise rewards can differ where verdicts are equal.
-  c.overlong = "filter"
-  c.kl_weight = 0.03
+  c = rl.fields("rlhf")
   c.steps = 16
   c.optimizer.peak_lr = 6e-4  # 1e-3 lowers the other domains' scores.
   if arg == "smoke":

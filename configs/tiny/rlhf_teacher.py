@@ -9,13 +9,7 @@ from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
-  c.init_from = "sft"
-  c.mixture = dict(preference=1.0)
-  c.reward = "pairwise"
-  c.dynamic_filtering = False  # Pairwise rewards can differ where verdicts are equal.
-  c.overlong = "filter"
-  c.kl_weight = 0.03
+  c = rl.fields("rlhf_teacher")
   c.steps = 5
   c.optimizer.peak_lr = 8e-4
   if arg == "smoke":

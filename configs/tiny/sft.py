@@ -8,38 +8,20 @@ The learning rate anneals to nearly 0. From a mid-schedule checkpoint, RL would 
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import base
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = ConfigDict()
-  c.kind = "sft"
-  c.init_from = ""  # "" initializes the parameters.
+  c = recipe.sft()
   c.conversations = dict(  # Domain -> conversations. Hard domains get more: arithmetic, lookup, composition.
     instruction=4000, math=5000, stem=3000, structured=2000, tools=3000,
     preference=2000, long_context=5000, code=2000, swe=4500, swe_agentic=2500,
   )  # fmt: skip
-  c.non_thinking = 0.1  # Share of conversations without thoughts.
   c.rows = 32  # Per step.
   c.row_tokens = 256
   c.steps = 600
-  c.optimizer = dict(
-    peak_lr=6e-3,
-    warmup_steps=20,
-    schedule="cosine",
-    final_fraction=0.02,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-8,
-    weight_decay=0.0,
-    clip_norm=1.0,
-    frozen=(),
-  )
-  c.router_balance = dict(
-    kind="frozen",  # frozen | sign | auxiliary | both; nemocascade/step/balance.py.
-    rate=1e-3,  # Bias change per step; Nemotron-3-Nano report (arXiv 2512.20848) and NVIDIA's recipes.
-    weight=1e-4,  # Weight of the balance loss, as in Nano-3's SFT, which uses kind="both".
-  )
+  c.optimizer.update(peak_lr=6e-3, warmup_steps=20, final_fraction=base.FINAL_FRACTION)
   c.save_every = 200
   if arg == "smoke":
     c.conversations = dict.fromkeys(c.conversations, 60)

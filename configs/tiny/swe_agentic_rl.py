@@ -6,15 +6,14 @@ This stage has temperature 1.0 and a constant rate.
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
-  c.mixture = dict(swe_agentic=1.0)
-  c.rollout.total_tokens = 112  # Several turns.
-  c.overlong = "filter"
-  c.refill_rounds = 2
+  c = rl.fields("swe_agentic_rl")
+  c.rollout.total_tokens = rl.SEVERAL_TURNS
+  c.overlong = recipe.STAGES["code_rl"]["overlong"]  # As in Code RL.
   c.steps = 12  # The score stops rising within ten.
   c.optimizer.peak_lr = 4e-4
   if arg == "smoke":

@@ -6,14 +6,13 @@ tests give it: they are more reliable, and cheap at this size.
 
 from ml_collections import ConfigDict
 
+from configs import recipe
 from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
-  c = rl.fields()
-  c.mixture = dict(swe=1.0)
-  c.overlong = "filter"
-  c.refill_rounds = 2
+  c = rl.fields("swe_rl")
+  c.overlong = recipe.STAGES["code_rl"]["overlong"]  # As in Code RL.
   c.steps = 16
   c.optimizer.peak_lr = 5e-4
   if arg == "smoke":

@@ -17,8 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
     sampled=main.mopd(),
     sampled_clipped=main.mopd_clipped(),
     reverse_top4=main.distilled("reverse_kl_topk", k=4),
-    reverse_top16=main.distilled("reverse_kl_topk", k=16),
-    forward_top16=main.distilled("forward_kl_topk", k=16),
+    reverse_top16=main.distilled("reverse_kl_topk"),
+    forward_top16=main.distilled("forward_kl_topk"),
     reverse_whole=main.distilled("reverse_kl"),
     forward_whole=main.distilled("forward_kl"),
   )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import guards
+from configs import recipe
 from configs.tiny import rl as tiny_rl
 from experiments import convert, rl
 from nemocascade.config import ModelConfig
@@ -101,7 +101,7 @@ def config(**model) -> ConfigDict:
     **model: changed fields of MODEL.
   """
   c = tiny_rl.fields()
-  c.update(guards.fields())
+  c.update(recipe.guards())
   c.seed, c.steps = 0, STEPS
   c.model = ConfigDict(MODEL | model)
   c.domains, c.mixture = (Initials.name,), {Initials.name: 1.0}
