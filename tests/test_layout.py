@@ -13,6 +13,7 @@ FLOORS = [
     "segments",
     "config",
     "errors",
+    "own_code",
     "fields",
     "field_table",
     "field_check",

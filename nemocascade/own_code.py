@@ -1,0 +1,93 @@
+"""Functions and classes in a user's own Python file, named by a config as `FILE.py:NAME`."""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from nemocascade.errors import UserError, nearest, short
+
+FORM = "FILE.py:NAME"
+
+
+def is_own(spec: str) -> bool:
+  """Whether a config's word names something in a Python file (`FILE.py:NAME`), not a built-in name."""
+  file, _, _ = spec.rpartition(":")
+  return file.endswith(".py")
+
+
+def load(spec: str, *, field: str) -> Callable:
+  """The function or class that `spec` names. Its file is executed once per process, however often it is named.
+
+  Args:
+    spec: `FILE.py:NAME`; a relative path starts at the working directory.
+    field: the config field that holds it, for messages.
+
+  Raises:
+    UserError: the spec has another form, the file is missing, is not Python or raises when it is imported, or
+      the name is not in it or is not callable.
+  """
+  where = f"{field}={spec!r}"
+  if not isinstance(spec, str) or not is_own(spec):
+    raise UserError(f"{where}: allowed is {FORM}, a function or a class in a Python file")
+  file, _, name = spec.rpartition(":")
+  module = _module(Path(file), where)
+  if not hasattr(module, name):
+    has = [own for own, value in vars(module).items() if callable(value) and not own.startswith("_")]
+    near = nearest(name, has)
+    hint = f"did you mean {near!r}? " if near else ""
+    raise UserError(f"{where}: {file} has no {name!r}: {hint}it defines {', '.join(has) or 'no function or class'}")
+  found = getattr(module, name)
+  if not callable(found):
+    raise UserError(f"{where}: {name} in {file} is {type(found).__name__}, not a function or a class")
+  return found
+
+
+def parameters(function: Callable) -> tuple[str, ...]:
+  """Names of the parameters that a call can give by position. Empty if the signature cannot be read."""
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):
+    return ()
+  by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  return tuple(p.name for p in signature.parameters.values() if p.kind in by_position)
+
+
+def raised(error: BaseException) -> str:
+  """An exception on one line, with the last line of a file of the user's that it came from."""
+  line = ""
+  traceback = error.__traceback__
+  while traceback is not None:
+    code = traceback.tb_frame.f_code
+    if traceback.tb_frame.f_globals.get("__name__", "").startswith(_PREFIX):
+      line = f" (line {traceback.tb_lineno} of {Path(code.co_filename).name})"
+    traceback = traceback.tb_next
+  return f"{type(error).__name__}: {short(str(error), 120)}{line}"
+
+
+_PREFIX = "nemocascade_own_"  # Of the names of the users' modules in sys.modules.
+
+
+def _module(file: Path, where: str) -> ModuleType:
+  path = file.expanduser().resolve()
+  key = _PREFIX + "".join(c if c.isalnum() else "_" for c in str(path))
+  if key in sys.modules:
+    return sys.modules[key]
+  if not path.is_file():
+    raise UserError(f"{where}: there is no file {str(file)!r} (from {Path.cwd()})")
+  try:
+    compile(path.read_bytes(), str(path), "exec")
+  except (SyntaxError, ValueError) as error:  # ValueError: null bytes.
+    line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+    raise UserError(f"{where}: {str(file)!r} is not Python: {short(str(error), 120)}{line}") from error
+  spec = importlib.util.spec_from_file_location(key, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[key] = module  # Dataclasses and pickle look a class's module up by name.
+  try:
+    spec.loader.exec_module(module)
+  except (Exception, SystemExit) as error:
+    del sys.modules[key]
+    raise UserError(f"{where}: importing {str(file)!r} failed: {raised(error)}") from error
+  return module
