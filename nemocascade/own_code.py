@@ -1,5 +1,6 @@
 """Functions and classes in a user's own Python file, named by a config as `FILE.py:NAME`."""
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -18,10 +19,17 @@ def is_own(spec: str) -> bool:
   return file.endswith(".py")
 
 
-def load(spec: str, *, field: str) -> Callable:
+def name_of(spec: str) -> str:
+  """The NAME of `FILE.py:NAME`; a built-in name as it is."""
+  return spec.rpartition(":")[2]
+
+
+def load(spec: str, *, field: str, renew: bool = False) -> Callable:
   """The function or class that `spec` names. Its file is executed once per process, however often it is named.
 
   Args:
+    renew: execute the file again if it has changed since. A run does this in its checks and not later, so
+      that all of the run has the same code.
     spec: `FILE.py:NAME`; a relative path starts at the working directory.
     field: the config field that holds it, for messages.
 
@@ -33,7 +41,7 @@ def load(spec: str, *, field: str) -> Callable:
   if not isinstance(spec, str) or not is_own(spec):
     raise UserError(f"{where}: allowed is {FORM}, a function or a class in a Python file")
   file, _, name = spec.rpartition(":")
-  module = _module(Path(file), where)
+  module = _module(Path(file), where, renew)
   if not hasattr(module, name):
     has = [own for own, value in vars(module).items() if callable(value) and not own.startswith("_")]
     near = nearest(name, has)
@@ -43,6 +51,12 @@ def load(spec: str, *, field: str) -> Callable:
   if not callable(found):
     raise UserError(f"{where}: {name} in {file} is {type(found).__name__}, not a function or a class")
   return found
+
+
+def version(spec: str) -> str:
+  """SHA-256, in hexadecimal, of the file of a `spec` that was loaded, as it was when it was executed."""
+  file, _, _ = spec.rpartition(":")
+  return _DIGESTS[_module(Path(file), spec, False).__name__]
 
 
 def parameters(function: Callable) -> tuple[str, ...]:
@@ -68,25 +82,31 @@ def raised(error: BaseException) -> str:
 
 
 _PREFIX = "nemocascade_own_"  # Of the names of the users' modules in sys.modules.
+_DIGESTS: dict[str, str] = {}  # Such a name -> SHA-256 of the file that was executed.
 
 
-def _module(file: Path, where: str) -> ModuleType:
+def _module(file: Path, where: str, renew: bool) -> ModuleType:
   path = file.expanduser().resolve()
   key = _PREFIX + "".join(c if c.isalnum() else "_" for c in str(path))
-  if key in sys.modules:
-    return sys.modules[key]
+  loaded = sys.modules.get(key)
+  if loaded is not None and not renew:
+    return loaded
   if not path.is_file():
     raise UserError(f"{where}: there is no file {str(file)!r} (from {Path.cwd()})")
+  source = path.read_bytes()
+  digest = hashlib.sha256(source).hexdigest()
+  if loaded is not None and _DIGESTS[key] == digest:
+    return loaded
   try:
-    compile(path.read_bytes(), str(path), "exec")
+    code = compile(source, str(path), "exec")
   except (SyntaxError, ValueError) as error:  # ValueError: null bytes.
     line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
     raise UserError(f"{where}: {str(file)!r} is not Python: {short(str(error), 120)}{line}") from error
   spec = importlib.util.spec_from_file_location(key, path)
   module = importlib.util.module_from_spec(spec)
-  sys.modules[key] = module  # Dataclasses and pickle look a class's module up by name.
+  sys.modules[key], _DIGESTS[key] = module, digest  # Dataclasses and pickle look a class's module up by name.
   try:
-    spec.loader.exec_module(module)
+    exec(code, module.__dict__)  # Not `exec_module`, which may take the code of an older file from its cache.
   except (Exception, SystemExit) as error:
     del sys.modules[key]
     raise UserError(f"{where}: importing {str(file)!r} failed: {raised(error)}") from error
