@@ -2,8 +2,13 @@
 
 A group is the G completions of a prompt, axis G of the arrays. Invalid samples are left out of all means
 and deviations. The functions do not mask tokens or stop gradients; the loss does both for all of them.
+
+A user's own function stands in a file of the user's, and a config names it: `advantage="my_advantages.py:centred"`.
+It is traced by `jax.jit`. Its keyword-only arguments are settings, which `options.centred` gives. The decorator
+`needs` states what it reads besides rewards.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,6 +18,34 @@ from nemocascade.segments import masked_mean
 from nemocascade.types import Rollout
 
 AdvantageFn = Callable[[Rollout], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What an advantage needs of a run.
+
+  Attributes:
+    teachers: it reads `teacher_logprobs_QGT`, so every domain of the mixture needs a teacher.
+    groups: it compares the completions of a prompt, so there must be at least two.
+  """
+
+  teachers: bool = False
+  groups: bool = False
+
+
+def needs(*, teachers: bool = False, groups: bool = False) -> Callable[[AdvantageFn], AdvantageFn]:
+  """Decorator of an advantage that states its Needs."""
+
+  def stated(advantage: AdvantageFn) -> AdvantageFn:
+    advantage.needs = Needs(teachers, groups)
+    return advantage
+
+  return stated
+
+
+def needs_of(advantage: AdvantageFn) -> Needs:
+  """The Needs that an advantage states; none if it is not decorated."""
+  return getattr(advantage, "needs", Needs())
 
 
 def _every_token(advantages_QG: jax.Array, r: Rollout) -> jax.Array:
@@ -45,6 +78,7 @@ def none(r: Rollout) -> jax.Array:
   return jnp.zeros(r.tokens_QGT.shape, jnp.float32)
 
 
+@needs(groups=True)
 def grpo(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
   """(reward - group mean) / (group standard deviation + eps): GRPO (Shao et al., 2024, arXiv 2402.03300).
 
@@ -56,6 +90,7 @@ def grpo(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
   return _every_token(jnp.where(r.valid_QG, above_QG / (std_Q1 + eps), 0.0), r)
 
 
+@needs(groups=True)
 def dr_grpo(r: Rollout) -> jax.Array:
   """Reward minus its group's mean: Dr. GRPO (Liu et al., 2025, arXiv 2503.20783, section 3.2).
 
@@ -64,6 +99,7 @@ def dr_grpo(r: Rollout) -> jax.Array:
   return _every_token(jnp.where(r.valid_QG, _above_mean(r), 0.0), r)
 
 
+@needs(groups=True)
 def rloo(r: Rollout) -> jax.Array:
   """Reward minus the mean of the group's other samples: RLOO (Ahmadian et al., 2024, arXiv 2402.14740, eq. 8).
 
@@ -85,6 +121,7 @@ def reinforce_pp(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
   return _every_token(_in_batch_deviations(above_QG, r, eps), r)
 
 
+@needs(groups=True)
 def reinforce_pp_baseline(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
   """(reward - group mean) / (batch deviation of these differences + eps); same paper, variant with baseline."""
   return _every_token(_in_batch_deviations(_above_mean(r), r, eps), r)
@@ -95,6 +132,7 @@ def _in_batch_deviations(above_QG: jax.Array, r: Rollout, eps: float) -> jax.Arr
   return jnp.where(r.valid_QG, above_QG / (std + eps), 0.0)
 
 
+@needs(groups=True)
 def maxrl(r: Rollout) -> jax.Array:
   """(reward - group mean) / group mean: MaxRL (Tajwar et al., 2026, arXiv 2602.02710, algorithm 1).
 
@@ -105,6 +143,7 @@ def maxrl(r: Rollout) -> jax.Array:
   return _every_token(jnp.where(r.valid_QG & (mean_Q1 > 0), scaled_QG, 0.0), r)
 
 
+@needs(teachers=True)
 def mopd(r: Rollout) -> jax.Array:
   """log pi_teacher - log pi_policy of each sampled token, in nats.
 
@@ -119,6 +158,7 @@ def mopd(r: Rollout) -> jax.Array:
   return r.teacher_logprobs_QGT - r.behaviour_logprobs_QGT
 
 
+@needs(teachers=True)
 def mopd_clipped(r: Rollout, *, clip: float = 1.0) -> jax.Array:
   """`mopd` clipped to [-clip, clip] nats, because it has a long negative tail.
 
@@ -127,6 +167,7 @@ def mopd_clipped(r: Rollout, *, clip: float = 1.0) -> jax.Array:
   return jnp.clip(mopd(r), -clip, clip)
 
 
+@needs(teachers=True, groups=True)
 def mopd_outcome(r: Rollout, *, alpha: float = 1.0) -> jax.Array:
   """`mopd` + alpha * `grpo`: teacher and outcome reward together (MiMo-V2-Flash, arXiv 2601.02780, eq. 9).
 
@@ -147,6 +188,3 @@ ADVANTAGES: dict[str, AdvantageFn] = dict(
   mopd_clipped=mopd_clipped,
   mopd_outcome=mopd_outcome,
 )
-TAUGHT = ("mopd", "mopd_clipped", "mopd_outcome")  # These read the rollout's teacher_logprobs_QGT.
-# These compare the completions of a prompt, so groups need at least two completions.
-GROUPED = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "maxrl", "mopd_outcome")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nemocascade import own_code
 from nemocascade.errors import UserError, listed, nearest, short, unknown
 
 LARGEST = 2**31 - 1  # Upper bound of every whole number, because programs count in int32.
@@ -25,6 +26,7 @@ class Field:
     also: further allowed values outside the bounds, such as None or -1.
     choices: the allowed words, or "module:NAME" of a dict whose keys they are. The dict is given by name,
       because this module may not import modules of a higher layer.
+    own: whether FILE.py:NAME, a function in a user's file, is allowed besides the choices.
     empty: whether "", () or {} is allowed.
     item: the field that each value of a tuple must satisfy.
     unique: whether the values of a tuple must differ.
@@ -41,6 +43,7 @@ class Field:
   infinite: bool = False
   also: tuple = ()
   choices: tuple[str, ...] | str = ()
+  own: bool = False
   empty: bool = True
   item: "Field | None" = None
   unique: bool = False
@@ -55,9 +58,9 @@ class Field:
       raise UserError(f"{name}=nan: is not a number; must be {self.allowed()}")
     if not self._has_kind(value) or not self._within(value):
       raise UserError(f"{name}={shown(value)}: must be {self.allowed(value)}")
-    if self.choices and value not in (words := self.words()):
+    if self.choices and value not in (words := self.words()) and not (self.own and own_code.is_own(value)):
       if not (value == "" and self.empty and self.kind is str):
-        raise unknown(name, value, words)
+        raise unknown(name, value, [*words, *[own_code.FORM] * self.own])
     if self.kind is tuple:
       for i, part in enumerate(value):
         self.item.check(f"{name}[{i}]", part)
@@ -95,7 +98,7 @@ class Field:
 
   def _allowed(self, value: Any) -> str:
     if self.choices:
-      return "one of " + ", ".join(self.words())
+      return "one of " + ", ".join(self.words()) + f", or {own_code.FORM}" * self.own
     if self.kind in (int, float):
       ends = self.infinite or self.high is not None or self.below is not None
       kind = "a whole number" if self.kind is int else "a number" if ends else "a finite number"

@@ -7,14 +7,13 @@ import pytest
 
 from nemocascade.advantage import (
   ADVANTAGES,
-  GROUPED,
-  TAUGHT,
   dr_grpo,
   grpo,
   maxrl,
   mopd,
   mopd_clipped,
   mopd_outcome,
+  needs_of,
   reinforce_pp,
   reinforce_pp_baseline,
   rloo,
@@ -41,10 +40,10 @@ def per_sample(rewards_QG, valid_QG=None, advantage=grpo):
   return np.asarray(advantage(rollout(rewards_QG, valid_QG)))[..., 0]
 
 
-OF_REWARDS = {name: fn for name, fn in ADVANTAGES.items() if name not in TAUGHT}
+OF_REWARDS = {name: fn for name, fn in ADVANTAGES.items() if not needs_of(fn).teachers}
 of_rewards = pytest.mark.parametrize("advantage", OF_REWARDS.values(), ids=OF_REWARDS)
 of_groups = pytest.mark.parametrize(
-  "advantage", [fn for name, fn in OF_REWARDS.items() if name in GROUPED and "pp" not in name]
+  "advantage", [fn for name, fn in OF_REWARDS.items() if needs_of(fn).groups and "pp" not in name]
 )
 
 
@@ -107,7 +106,7 @@ def test_what_is_not_valid_is_left_out_and_never_read(advantage):
   assert not np.any(per_sample([[1.0, 0.0]], [[False, False]], advantage))
 
 
-@pytest.mark.parametrize("advantage", [OF_REWARDS[name] for name in OF_REWARDS if name in GROUPED])
+@pytest.mark.parametrize("advantage", [fn for fn in OF_REWARDS.values() if needs_of(fn).groups])
 def test_a_group_of_one_teaches_nothing_where_groups_are_compared(advantage):
   assert not np.any(per_sample([[3.0], [1.0]], advantage=advantage))
 
@@ -186,8 +185,8 @@ def test_mopd_outcome_adds_alpha_times_the_verdicts_advantage_to_the_teachers():
 def test_a_teacher_that_is_the_student_teaches_exactly_nothing():
   logprobs_QGT = jax.random.normal(jax.random.key(0), (2, 3, T))
   r = rollout(np.zeros((2, 3))).replace(behaviour_logprobs_QGT=logprobs_QGT, teacher_logprobs_QGT=logprobs_QGT)
-  for name in TAUGHT:
-    assert not np.any(ADVANTAGES[name](r))
+  taught = [fn for fn in ADVANTAGES.values() if needs_of(fn).teachers]
+  assert len(taught) == 3 and not any(np.any(fn(r)) for fn in taught)
 
 
 def test_a_name_of_the_table_is_the_functions_own():

@@ -70,7 +70,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
-  """The config of a `sweep_*.py`: `arms` of 50 steps on the main task, without a learning-rate search."""
+  """A comparison of `arms` of 50 steps on the main task, without a learning-rate search.
+
+  Args:
+    arg: "" or "smoke".
+    arms: name -> what `grpo`, `mopd` or `distilled` return, changed as the arm differs.
+    pairs: (ours, theirs), arms that are compared step by step.
+  """
   c = get_config()
   c.seeds = tuple(range(4))
   c.arms = ConfigDict(arms)
@@ -145,7 +151,7 @@ def shrink(c: ConfigDict) -> None:
     stage.rollout.update(prompts=32 // G, completions=G)
     stage.packing.update(rows=16, pieces=4)
     stage.update(steps=2, save_every=1)
-    if stage.advantage == "grpo":  # So that the loss is not 0 when every verdict is 0.
+    if stage.dynamic_filtering:  # So that the loss is not 0 when every verdict is 0.
       stage.update(dynamic_filtering=False, entropy_weight=0.01)
   recipe.shrink_comparison(c)
   c.compared.prompts = 16

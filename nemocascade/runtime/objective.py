@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from nemocascade import advantage
+from nemocascade import advantage, own_code
 from nemocascade.mesh import check_rows
 from nemocascade.rollout import rewards
 from nemocascade.runtime.programs import Programs
@@ -34,14 +34,30 @@ SLOTS = dict(
 )
 
 
+def named(c: ConfigDict, slot: str) -> Callable:
+  """The function that the field `slot` names: one of SLOTS, or a user's own (`FILE.py:NAME`)."""
+  word = c[slot]
+  return own_code.load(word, field=slot) if own_code.is_own(word) else SLOTS[slot][word]
+
+
+def needs(c: ConfigDict) -> advantage.Needs:
+  """What the stage's advantage needs of the run."""
+  return advantage.needs_of(named(c, "advantage"))
+
+
 def taught(c: ConfigDict) -> list[str]:
   """The settings of a stage that need teachers, such as "advantage='mopd'", for messages."""
-  of_advantage = [f"advantage={c.advantage!r}"] if c.advantage in advantage.TAUGHT else []
+  of_advantage = [f"advantage={c.advantage!r}"] if needs(c).teachers else []
   return of_advantage + ([f"distillation={c.distillation!r}"] if c.distillation_weight else [])
 
 
-def topk(c: ConfigDict) -> int:
-  return inspect.signature(chosen(c, "distillation")).parameters["k"].default
+def topk(c: ConfigDict) -> int | None:
+  """The number of the teacher's likeliest tokens that the distillation reads; None if it reads states.
+
+  It is the setting `k`, which only functions have that read such tokens.
+  """
+  k = inspect.signature(chosen(c, "distillation")).parameters.get("k")
+  return k.default if k else None
 
 
 def settings_of(function: Callable) -> list[str]:
@@ -51,9 +67,14 @@ def settings_of(function: Callable) -> list[str]:
 
 
 def settings(c: ConfigDict, *names: str) -> str:
-  """The named fields of `c`, and the options of the functions that they name, as JSON."""
+  """The named fields of `c`, and the options of the functions that they name, as JSON.
+
+  A user's own functions are there with the version of their files, so that a changed file makes other programs.
+  """
   fields = {name: json.loads(c.to_json_best_effort())[name] for name in (*names, "options")}
-  fields["options"] = {n: o for n, o in fields["options"].items() if n in [fields[s] for s in names if s in SLOTS]}
+  words = [fields[name] for name in names if name in SLOTS]
+  fields["options"] = {n: o for n, o in fields["options"].items() if n in map(own_code.name_of, words)}
+  fields["own"] = [(word, own_code.version(word)) for word in words if own_code.is_own(word)]
   return json.dumps(fields, sort_keys=True)
 
 
@@ -73,9 +94,7 @@ def step_settings(c: ConfigDict) -> str:
 
 def chosen(c: ConfigDict, slot: str) -> Callable:
   """The function that the field `slot` names, with its options bound."""
-  name = c[slot]
-  options = c.options[name] if name in c.options else {}
-  return functools.partial(SLOTS[slot][name], **options)
+  return functools.partial(named(c, slot), **c.options.get(own_code.name_of(c[slot]), {}))
 
 
 @functools.cache

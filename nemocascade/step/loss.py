@@ -241,4 +241,3 @@ DISTILLATIONS = dict(
   reverse_kl_topk=reverse_kl_topk,
   forward_kl_topk=forward_kl_topk,
 )
-TOPK = ("reverse_kl_topk", "forward_kl_topk")  # These read the teacher's top tokens; the others its states.
