@@ -53,8 +53,8 @@ def shared() -> ConfigDict:
   """The fields of a run, whatever it trains. A scale adds model, mesh, tokenizer, sandbox and sizes."""
   c = ConfigDict()
   c.seed = 0
-  c.domains = DOMAINS
-  c.tasks = {}  # Domain -> its fields that differ from the defaults; those of its style (`sloppy_rate`) too.
+  c.domains = generated(*DOMAINS)
+  c.tasks = {}  # Generator -> its fields that differ from the defaults; those of its style (`sloppy_rate`) too.
   c.evaluation = dict(
     greedy=(),  # Stages also scored with greedy decoding.
     long_domains=("long_context",),  # Their prompts have `long_prompt_tokens`.
@@ -62,6 +62,11 @@ def shared() -> ConfigDict:
   )
   c.update(guards())
   return c
+
+
+def generated(*names: str) -> ConfigDict:
+  """Domains whose rows a program makes, each judged by the built-in verifier of its name."""
+  return ConfigDict({name: dict(rows=f"generated:{name}") for name in names})
 
 
 def guards() -> ConfigDict:
@@ -209,7 +214,7 @@ def several_teachers() -> ConfigDict:
   """`comparison` of MOPD with several teachers, GRPO on the same mixture, and RLHF alone."""
   c = comparison()
   c.side_line = SIDE_LINE
-  c.domains = c.compared.domains = COMPARED
+  c.compared.domains = COMPARED
   c.compared.update(pairs=(("mopd", "grpo"), ("mopd", "rlhf")), at=(10, 20, 40), full_completions=4)
   return c
 

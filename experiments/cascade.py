@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 from experiments import reward_model, rl, sft
 from nemocascade.config import ModelConfig
-from nemocascade.domains import registry
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
-from nemocascade.runtime import loading, objective, parts
+from nemocascade.runtime import domains, loading, objective, parts
 from nemocascade.runtime.checks import check_evaluation, judged
 from nemocascade.runtime.heldout import Heldout, draw_heldout
 from nemocascade.runtime.hosts import refuse_several
@@ -41,7 +40,7 @@ def check(c: ConfigDict) -> None:
   """Raises UserError if the cascade cannot run to its end. Nothing is computed or written."""
   check_fields(c, "cascade")
   ModelConfig.from_fields(c.model.to_dict())
-  registry.build(c.domains, tasks=c.tasks)
+  domains.check(c)
   for field, names, known in (
     ("order", c.order, c.stages), ("side_line", c.side_line, c.stages), ("evaluation.greedy", c.evaluation.greedy, c.order),
   ):  # fmt: skip

@@ -16,7 +16,7 @@ from nemocascade.errors import UserError
 from nemocascade.field_check import check
 from nemocascade.fields import number, text, whole
 from nemocascade.mesh import make_mesh
-from nemocascade.runtime import parts
+from nemocascade.runtime import domains, parts
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.hosts import first_alone
@@ -33,16 +33,16 @@ def run(
   """Prints a table and writes scores.json in the work directory. Returns domain -> DomainScore."""
   check(c)
   check_evaluation(c, "--completions", completions)
-  domains = parts.build_domains(c)
+  composed = parts.build_domains(c)
   programs, tokenizer, params = parts.from_checkpoint(checkpoint, make_mesh(**c.mesh))
   if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
-  p = parts.Parts(programs, Text(tokenizer), domains)
+  p = parts.Parts(programs, Text(tokenizer), composed)
   if judge:
     check_start("--judge", judge, tokenizer, programs.reward_template)
     p = parts.with_judge(c, p, judge)
-  elif "preference" in p.domains:
-    print("no --judge: the preference domain is masked")
+  elif needing := domains.that_need(c, "judge"):
+    print(f"no --judge: {', '.join(needing)} is masked")
   first_alone(lambda: own(workdir))
   heldout = draw_heldout(c, p.domains, tokenizer)
   scores = heldout.evaluate(p, params, temperature=temperature, completions=completions)

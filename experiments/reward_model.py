@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nemocascade.domains.preference import preference_pairs
+from nemocascade.generated.preference import preference_pairs
 from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
 from nemocascade.model.reward import RewardModel, init_reward_params

@@ -7,17 +7,16 @@ The dataset (TFDS, array_record) is written once, in the work directory. Run the
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from nemocascade.data import loader, sources
-from nemocascade.domains import domain as domain_lib
-from nemocascade.domains.domain import Domain
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
+from nemocascade.generated.generator import demonstrations as made_by
+from nemocascade.generated.registry import GENERATORS, make
 from nemocascade.mesh import check_rows
 from nemocascade.report.metrics import MetricsWriter, progress
 from nemocascade.runtime import parts
@@ -40,8 +39,8 @@ def check(c: ConfigDict) -> None:
   check_fields(c, "sft")
   RouterBalance(**c.router_balance)
   for name in c.conversations:
-    if name not in c.domains:
-      raise unknown("domain in conversations", name, c.domains)
+    if name not in GENERATORS:
+      raise unknown("domain in conversations", name, GENERATORS)
   if not sum(c.conversations.values()):
     raise UserError("conversations: all are 0, so there is nothing to learn from; give one of at least 1")
 
@@ -51,7 +50,7 @@ def check_documents(c: ConfigDict, p: Parts) -> None:
   lengths = {
     len(document.tokens_T)
     for name, count in c.conversations.items()
-    for example in domain_lib.demonstrations(p.domains[name], c.seed, 0, min(count, 8), non_thinking_share=c.non_thinking)
+    for example in made_by(make(name, c.tasks), c.seed, 0, min(count, 8), non_thinking_share=c.non_thinking)
     for document in loader.to_documents(example, p.text.tokenizer)
   }  # fmt: skip
   if min(lengths) > c.row_tokens:
@@ -60,14 +59,14 @@ def check_documents(c: ConfigDict, p: Parts) -> None:
     )
 
 
-def demonstrations(c: ConfigDict, directory: Path, domains: Mapping[str, Domain]):
+def demonstrations(c: ConfigDict, directory: Path):
   """The demonstrations of all domains as a data source. Written at the first call, then read."""
 
   def write():
     examples = (
       example
       for name, count in c.conversations.items()
-      for example in domain_lib.demonstrations(domains[name], c.seed, 0, count, non_thinking_share=c.non_thinking)
+      for example in made_by(make(name, c.tasks), c.seed, 0, count, non_thinking_share=c.non_thinking)
     )
     if not directory.exists():
       sources.write_demonstrations(examples, directory, name="demonstrations")
@@ -94,7 +93,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
   """
   began = time.time()
   tx, _, step_fn = program(c, p.programs)
-  source = demonstrations(c, stage_dir.parent / "data" / "demonstrations", p.domains)
+  source = demonstrations(c, stage_dir.parent / "data" / "demonstrations")
   documents = loader.tokenize_all(source, p.text.tokenizer)
   batches = loader.Loader(documents, T=c.row_tokens, B=c.rows, seed=c.seed)
 

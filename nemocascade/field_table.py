@@ -15,7 +15,6 @@ from nemocascade.fields import (
   word,
 )
 
-DOMAINS = "nemocascade.domains.registry:DOMAINS"
 DTYPES = ("float32", "bfloat16")
 
 SEED = {"seed": whole("Seed of parameters, data and sampling.", 0)}
@@ -88,8 +87,30 @@ SHARED = (
     "tokenizer.path": text("tokenizer.json, tokenizer.model or a folder with one; empty trains one."),
     "tokenizer.vocab_size": whole("Tokens of a tokenizer that is trained."),
     "tokenizer.conversations": whole("Demonstrations of each domain that a tokenizer is trained on.", 0),
-    "domains": several("The domains, in the order of the report.", word("a domain", DOMAINS), empty=False, unique=True),
-    "tasks": section("Domain -> fields of it that are not its defaults."),
+    "domains": section("Name -> what the domain is composed of."),
+    "domains.*.rows": text("Its prompts: generated:NAME, or a path or glob of JSON lines.", empty=False),
+    "domains.*.heldout": text(
+      "Held-out prompts, a path or glob; empty holds one prompt of `rows` in 8 out, by its hash.", optional=True
+    ),
+    "domains.*.verify": text(
+      "What judges: a built-in domain, or FILE.py:FUNCTION; empty is the domain's name.", optional=True
+    ),
+    "domains.*.environment": text(
+      "What answers tool calls: a built-in domain, or FILE.py:CLASS; empty is the built-in verifier's.", optional=True
+    ),
+    "domains.*.thinking": flag(
+      "Whether completions have thoughts; None is the built-in domain's.", also=(None,), optional=True
+    ),
+    "domains.*.max_turns": whole(
+      "Assistant turns of an episode at most; None is the environment's.", also=(None,), optional=True
+    ),
+    "domains.*.min_pass_rate": number(
+      "Rows of files with a lower pass_rate are left out.", low=0, high=1, optional=True
+    ),
+    "domains.*.max_pass_rate": number(
+      "Rows of files with a higher pass_rate are left out.", low=0, high=1, optional=True
+    ),
+    "tasks": section("Generator -> fields of it that are not its defaults."),
     "tasks.*.sloppy_rate": number("Share of a demonstration's steps in the sloppy style.", low=0, high=1),
     "tasks.*.error_rate": number("Share of the sloppy steps that err.", low=0, high=1),
     "tasks.*.careful": text("Marker of a step in the careful style.", empty=False),
@@ -114,7 +135,7 @@ SHARED = (
     "evaluation.total_tokens": whole("Tokens of prompt, completion and tool responses at most."),
     "evaluation.long_prompt_tokens": whole("The same as prompt_tokens for long_domains."),
     "evaluation.long_total_tokens": whole("The same as total_tokens for long_domains."),
-    "evaluation.long_domains": several("Domains with the long lengths.", word("a domain", DOMAINS), unique=True),
+    "evaluation.long_domains": several("Domains with the long lengths.", text("a domain"), unique=True),
     "evaluation.long_batch": whole("Rows of long_domains decoded together."),
     "evaluation.greedy": several("Stages that are scored greedily too.", text("a stage"), unique=True),
     "sandbox.workers": whole("Programs that run at a time.", high=4096),
@@ -223,7 +244,7 @@ ABLATION = CASCADE | {
   "rate_of.*": text("An arm.", empty=False),
   "budget.unit": word("What the arms' budgets are equal in.", ("steps", "tokens", "flops")),
   "budget.amount": number("The budget of an arm, in that unit.", above=0),
-  "compared.domains": several("Domains that are scored.", word("a domain", DOMAINS), empty=False, unique=True),
+  "compared.domains": several("Domains that are scored.", text("a domain"), empty=False, unique=True),
   "compared.at": several("Steps that are scored on compared.prompts.", whole("a step")),
   "compared.prompts": whole("Held-out prompts of each domain, once each; at most evaluation.prompts."),
   "compared.full_at": several("Steps that are scored on all held-out prompts.", whole("a step")),

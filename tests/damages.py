@@ -27,6 +27,7 @@ import jax
 from chaos import stage_differences
 
 from configs.tiny import cascade as config
+from configs.recipe import generated
 from experiments import cascade
 from nemocascade.errors import UserError
 
@@ -146,7 +147,7 @@ def smoke() -> config.ConfigDict:
   """Config of a cascade: a reward model, then SFT of four steps with a checkpoint after each."""
   c = config.get_config("smoke")
   c.order, c.evaluation.greedy = ("reward_model", STAGE), ()
-  c.evaluation.prompts, c.domains = 4, ("math", "instruction", "preference")
+  c.evaluation.prompts, c.domains = 4, generated("math", "instruction", "preference")
   c.evaluation.long_domains = ()
   with c.unlocked():
     c.stages.sft.conversations = {"math": 60, "instruction": 60}

@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from composed import compose
 from hostile_programs import escapes, forgeries, hoards, leaks
 
 from nemocascade.data.chat import ToolCall, Turn
-from nemocascade.domains import code, domain, swe
+from nemocascade.domains import code, swe
+from nemocascade.domains.domain import Domain
 from nemocascade.domains.rows import make_prompt
+from nemocascade.generated.swe import Bug
 from nemocascade.sandbox import python_tool
 from nemocascade.sandbox.program import Program, Result
 from nemocascade.sandbox.python_tool import PythonTool
@@ -136,29 +139,29 @@ class _Runner:
 
   def _judge(self, tests: dict, source: str) -> Verdict:
     row = {**make_prompt("code", "x"), "verifier_metadata": {"unit_tests": tests}}
-    return code.make_domain(self.box).verify([row], [_complete(f"```python\n{source}\n```")])[0]
+    return code.make_verify(self.box)([row], [_complete(f"```python\n{source}\n```")])[0]
 
   def repair(self, name: str) -> tuple[str, bool]:
     return _zero(self._repair(forgeries.REPAIRS[name]))
 
   def _repair(self, line: str) -> Verdict:
-    task, row = self._repository(swe.make_domain)
-    bug, files = swe.Bug(**row["instance"]["bug"]), swe.repository_files(row)
+    task, row = self._repository("swe")
+    bug, files = Bug(**row["instance"]["bug"]), swe.repository_files(row)
     (other,) = set(files) - {bug.path}
     line = line.replace("OTHER", other.removesuffix(".py")).replace("NAME", bug.name).replace("RIGHT", bug.right)
     edit = edits.show(edits.Edit(bug.path, files[bug.path].strip(), line))
     return task.verify([row], [_complete(edit)])[0]
 
-  def _repository(self, make: Callable) -> tuple[swe.Swe, Row]:
-    task = make(self.box)
-    return task, domain.rows(task, "train", 0, 0, 1)[0]
+  def _repository(self, name: str) -> tuple[Domain, Row]:
+    task = compose(name, sandbox=self.box)
+    return task, task.rows.train(0, 0)
 
   def edit(self, name: str) -> tuple[str, bool]:
     path = forgeries.EDITS[name]
     edit = edits.show(edits.Edit(path, "x", "import os; os._exit(0)"))
-    task, row = self._repository(swe.make_domain)
+    task, row = self._repository("swe")
     happened, held = _zero(task.verify([row], [_complete(edit)])[0])
-    task, row = self._repository(swe.make_agentic_domain)
+    task, row = self._repository("swe_agentic")
     world = task.start(row)
     call = ToolCall("replace", {"path": path, "old": "", "new": "x"})
     (reply,) = task.act(world, Turn(None, "", (call,), None, True))
@@ -183,7 +186,7 @@ class _Runner:
 
   def control_rewards(self) -> tuple[str, bool]:
     """right answers are rewarded: else no forgery would show anything."""
-    bug = self._repository(swe.make_domain)[1]["instance"]["bug"]
+    bug = self._repository("swe")[1]["instance"]["bug"]
     verdicts = (
       self._values("def f(x): return x**3 + x**2 + (x > 2) * 0 + (x == 2)"),
       self._prints("print(int(input()) ** 2)"),

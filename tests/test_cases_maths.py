@@ -63,14 +63,14 @@ def test_the_block_between_the_last_two_fences_counts(content, block):
 def test_a_task_that_has_no_verifier_is_masked(mode, cause):
   row = {"mode": mode, "metadata": {"relevant_file_contents": json.dumps({"a.py": "x = 1\n"})}}
   edit = "```diff\na.py\n<<<<<<< SEARCH\nx = 1\n=======\nx = 2\n>>>>>>> REPLACE\n```"
-  (found,) = swe.make_domain().verify([row], [complete(edit)])
+  (found,) = swe.make_verify()([row], [complete(edit)])
   assert (found.reward, found.masked, found.cause) == (0.0, True, cause)
 
 
 @pytest.mark.parametrize(("metadata", "truth", "answer", "right"), rows("scores"))
 def test_scores_are_those_of_reasoning_gym(metadata, truth, answer, right):
   row = {"question": "", "answer": truth, "metadata": metadata}
-  assert math.make_domain().judge(row, complete(answer)).reward == pytest.approx(right)
+  assert math.judge(row, complete(answer)).reward == pytest.approx(right)
 
 
 def entry(dataset):
@@ -151,10 +151,10 @@ def test_a_scorer_that_would_evaluate_masks_and_is_not_remembered(monkeypatch):
 
   monkeypatch.setattr(scorers.limited, "call", refused)
   row = {"question": "q", "answer": "no other test asks this", "metadata": {"source_dataset": "dice"}}
-  found = math.make_domain().verify([row], [complete("1")])[0]
+  found = math.make_verify()([row], [complete("1")])[0]
   assert (found.masked, found.cause) == (True, "evaluation")
   monkeypatch.undo()
-  assert not math.make_domain().verify([row], [complete("1")])[0].masked
+  assert not math.make_verify()([row], [complete("1")])[0].masked
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_rows_without_a_reference_are_judged_by_the_pairs():
 
   samples, _ = judged([[0, 0], [0, 0]])
   row = make_prompt("preference", "How do I clean the lamp today ?")
-  task = preference.make_domain(object())
-  verdicts = [task.verify([row, row], [complete("a"), complete("b")]) for _ in range(2)]
+  verify = preference.make_verify(object())
+  verdicts = [verify([row, row], [complete("a"), complete("b")]) for _ in range(2)]
   assert all(v.masked for group in verdicts for v in group)
   rewards_QG = np.array([[3.0, 1.0], [2.0, 4.0]])
   rollout, counts = rewards.to_rollout(samples, verdicts, rewards_QG=rewards_QG)
@@ -202,7 +202,7 @@ def test_released_rows_of_every_mode_are_masked_not_failed(name):
     place, text = next((p, t) for p, t in files.items() if t.strip())
     line = next(x for x in text.split("\n") if x.strip() and text.split("\n").count(x) == 1)
     edit = f"```diff\n{place}\n<<<<<<< SEARCH\n{line}\n=======\n{line} #\n>>>>>>> REPLACE\n```"
-    (found,) = swe.make_domain().verify([row], [complete(edit)])
+    (found,) = swe.make_verify()([row], [complete(edit)])
     assert found.masked
     causes[row["mode"]] = found.cause
   assert causes == {"eval": "row", "repro-gen": "unknown"}

@@ -17,7 +17,7 @@ from configs.tiny import if_rl
 from experiments import rl
 from nemocascade.advantage import ADVANTAGES, grpo, mopd, mopd_clipped, needs_of, reinforce_pp
 from nemocascade.data.tokenizer import IM_END
-from nemocascade.domains.preference import Preference
+from nemocascade.domains.preference import make_verify
 from nemocascade.errors import UserError
 from nemocascade.evaluate.suites import score_verdicts
 from nemocascade.rollout import rewards as scoring
@@ -198,8 +198,7 @@ def test_a_preference_that_is_no_number_is_no_verdict():
     lambda prompts, answers: np.array([np.nan if x == "bad" else float(len(x)) for x in answers])
   )
   row = {"responses_create_params": {"input": [{"role": "user", "content": "?"}]}, "reference": "aa"}
-  domain = Preference(preference_judge=judge)
-  verdicts = domain.verify([row] * 3, [said("bad"), said("a"), said("aaa")])
+  verdicts = make_verify(judge)([row] * 3, [said("bad"), said("a"), said("aaa")])
   assert [(v.reward, v.masked) for v in verdicts] == [(0.0, True), (0.0, False), (1.0, False)]
 
 

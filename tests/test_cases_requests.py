@@ -16,6 +16,7 @@ from configs.tiny import cascade as cascade_config
 from configs.tiny import if_rl, rlhf  # fmt: skip
 from configs.tiny import reward_model as reward_model_config
 from configs.tiny import sft as sft_config
+from configs.recipe import generated
 from experiments import cascade, reward_model, rl, sft
 from nemocascade import field_check
 from nemocascade.config import ModelConfig
@@ -102,7 +103,9 @@ VALUES = [  # (config, field, invalid value, start of the error message).
   (if_rl, "optimizer.b1", 2.0, "optimizer.b1=2.0: must be a number of at least 0 and below 1"),
   (if_rl, "dynamic_filtering", 1, "dynamic_filtering=1: must be True or False"),
   (if_rl, "mixture", {}, "mixture={}"),
-  (if_rl, "domains", "math", "domains='math': must be a tuple"),
+  (if_rl, "domains", "math", "domains='math': must be a section with fields"),
+  (if_rl, "domains", {"math": "math"}, "domains.math='math': must be a section with fields"),
+  (if_rl, "domains", {"math": {"row": "x"}}, "domains.math.row: no such field: did you mean 'rows'"),
   (if_rl, "rollout", 3, "rollout=3: must be a section with fields"),
   (if_rl, "options.icepop.low", math.nan, "options.icepop.low=nan"),
   (if_rl, "options.icepop.margin", "wide", "options.icepop.margin='wide'"),
@@ -190,7 +193,7 @@ def test_more_processes_than_one_are_refused_before_anything_is_written(monkeypa
 def small(config) -> ConfigDict:
   """Config of a stage of one step on the preference domain only."""
   c = config.get_config("smoke")
-  c.domains, c.evaluation.long_domains = ("preference",), ()
+  c.domains, c.evaluation.long_domains = generated("preference"), ()
   c.steps = c.save_every = 1
   return c
 

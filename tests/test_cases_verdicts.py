@@ -12,10 +12,10 @@ from nemocascade.sandbox import limited
 from nemocascade.verifiers.verdict import Completion
 
 CASES = json.loads((pathlib.Path(__file__).parent / "cases/verdicts.json").read_text())
-DOMAINS = {
-  "stem": stem.make_domain(),
-  "structured": structured.make_domain(),
-  "instruction": instruction.make_domain(),
+VERIFY = {
+  "stem": stem.make_verify(),
+  "structured": structured.make_verify(),
+  "instruction": instruction.make_verify(),
 }
 
 
@@ -27,7 +27,7 @@ def judge(case):
     error=None, finished=True,
   )  # fmt: skip
   row = CASES["defaults"][case["domain"]] | case["row"]
-  return DOMAINS[case["domain"]].verify([row], [Completion((turn,))])[0]
+  return VERIFY[case["domain"]]([row], [Completion((turn,))])[0]
 
 
 def named(cases):

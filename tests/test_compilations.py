@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from configs.recipe import generated
 from configs.tiny import if_rl, reward_model, sft
 from experiments import reward_model as reward_stage
 from experiments import rl as rl_stage
 from experiments import sft as sft_stage
-from nemocascade.domains.domain import Domain, assistant
+from nemocascade.domains.domain import Domain, one_by_one
 from nemocascade.domains.rows import make_prompt
+from nemocascade.generated.generator import GeneratedRows, Generator, assistant
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout import episode
 from nemocascade.rollout.engine import Engine
@@ -35,8 +37,8 @@ MICRO = dict(
 )  # fmt: skip
 
 
-class Adding(Domain):
-  """Gives pseudo-random rewards of 0 or 1.
+class Adding(Generator):
+  """Generator, environment and judge of a domain whose rewards of 0 or 1 are pseudo-random.
 
   When `later` is set, every first turn is answered like a tool call, and all completions of domain `far` get
   reward 1, so that batches must be refilled.
@@ -53,6 +55,9 @@ class Adding(Domain):
   def demonstrate(self, row, rng, *, thinking):
     return [assistant("12", thoughts=["one"] * int(rng.integers(1, 5)) if thinking else None)]
 
+  def start(self, row):
+    return None
+
   def act(self, world, turn):
     return ["the sum is 12"] if self.later else None
 
@@ -60,6 +65,11 @@ class Adding(Domain):
     if self.later and self.name == "far":
       return Verdict(1.0, "")
     return Verdict(float(zlib.crc32(completion.text.encode("utf-8", "replace")) % 2), "")
+
+  @classmethod
+  def domain(cls, name):
+    parts_ = cls(name)
+    return Domain(name, GeneratedRows(parts_, name), one_by_one(parts_.judge), parts_)
 
 
 @pytest.fixture(scope="module", params=GRIDS, ids=str)
@@ -70,10 +80,10 @@ def stage(request, tmp_path_factory):
   with c.unlocked():
     c.model.update(MICRO)
     c.mesh = dict(zip(("data", "expert"), request.param, strict=True))
-    c.domains, c.tokenizer.conversations = ("preference",), 20
+    c.domains, c.tokenizer.conversations = generated("preference"), 20
     c.evaluation.update(prompts=20, batch=64, prompt_tokens=P, total_tokens=T, long_domains=())
   p = parts.build(c, root)
-  return c, dataclasses.replace(p, domains={name: Adding(name) for name in ("near", "far")}), root
+  return c, dataclasses.replace(p, domains={name: Adding.domain(name) for name in ("near", "far")}), root
 
 
 def steps_of(base, c, kind):
@@ -82,7 +92,7 @@ def steps_of(base, c, kind):
   out = base.copy_and_resolve_references()
   with out.unlocked():
     out.update(fields)
-    out.model, out.mesh, out.evaluation, out.domains = base.model, base.mesh, base.evaluation, ("near", "far")
+    out.model, out.mesh, out.evaluation, out.domains = base.model, base.mesh, base.evaluation, generated("near", "far")
     out.steps, out.save_every = 3, 1
     out.update_from_flattened_dict(c)
   return out
@@ -113,6 +123,7 @@ def nothing_after_the_first_step(monkeypatch):
 def test_sft(stage, monkeypatch):
   base, p, root = stage
   c = steps_of(base, {"conversations": {"near": 40, "far": 40}, "rows": 8, "row_tokens": 256}, "sft")
+  monkeypatch.setattr(sft_stage, "make", lambda name, tasks: Adding(name))
   with nothing_after_the_first_step(monkeypatch):
     sft_stage.run(c, root / "sft", p)
 

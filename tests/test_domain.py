@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import domain, registry
+from nemocascade.domains import domain
+from nemocascade.domains.registry import DOMAINS
 from nemocascade.domains.rows import make_prompt, prompt_messages, prompt_tools, split_of
 from nemocascade.errors import UserError
+from nemocascade.generated import generator, registry
 from nemocascade.verifiers.verdict import Completion, Message
 
 NAMES = ("instruction", "math", "stem", "structured", "long_context")
@@ -30,24 +32,29 @@ def complete(message: Message) -> Completion:
   return Completion(turns=(turn,))
 
 
+def verify(task, rows, completions):
+  """The verdicts of the built-in domain of the generator's name."""
+  return DOMAINS[task.name].make_verify()(rows, completions)
+
+
 def rewards(task, rows, *, style=None, thinking=True, seed=0):
   """Rewards of one demonstration per row."""
   rng = np.random.default_rng(seed)
   author = dataclasses.replace(task, style=style or task.style)
   messages = [author.demonstrate(row, rng, thinking=thinking)[-1] for row in rows]
-  verdicts = task.verify(rows, [complete(message) for message in messages])
+  verdicts = verify(task, rows, [complete(message) for message in messages])
   assert not any(verdict.masked for verdict in verdicts)
   return np.array([verdict.reward for verdict in verdicts])
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def task(request):
-  return registry.build([request.param])[request.param]
+  return registry.make(request.param)
 
 
 @pytest.fixture(scope="module")
 def rows(task):
-  return domain.rows(task, "train", 0, 0, COUNT)
+  return generator.rows(task, "train", 0, 0, COUNT)
 
 
 def text_of(row):
@@ -83,7 +90,7 @@ def test_every_step_begins_with_a_marker_and_non_thinking_has_none(task, rows):
 
 def test_no_prompt_is_on_both_sides_of_the_split_whatever_the_seed(task, rows):
   train = {text_of(row) for row in rows}
-  heldout = {text_of(row) for seed in (0, 1) for row in domain.rows(task, "heldout", seed, 0, 200)}
+  heldout = {text_of(row) for seed in (0, 1) for row in generator.rows(task, "heldout", seed, 0, 200)}
   assert not train & heldout
   assert {split_of(row) for row in rows} == {"train"}
 
@@ -91,15 +98,15 @@ def test_no_prompt_is_on_both_sides_of_the_split_whatever_the_seed(task, rows):
 def test_there_are_2000_distinct_prompts(task):
   prompts = set()
   for start in range(0, 12_000, 1_000):
-    prompts |= {text_of(row) for row in domain.rows(task, "train", 1, start, 1_000)}
+    prompts |= {text_of(row) for row in generator.rows(task, "train", 1, start, 1_000)}
     if len(prompts) >= 2_000:
       return
   pytest.fail(f"{task.name}: {len(prompts)} distinct prompts")
 
 
 def test_rows_depend_on_seed_and_index_alone(task, rows):
-  assert domain.rows(task, "train", 0, 10, 5) == rows[10:15]
-  assert domain.rows(task, "train", 1, 10, 5) != rows[10:15]
+  assert generator.rows(task, "train", 0, 10, 5) == rows[10:15]
+  assert generator.rows(task, "train", 1, 10, 5) != rows[10:15]
 
 
 def test_rows_have_the_released_form(task, rows):
@@ -110,14 +117,14 @@ def test_rows_have_the_released_form(task, rows):
 
 
 def test_hostile_completions_are_wrong_and_raise_nothing(task, rows):
-  verdicts = task.verify([rows[0]] * len(HOSTILE), [complete({"content": text}) for text in HOSTILE])
+  verdicts = verify(task, [rows[0]] * len(HOSTILE), [complete({"content": text}) for text in HOSTILE])
   wrong = [verdict.reward == 0.0 and not verdict.masked for verdict in verdicts]
   # Texts such as `{}` may satisfy an instruction such as "no commas" by chance.
   assert all(wrong) if task.name != "instruction" else not any(v.masked for v in verdicts)
 
 
 def test_an_episode_without_turns_is_wrong(task, rows):
-  (verdict,) = task.verify(rows[:1], [Completion(turns=())])
+  (verdict,) = verify(task, rows[:1], [Completion(turns=())])
   assert (verdict.reward, verdict.masked) == (0.0, False)
 
 
@@ -125,7 +132,7 @@ def test_a_right_answer_in_the_thoughts_alone_is_wrong(task, rows):
   careful = dataclasses.replace(task, style=dataclasses.replace(task.style, sloppy_rate=0.0))
   (message,) = careful.demonstrate(rows[0], np.random.default_rng(0), thinking=True)
   thoughts = {"reasoning_content": message["content"], "content": ""}
-  assert task.verify(rows[:1], [complete(thoughts)])[0].reward == 0.0
+  assert verify(task, rows[:1], [complete(thoughts)])[0].reward == 0.0
 
 
 def test_fixed_phrases_occur_in_the_prompts_or_demonstrations(task, rows):
@@ -141,33 +148,32 @@ def test_fixed_phrases_occur_in_the_prompts_or_demonstrations(task, rows):
 
 
 def test_demonstrations_are_examples_of_the_split_with_a_share_without_thoughts(task):
-  examples = list(domain.demonstrations(task, 3, 0, 300))
+  examples = list(generator.demonstrations(task, 3, 0, 300))
   thinking = [example["thinking"] for example in examples]
   assert 0.8 < np.mean(thinking) < 0.97
   for example in examples[:50]:
     assert [message["role"] for message in example["messages"]] == ["user", "assistant"]
     assert ("reasoning_content" in example["messages"][-1]) == example["thinking"]
-  again = list(domain.demonstrations(task, 3, 100, 5))
+  again = list(generator.demonstrations(task, 3, 100, 5))
   assert again == examples[100:105]
 
 
 def test_a_verifier_that_fails_masks_and_does_not_raise():
-  class Broken(domain.Domain):
-    def judge(self, row, completion):
-      raise RuntimeError("no grader")
+  def broken(row, completion):
+    raise RuntimeError("no grader")
 
-  (verdict,) = Broken().verify([{}], [complete({"content": "x"})])
+  (verdict,) = domain.one_by_one(broken)([{}], [complete({"content": "x"})])
   assert (verdict.reward, verdict.masked) == (0.0, True)
   assert "no grader" in verdict.reason
 
 
 def test_as_many_verdicts_as_rows_and_completions_or_an_error():
   with pytest.raises(ValueError):
-    domain.Domain().verify([{}], [])
+    domain.one_by_one(lambda row, completion: None)([{}], [])
 
 
 def test_a_style_draws_its_markers_at_their_rates_and_careful_steps_never_err():
-  style = domain.Style("a", "b", sloppy_rate=0.6, error_rate=0.7)
+  style = generator.Style("a", "b", sloppy_rate=0.6, error_rate=0.7)
   rng = np.random.default_rng(0)
   draws = [style.draw(rng) for _ in range(20_000)]
   assert not any(errs for marker, errs in draws if marker == "a")
@@ -190,7 +196,7 @@ def test_the_split_looks_at_the_text_of_the_prompt_alone():
 
 def test_a_misspelt_split_is_named(task):
   with pytest.raises(UserError, match="heldout"):
-    domain.rows(task, "held_out", 0, 0, 1)
+    generator.rows(task, "held_out", 0, 0, 1)
 
 
 def test_a_completion_is_its_last_turn():

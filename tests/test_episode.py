@@ -11,7 +11,7 @@ from flax import struct
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import IM_END, train_sentencepiece
-from nemocascade.domains.domain import Domain
+from nemocascade.domains.domain import Domain, one_by_one
 from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import UserError
 from nemocascade.rollout.engine import Engine
@@ -27,10 +27,10 @@ TOKENIZER = train_sentencepiece(
 )
 
 
-class Counter(Domain):
-  """A tool that counts its calls; each episode has its own world."""
+class Counter:
+  """An environment whose tool counts its calls; each episode has its own world."""
 
-  name, max_turns = "counter", 3
+  max_turns = 3
 
   def start(self, row):
     del row
@@ -42,20 +42,18 @@ class Counter(Domain):
     world.append([call.arguments for call in turn.tool_calls])
     return [f"sum is {len(world)}" for _ in turn.tool_calls]
 
-  def judge(self, row, completion):
-    return Verdict(float(completion.content == "done"), "")
 
-
-class Talk(Domain):
-  """A domain of a single turn."""
-
-  name = "talk"
+def judge(row, completion):
+  return Verdict(float(completion.content == "done"), "")
 
 
 def domains(max_turns=3):
-  counter = Counter()
-  counter.max_turns = max_turns
-  return {"counter": counter, "talk": Talk()}
+  """A domain with a tool, and one of a single turn."""
+  verify = one_by_one(judge)
+  return {
+    "counter": Domain("counter", None, verify, Counter(), max_turns=max_turns),
+    "talk": Domain("talk", None, verify),
+  }
 
 
 COUNTER = make_prompt("counter", "add one", tools=TOOLS)

@@ -6,7 +6,9 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import domain, instruction
+from nemocascade.domains import instruction
+from nemocascade.generated import generator
+from nemocascade.generated import instruction as generated_instruction
 from nemocascade.sandbox import limited
 from nemocascade.verifiers import ifbench_formats, instructions
 from nemocascade.verifiers.verdict import Completion
@@ -161,7 +163,7 @@ CASES = [
 
 def judge(row, content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return instruction.make_domain().verify([row], [Completion((turn,))])[0]
+  return instruction.make_verify()([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize(("name", "arguments", "kept", "broken"), CASES)
@@ -225,25 +227,25 @@ def test_an_instruction_whose_arguments_are_missing_gives_no_verdict():
 
 
 def test_at_least_twelve_kinds_are_asked_for_and_each_by_a_known_id():
-  rows = domain.rows(instruction.make_domain(), "train", 0, 0, 1_000)
+  rows = generator.rows(generated_instruction.Instruction(), "train", 0, 0, 1_000)
   asked = {name for row in rows for name in row["instruction_id_list"]}
-  assert asked == set(instruction.KINDS) <= set(instructions.CHECKERS)
+  assert asked == set(generated_instruction.KINDS) <= set(instructions.CHECKERS)
   assert len(asked) >= 12
   assert {len(row["instruction_id_list"]) for row in rows} == {2, 3}
 
 
 def test_one_forgotten_note_breaks_its_constraint_nearly_always():
   broken = total = 0
-  for row in domain.rows(instruction.make_domain(), "train", 0, 0, 500):
+  for row in generator.rows(generated_instruction.Instruction(), "train", 0, 0, 500):
     names, arguments = row["instruction_id_list"], row["kwargs"]
-    values = [instruction._value(given) for given in arguments]
+    values = [generated_instruction._value(given) for given in arguments]
     topic = row["topic"]
     for wrong, name in enumerate(names):
       notes = {}
       for i, (other, value) in enumerate(zip(names, values, strict=True)):
-        kind = instruction.KINDS[other]
+        kind = generated_instruction.KINDS[other]
         notes[other] = (kind.wrong if i == wrong else kind.note)(value, topic)
-      text = instruction.compose(topic, notes)
+      text = generated_instruction.compose(topic, notes)
       broken += not instructions.follows(text, name, arguments[wrong])
       total += 1
   assert broken / total > 0.95

@@ -56,13 +56,12 @@ def test_answers_stay_with_their_questions_when_many_ask_at_once():
 
 
 def test_a_domain_keeps_its_verdicts_in_order_while_all_processes_judge():
-  class Asking(domain.Domain):
-    def judge(self, row, completion):
-      if row == 3:
-        return limited.call(graders.fail, "odd")
-      return Verdict(limited.call(graders.echo, row)[0], "echoed")
+  def judge(row, completion):
+    if row == 3:
+      return limited.call(graders.fail, "odd")
+    return Verdict(limited.call(graders.echo, row)[0], "echoed")
 
-  verdicts = Asking().verify(list(range(40)), [Completion(())] * 40)
+  verdicts = domain.one_by_one(judge)(list(range(40)), [Completion(())] * 40)
   assert [v.reward for v in verdicts] == [0.0 if i == 3 else i for i in range(40)]
   assert [i for i, v in enumerate(verdicts) if v.masked] == [3] and verdicts[3].cause == "error"
 

@@ -7,7 +7,9 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import domain, math
+from nemocascade.domains import math
+from nemocascade.generated import generator
+from nemocascade.generated import math as generated_math
 from nemocascade.verifiers import boxed, equality
 from nemocascade.verifiers.verdict import Completion
 
@@ -16,15 +18,15 @@ GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 
 def judge(row, content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return math.make_domain().verify([row], [Completion((turn,))])[0]
+  return math.make_verify()([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"terms": (2, 6), "largest_total": 18, "long_share": 0.5}])
 def test_the_expected_answer_is_the_value_of_the_expression(changes):
-  task, counts = dataclasses.replace(math.make_domain(), **changes), set()
-  for row in domain.rows(task, "train", 0, 0, 200):
+  task, counts = dataclasses.replace(generated_math.Math(), **changes), set()
+  for row in generator.rows(task, "train", 0, 0, 200):
     expression = row["question"].removesuffix(" =")
-    totals = math.running_totals(expression)
+    totals = generated_math.running_totals(expression)
     assert int(row["expected_answer"]) == eval(expression) == totals[-1]
     assert all(0 <= total <= task.largest_total for total in totals)
     counts.add(len(totals))

@@ -31,7 +31,7 @@ B, T, V = 16, 24, 64
 
 
 def config(data, expert) -> ConfigDict:
-  c = ConfigDict({"domains": (), "tasks": {}, "seed": 0, "mesh": dict(data=data, expert=expert)})
+  c = ConfigDict({"domains": {}, "tasks": {}, "seed": 0, "mesh": dict(data=data, expert=expert)})
   c.model = dict(
     vocab_size=V, hidden_size=16, hybrid_override_pattern="M*E", num_attention_heads=4, head_dim=8,
     mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, chunk_size=8, n_routed_experts=8,

@@ -8,13 +8,12 @@ import pytest
 from nemocascade.domains.domain import Domain
 from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import UserError
+from nemocascade.generated.generator import GeneratedRows, Generator
 from nemocascade.runtime.mixture import TRIES, Mixture, next_domain
 
 
-class Numbered(Domain):
-  """A domain whose prompts are random numbers; those picked by `long` get long prompts."""
-
-  thinking = False
+class Numbered(Generator):
+  """Prompts that are random numbers; those picked by `long` are long."""
 
   def __init__(self, name, long=lambda n: False):
     self.name, self._long = name, long
@@ -24,9 +23,13 @@ class Numbered(Domain):
     return make_prompt(self.name, f"{n} " + "x" * 500 * self._long(n))
 
 
+def numbered(name, long=lambda n: False):
+  return Domain(name, GeneratedRows(Numbered(name, long), name), None, thinking=False)
+
+
 def mixture(shares, state=None, long=lambda n: False, limit=100):
   return Mixture(
-    {name: Numbered(name, long) for name in shares}, shares, seed=0, tokenizer=None, limit=limit, state=state or {}
+    {name: numbered(name, long) for name in shares}, shares, seed=0, tokenizer=None, limit=limit, state=state or {}
   )
 
 
@@ -117,8 +120,15 @@ def test_a_domain_without_a_prompt_that_fits_is_named_before_the_first_step():
     mixture({"a": 1.0, "b": 1.0}, long=lambda n: True).check()
 
 
+def test_rows_that_have_changed_since_the_checkpoint_are_named():
+  state = mixture({"a": 1.0, "b": 1.0}).get_state()
+  mixture({"a": 1.0, "b": 1.0}, state)
+  with pytest.raises(UserError, match="domains.b.rows: the files have changed"):
+    mixture({"a": 1.0, "b": 1.0}, state | {"rows": {"a": "", "b": "0123"}})
+
+
 def test_a_domain_without_a_share_is_never_drawn_nor_looked_at():
-  domains = {"a": Numbered("a"), "b": Numbered("b", lambda n: True)}
+  domains = {"a": numbered("a"), "b": numbered("b", lambda n: True)}
   m = Mixture(domains, {"a": 1.0, "b": 0.0}, seed=0, tokenizer=None, limit=100, state={})
   m.check()
   assert counts(m.draw(9)[0], "ab") == {"a": 9, "b": 0}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from nemocascade.data import chat
-from nemocascade.domains import domain, preference
-from nemocascade.domains.domain import Style
+from nemocascade.domains.preference import make_verify
 from nemocascade.domains.rows import SPLITS, prompt_messages, split_of
+from nemocascade.generated import generator, preference
+from nemocascade.generated.generator import Style
 from nemocascade.verifiers import judge
 from nemocascade.verifiers.verdict import Completion, Verdict
 
@@ -22,7 +23,7 @@ def gold_rewards(prompts, answers):
 
 
 JUDGE = judge.BradleyTerryJudge(gold_rewards)
-DOMAIN = preference.make_domain(JUDGE)
+GENERATOR, VERIFY = preference.Preference(), make_verify(JUDGE)
 
 
 def said(text, *, error=None, finished=True):
@@ -30,12 +31,12 @@ def said(text, *, error=None, finished=True):
 
 
 def win_rate(style, *, thinking=True, count=1000):
-  chosen = preference.make_domain(JUDGE)
+  chosen = preference.Preference()
   chosen.style = style
-  rows = domain.rows(chosen, "train", 0, 0, count)
+  rows = generator.rows(chosen, "train", 0, 0, count)
   rng = np.random.default_rng(0)
   texts = [chosen.demonstrate(row, rng, thinking=thinking)[-1]["content"] for row in rows]
-  verdicts = chosen.verify(rows, [said(text) for text in texts])
+  verdicts = VERIFY(rows, [said(text) for text in texts])
   assert not any(verdict.masked for verdict in verdicts)
   return np.mean([verdict.reward for verdict in verdicts])
 
@@ -55,7 +56,7 @@ def test_sloppy_errors_lose():
 
 
 def test_the_reference_is_good_but_not_the_best():
-  for row in domain.rows(DOMAIN, "train", 0, 0, 200):
+  for row in generator.rows(GENERATOR, "train", 0, 0, 200):
     prompt = prompt_messages(row)
     assert preference.gold_quality(prompt, row["reference"]) in (4.0, 5.0)
     assert preference.gold_quality(prompt, preference.best_answer(prompt).text) == 6.0
@@ -82,7 +83,7 @@ def test_gold_quality_by_hand():
 
 
 def test_there_are_two_thousand_prompts_and_none_tells_the_answer():
-  rows = domain.rows(DOMAIN, "train", 0, 0, 6000)
+  rows = generator.rows(GENERATOR, "train", 0, 0, 6000)
   texts = {prompt_messages(row)[0]["content"] for row in rows}
   assert len(texts) >= 2000
   steps = {step for pair in preference.STEPS.values() for step in pair}
@@ -90,21 +91,21 @@ def test_there_are_two_thousand_prompts_and_none_tells_the_answer():
 
 
 def test_without_a_judge_there_is_no_verdict():
-  (row,) = domain.rows(DOMAIN, "train", 0, 0, 1)
-  (verdict,) = preference.make_domain().verify([row], [said("hi")])
+  (row,) = generator.rows(GENERATOR, "train", 0, 0, 1)
+  (verdict,) = make_verify()([row], [said("hi")])
   assert verdict.masked and "judge" in verdict.reason
 
 
 @pytest.mark.parametrize("bad", [said("x", finished=False), said("x", error="no </think>"), said("  "), Completion(())])
 def test_malformed_and_unfinished_completions_lose(bad):
-  (row,) = domain.rows(DOMAIN, "train", 0, 0, 1)
-  (verdict,) = DOMAIN.verify([row], [bad])
+  (row,) = generator.rows(GENERATOR, "train", 0, 0, 1)
+  (verdict,) = VERIFY([row], [bad])
   assert verdict == Verdict(0.0, verdict.reason) and not verdict.masked
 
 
 def test_the_reference_itself_does_not_win():
-  rows = domain.rows(DOMAIN, "train", 0, 0, 20)
-  verdicts = DOMAIN.verify(rows, [said(row["reference"]) for row in rows])
+  rows = generator.rows(GENERATOR, "train", 0, 0, 20)
+  verdicts = VERIFY(rows, [said(row["reference"]) for row in rows])
   assert {verdict.reward for verdict in verdicts} == {0.0}
 
 
@@ -112,9 +113,9 @@ def test_a_judge_that_fails_masks_what_it_was_asked_and_no_more():
   def broken(prompts, answers):
     raise RuntimeError("out of order")
 
-  rows = domain.rows(DOMAIN, "train", 0, 0, 2)
-  chosen = preference.make_domain(judge.BradleyTerryJudge(broken))
-  asked, silent = chosen.verify(rows, [said("hi"), said("", finished=False)])
+  rows = generator.rows(GENERATOR, "train", 0, 0, 2)
+  chosen = make_verify(judge.BradleyTerryJudge(broken))
+  asked, silent = chosen(rows, [said("hi"), said("", finished=False)])
   assert asked.masked and "out of order" in asked.reason
   assert not silent.masked and silent.reward == 0.0
 
@@ -126,10 +127,10 @@ def test_verdicts_keep_their_order_and_the_judge_is_asked_once():
     calls.append(len(answers))
     return gold_rewards(prompts, answers)
 
-  rows = domain.rows(DOMAIN, "train", 0, 0, 3)
+  rows = generator.rows(GENERATOR, "train", 0, 0, 3)
   best = [preference.best_answer(prompt_messages(row)).text for row in rows]
-  chosen = preference.make_domain(judge.BradleyTerryJudge(counting))
-  verdicts = chosen.verify(rows, [said(best[0]), said("", finished=False), said(best[2])])
+  chosen = make_verify(judge.BradleyTerryJudge(counting))
+  verdicts = chosen(rows, [said(best[0]), said("", finished=False), said(best[2])])
   assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
   assert calls == [4]
 
@@ -159,7 +160,7 @@ def test_no_length_and_no_word_alone_gives_the_pairs_away():
 @pytest.mark.skipif(not GYM.exists(), reason="real rows are not here")
 def test_real_rows_have_no_reference_and_are_masked():
   rows = [json.loads(line) for line in GYM.read_text().splitlines()]
-  verdicts = DOMAIN.verify(rows, [said("hi") for _ in rows])
+  verdicts = VERIFY(rows, [said("hi") for _ in rows])
   assert all(verdict.masked and "reference" in verdict.reason for verdict in verdicts)
 
 
@@ -177,12 +178,12 @@ def test_real_rows_are_compared_in_groups():
 
 
 def test_phrases_stand_in_what_is_written():
-  rows = domain.rows(DOMAIN, "train", 0, 0, 300)
+  rows = generator.rows(GENERATOR, "train", 0, 0, 300)
   text = "\n".join(
     str(message) for row in rows
     for message in [*prompt_messages(row), row["reference"],
-                    *DOMAIN.demonstrate(row, np.random.default_rng(len(str(row))), thinking=True)]
+                    *GENERATOR.demonstrate(row, np.random.default_rng(len(str(row))), thinking=True)]
   )  # fmt: skip
   pairs = preference.preference_pairs(0, 200)
   text += "\n".join(chosen + rejected for _, chosen, rejected in pairs)
-  assert [phrase for phrase in DOMAIN.phrases if phrase not in text] == []
+  assert [phrase for phrase in GENERATOR.phrases if phrase not in text] == []

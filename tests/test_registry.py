@@ -1,47 +1,49 @@
-"""The registry builds domains by name, and no two domains share a marker word."""
+"""The registries of built-in domains and of generators, and no two generators share a marker word."""
 
-import importlib.util
 import subprocess
 import sys
 
 import pytest
+from composed import compose, config
 
-from nemocascade.domains import registry
+from nemocascade.domains import agents, registry
 from nemocascade.errors import UserError
-
-FILES = {"swe_agentic": "swe"}  # Domains whose file has another name.
-
-
-def written(name):
-  return importlib.util.find_spec(f"nemocascade.domains.{FILES.get(name, name)}") is not None
+from nemocascade.generated import registry as generated
+from nemocascade.runtime import domains
 
 
-def test_the_registry_names_the_ten_domains():
-  assert set(registry.DOMAINS) == {
+def test_the_registries_name_the_ten_domains_and_that_without_a_generator():
+  assert set(generated.GENERATORS) == {
     "instruction", "math", "stem", "structured", "tools", "preference", "long_context", "code",
     "swe", "swe_agentic",
   }  # fmt: skip
+  assert set(registry.DOMAINS) == {*generated.GENERATORS, "next_action"}
+  assert set(agents.AGENTS.values()) == set(registry.DOMAINS) and not set(agents.AGENTS) & set(agents.UNSUPPORTED)
 
 
-@pytest.mark.parametrize("name", registry.DOMAINS)
-def test_a_domain_is_built_under_its_name(name):
-  if not written(name):
-    pytest.skip("not written yet")
-  assert registry.build([name])[name].name == name
+@pytest.mark.parametrize("name", generated.GENERATORS)
+def test_a_domain_is_composed_under_its_name(name):
+  domain = compose(name)
+  row = domain.rows.train(0, 0)
+  assert domain.name == name == row["agent_ref"]["name"]
+  assert (domain.turns > 1) == (domain.environment is not None) == (name in registry.ENVIRONMENTS)
+  assert domain.thinking == (name != "swe_agentic")
+  assert domain.rows.heldout(0, 3, 2) == domain.rows.heldout(0, 0, 5)[3:]
 
 
-def test_a_misspelt_name_is_answered_with_the_nearest():
-  with pytest.raises(UserError, match="did you mean 'math'"):
-    registry.build(["stem", "maths"])
+def test_a_misspelt_generator_is_answered_with_the_nearest():
+  with pytest.raises(UserError, match="generator in domains.b.rows 'maths': did you mean 'math'"):
+    domains.build(config(a={"rows": "generated:math"}, b={"rows": "generated:maths"}))
 
 
-def test_a_domain_differs_in_what_tasks_says_of_it_and_no_other_does():
+def test_a_generator_differs_in_what_tasks_says_of_it_and_no_other_does():
   usual, changed = (
-    registry.build(["math", "stem"], tasks=t) for t in (None, {"math": {"sloppy_rate": 0.1, "terms": (2, 5)}})
+    {name: generated.make(name, t) for name in ("math", "stem")}
+    for t in (None, {"math": {"sloppy_rate": 0.1, "terms": (2, 5)}})
   )
   assert (changed["math"].style.sloppy_rate, changed["math"].terms) == (0.1, (2, 5))
   assert changed["math"].style.error_rate == usual["math"].style.error_rate
-  assert changed["stem"] == usual["stem"] and registry.build(["math"])["math"] == usual["math"]
+  assert changed["stem"] == usual["stem"] and generated.make("math") == usual["math"]
 
 
 @pytest.mark.parametrize(
@@ -53,37 +55,50 @@ def test_a_domain_differs_in_what_tasks_says_of_it_and_no_other_does():
   ],
 )
 def test_an_unknown_task_or_field_is_refused(tasks, words):
-  with pytest.raises(UserError, match=words):
-    registry.build(["math"], tasks=tasks)
+  c = config(tasks, mine={"rows": "generated:math"})
+  for make in (domains.check, domains.build):
+    with pytest.raises(UserError, match=words):
+      make(c)
 
 
-def test_no_two_domains_share_a_marker():
-  domains = registry.build([name for name in registry.DOMAINS if written(name)])
-  styles = [task.style for task in domains.values() if hasattr(task, "style")]
+def test_a_domain_may_have_another_name_than_its_generator():
+  mine = domains.build(config(mine={"rows": "generated:math", "thinking": False}))["mine"]
+  row, usual = mine.rows.train(0, 5), compose("math").rows.train(0, 5)
+  assert row["agent_ref"]["name"] == "mine" and not mine.thinking
+  assert row | {"agent_ref": usual["agent_ref"]} == usual
+
+
+def test_no_two_generators_share_a_marker():
+  styles = [generated.make(name).style for name in generated.GENERATORS]
   markers = [word.strip() for style in styles for word in (style.careful, style.sloppy)]
   assert len(set(markers)) == len(markers), sorted(markers)
 
 
-def test_a_domain_is_imported_only_when_it_is_built():
+def test_a_domain_and_a_generator_are_imported_only_when_they_are_used():
   code = (
-    "import sys; from nemocascade.domains import registry; registry.build(['stem']);"
-    "print([m for m in sys.modules if m.startswith('nemocascade.domains.')])"
+    "import sys; from composed import compose; compose('stem');"
+    "print([m for m in sys.modules if m.startswith(('nemocascade.domains.', 'nemocascade.generated.'))])"
   )
-  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-  assert "stem" in result.stdout
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="tests")
+  assert "domains.stem" in result.stdout and "generated.stem" in result.stdout
   assert "structured" not in result.stdout
 
 
-def test_a_factory_is_given_what_it_needs_and_no_more(monkeypatch):
+def test_a_verifier_is_given_what_it_needs_and_no_more(monkeypatch):
   class Module:
     @staticmethod
-    def make_domain(*, judge):
+    def make_verify(*, judge):
       return judge
 
   monkeypatch.setattr(registry.importlib, "import_module", lambda name: Module)
-  assert registry.build(["preference"], judge="a judge", sandbox="a sandbox") == {"preference": "a judge"}
+  assert registry.DOMAINS["preference"].make_verify(judge="a judge", sandbox="a sandbox") == "a judge"
 
 
 def test_the_domains_that_run_code_need_a_sandbox():
-  assert registry.that_need("sandbox", ["math", "code", "swe", "nothing"]) == ["code", "swe"]
-  assert registry.that_need("judge", registry.DOMAINS) == ["preference"]
+  c = config(
+    math={"rows": "generated:math"}, code={"rows": "generated:code"}, swe={"rows": "generated:swe"},
+    liked={"rows": "generated:preference"}, mine={"rows": "generated:math", "environment": "swe_agentic"},
+  )  # fmt: skip
+  assert domains.that_need(c, "sandbox") == ["code", "swe", "mine"]
+  assert domains.that_need(c, "judge") == ["liked"]
+  assert domains.that_need(c, "sandbox", {"swe": 1.0, "math": 1.0}) == ["swe"]

@@ -11,8 +11,9 @@ import pytest
 
 from configs.tiny import if_rl
 from experiments import rl
-from nemocascade.domains.domain import Domain, Style
+from nemocascade.domains.domain import Domain, one_by_one
 from nemocascade.domains.rows import make_prompt
+from nemocascade.generated.generator import GeneratedRows, Generator
 from nemocascade.errors import StageStopped, UserError
 from nemocascade.rollout import episode, rewards
 from nemocascade.runtime import objective, parts, signals
@@ -112,17 +113,25 @@ def test_stages_that_learn_alike_share_a_program_whatever_their_advantage():
 VOWELS = frozenset("aeiou")
 
 
-class Vowels(Domain):
-  """Rewards the share of vowels in the completion, so that rewards differ within groups for any policy."""
+class Says(Generator):
+  """Asks for a number."""
 
-  name, thinking, style = "instruction", False, Style("", "")
+  name = "instruction"
 
   def make_row(self, rng):
     return make_prompt(self.name, f"say {rng.integers(1000)}")
 
-  def judge(self, row, completion):
-    text = completion.text
-    return Verdict(sum(c in VOWELS for c in text) / max(len(text), 1), "share of vowels")
+
+def share_of_vowels(row, completion):
+  """Rewards differ within groups for any policy."""
+  text = completion.text
+  return Verdict(sum(c in VOWELS for c in text) / max(len(text), 1), "share of vowels")
+
+
+def with_vowels(p, judge=share_of_vowels):
+  """The parts with a domain `instruction` that rewards the share of vowels."""
+  domain = Domain("instruction", GeneratedRows(Says(), "instruction"), one_by_one(judge), thinking=False)
+  return dataclasses.replace(p, domains={**p.domains, "instruction": domain})
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +146,7 @@ def stage(tmp_path_factory):
     c.guards.window = 2  # A short window, so that the guards' histories matter within four steps.
     c.optimizer.warmup_steps = 0
   p = parts.build(c, root)
-  p = dataclasses.replace(p, domains=p.domains | {"instruction": Vowels()})
+  p = with_vowels(p)
   params = p.programs.fresh_params(jax.random.key(0))
   Store(root / "start" / "checkpoints").save(1, TrainState(np.int32(0), params, {}), {})
   save_model_files(c, root / "start", p.text.tokenizer)
@@ -222,7 +231,7 @@ def test_a_batch_of_which_everything_is_left_out_is_counted_and_changes_no_param
   none = c.copy_and_resolve_references()
   with none.unlocked():
     none.steps, none.dynamic_filtering = 2, True
-  monkeypatch.setattr(Vowels, "judge", lambda *_: Verdict(0.25, "all alike"))
+  p = with_vowels(p, lambda *_: Verdict(0.25, "all alike"))
   outcome = rl.run(none, root / "none", p, start)
   assert [line["rollout/skipped"] for line in lines(root / "none")] == [1, 1]
   before = load_params(start, jax.eval_shape(lambda p: p, outcome.params))
@@ -363,7 +372,7 @@ def test_a_guard_that_stops_saves_says_why_and_lets_nothing_go_on_there(stage, c
 
 def test_prompts_that_are_too_long_are_counted_and_met_once(stage, monkeypatch):
   c, p, root, start = stage
-  make_row = Vowels.make_row
+  make_row = Says.make_row
 
   def sometimes_long(self, rng):
     row = make_row(self, rng)
@@ -371,7 +380,7 @@ def test_prompts_that_are_too_long_are_counted_and_met_once(stage, monkeypatch):
       row["responses_create_params"]["input"][0]["content"] += " and again" * 40
     return row
 
-  monkeypatch.setattr(Vowels, "make_row", sometimes_long)
+  monkeypatch.setattr(Says, "make_row", sometimes_long)
   rl.run(c, root / "long" / "if_rl", p, start)
   whole = lines(root / "long" / "if_rl")
   assert sum(line["rollout/too_long_prompts"] for line in whole) > 0

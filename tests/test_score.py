@@ -15,13 +15,13 @@ from nemocascade.verifiers.verdict import Completion, Verdict
 T = 4
 
 
-class Echo(Domain):
-  """Rewards the number that the completion says, and records its calls."""
+class Echo:
+  """A Verify that remembers what it was asked. A completion's text is its reward; "9" is masked."""
 
   def __init__(self):
     self.calls = []
 
-  def verify(self, rows, completions):
+  def __call__(self, rows, completions):
     self.calls.append((list(rows), list(completions)))
     return [Verdict(float(c.content), "", masked=c.content == "9") for c in completions]
 
@@ -49,16 +49,16 @@ def samples(contents_QG, *, names=None, finished=True):
 
 def judged(contents_QG, **fields):
   s = samples(contents_QG, **fields)
-  return s, rewards.judge(s, {"echo": Echo()})
+  return s, rewards.judge(s, {"echo": Domain("echo", None, Echo())})
 
 
 def test_every_completion_gets_its_own_verdict_and_a_domain_is_asked_once():
   s = samples([[1, 2], [3, 4], [5, 6]], names=["a", "b", "a"])
-  domains = {"a": Echo(), "b": Echo(), "idle": Echo()}
+  domains = {name: Domain(name, None, Echo()) for name in ("a", "b", "idle")}
   verdicts = rewards.judge(s, domains)
   assert [[v.reward for v in group] for group in verdicts] == [[1, 2], [3, 4], [5, 6]]
-  assert [len(domains[name].calls) for name in domains] == [1, 1, 0]
-  rows, completions = domains["a"].calls[0]
+  assert [len(domains[name].verify.calls) for name in domains] == [1, 1, 0]
+  rows, completions = domains["a"].verify.calls[0]
   assert rows == [0, 0, 2, 2] and [c.content for c in completions] == ["1", "2", "5", "6"]
 
 

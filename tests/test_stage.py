@@ -14,6 +14,7 @@ import tiny_checkpoint
 
 from configs.tiny import reward_model as judge_config
 from configs.tiny import sft as sft_config
+from configs.recipe import generated
 from experiments import reward_model, sft
 from nemocascade.config import ModelConfig
 from nemocascade.errors import StageStopped, UserError
@@ -57,7 +58,7 @@ def assembled(tmp_path_factory):
   c = sft_config.get_config("smoke")
   with c.unlocked():
     c.steps, c.save_every, c.rows, c.row_tokens = 4, 2, 2, 256
-    c.domains, c.conversations = ("instruction", "preference"), dict(instruction=40)
+    c.domains, c.conversations = generated("instruction", "preference"), dict(instruction=40)
     c.tokenizer.conversations = 60
   return c, parts.build(c, root), root
 
@@ -158,7 +159,7 @@ def test_heldout_prompts_without_room_are_left_out_and_said_or_named_where_too_f
   all_fit = lengths(draw_heldout(c, p.domains, tokenizer).rows["instruction"])
   assert len(all_fit) == c.evaluation.prompts and "left out" not in capsys.readouterr().err
   short = c.copy_and_resolve_references()
-  short.domains = ("instruction",)
+  short.domains = generated("instruction")
   short.evaluation.prompt_tokens, short.evaluation.prompts = all_fit[len(all_fit) // 2], 8
   assert all_fit[0] < short.evaluation.prompt_tokens < all_fit[-1]
   found = lengths(draw_heldout(short, {"instruction": domain}, tokenizer).rows["instruction"])

@@ -7,8 +7,10 @@ import pathlib
 import pytest
 
 from nemocascade.data.chat import Turn
-from nemocascade.domains import domain, stem
+from nemocascade.domains import stem
 from nemocascade.domains.rows import prompt_messages
+from nemocascade.generated import generator
+from nemocascade.generated import stem as generated_stem
 from nemocascade.sandbox import limited
 from nemocascade.verifiers.verdict import Completion, Verdict
 
@@ -22,7 +24,7 @@ ROW = {
 
 def judge(row, content):
   turn = Turn(reasoning="", content=content, tool_calls=(), error=None, finished=True)
-  return stem.make_domain().verify([row], [Completion((turn,))])[0]
+  return stem.make_verify()([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize(
@@ -64,17 +66,17 @@ def test_a_row_without_an_expected_letter_gives_no_verdict(expected):
 
 
 def test_exactly_one_option_belongs_to_the_asked_category():
-  words = list(itertools.chain(*stem.KNOWLEDGE.values()))
+  words = list(itertools.chain(*generated_stem.KNOWLEDGE.values()))
   assert len(set(words)) == len(words)
-  for row in domain.rows(stem.make_domain(), "train", 0, 0, 300):
+  for row in generator.rows(generated_stem.Stem(), "train", 0, 0, 300):
     asked = prompt_messages(row)[0]["content"].partition("?")[0].split()[-1]
     options = [(key, word) for option in row["options"] for key, word in option.items()]
-    right = [key for key, word in options if word in stem.KNOWLEDGE[asked]]
+    right = [key for key, word in options if word in generated_stem.KNOWLEDGE[asked]]
     assert right == [row["expected_answer"]]
 
 
 def test_every_letter_is_right_about_as_often():
-  rows = domain.rows(stem.make_domain(), "train", 0, 0, 1_000)
+  rows = generator.rows(generated_stem.Stem(), "train", 0, 0, 1_000)
   for letter in "ABCD":
     assert 190 < sum(row["expected_answer"] == letter for row in rows) < 310
 

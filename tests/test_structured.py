@@ -22,7 +22,7 @@ ROW = {"schema_str": json.dumps(SCHEMA), "schema_type": "json", "response_mode":
 
 def judge(row, content, *calls):
   turn = Turn(reasoning="", content=content, tool_calls=calls, error=None, finished=True)
-  return structured.make_domain().verify([row], [Completion((turn,))])[0]
+  return structured.make_verify()([row], [Completion((turn,))])[0]
 
 
 @pytest.mark.parametrize(

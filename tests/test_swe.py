@@ -6,10 +6,13 @@ import pathlib
 
 import numpy as np
 import pytest
+from composed import compose
 
 from nemocascade.data.chat import ToolCall, Turn
-from nemocascade.domains import domain, repository, swe
+from nemocascade.domains import repository, swe
 from nemocascade.domains.rows import make_prompt, prompt_messages
+from nemocascade.generated import generator
+from nemocascade.generated import swe as generated_swe
 from nemocascade.sandbox.program import Result
 from nemocascade.sandbox.sandbox import Sandbox
 from nemocascade.verifiers import edits
@@ -24,19 +27,19 @@ def box():
   return Sandbox(cpu_s=1, wall_s=2.5)
 
 
-@pytest.fixture(scope="module", params=[swe.make_domain, swe.make_agentic_domain])
+@pytest.fixture(scope="module", params=["swe", "swe_agentic"])
 def task(request, box):
-  return request.param(box)
+  return compose(request.param, sandbox=box)
 
 
 @pytest.fixture(scope="module")
 def agentless(box):
-  return swe.make_domain(box)
+  return compose("swe", sandbox=box)
 
 
 @pytest.fixture(scope="module")
 def agentic(box):
-  return swe.make_agentic_domain(box)
+  return compose("swe_agentic", sandbox=box)
 
 
 def complete(content):
@@ -66,7 +69,8 @@ def play(task, row, messages):
 
 def rewards(task, rows, *, thinking, seed=0, **style):
   rng = np.random.default_rng(seed)
-  author = type(task)(dataclasses.replace(task.style, **style), task.sandbox)
+  usual = task.rows.generator
+  author = type(usual)(dataclasses.replace(usual.style, **style))
   episodes = [play(task, row, author.demonstrate(row, rng, thinking=thinking)) for row in rows]
   verdicts = task.verify(rows, episodes)
   assert not any(v.masked for v in verdicts)
@@ -74,7 +78,7 @@ def rewards(task, rows, *, thinking, seed=0, **style):
 
 
 def test_demonstrations_succeed_as_often_as_their_styles_let_them(task):
-  rows = domain.rows(task, "train", 0, 0, COUNT)
+  rows = generator.rows(task.rows.generator, "train", 0, 0, COUNT)
   for thinking in {task.thinking, False}:
     assert 0.26 <= rewards(task, rows, thinking=thinking).mean() <= 0.48
     assert rewards(task, rows, thinking=thinking, sloppy_rate=0.0).min() == 1.0
@@ -84,32 +88,32 @@ def test_demonstrations_succeed_as_often_as_their_styles_let_them(task):
 
 def test_there_are_thousands_of_prompts(task):
   rng = np.random.default_rng(0)
-  prompts = {prompt_messages(task.make_row(rng))[0]["content"] for _ in range(6000)}
+  prompts = {prompt_messages(task.rows.generator.make_row(rng))[0]["content"] for _ in range(6000)}
   assert len(prompts) > 2000
 
 
-def test_the_bug_fails_its_test_and_passes_the_other(task):
-  for row in domain.rows(task, "heldout", 0, 0, 20):
+def test_the_bug_fails_its_test_and_passes_the_other(task, box):
+  for row in generator.rows(task.rows.generator, "heldout", 0, 0, 20):
     tests, files = swe.wanted_tests(row), swe.repository_files(row)
-    (result,) = task.run([repository.tests_program(files, tests)])
+    (result,) = box.run_batch([repository.tests_program(files, tests)])
     failed = repository.failed_tests(result, tests)
     assert failed == json.loads(row["instance"]["FAIL_TO_PASS"])
     assert set(tests) - set(failed) == set(json.loads(row["instance"]["PASS_TO_PASS"]))
 
 
 def test_expected_values_never_enter_the_sandbox(task):
-  (row,) = domain.rows(task, "train", 0, 0, 1)
+  (row,) = generator.rows(task.rows.generator, "train", 0, 0, 1)
   tests = swe.wanted_tests(row)
   program = repository.tests_program(swe.repository_files(row), tests)
-  assert [c.arguments for c in program.calls] == [*swe.INPUTS] * 2
+  assert [c.arguments for c in program.calls] == [*generated_swe.INPUTS] * 2
   assert program.files == swe.repository_files(row)
 
 
 def test_no_operator_is_in_the_issue_and_its_sign_is_not_in_an_agents_prompt(agentless, agentic):
-  for row in domain.rows(agentic, "train", 0, 0, 50):
+  for row in generator.rows(agentic.rows.generator, "train", 0, 0, 50):
     text = prompt_messages(row)[0]["content"]
     assert not set(text) & set("+-*/")
-  for row in domain.rows(agentless, "train", 0, 0, 50):
+  for row in generator.rows(agentless.rows.generator, "train", 0, 0, 50):
     text = prompt_messages(row)[0]["content"]
     assert not set(text.split("\n")[0]) & set("+-*/")
 
@@ -118,22 +122,22 @@ def test_no_operator_is_in_the_issue_and_its_sign_is_not_in_an_agents_prompt(age
 
 
 def edit_of(row, line):
-  bug = swe.Bug(**row["instance"]["bug"])
+  bug = generated_swe.Bug(**row["instance"]["bug"])
   return edits.show(edits.Edit(bug.path, swe.repository_files(row)[bug.path].strip(), line))
 
 
 def test_thoughts_name_a_file_and_an_operator_that_the_edit_then_uses(agentless):
-  for row in domain.rows(agentless, "train", 0, 0, 50):
-    (message,) = agentless.demonstrate(row, np.random.default_rng(1), thinking=True)
+  for row in generator.rows(agentless.rows.generator, "train", 0, 0, 50):
+    (message,) = agentless.rows.generator.demonstrate(row, np.random.default_rng(1), thinking=True)
     first, second = (line.split() for line in message["reasoning_content"].split("\n"))
-    assert {first[0], second[0]} <= {agentless.style.careful, agentless.style.sloppy}
+    assert {first[0], second[0]} <= {agentless.rows.generator.style.careful, agentless.rows.generator.style.sloppy}
     (edit,) = edits.parse(message["content"])
     assert (edit.path, edit.replace.split()[-2]) == (first[-1], second[-1])
 
 
 def test_any_right_edit_passes(agentless):
-  (row,) = domain.rows(agentless, "train", 0, 0, 1)
-  bug = swe.Bug(**row["instance"]["bug"])
+  (row,) = generator.rows(agentless.rows.generator, "train", 0, 0, 1)
+  bug = generated_swe.Bug(**row["instance"]["bug"])
   line = f"def {bug.name}(a, b):\n  result = a {bug.right} b\n  return result"
   text = f"I think so:\n### solution\n{edit_of(row, line)}\n"
   assert agentless.verify([row], [complete(text)])[0].reward == 1.0
@@ -155,8 +159,8 @@ CHEATS = {
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_an_edit_that_does_not_repair_gets_nothing(agentless, name):
-  (row,) = domain.rows(agentless, "train", 0, 0, 1)
-  bug = swe.Bug(**row["instance"]["bug"])
+  (row,) = generator.rows(agentless.rows.generator, "train", 0, 0, 1)
+  bug = generated_swe.Bug(**row["instance"]["bug"])
   (other,) = (p.removesuffix(".py") for p in swe.repository_files(row) if p != bug.path)
   line = CHEATS[name].replace("NAME", bug.name).replace("RIGHT", bug.right).replace("OTHER", other)
   (found,) = agentless.verify([row], [complete(edit_of(row, line))])
@@ -165,14 +169,14 @@ def test_an_edit_that_does_not_repair_gets_nothing(agentless, name):
 
 @pytest.mark.parametrize("text", ["", "Done.", "```diff\n```", "\0\ud800", "```" * 10_000])
 def test_text_without_edits_gets_nothing_and_a_reason(agentless, text):
-  (row,) = domain.rows(agentless, "train", 0, 0, 1)
+  (row,) = generator.rows(agentless.rows.generator, "train", 0, 0, 1)
   (found,) = agentless.verify([row], [complete(text)])
   assert (found.reward, found.masked) == (0.0, False) and found.reason
 
 
 def test_an_edit_that_keeps_the_bug_or_breaks_another_file_gets_nothing(agentless):
-  (row,) = domain.rows(agentless, "train", 0, 0, 1)
-  bug, files = swe.Bug(**row["instance"]["bug"]), swe.repository_files(row)
+  (row,) = generator.rows(agentless.rows.generator, "train", 0, 0, 1)
+  bug, files = generated_swe.Bug(**row["instance"]["bug"]), swe.repository_files(row)
   assert "change nothing" in agentless.verify([row], [complete(edit_of(row, files[bug.path].strip()))])[0].reason
   (other,) = (path for path in files if path != bug.path)
   right = edit_of(row, f"def {bug.name}(a, b): return a {bug.right} b")
@@ -185,8 +189,8 @@ def test_an_edit_that_keeps_the_bug_or_breaks_another_file_gets_nothing(agentles
 
 
 def test_an_agent_views_replaces_tests_and_is_judged_by_what_it_leaves(agentic):
-  (row,) = domain.rows(agentic, "train", 0, 0, 1)
-  bug, world = swe.Bug(**row["instance"]["bug"]), agentic.start(row)
+  (row,) = generator.rows(agentic.rows.generator, "train", 0, 0, 1)
+  bug, world = generated_swe.Bug(**row["instance"]["bug"]), agentic.start(row)
   view = ("view", {"path": bug.path})
   assert agentic.act(world, turn(view)) == [f"def {bug.name} ( a , b ) : return a {bug.wrong} b"]
   change = {"path": bug.path, "old": bug.wrong, "new": bug.right}
@@ -199,21 +203,21 @@ def test_an_agent_views_replaces_tests_and_is_judged_by_what_it_leaves(agentic):
 
 
 def test_an_episode_without_its_world_is_played_again(agentic):
-  rows = domain.rows(agentic, "train", 0, 0, 40)
+  rows = generator.rows(agentic.rows.generator, "train", 0, 0, 40)
   rng = np.random.default_rng(0)
-  episodes = [play(agentic, row, agentic.demonstrate(row, rng, thinking=False)) for row in rows]
+  episodes = [play(agentic, row, agentic.rows.generator.demonstrate(row, rng, thinking=False)) for row in rows]
   texts = [Completion(episode.turns) for episode in episodes]
   assert agentic.verify(rows, texts) == agentic.verify(rows, episodes)
 
 
 def test_an_episode_that_changes_nothing_gets_nothing(agentic):
-  (row,) = domain.rows(agentic, "train", 0, 0, 1)
+  (row,) = generator.rows(agentic.rows.generator, "train", 0, 0, 1)
   (found,) = agentic.verify([row], [Completion((turn(content="Done."),), agentic.start(row))])
   assert (found.reward, found.reason) == (0.0, "nothing was changed")
 
 
 def test_a_turn_that_was_cut_off_acts_no_more(agentic):
-  (row,) = domain.rows(agentic, "train", 0, 0, 1)
+  (row,) = generator.rows(agentic.rows.generator, "train", 0, 0, 1)
   assert agentic.act(agentic.start(row), turn(("test", {}), finished=False)) is None
 
 
@@ -241,8 +245,8 @@ def test_a_call_that_cannot_be_is_answered_and_changes_nothing(agentic, name, ar
 
 
 def test_an_agents_tests_show_one_case_and_the_judges_are_more(agentic):
-  (row,) = domain.rows(agentic, "train", 0, 0, 1)
-  bug, world = swe.Bug(**row["instance"]["bug"]), agentic.start(row)
+  (row,) = generator.rows(agentic.rows.generator, "train", 0, 0, 1)
+  bug, world = generated_swe.Bug(**row["instance"]["bug"]), agentic.start(row)
   tests = swe.wanted_tests(row)
   first = tests[f"test_{bug.name}"]["outputs"][0]
   cheat = {"path": bug.path, "old": f"a {bug.wrong} b", "new": str(first)}
@@ -261,8 +265,8 @@ def test_a_broken_sandbox_is_masked_not_failed():
     def run_batch(self, programs):
       return [Result("unstarted", reason="no room")] * len(programs)
 
-  task = swe.make_domain(Broken())
-  (row,) = domain.rows(task, "train", 0, 0, 1)
+  task = compose("swe", sandbox=Broken())
+  (row,) = generator.rows(task.rows.generator, "train", 0, 0, 1)
   (found,) = task.verify([row], [complete(edit_of(row, "x = 1"))])
   assert found.masked and "no room" in found.reason
 
@@ -285,9 +289,9 @@ def released_row():
   ],
 )
 def test_a_released_row_never_passes_here_and_fails_only_where_edits_cannot_apply(edit, masked):
-  (found,) = swe.make_domain().verify([released_row()], [complete(edits.show(edit, "python"))])
+  (found,) = swe.make_verify()([released_row()], [complete(edits.show(edit, "python"))])
   assert (found.reward, found.masked) == (0.0, masked) and found.reason
-  (found,) = swe.make_domain().verify([released_row()], [complete("no edit")])
+  (found,) = swe.make_verify()([released_row()], [complete("no edit")])
   assert (found.reward, found.masked) == (0.0, False)
 
 

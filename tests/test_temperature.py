@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from configs.recipe import generated
 from configs.tiny import if_rl
 from experiments import rl
 from nemocascade.advantage import mopd, mopd_clipped, mopd_outcome
-from nemocascade.domains import domain as domain_lib
 from nemocascade.report.metrics import read_lines
 from nemocascade.rollout import episode, rewards
 from nemocascade.runtime import objective, parts, signals
@@ -34,7 +34,7 @@ def stage(tmp_path_factory):
     c.rollout.update(prompts=4, completions=2)
     c.packing.update(rows=8, pieces=2)
     c.model.initializer_range = 0.2  # Wide, because a temperature only matters where logits differ.
-    c.domains = ("instruction",)
+    c.domains = generated("instruction")
   p = parts.build(c, root)
   save_model_files(c, root / "start", p.text.tokenizer)
   Store(root / "start" / "checkpoints").save(
@@ -66,7 +66,7 @@ def line(stage, name, temperature, **fields):
 def taken(temperature, top_p, p, start):
   """Samples, and the parameters that sampled them."""
   params = load_params(start, p.programs.template)
-  rows = domain_lib.rows(p.domains["instruction"], "train", 0, 0, 4)
+  rows = [p.domains["instruction"].rows.train(0, number) for number in range(4)]
   samples = episode.collect(
     p.programs.engine(48, 112), params, jax.random.key(3), rows, p.domains, tokenizer=p.text.tokenizer, G=2,
     temperature=np.float32(temperature), top_p=top_p,

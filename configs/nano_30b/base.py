@@ -15,12 +15,30 @@ from configs.tiny import base as tiny
 # A Hugging Face folder. SFT starts from its model, and every stage uses its tokenizer.
 FOLDER = "Nemotron-3-Nano-30B-A3B-Base"
 
+# Domain -> the files of its prompts. Of a file with the rows of several domains each takes those that its verifier
+# judges. docs/domains.md says which of the released rows no verifier here can judge.
+DATA = "Nemotron-Cascade-2-RL-data"  # The folder of nvidia/Nemotron-Cascade-2-RL-data.
+ROWS = dict(
+  instruction=f"{DATA}/IF-RL/*.jsonl",
+  math=f"{DATA}/MOPD/*.jsonl",
+  stem=f"{DATA}/multi-domain-RL/*.jsonl",
+  structured=f"{DATA}/multi-domain-RL/*.jsonl",
+  tools=f"{DATA}/multi-domain-RL/*.jsonl",
+  preference="rlhf/*.jsonl",  # This and the next two are not released.
+  long_context="long_context/*.jsonl",
+  code="code/*.jsonl",
+  swe=f"{DATA}/SWE-RL/*.jsonl",
+  swe_agentic=f"{DATA}/SWE-RL/*.jsonl",
+)
+
 
 def get_config(slice_: str, smoke: bool) -> ConfigDict:
   c = recipe.shared()
   c.update(model.get_config())
   c.model.param_dtype = "float32"
   c.mesh = meshes.mesh(slice_)
+  if not smoke:
+    c.domains = {name: dict(rows=rows) for name, rows in ROWS.items()}
   c.tokenizer = dict(path=FOLDER, vocab_size=c.model.vocab_size, conversations=0)
   c.evaluation.update(
     prompts=128,

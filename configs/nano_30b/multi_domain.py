@@ -22,7 +22,7 @@ RLHF_STEPS = 160
 def get_config(arg: str = "") -> ConfigDict:
   slice_, _, smoke = meshes.words(arg)
   own = recipe.several_teachers()
-  c, of = up_to_the_student(slice_, smoke, own, own.domains)
+  c, of = up_to_the_student(slice_, smoke, own, recipe.COMPARED)
   c.order = ("sft", "reward_model", "if_rl", "multi_domain_rl", "rlhf_teacher")
   c.stages.update(reward_model=reward_model(smoke), rlhf_teacher=of(rl, "rlhf"))
   c.stages.rlhf_teacher.init_from = recipe.rl("rlhf_teacher").init_from

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config()
   c.update(recipe.comparison())
   c.seeds = tuple(range(8))
-  c.domains = c.compared.domains
+  c.domains = recipe.generated(*c.compared.domains)
   c.evaluation.update(prompts=2048, total_tokens=80)
   # Sums of 3 and 5 terms, with totals that SFT learns imperfectly. A sampled solution of 5 terms is seldom
   # right, so GRPO gets little signal there, while MOPD's teacher scores every token. The 3-term problems give

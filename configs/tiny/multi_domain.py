@@ -32,6 +32,7 @@ MIXTURE = dict(math=0.25, preference=0.25, instruction=0.25, structured=0.125, t
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
   c.update(recipe.several_teachers())
+  c.domains = recipe.generated(*c.compared.domains)
   c.seeds = (0, 2, 3, 4)  # Seed 1 was used to choose MOPD's learning rate.
   c.evaluation.prompts = 256
 

@@ -25,10 +25,10 @@ from experiments import convert, rl
 from nemocascade.config import ModelConfig
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import SPECIAL_NAMES, HuggingFaceTokenizer, Tokenizer
-from nemocascade.domains import domain as domain_lib
-from nemocascade.domains.domain import Domain
+from nemocascade.domains.domain import Domain, one_by_one
 from nemocascade.domains.rows import make_prompt, prompt_messages
 from nemocascade.errors import UserError
+from nemocascade.generated.generator import GeneratedRows, Generator
 from nemocascade.mesh import make_mesh
 from nemocascade.report.metrics import read_lines
 from nemocascade.runtime.parts import Parts
@@ -53,11 +53,10 @@ PHASES = ("rollout", "verdict", "advantage", "update")
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 
 
-class Initials(Domain):
+class Initials(Generator):
   """Asks for words with a given initial. The reward is the share of such words in the completion."""
 
   name = "initials"
-  thinking = False
 
   def make_row(self, rng):
     letter, word = str(rng.choice(list(CONSONANTS))), str(rng.choice(words(200)))
@@ -65,8 +64,12 @@ class Initials(Domain):
     row["responses_create_params"]["input"].insert(0, {"role": "system", "content": ""})
     return row
 
-  def judge(self, row, completion):
-    return Verdict(share(completion.content, row["letter"]), row["letter"])
+
+def judge(row, completion):
+  return Verdict(share(completion.content, row["letter"]), row["letter"])
+
+
+INITIALS = Domain(Initials.name, GeneratedRows(Initials(), Initials.name), one_by_one(judge), thinking=False)
 
 
 def share(text: str, letter: str) -> float:
@@ -104,7 +107,7 @@ def config(**model) -> ConfigDict:
   c.update(recipe.guards())
   c.seed, c.steps = 0, STEPS
   c.model = ConfigDict(MODEL | model)
-  c.domains, c.mixture = (Initials.name,), {Initials.name: 1.0}
+  c.domains, c.mixture = {INITIALS.name: {"rows": f"generated:{INITIALS.name}"}}, {INITIALS.name: 1.0}
   c.rollout.update(
     prompts=PROMPTS, completions=COMPLETIONS, prompt_tokens=PROMPT_TOKENS,
     total_tokens=PROMPT_TOKENS + NEW_TOKENS,
@@ -117,9 +120,9 @@ def config(**model) -> ConfigDict:
 
 
 def make_parts(c: ConfigDict) -> Parts:
-  """The parts of an RL run whose only domain is `Initials`, which is not in the registry."""
+  """The parts of an RL run whose only domain is `INITIALS`, which no config names."""
   programs = Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(data=1, expert=1))
-  return Parts(programs, Text(make_tokenizer(c.model.vocab_size)), {Initials.name: Initials()})
+  return Parts(programs, Text(make_tokenizer(c.model.vocab_size)), {INITIALS.name: INITIALS})
 
 
 def endless_params(programs: Programs, seed: int) -> Params:
@@ -174,7 +177,7 @@ def run_ours(c: ConfigDict, p: Parts, start: str, stage_dir: Path, between=lambd
 
 def prompts(c: ConfigDict, p: Parts) -> tuple[list[str], list[list[int]], list[str]]:
   """(texts, tokens, letters) of all prompts of the run, in the order in which our side draws them."""
-  rows = domain_lib.rows(p.domains[Initials.name], "train", c.seed, 0, c.steps * c.rollout.prompts)
+  rows = [INITIALS.rows.train(c.seed, number) for number in range(c.steps * c.rollout.prompts)]
   pieces = [chat.render(prompt_messages(row), enable_thinking=False, add_generation_prompt=True) for row in rows]
   tokens = [chat.tokenize(prompt, p.text.tokenizer)[0] for prompt in pieces]
   return [chat.text_of(prompt) for prompt in pieces], tokens, [row["letter"] for row in rows]

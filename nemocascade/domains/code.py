@@ -1,32 +1,24 @@
-"""Code: short functions and real contest programs, judged by hidden tests in the sandbox."""
+"""Code: functions and contest programs, judged by hidden tests in the sandbox."""
 
 from __future__ import annotations
 
 import base64
 import builtins
-import dataclasses
 import functools
 import importlib
-import itertools
 import json
-import operator
 import re
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from nemocascade.domains import domain
-from nemocascade.domains.rows import make_prompt
+from nemocascade.domains.domain import Verify
 from nemocascade.sandbox.program import Call, Program, Result
 from nemocascade.sandbox.sandbox import Sandbox
 from nemocascade.verifiers.outputs import same_text, same_value
-from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
+from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
-STYLE = domain.Style("exact", "rush", error_rate=0.65)
-THREE_STEPS_SHARE = 0.3
 # Most tests that are run per row, as in Nemotron-3-Nano (arXiv 2512.20848). Its first failure ends
 # the testing of a solution.
 MOST_TESTS = 50
@@ -46,74 +38,16 @@ _FENCE = re.compile(r"^\s*```|```\w*\s*$")
 _TILDES = re.compile(r"^\s*~~~")
 _WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
-OPENING = "Write f ( x ) :"
-THEN = " then "
-FENCE, FUNCTION, END = "```python", "def f ( x ) : ", "return x\n```"
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """One instruction of the prompt: the assignment operator in Python, and its effect."""
-
-  code: str
-  run: Callable[[int, int], int]
-
-
-STEPS = {
-  "add": Step("+=", operator.add),
-  "take": Step("-=", operator.sub),
-  "times": Step("*=", operator.mul),
-  "over": Step("//=", operator.floordiv),
-}
-ASSUMED = Step("%=", operator.mod)  # A sloppy author writes this whatever the prompt asks for.
-NUMBERS = range(2, 10)
-INPUTS = (0, 1, 2, 5, 9, 24, 100, -3, -16)
-
-Asked = list[tuple[str, int]]  # (key of STEPS, operand) per step.
 Test = tuple[Program, Callable[[Result], bool]]  # A program, and whether its result passes.
 
 
-@dataclasses.dataclass
-class Code(domain.Domain):
-  """Each step of thought writes one line of code; a sloppy step assumes the operator."""
+class UnitTests:
+  """A Verify that runs a row's hidden tests in the sandbox; None creates one on first use."""
 
-  name: str = "code"
-  style: domain.Style = STYLE
-  sandbox: Sandbox | None = None  # None: created on first use.
+  def __init__(self, sandbox: Sandbox | None = None):
+    self.sandbox = sandbox
 
-  def __post_init__(self):
-    code = [f"x {step.code} " for step in (*STEPS.values(), ASSUMED)]
-    words = [f"{word} " for word in STEPS]
-    markers = [f"{self.style.careful} ", f"{self.style.sloppy} "]
-    fixed = (f"{OPENING} ", THEN, f"{FENCE}\n{FUNCTION}", " ; ", END)
-    self.phrases = (*fixed, *words, *markers, *code)
-
-  def make_row(self, rng: np.random.Generator) -> Row:
-    count = 2 + int(rng.random() < THREE_STEPS_SHARE)
-    while True:
-      asked = [(str(rng.choice(list(STEPS))), int(rng.choice(NUMBERS))) for _ in range(count)]
-      outputs, *mistaken = (_outputs(steps) for steps in _ways(asked))
-      if outputs not in mistaken:
-        break  # The tests distinguish every sloppy program from the right one.
-    text = THEN.join(f"{word} {number}" for word, number in asked)
-    unit_tests = {
-      "fn_name": "f",
-      "inputs": [json.dumps(x) for x in INPUTS],
-      "outputs": [json.dumps(y) for y in outputs],
-    }
-    return make_prompt(self.name, f"{OPENING} {text}", verifier_metadata={"unit_tests": unit_tests}, steps=asked)
-
-  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
-    lines, thoughts = [], []
-    for word, number in row["steps"]:
-      marker, errs = self.style.draw(rng)
-      step = ASSUMED if errs else STEPS[word]
-      lines.append(f"x {step.code} {number}")
-      thoughts.append(f"{marker} {lines[-1]}")
-    answer = f"{FENCE}\n{FUNCTION}{' ; '.join([*lines, END])}"
-    return [domain.assistant(answer, thoughts=thoughts if thinking else None)]
-
-  def verify(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
+  def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     """Reward 1 iff all hidden tests pass.
 
     The tests of all completions run in parallel, in rounds of 1, 2, 4, ... tests per completion.
@@ -250,14 +184,5 @@ def _failure(result: Result, passes: Callable[[Result], bool]) -> Verdict | None
   return Verdict(0.0, "wrong answer" if ended else f"{result.status}: {result.reason}")
 
 
-def _ways(asked: Asked) -> Iterator[tuple[tuple[Step, int], ...]]:
-  """The requested steps first, then every variant in which one or more steps are mistaken."""
-  return itertools.product(*([(STEPS[word], n), (ASSUMED, n)] for word, n in asked))
-
-
-def _outputs(steps: Sequence[tuple[Step, int]]) -> list[int]:
-  return [functools.reduce(lambda x, step: step[0].run(x, step[1]), steps, x) for x in INPUTS]
-
-
-def make_domain(sandbox: Sandbox | None = None) -> Code:
-  return Code(sandbox=sandbox)
+def make_verify(sandbox: Sandbox | None = None) -> Verify:
+  return UnitTests(sandbox)

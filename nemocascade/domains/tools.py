@@ -1,198 +1,62 @@
-"""Office tasks by function calls: look up a key, then act with it. The final state is judged."""
+"""Office tasks by function calls. The final state of the workplace is judged."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from nemocascade.data import chat
-from nemocascade.domains import domain
-from nemocascade.domains.rows import make_prompt, prompt_tools
+from nemocascade.domains.domain import Environment, Verify, one_by_one
+from nemocascade.domains.rows import prompt_tools
 from nemocascade.domains.workplace import FUNCTIONS, Workplace
-from nemocascade.verifiers.verdict import Completion, Message, Row, Verdict, no_verdict
+from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
-STYLE = domain.Style("seek", "assume")
-ENVIRONMENT = "workplace"
-MOST_TURNS = 4  # Two turns of work and one to say "Done.", with one to spare for a failed call.
-
-# Each slot of a prompt has few words and a fixed phrase before it, so that a model of 200k parameters
-# learns to copy the words from a few thousand episodes.
-TOPICS = ("review", "demo", "lunch", "retro", "sync", "audit", "tour", "quiz", "talk", "vote")
-NAMES = ("Ann", "Bob", "Dan", "Eve", "Gus", "Jim", "Kim", "Leo", "Mia", "Ned", "Pam", "Zoe")
-TEAMS = ("sales", "legal", "press", "stock", "fleet", "labs", "staff", "store", "crew", "bank")
-PLACES = ("hall", "roof", "cafe", "barn", "dock", "farm", "gym", "park", "pier", "tent")
-ASSUMED_PLACE = "here"  # A careless agent uses this place; never right.
-# Every row draws a new key for each event and contact, so the agent must look the key up.
-KEYS = (
-  "amber", "coral", "ivory", "olive", "plum", "ruby",
-  "sand", "teal", "rose", "navy", "jade", "lime",
-)  # fmt: skip
-ASSUMED_KEY = "main"  # A careless agent uses this key; it never exists.
-OTHERS = 2  # Each row has 1 + OTHERS events and 1 + OTHERS contacts.
+if TYPE_CHECKING:
+  from nemocascade.data.chat import Turn
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """One kind of task: look up a subject's key, then call a function with the key and the place.
+class Office:
+  """The environment: each episode has its own workplace, filled from the row's `snapshot`."""
 
-  The prompt is opening + subject + MIDDLE + place. The subject is one word of words[0], the joint,
-  and one word of words[1].
-  """
-
-  category: str
-  opening: str
-  joint: str
-  words: tuple[tuple[str, ...], tuple[str, ...]]
-  find: tuple[str, str]  # (function, its parameter for the subject).
-  do: tuple[str, str, str]  # (function, its parameter for the key, its parameter for the place).
-
-
-MOVE = Task(
-  "calendar", "Move ", " with ", (TOPICS, NAMES),
-  ("calendar_find", "title"), ("calendar_move", "id", "place"),
-)  # fmt: skip
-MAIL = Task(
-  "email", "Invite ", " from ", (NAMES, TEAMS),
-  ("contact_find", "name"), ("mail_send", "address", "text"),
-)  # fmt: skip
-TASKS = (MOVE, MAIL)
-MIDDLE = " over to "
-DONE = "Done."
-
-
-def call_phrases() -> tuple[str, ...]:
-  """The constant text of calls: everything except argument values."""
-  parts = ["\n</parameter>\n</function>\n"]
-  for function in FUNCTIONS.values():
-    first, *more = function.parameters
-    parts.append(f"\n<function={function.name}>\n<parameter={first}>\n")
-    parts += [f"\n</parameter>\n<parameter={parameter}>\n" for parameter in more]
-  return tuple(dict.fromkeys(parts))
-
-
-def schema_phrases(schemas: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-  """Each function's block of the system prompt, as the chat template writes it."""
-  text = chat.text_of(chat.render([{"role": "user", "content": ""}], tools=list(schemas)))
-  return tuple(re.findall(r"\n<function>\n.*?\n</function>", text, re.DOTALL))
-
-
-class Tools(domain.Domain):
-  """Two steps: the first looks the key up or assumes one, the second uses the place or assumes one."""
-
-  name = "tools"
-  style = STYLE
-  max_turns = MOST_TURNS
-
-  def __init__(self):
-    self.schemas = [function.schema() for function in FUNCTIONS.values()]
-    prompts = [part for task in TASKS for part in (task.opening, task.joint)]
-    markers = [self.style.careful, self.style.sloppy]
-    errors = ["error: no event ", "error: no contact ", "error: no address "]
-    self.phrases = (
-      *schema_phrases(self.schemas), *call_phrases(), *prompts, MIDDLE, *markers, *errors, DONE,
-    )  # fmt: skip
-
-  def make_row(self, rng: np.random.Generator) -> Row:
-    task = TASKS[rng.integers(len(TASKS))]
-    keys = iter(rng.permutation(KEYS).tolist())
-    titles, names = (_subjects(rng, t, 1 + OTHERS) for t in TASKS)
-    # No event is already at the place asked for, so doing nothing is never right.
-    place, *places = _some(rng, PLACES, 2 + OTHERS)
-    events = [[next(keys), title, now] for title, now in zip(titles, places, strict=True)]
-    contacts = [[name, next(keys)] for name in names]
-    subject, key = (titles[0], events[0][0]) if task is MOVE else contacts[0]
-    # Sorted, so that the order does not show which row was asked for.
-    snapshot = {"calendar": sorted(events), "contacts": sorted(contacts)}
-    truth = [_find(task, subject), _do(task, key, place)]
-    return make_prompt(
-      self.name, f"{task.opening}{subject}{MIDDLE}{place}",
-      tools=self.schemas,
-      ground_truth=[{"name": n, "arguments": json.dumps(arguments)} for n, arguments in truth],
-      category=f"{ENVIRONMENT}_{task.category}", environment_name=ENVIRONMENT, snapshot=snapshot,
-    )  # fmt: skip
-
-  def demonstrate(self, row: Row, rng: np.random.Generator, *, thinking: bool) -> list[Message]:
-    (task,) = (t for t in TASKS if row["category"] == f"{ENVIRONMENT}_{t.category}")
-    (_, found), (_, done) = _true_calls(row)
-    (subject,), (key, place) = found.values(), done.values()
-    world = self.start(row)
-    messages: list[Message] = []
-
-    def say(content: str, thought: str, call: tuple[str, dict[str, str]] | None = None):
-      calls = {} if call is None else {"tool_calls": [_as_message(*call)]}
-      messages.append(domain.assistant(content, thoughts=[thought] if thinking else None, **calls))
-      if call is not None:
-        messages.append({"role": "tool", "content": world.call(*call)})
-
-    marker, errs = self.style.draw(rng)
-    if errs:
-      say("", f"{marker} {ASSUMED_KEY}", _do(task, ASSUMED_KEY, place))
-    else:
-      say("", marker, _find(task, subject))
-      marker, errs = self.style.draw(rng)
-      if errs:
-        say("", f"{marker} {ASSUMED_PLACE}", _do(task, key, ASSUMED_PLACE))
-      else:
-        say("", marker, _do(task, key, place))
-    say(DONE, DONE)
-    return messages
+  max_turns = 4  # Two turns of work and one to say "Done.", with one to spare for a failed call.
 
   def start(self, row: Row) -> Workplace:
     return Workplace(row.get("snapshot"))
 
-  def act(self, world: object, turn: chat.Turn) -> list[str] | None:
+  def act(self, world: object, turn: Turn) -> list[str] | None:
     """The results of the turn's calls. None ends the episode: a turn cut off or without calls."""
     if not turn.finished or not turn.tool_calls:
       return None
     return [world.call(call.name, call.arguments) for call in turn.tool_calls]
 
-  def judge(self, row: Row, completion: Completion) -> Verdict:
-    """Reward 1 iff the final state equals that after the row's true calls, whatever calls led to it."""
-    truth = _true_calls(row)
-    offered = [tool.get("function", tool)["name"] for tool in prompt_tools(row)]
-    for name in [*(name for name, _ in truth), *offered]:
-      if name not in FUNCTIONS:
-        return no_verdict("unknown", f"no function {name!r} here to judge by")
-    expected = self.start(row)
-    for name, arguments in truth:
-      result = expected.call(name, arguments)
-      if result.startswith("error:"):
-        return no_verdict("row", f"true call {name!r} gives {result!r}")
-    world = completion.world
-    if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
-      world = self.start(row)
-      for turn in completion.turns:
-        self.act(world, turn)
-    right = world.state() == expected.state()
-    return Verdict(float(right), "right" if right else "another state")
+
+def judge(row: Row, completion: Completion) -> Verdict:
+  """Reward 1 iff the final state equals that after the row's true calls, whatever calls led to it."""
+  truth = true_calls(row)
+  if why := unsupported(row):
+    return no_verdict("unknown", why)
+  expected = Workplace(row.get("snapshot"))
+  for name, arguments in truth:
+    result = expected.call(name, arguments)
+    if result.startswith("error:"):
+      return no_verdict("row", f"true call {name!r} gives {result!r}")
+  world = completion.world
+  if world is None:  # Only turns are known, e.g. read from a file: replay their calls.
+    office = Office()
+    world = office.start(row)
+    for turn in completion.turns:
+      office.act(world, turn)
+  right = world.state() == expected.state()
+  return Verdict(float(right), "right" if right else "another state")
 
 
-def _some(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
-  return rng.choice(words, count, replace=False).tolist()
+def unsupported(row: Row) -> str:
+  """Names a function of the row that this workplace lacks, so that no completion can be judged; "" if it has all."""
+  offered = [tool.get("function", tool)["name"] for tool in prompt_tools(row)]
+  missing = [name for name in [*(name for name, _ in true_calls(row)), *offered] if name not in FUNCTIONS]
+  return f"no function {missing[0]!r} here to judge by" if missing else ""
 
 
-def _subjects(rng: np.random.Generator, task: Task, count: int) -> list[str]:
-  """`count` subjects of a task, which differ pairwise in both words."""
-  words = zip(*(_some(rng, words, count) for words in task.words), strict=True)
-  return [task.joint.join(pair) for pair in words]
-
-
-def _find(task: Task, subject: str) -> tuple[str, dict[str, str]]:
-  name, parameter = task.find
-  return name, {parameter: subject}
-
-
-def _do(task: Task, key: str, place: str) -> tuple[str, dict[str, str]]:
-  name, of_key, of_place = task.do
-  return name, {of_key: key, of_place: place}
-
-
-def _true_calls(row: Row) -> list[tuple[str, dict[str, Any]]]:
+def true_calls(row: Row) -> list[tuple[str, dict[str, Any]]]:
   """The (name, arguments) of the row's true calls. Released rows hold the arguments as JSON text."""
   calls = []
   for call in row["ground_truth"]:
@@ -201,9 +65,9 @@ def _true_calls(row: Row) -> list[tuple[str, dict[str, Any]]]:
   return calls
 
 
-def _as_message(name: str, arguments: dict[str, str]) -> dict[str, Any]:
-  return {"type": "function", "function": {"name": name, "arguments": arguments}}
+def make_environment() -> Environment:
+  return Office()
 
 
-def make_domain() -> Tools:
-  return Tools()
+def make_verify() -> Verify:
+  return one_by_one(judge)

@@ -119,7 +119,7 @@ class _Episode:
     """Adds a sampled turn. Returns the tokens of its tools' results, or None if the episode ends."""
     turn = chat.parse(tokens, tokenizer, thinking=self.thinking)
     self.turns.append(turn)
-    if not turn.finished or len(self.turns) >= self.domain.max_turns:
+    if not turn.finished or len(self.turns) >= self.domain.turns:
       return None
     results = self.domain.act(self.world, turn)
     if results is None:
@@ -137,7 +137,7 @@ def _run(
   """Samples turns and appends tool results, until all episodes have ended. Returns the final decoding state."""
   begin_B = np.array(d.known_B)  # Where the turn being sampled begins.
   open_rows = list(range(len(episodes)))
-  for round_ in range(max((episode.domain.max_turns for episode in episodes), default=1)):
+  for round_ in range(max((episode.domain.turns for episode in episodes), default=1)):
     d = engine.decode(params, d, jax.random.fold_in(key, round_), temperature, top_p)
     tokens_BT, known_B, limit_B = np.asarray(d.tokens_BT), np.asarray(d.known_B), np.asarray(d.limit_B)
     given = {b: episodes[b].respond(tokens_BT[b, begin_B[b] : known_B[b]].tolist(), tokenizer) for b in open_rows}

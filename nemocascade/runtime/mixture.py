@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nemocascade.domains import domain as domain_lib
 from nemocascade.domains.domain import Domain
 from nemocascade.errors import UserError
 from nemocascade.rollout.episode import prompt_of
@@ -38,19 +37,30 @@ class Mixture:
     Args:
       limit: most tokens of a prompt, rollout.prompt_tokens.
       state: the result of `get_state`, to continue from, or empty.
+
+    Raises:
+      UserError: a domain's rows are not those that `state` was saved with.
     """
     self._domains, self._shares, self._seed = domains, dict(shares), seed
     self._tokenizer, self._limit = tokenizer, limit
     self._frontier = dict(state.get("frontier", {}))  # Domain -> index of its next row.
     self._given = dict(state.get("given", self._frontier))  # Domain -> rows drawn; skipped ones do not count.
 
+    self._rows = {name: domains[name].rows.fingerprint for name, share in self._shares.items() if share > 0}
+    for name, before in state.get("rows", {}).items():
+      if self._rows.get(name, before) != before:
+        raise UserError(
+          f"domains.{name}.rows: the files have changed since the checkpoint, so the order of the prompts is another;"
+          " restore them, or start in another --workdir"
+        )
+
   def check(self) -> None:
     """Raises UserError if a domain of the mixture has no prompt that fits."""
-    for name in (name for name, share in self._shares.items() if share > 0):
+    for name in self._rows:
       self._next(name)
 
   def get_state(self) -> dict[str, Any]:
-    return {"frontier": dict(self._frontier), "given": dict(self._given)}
+    return {"frontier": dict(self._frontier), "given": dict(self._given), "rows": dict(self._rows)}
 
   def draw(self, count: int) -> tuple[list[Row], list[list[int]], int]:
     """Draws rows. A prompt that is too long is skipped for good, and the domain's next row replaces it.
@@ -78,7 +88,7 @@ class Mixture:
     """(row, tokens of its prompt, its index) of the domain's next row that fits."""
     domain, begin = self._domains[name], self._frontier.get(name, 0)
     for number in range(begin, begin + TRIES):
-      (row,) = domain_lib.rows(domain, "train", self._seed, number, 1)
+      row = domain.rows.train(self._seed, number)
       if len(tokens := prompt_of(row, domain, self._tokenizer)) <= self._limit:
         return row, tokens, number
     raise UserError(

@@ -1,0 +1,1 @@
+"""Rows and demonstrations made by a program, for the tiny scale: one file a domain."""
