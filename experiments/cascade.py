@@ -79,7 +79,7 @@ def check_judge(c: ConfigDict, stage: ConfigDict, before: Sequence[str]) -> None
     raise UserError(
       f"judge={stage.judge!r}: must be empty in a cascade, where the stage of kind 'reward_model' is the judge"
     )
-  if (why := judged(stage)) and not any(c.stages[n].kind == "reward_model" for n in before):
+  if (why := judged(stage, c)) and not any(c.stages[n].kind == "reward_model" for n in before):
     raise UserError(f"{why}: needs a judge, and no stage before it has kind='reward_model'; add one to `order`")
 
 

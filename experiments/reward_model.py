@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nemocascade.generated.preference import preference_pairs
 from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
+from nemocascade.generated.preference import preference_pairs
 from nemocascade.model.reward import RewardModel, init_reward_params
 from nemocascade.report.metrics import MetricsWriter, progress
 from nemocascade.runtime import loading, parts

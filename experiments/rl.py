@@ -112,7 +112,7 @@ def main(c: ConfigDict, workdir: Path) -> None:
     raise UserError(
       f"init_from={c.init_from!r}: names no checkpoint; give --config.init_from=CKPT (a checkpoint directory)"
     )
-  if (why := judged(c)) and not c.judge:
+  if (why := judged(c, c)) and not c.judge:
     raise UserError(f"judge='' under {why}: give --config.judge=CKPT, a checkpoint of experiments.reward_model")
   check_owner(c, workdir)
   teachers = find(c)

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from chaos import stage_differences
 
-from configs.tiny import cascade as config
 from configs.recipe import generated
+from configs.tiny import cascade as config
 from experiments import cascade
 from nemocascade.errors import UserError
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from configs.recipe import generated
 from configs.tiny import cascade as cascade_config
 from configs.tiny import if_rl, rlhf  # fmt: skip
 from configs.tiny import reward_model as reward_model_config
 from configs.tiny import sft as sft_config
-from configs.recipe import generated
 from experiments import cascade, reward_model, rl, sft
 from nemocascade import field_check
 from nemocascade.config import ModelConfig

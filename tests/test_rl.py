@@ -13,8 +13,8 @@ from configs.tiny import if_rl
 from experiments import rl
 from nemocascade.domains.domain import Domain, one_by_one
 from nemocascade.domains.rows import make_prompt
-from nemocascade.generated.generator import GeneratedRows, Generator
 from nemocascade.errors import StageStopped, UserError
+from nemocascade.generated.generator import GeneratedRows, Generator
 from nemocascade.rollout import episode, rewards
 from nemocascade.runtime import objective, parts, signals
 from nemocascade.runtime.heldout import draw_heldout

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 
+from configs.recipe import generated
 from configs.tiny import reward_model as judge_config
 from configs.tiny import sft as sft_config
-from configs.recipe import generated
 from experiments import reward_model, sft
 from nemocascade.config import ModelConfig
 from nemocascade.errors import StageStopped, UserError

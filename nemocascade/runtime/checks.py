@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from nemocascade import advantage
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
+from nemocascade.runtime.domains import that_need
 from nemocascade.runtime.objective import SLOTS, settings_of, taught, topk
 from nemocascade.step import loss
 from nemocascade.step.balance import RouterBalance
@@ -86,9 +87,14 @@ def _check_packing(c: ConfigDict) -> None:
     )
 
 
-def judged(c: ConfigDict) -> str:
-  """The setting that makes an RL stage need a judge, for messages; "" if it needs none."""
-  return "reward='pairwise'" if c.reward == "pairwise" else "mixture.preference" if "preference" in c.mixture else ""
+def judged(c: ConfigDict, shared: ConfigDict) -> str:
+  """The setting that makes an RL stage need a judge, for messages; "" if it needs none.
+
+  Args:
+    shared: the config that has `domains`; inside a cascade the stage's own has none.
+  """
+  needing = that_need(shared, "judge", c.mixture)
+  return "reward='pairwise'" if c.reward == "pairwise" else f"mixture.{needing[0]}" if needing else ""
 
 
 def check_evaluation(c: ConfigDict, name: str, completions: int) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import jax
 from ml_collections import ConfigDict
 
-from nemocascade.domains import domain as domain_lib
 from nemocascade.domains.domain import Domain
 from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError
@@ -56,7 +55,7 @@ class Heldout:
 
 
 def draw_heldout(c: ConfigDict, domains: Mapping[str, Domain], tokenizer) -> Heldout:
-  """`c.evaluation.prompts` held-out rows of each domain; all prompts of a domain differ.
+  """`c.evaluation.prompts` held-out rows of each domain, or all that its files have; all prompts of a domain differ.
 
   Raises:
     UserError: a domain has too few prompts.
@@ -73,7 +72,8 @@ def _rows_of(c: ConfigDict, domain: Domain, name: str, tokenizer) -> list[Row]:
   too_long: dict[str, int] = {}  # Prompt's text -> number of its tokens.
   start = 0
   while len(fits) < e.prompts:
-    for row in domain_lib.rows(domain, "heldout", c.seed, start, e.prompts):
+    rows = domain.rows.heldout(c.seed, start, e.prompts)
+    for row in rows:
       text = json.dumps(prompt_messages(row))
       if text in fits or text in too_long or len(fits) == e.prompts:
         continue
@@ -83,7 +83,9 @@ def _rows_of(c: ConfigDict, domain: Domain, name: str, tokenizer) -> list[Row]:
       else:
         too_long[text] = tokens
     start += e.prompts
-    if start > 100 * e.prompts or len(too_long) > 10 * e.prompts:
+    if not rows and fits:  # A file has fewer prompts than evaluation.prompts: all of them are scored.
+      break
+    if not rows or start > 100 * e.prompts or len(too_long) > 10 * e.prompts:
       others = f" of at most evaluation.{field}={e[field]} tokens, and {len(too_long)} longer" if too_long else ""
       raise UserError(
         f"domain {name!r} has only {len(fits)} held-out prompts{others}: lower evaluation.prompts"

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 
 from nemocascade.config import ModelConfig
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.domains import registry
 from nemocascade.domains.domain import Domain
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
+from nemocascade.runtime import domains as domains_lib
 from nemocascade.runtime import loading
 from nemocascade.runtime.judge import load_judge
 from nemocascade.runtime.programs import Programs
@@ -49,7 +49,7 @@ def build(c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None, mesh
   """
   programs = Programs(ModelConfig.from_fields(c.model.to_dict()), mesh or make_mesh(**c.mesh))
   domains = build_domains(c)
-  text = Text(tokenizer) if tokenizer else text_of(c, workdir, domains)
+  text = Text(tokenizer) if tokenizer else text_of(c, workdir)
   if text.tokenizer and text.tokenizer.vocab_size > programs.config.vocab_size:
     raise UserError(
       f"model.vocab_size={programs.config.vocab_size} is smaller than the tokenizer's"
@@ -60,25 +60,22 @@ def build(c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None, mesh
 
 def build_domains(c: ConfigDict) -> dict[str, Domain]:
   """The config's domains. Starts the sandbox only if a domain runs code, so that others work on any machine."""
-  running = registry.that_need("sandbox", c.domains)
+  running = domains_lib.that_need(c, "sandbox")
   try:
     sandbox = Sandbox(workers=c.sandbox.workers) if running else None
   except UserError as error:
     raise UserError(f"domains={','.join(running)}: {error}") from error
-  return registry.build(c.domains, tasks=c.tasks, sandbox=sandbox)
+  return domains_lib.build(c, sandbox=sandbox)
 
 
 def with_judge(c: ConfigDict, parts: Parts, checkpoint: str) -> Parts:
-  """The parts with a reward model as the judge; domains that need a judge are rebuilt with it.
+  """The parts with a reward model as the judge; domains that need a judge are given it.
 
   Raises:
     UserError: the reward model was trained with another tokenizer, or cannot be loaded.
   """
   judge = load_judge(checkpoint, parts.programs, parts.text.tokenizer, c.evaluation)
-  names = registry.that_need("judge", parts.domains)
-  tasks = {name: fields for name, fields in c.tasks.items() if name in names}
-  judged = registry.build(names, tasks=tasks, judge=judge)
-  return dataclasses.replace(parts, domains={**parts.domains, **judged}, judge=judge)
+  return dataclasses.replace(parts, domains=domains_lib.with_judge(c, parts.domains, judge), judge=judge)
 
 
 def from_checkpoint(checkpoint: str, mesh: Mesh | None = None) -> tuple[Programs, Tokenizer | None, Params]:

@@ -1,7 +1,6 @@
 """How a run turns text into tokens: its tokenizer, and rows of prompts with answers."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,9 @@ from ml_collections import ConfigDict
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from nemocascade.domains import domain as domain_lib
-from nemocascade.domains.domain import Domain
+from nemocascade.generated.generator import demonstrations
 from nemocascade.runtime import loading
+from nemocascade.runtime.domains import generators
 from nemocascade.runtime.hosts import first_alone
 
 
@@ -35,24 +34,24 @@ class Text:
     return Text(load_tokenizer(self.unwritten))
 
 
-def text_of(c: ConfigDict, workdir: Path, domains: Mapping[str, Domain]) -> Text:
+def text_of(c: ConfigDict, workdir: Path) -> Text:
   """The config's tokenizer; else the work directory's; else a new one, not yet written to disk.
 
   Without domains there is no tokenizer.
   """
-  if not domains:
+  if not c.domains:
     return Text(None)
   if c.tokenizer.path:
     return Text(load_tokenizer(c.tokenizer.path))
   path = Path(workdir) / "tokenizer" / "tokenizer.model"
-  return Text(load_tokenizer(path)) if path.exists() else Text(_train(c, domains), path)
+  return Text(load_tokenizer(path)) if path.exists() else Text(_train(c), path)
 
 
-def _train(c: ConfigDict, domains: Mapping[str, Domain]) -> Tokenizer:
+def _train(c: ConfigDict) -> Tokenizer:
   texts, phrases = [], list(chat.PHRASES)
-  for domain in domains.values():
-    phrases += [phrase for phrase in domain.phrases if phrase not in phrases]
-    for example in domain_lib.demonstrations(domain, c.seed, 0, c.tokenizer.conversations):
+  for generator in generators(c).values():
+    phrases += [phrase for phrase in generator.phrases if phrase not in phrases]
+    for example in demonstrations(generator, c.seed, 0, c.tokenizer.conversations):
       pieces = chat.render(example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"])
       texts += [piece.text for piece in pieces if not piece.special]
   return train_sentencepiece(texts, vocab_size=c.tokenizer.vocab_size, phrases=tuple(phrases))
