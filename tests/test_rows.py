@@ -311,13 +311,20 @@ def test_every_released_file_has_its_kind():
 
 @pytest.mark.skipif(not GYM.exists(), reason="the released rows are not here")
 @pytest.mark.parametrize("name", [name for name, domain in KINDS.items() if domain and name not in LEFT_OUT])
-def test_all_released_rows_of_a_kind_load_and_are_judged(name, tmp_path):
+def test_all_released_rows_of_a_kind_load_and_are_judged(name, tmp_path, capsys):
   from nemocascade.data.chat_parse import Turn
   from nemocascade.verifiers.verdict import Completion
 
-  path, held = GYM / f"{name}.jsonl", write(tmp_path / "held.jsonl", [asked(0, pass_rate=1)])
+  path = GYM / f"{name}.jsonl"
+  released = [json.loads(line) for line in path.read_text().splitlines()]
+  held = write(tmp_path / "held.jsonl", [released[0] | {"responses_create_params": {"input": "Another prompt."}}])
   domain = build(rows=str(path), heldout=str(held), verify=KINDS[name])
-  count = sum(bool(line.strip()) for line in path.open())
+  count = len(released)
+  if name == "ifbench":  # Two instructions need a tagger or a list of words that is not here.
+    said = "left out 1 unknown instruction 'ratio:stop_words'", "2 unknown instruction 'words:start_verb'"
+    captured = capsys.readouterr().err
+    assert all(part in captured for part in said)
+    count -= 3
   rows = [domain.rows.train(0, i) for i in range(count)]
   assert len({json.dumps(row, sort_keys=True) for row in rows}) == count
   for row in rows:

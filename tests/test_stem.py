@@ -46,6 +46,17 @@ def test_lenient_mode_takes_the_letter_in_wrappings_or_the_option_itself(content
   assert judge({**ROW, "grading_mode": "lenient_boxed"}, content).reward == reward
 
 
+@pytest.mark.parametrize(
+  ("content", "strict", "lenient"),
+  [("<solution>B</solution>", 1, 1), ("so\n<solution> [b]\n</solution>", 1, 1), ("<solution>fix B</solution>", 0, 1),
+   ("<solution>A</solution> no <solution>B</solution>", 0, 1), ("<solution>B</solution> <solution>A</solution>", 1, 0),
+   ("<solution>E</solution>", 0, 0), ("\\boxed{B}", 0, 0), ("<solution></solution>", 0, 0), ("B", 0, 0)],
+)  # fmt: skip
+def test_a_letter_in_a_solution_tag(content, strict, lenient):
+  assert judge({**ROW, "grading_mode": "strict"}, content).reward == strict
+  assert judge({**ROW, "grading_mode": "lenient"}, content).reward == lenient
+
+
 def test_an_unknown_grading_mode_gives_no_verdict_and_is_named():
   verdict = judge({**ROW, "grading_mode": "by taste"}, "\\boxed{B}")
   assert (verdict.masked, verdict.cause) == (True, "unknown") and "by taste" in verdict.reason

@@ -9,6 +9,7 @@ AGENTS: dict[str, str] = {
   "mcqa_simple_agent": "stem",
   "swerl_llm_judge_simple_agent": "stem",
   "structured_outputs_simple_agent": "structured",
+  "structured_outputs_v3_simple_agent": "structured",
   "structured_outputs_v4_simple_agent": "structured",
   "workplace_assistant_simple_agent": "tools",
   "code_gen_simple_agent": "code",

@@ -184,5 +184,10 @@ def _failure(result: Result, passes: Callable[[Result], bool]) -> Verdict | None
   return Verdict(0.0, "wrong answer" if ended else f"{result.status}: {result.reason}")
 
 
+def unsupported(row: Row) -> str:
+  """Why no completion of the row can be judged: it has no tests; else ""."""
+  return "" if (row.get("verifier_metadata") or {}).get("unit_tests") else "no verifier_metadata.unit_tests"
+
+
 def make_verify(sandbox: Sandbox | None = None) -> Verify:
   return UnitTests(sandbox)

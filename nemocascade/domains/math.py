@@ -7,6 +7,8 @@ from nemocascade.verifiers import equality, scorers
 from nemocascade.verifiers.boxed import BOXED, FBOX, last_boxed
 from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
+NO_ANSWER = "neither expected_answer nor metadata.source_dataset"
+
 
 def judge(row: Row, completion: Completion) -> Verdict:
   """Judges the last \\boxed{}: reward 1 iff it equals the row's `expected_answer`.
@@ -29,12 +31,18 @@ def _scored(row: Row, answer: str) -> Verdict:
   """The verdict on a reasoning-gym row, whose answer may be in an <answer> tag, a box, or neither."""
   entry = {key: row.get(key) for key in ("question", "answer", "metadata")}
   if not (entry["metadata"] or {}).get("source_dataset"):
-    return no_verdict("row", "neither expected_answer nor metadata.source_dataset")
+    return no_verdict("row", NO_ANSWER)
   score = scorers.score(entry, answer)
   if score is None:
     dataset = entry["metadata"]["source_dataset"]
     return no_verdict("unknown", f"reasoning-gym has no dataset {dataset!r}")
   return Verdict(score, f"score {score:g}: {answer[:80]}")
+
+
+def unsupported(row: Row) -> str:
+  """Why no completion of the row can be judged: it has no answer; else ""."""
+  named = "expected_answer" in row or (row.get("metadata") or {}).get("source_dataset")
+  return "" if named else NO_ANSWER
 
 
 def make_verify() -> Verify:

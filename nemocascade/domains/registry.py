@@ -48,14 +48,14 @@ class BuiltIn:
 
 
 DOMAINS: dict[str, BuiltIn] = {
-  "instruction": BuiltIn("instruction"),
-  "math": BuiltIn("math"),
-  "stem": BuiltIn("stem"),
-  "structured": BuiltIn("structured"),
+  "instruction": BuiltIn("instruction", unsupported="unsupported"),
+  "math": BuiltIn("math", unsupported="unsupported"),
+  "stem": BuiltIn("stem", unsupported="unsupported"),
+  "structured": BuiltIn("structured", unsupported="unsupported"),
   "tools": BuiltIn("tools", environment="make_environment", unsupported="unsupported"),
   "preference": BuiltIn("preference", ("judge",)),
   "long_context": BuiltIn("long_context"),
-  "code": BuiltIn("code", ("sandbox",)),
+  "code": BuiltIn("code", ("sandbox",), unsupported="unsupported"),
   "swe": BuiltIn("swe", ("sandbox",), unsupported="unsupported"),
   "swe_agentic": BuiltIn(
     "swe", ("sandbox",), "make_agentic_verify", "make_environment", thinking=False, unsupported="unsupported"

@@ -16,9 +16,8 @@ MODES = ("text", "tool_call")
 def judge(row: Row, completion: Completion) -> Verdict:
   """Reward 1 iff the payload is valid under the strict form of the schema, whatever its values."""
   kind, mode = row.get("schema_type") or "json", row.get("response_mode") or "text"
-  for word, value, known in (("schema type", kind, FORMATS), ("response mode", mode, MODES)):
-    if value not in known:
-      return no_verdict("unknown", f"unknown {word} {value!r}")
+  if why := unsupported(row):
+    return no_verdict("unknown", why)
   if mode == "text":
     answer = limited.call(validation.check_text, row["schema_str"], kind, completion.content)
   else:
@@ -42,6 +41,15 @@ def _arguments(row: Row, completion: Completion) -> dict[str, Any] | str:
     return f"called {call.name[:80]!r}, not {row['tool_name']!r}"
   key = row.get("tool_payload_key")
   return f"no argument {key!r}" if key and key not in call.arguments else dict(call.arguments)
+
+
+def unsupported(row: Row) -> str:
+  """Names the row's schema type or response mode if there is none of that name here; else ""."""
+  kind, mode = row.get("schema_type") or "json", row.get("response_mode") or "text"
+  for word, value, known in (("schema type", kind, FORMATS), ("response mode", mode, MODES)):
+    if value not in known:
+      return f"unknown {word} {value!r}"
+  return ""
 
 
 def make_verify() -> Verify:

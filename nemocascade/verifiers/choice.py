@@ -1,4 +1,4 @@
-"""Extracts the chosen option of a multiple-choice question, as NeMo Gym's `mcqa` server does."""
+"""Extracts the chosen option of a multiple-choice question, as NeMo Gym's servers `mcqa` and `swerl_llm_judge` do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nemocascade.verifiers.boxed import last_boxed
 
 MODES = (
   "strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon", "lenient_answer_colon_md",
+  "strict", "lenient",  # Of swerl_llm_judge: the letter stands in a <solution> tag.
 )  # fmt: skip
 Options = Mapping[str, str]  # Capital letter -> the option's text.
 
@@ -23,6 +24,8 @@ _SINGLE_LETTER = re.compile(r"(?<![A-Za-z])([A-Za-z])(?![A-Za-z])")
 _BETWEEN_CHOICES = re.compile(r"\s*[/|&,;]\s*|\s+(?:or|and)\s+|\s+", re.IGNORECASE)
 _LEADING_LETTER = re.compile(r"([A-Za-z])(?![A-Za-z0-9])")
 _CAPITAL_WORD = re.compile(r"\b[A-Z]\b")
+_SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.IGNORECASE | re.DOTALL)
+_SOLUTION_LETTER = re.compile(r"<solution>\s*\[?([A-Za-z])\]?\s*</solution>")
 _WRAP = "\\text{"
 # Option letters in the Arabic and Bengali translations of MMLU.
 _LOCAL_LETTERS = str.maketrans({"أ": " A", "ب": " B", "ج": " C", "د": " D",
@@ -60,6 +63,8 @@ def chosen(text: str, options: Options, mode: str, template: Mapping[str, Any]) 
     return _boxed_letter(text, options)
   if mode == "lenient_boxed":
     return _boxed_letter(text, options) or _boxed_text(text, options)
+  if mode in ("strict", "lenient"):
+    return _in_solution(text, options, strict=mode == "strict")
   if mode == "lenient_answer_colon":
     return _after_colon(text, options)
   prefix = template.get("answer_prefix")
@@ -85,6 +90,16 @@ def _by_patterns(text: str, options: Options, given: str | Sequence[str] | None)
       if _plain(option) == _plain(captured):
         return letter
   return None
+
+
+def _in_solution(text: str, options: Options, *, strict: bool) -> str | None:
+  """The letter in the first tag that holds nothing else; or, not strict, the first lone letter in the last tag."""
+  if strict:
+    match = _SOLUTION_LETTER.search(text)
+  else:
+    tags = _SOLUTION.findall(text)
+    match = _SINGLE_LETTER.search(tags[-1]) if tags else None
+  return match[1].upper() if match and match[1].upper() in options else None
 
 
 def _boxed_letter(text: str, options: Options) -> str | None:

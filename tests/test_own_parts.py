@@ -1,0 +1,214 @@
+"""A user's own reward and environment: composed, tried before a run, and kept from ending one."""
+
+import json
+
+import pytest
+from composed import config
+
+from nemocascade.data.chat_parse import Turn
+from nemocascade.data.tool_format import ToolCall
+from nemocascade.errors import UserError
+from nemocascade.runtime import domains
+from nemocascade.verifiers.verdict import NONFINITE, Completion, Verdict
+
+TOOLS = [{"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}]
+ROW = {"prompt": "How many?", "tools": TOOLS, "limit": 5}
+SHOP = """
+class Shop:
+  max_turns = 3
+  def start(self, row):
+    return {"limit": row["limit"], "count": 0}
+  def act(self, world, turn):
+    if not turn.tool_calls:
+      return None
+    world["count"] += len(turn.tool_calls)
+    return [str(world["count"]) for _ in turn.tool_calls]
+"""
+
+
+def said(text, world=None):
+  return Completion((Turn("so", text, (), None, True),), world)
+
+
+@pytest.fixture
+def build(tmp_path):
+  """Builds the domain `mine` from the code of its reward and environment."""
+  counter = iter(range(100))
+
+  def make(code, *, verify="score", environment="", rows=None, **entry):
+    path = tmp_path / f"own_{next(counter)}.py"
+    path.write_text(code)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+      "".join(json.dumps(ROW | {"prompt": f"How many are {i}?"} | (rows or {})) + "\n" for i in range(40))
+    )
+    entry |= {"rows": str(data), "verify": f"{path}:{verify}" if ":" not in verify else verify.removeprefix(":")}
+    if environment:
+      entry["environment"] = f"{path}:{environment}"
+    return domains.build(config(mine=entry))["mine"]
+
+  return make
+
+
+def test_a_reward_of_one_completion_and_of_a_batch(build):
+  one = build("def score(row, completion):\n  return len(completion.content) / row['limit']")
+  batch = build(
+    "def score(rows, completions):\n  return [len(c.content) / r['limit'] for r, c in zip(rows, completions)]"
+  )
+  rows, completions = [one.rows.train(0, i) for i in range(3)], [said("a"), said(""), said("abcde")]
+  for domain in (one, batch):
+    assert [verdict.reward for verdict in domain.verify(rows, completions)] == [0.2, 0.0, 1.0]
+    assert domain.verify(rows, completions)[0].reason == "score 0.2"
+    assert domain.thinking and domain.turns == 1
+
+
+@pytest.mark.parametrize(
+  "returned", ["1", "True", "np.float32(1)", "np.bool_(True)", "np.ones(())", "Verdict(1.0, 'x')"]
+)
+def test_numbers_and_verdicts_are_taken(build, returned):
+  head = "import numpy as np\nfrom nemocascade.verifiers.verdict import Verdict\n"
+  domain = build(f"{head}def score(row, completion):\n  return {returned}")
+  assert domain.verify([ROW], [said("x")])[0].reward == 1.0
+
+
+@pytest.mark.parametrize(
+  "code, words",
+  [
+    ("def score(row, completion):\n  raise ValueError('no key')", ["ValueError: no key (line 2 of own_0.py)"]),
+    ("def score(row, completion):\n  return row['answer']", ["KeyError: 'answer'", "line 2"]),
+    ("def score(row, completion):\n  return 'good'", ["returned str 'good'", "finite number or a Verdict"]),
+    ("def score(row, completion):\n  return None", ["returned NoneType None"]),
+    ("def score(row, completion):\n  return float('nan')", ["returned float nan for an empty completion"]),
+    ("def score(row, completion):\n  return float('inf') * bool(completion.content)", ["for an empty completion"]),
+    ("def score(row, completion):\n  return 1e999 if completion.content else 0", ["inf for the completion 'A trial"]),
+    ("def score(row, completion):\n  return [1.0]", ["returned list of length 1 [1.0]"]),
+    ("def score(rows, completions):\n  return [1.0]", ["list of length 1 [1.0] for 2 completions"]),
+    ("def score(rows, completions):\n  return 1.0", ["returned float 1.0 for 2 completions"]),
+    ("def score(rows, completions):\n  return ['a', 'b']", ["returned str 'a'"]),
+    ("def score(rows, completions):\n  return '10'", ["returned str '10' for 2 completions"]),
+    ("def score(rows, completion):\n  return 1.0", ["its parameters are (rows, completion)", "(row, completion)"]),
+    ("def score(answer):\n  return 1.0", ["its parameters are (answer)"]),
+    ("score = 3", ["score in", "is int, not a function"]),
+    ("def other(row, completion):\n  return 1.0", ["has no 'score'", "it defines other"]),
+    ("def score(row, completion)\n  return 1.0", ["is not Python", "line 1"]),
+    ("import nothing_of_this_name", ["importing", "ModuleNotFoundError"]),
+  ],
+)
+def test_a_reward_that_does_not_work_is_one_line_before_anything_runs(build, tmp_path, code, words):
+  with pytest.raises(UserError) as error:
+    build(code)
+  line = str(error.value)
+  assert line.startswith(f"domains.mine.verify='{tmp_path}/own_0.py:score'") and "\n" not in line
+  assert all(word in line for word in words), line
+  if "on the row of" in line:
+    assert f"{tmp_path}/rows.jsonl, line " in line
+
+
+@pytest.mark.parametrize("of", ["row, completion", "rows, completions"])
+def test_a_reward_that_fails_later_masks_its_samples_and_says_why(build, of):
+  code = f"""
+calls = []
+def one(text):
+  if text == "raise": raise RuntimeError("out of order")
+  return {{"nan": float("nan"), "text": "good"}}.get(text, 1.0)
+def score({of}):
+  return {"one(completion.content)" if of[3] == "," else "[one(c.content) for c in completions]"}
+"""
+  domain = build(code)
+  for text, cause, why in (("raise", "error", "out of order"), ("nan", NONFINITE, ""), ("text", "error", "str 'good'")):
+    (verdict,) = domain.verify([ROW], [said(text)])
+    assert (verdict.masked, verdict.cause, verdict.reward) == (True, cause, 0.0) and why in verdict.reason
+  assert domain.verify([ROW], [said("fine")]) == [Verdict(1.0, "score 1")]
+
+
+def test_a_batch_of_another_length_later_masks_all(build):
+  domain = build("def score(rows, completions):\n  return [1.0] * 2")
+  verdicts = domain.verify([ROW] * 3, [said("x")] * 3)
+  assert len(verdicts) == 3 and all(v.masked and "for 3 completions" in v.reason for v in verdicts)
+
+
+# Environments.
+
+
+def test_an_environment_answers_and_its_world_is_judged(build):
+  domain = build(SHOP + "def score(row, completion):\n  return completion.world['count']", environment="Shop")
+  assert domain.turns == 3
+  row = domain.rows.train(0, 0)
+  world = domain.start(row)
+  call = Turn(None, "", (ToolCall("add", {}), ToolCall("add", {})), None, True)
+  assert domain.act(world, call) == ["2", "2"] and domain.act(world, Turn(None, "done", (), None, True)) is None
+  assert domain.verify([row], [said("done", world)])[0].reward == 2.0
+
+
+def test_turns_may_be_limited_by_the_config_and_have_a_default(build):
+  score = "def score(row, completion):\n  return 1.0\n"
+  assert build(SHOP + score, environment="Shop", max_turns=7).turns == 7
+  assert build((SHOP + score).replace("  max_turns = 3\n", ""), environment="Shop").turns == 8
+
+
+def test_an_own_environment_serves_a_built_in_verifier_and_a_built_in_one_an_own_reward(build):
+  domain = build(SHOP, verify=":math", environment="Shop", rows={"expected_answer": "5"})
+  assert domain.verify([domain.rows.train(0, 0)], [said("\\boxed{5}")])[0].reward == 1.0
+  score = "def score(row, completion):\n  return len(completion.world.state())"
+  entry = {"rows": "generated:tools", "verify": "", "environment": "tools"}
+  path = domain.rows.training.files[0].parent / "reward.py"
+  path.write_text(score)
+  mixed = domains.build(config(mine=entry | {"verify": f"{path}:score"}))["mine"]
+  assert mixed.turns == 4 and mixed.environment is not None
+
+
+@pytest.mark.parametrize(
+  "code, words",
+  [
+    ("class Shop:\n  def __init__(self, size): pass", ["cannot be made without arguments: TypeError"]),
+    ("class Shop:\n  def start(self, row): return 1", ["must have start(self, row) and act(self, world, turn)"]),
+    (
+      "class Shop:\n  def start(self): return 1\n  def act(self, world, turn): return None",
+      ["must have start(self, row)"],
+    ),
+    (SHOP.replace("3", "0"), ["max_turns=0: must be a whole number of at least 1"]),
+    (SHOP.replace("row['limit']", "row['x']").replace('row["limit"]', 'row["x"]'), ["KeyError: 'x'", "line 5"]),
+    (SHOP.replace("return [str", "return str([str").replace("tool_calls]\n", "tool_calls])\n"), ["act returned str"]),
+    (
+      SHOP.replace('[str(world["count"])', '[world["count"]'),
+      ["act returned list of length 1 [1]: must be a list of texts"],
+    ),
+  ],
+)
+def test_an_environment_that_does_not_work_is_one_line_before_anything_runs(build, tmp_path, code, words):
+  with pytest.raises(UserError) as error:
+    build(code + "\ndef score(row, completion):\n  return 1.0\n", environment="Shop")
+  line = str(error.value)
+  assert line.startswith(f"domains.mine.environment='{tmp_path}/own_0.py:Shop'") and "\n" not in line
+  assert all(word in line for word in words), line
+
+
+def test_an_environment_that_fails_later_tells_the_model(build):
+  code = SHOP.replace("    world[", "    if turn.content: raise RuntimeError('sold out')\n    world[", 1)
+  domain = build(code + "def score(row, completion):\n  return 1.0\n", environment="Shop")
+  world, calls = domain.start(ROW), (ToolCall("add", {}), ToolCall("add", {}))
+  (first, second) = domain.act(world, Turn(None, "now", calls, None, True))
+  assert first == second and first.startswith("error: RuntimeError: sold out")
+  assert domain.act(world, Turn(None, "", calls, None, True)) == ["2", "2"]
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+  "entry, words",
+  [
+    ({"rows": "x.jsonl"}, "domains.mine.verify is missing: 'mine' is no built-in domain; give FILE.py:NAME, or one of"),
+    ({"rows": "x.jsonl", "verify": "mth"}, "unknown domains.mine.verify 'mth': did you mean 'math'"),
+    (
+      {"rows": "x.jsonl", "verify": "math", "environment": "tool"},
+      "domains.mine.environment 'tool': did you mean 'tools'",
+    ),
+    ({"rows": "x.jsonl", "verify": "none.py:score"}, "domains.mine.verify='none.py:score': there is no file 'none.py'"),
+    ({"verify": "math"}, "domains.mine.rows is missing: give generated:NAME, or a file of JSON lines"),
+  ],
+)
+def test_a_wrong_name_is_answered_before_any_row_is_read(entry, words):
+  with pytest.raises(UserError) as error:
+    domains.check(config(mine=entry))
+  assert words in str(error.value)
