@@ -1,4 +1,4 @@
-"""Installs nemocascade; extras: test, tpu, cuda, hf, bench."""
+"""Installs the library nemocascade. Extras: test, tpu, cuda, hf, bench (see README.md)."""
 
 from setuptools import find_packages, setup
 
@@ -6,8 +6,18 @@ setup(
   name="nemocascade",
   version="0.1.0",
   description="The Nemotron-Cascade 2 recipe in JAX: a hybrid MoE, packed SFT, a cascade of RL stages",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  classifiers=[
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+  ],
   python_requires=">=3.11",
+  # The pages of experiments/ and the files of configs/ are used from a clone, so the wheel has the library alone.
   packages=find_packages(include=["nemocascade*"]),
+  package_data={"nemocascade": ["py.typed"]},
   install_requires=[
     "jax>=0.10.2,<0.12",
     "flax>=0.12.8,<0.14",
@@ -15,6 +25,7 @@ setup(
     "orbax-checkpoint>=0.12.8,<0.14",
     "grain>=0.2.18,<0.4",
     "sentencepiece>=0.2.1,<0.3",
+    "tokenizers>=0.22,<1",
     "ml-collections>=1.1,<2",
     "tensorflow-datasets>=4.9.10,<5",
     "array_record>=0.8.3,<0.10",
@@ -40,6 +51,9 @@ setup(
       "hypothesis>=6.130,<7",
       "chex>=0.1.90,<0.3",
       "ruff>=0.14",
+      "mypy>=1.18,<3",
+      "types-PyYAML",
+      "types-jsonschema",
       "nbclient>=0.10,<0.12",
       "nbformat>=5.10,<6",
       "ipykernel>=6.29,<8",
@@ -47,7 +61,6 @@ setup(
       "transformers>=5,<6",
       "trl>=1.16,<1.17",  # Its private loss method is compared with ours; hence the narrow range.
       "safetensors>=0.5,<1",
-      "tokenizers>=0.22,<1",
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
@@ -58,8 +71,7 @@ setup(
       "torch==2.13.0",
       "transformers>=5,<6",
       "safetensors>=0.5,<1",
-      "tokenizers>=0.22,<1",
     ],
-    "hf": ["torch>=2.9", "transformers>=5,<6", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"],
+    "hf": ["torch>=2.9", "transformers>=5,<6", "safetensors>=0.5,<1"],
   },
 )

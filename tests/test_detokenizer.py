@@ -6,17 +6,14 @@ import pytest
 import tokenizer_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from nemocascade.data.detokenizer import Detokenizer
 from nemocascade.data.tokenizer import HuggingFaceTokenizer, train_sentencepiece
 
-pytest.importorskip("tokenizers", reason="is of the extra [hf]")
-
 
 def byte_fallback() -> bytes:
   """A SentencePiece-style tokenizer.json: U+2581 for spaces, and single-byte tokens as fallback."""
-  from tokenizers import Tokenizer, decoders, models, normalizers
-
   names = list(json.loads(tokenizer_json.make())["model"]["vocab"])[:20]
   names += [f"<0x{byte:02X}>" for byte in range(256)] + list("▁abc")
   model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True, unk_token="<unk>")

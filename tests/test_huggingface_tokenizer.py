@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tokenizer_json
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from nemocascade.data.tokenizer import (
 )
 from nemocascade.errors import UserError
 
-tokenizers = pytest.importorskip("tokenizers", reason="is of the extra [hf]")
 TOKENIZER = HuggingFaceTokenizer(tokenizer_json.make())
 PEER = tokenizers.Tokenizer.from_str(tokenizer_json.make().decode())
 

@@ -3,6 +3,8 @@
 import functools
 import json
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from nemocascade.data.tokenizer import SPECIAL_NAMES
 
 TEXTS = ["the cat sat on the mat, and 12 + 7 is 19", "system user assistant think\n"] * 20
@@ -11,8 +13,6 @@ TEXTS = ["the cat sat on the mat, and 12 + 7 is 19", "system user assistant thin
 @functools.cache
 def make(size: int = 420) -> bytes:
   """Bytes of the file; ids 18 and 19 are reserved tokens, as in the published one."""
-  from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from configs import recipe
 from configs.tiny import rl as tiny_rl
@@ -87,8 +88,6 @@ def words(count: int) -> tuple[str, ...]:
 
 def make_tokenizer(size: int) -> HuggingFaceTokenizer:
   """A tokenizer of `size` tokens with one token per word, none for spaces. A prompt of `Initials` has 16."""
-  from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # From the extra [bench].
-
   known = [*SPECIAL_NAMES, "system", "user", "assistant", "words", "with", "not", "like", *CONSONANTS]
   known += words(size - len(known))
   tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))

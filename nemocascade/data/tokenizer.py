@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import sentencepiece
+import tokenizers
 
 from nemocascade.errors import UserError
 from nemocascade.state_files import whole
@@ -124,16 +125,12 @@ class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json` in which ids 10 to 17 are those of FAMILY.
 
   Raises:
-    UserError: the package `tokenizers` is missing, the file is damaged, or one of these ids is another token.
+    UserError: the file is damaged, or one of these ids is another token.
   """
 
   file_name = "tokenizer.json"
 
   def __init__(self, data: bytes, *, origin: str = "tokenizer"):
-    try:
-      import tokenizers  # Installed by the extra [hf].
-    except ImportError as error:
-      raise UserError(f"{origin}: needs the package tokenizers: pip install 'nemocascade[hf]'") from error
     try:
       fields = json.loads(data)
       added = fields.get("added_tokens") or []
