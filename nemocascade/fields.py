@@ -61,7 +61,7 @@ class Field:
     if self.choices and value not in (words := self.words()) and not (self.own and own_code.is_own(value)):
       if not (value == "" and self.empty and self.kind is str):
         raise unknown(name, value, [*words, *[own_code.FORM] * self.own])
-    if self.kind is tuple:
+    if self.kind is tuple and self.item is not None:
       for i, part in enumerate(value):
         self.item.check(f"{name}[{i}]", part)
       if self.unique and (twice := [part for i, part in enumerate(value) if part in value[:i]]):
@@ -103,7 +103,7 @@ class Field:
       ends = self.infinite or self.high is not None or self.below is not None
       kind = "a whole number" if self.kind is int else "a number" if ends else "a finite number"
       return kind + self._bounds(value)
-    if self.kind is tuple:
+    if self.kind is tuple and self.item is not None:
       many = f"a tuple of {self.length}" if self.length else "a tuple" if self.empty else "a tuple, not empty,"
       of = self.item._allowed(None)
       return f"{many} of {of}" + (", each once" if self.unique else "")

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from nemocascade.types import Array
+
 
 def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
   """bool [B, T]: true on the first token of every document, and on the first of every run of padding."""
@@ -32,7 +34,7 @@ def document_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array
   return jax.vmap(of_row)(x_BT, mask_BT, segment_ids_BT)
 
 
-def masked_sum(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def masked_sum(x: Array, mask: Array) -> tuple[jax.Array, jax.Array]:
   """(sum of x where mask, number of true entries of mask), both fp32 scalars.
 
   It masks with `where` and does not multiply, so a NaN outside the mask does not spread.
@@ -41,7 +43,7 @@ def masked_sum(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   return total, jnp.sum(mask, dtype=jnp.float32)
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: Array, mask: Array) -> jax.Array:
   """Mean of x where mask is true; 0 if it is nowhere true. For metrics only: losses keep (sum, count)."""
   total, count = masked_sum(x, mask)
   return total / jnp.maximum(count, 1.0)

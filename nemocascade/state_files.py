@@ -64,16 +64,18 @@ def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> N
 
 def _said(error: jsonschema.ValidationError) -> str:
   """The validation error in one short line, whatever the size of the value."""
-  value = json.dumps(error.instance)
+  instance: Any = error.instance
+  wanted: Any = error.validator_value
+  value = json.dumps(instance)
   value = value if len(value) <= 40 else value[:37] + "..."
   if error.validator == "required":
-    lacking = [name for name in error.validator_value if name not in error.instance]
+    lacking = [name for name in wanted if name not in instance]
     return f"lacks {', '.join(lacking)}"
   if error.validator == "type":
-    return f"is {value}, must be of type {_words(error.validator_value)}"
+    return f"is {value}, must be of type {_words(wanted)}"
   if error.validator == "enum":
-    return f"is {value}, must be one of {_words(error.validator_value)}"
-  return f"is {value}: {error.validator} {json.dumps(error.validator_value)[:40]}"
+    return f"is {value}, must be one of {_words(wanted)}"
+  return f"is {value}: {error.validator} {json.dumps(wanted)[:40]}"
 
 
 def _words(choices: str | list) -> str:

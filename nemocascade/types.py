@@ -15,39 +15,37 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 
+Array = jax.Array | np.ndarray  # On devices, or on the host.
 Params = Any  # A pytree of arrays, unboxed (no partitioning metadata).
 Metrics = dict[str, jax.Array]  # "part/quantity" -> scalar.
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
   """Documents packed into rows, for SFT and for scoring."""
 
-  tokens_BT: jax.Array  # int32
-  segment_ids_BT: jax.Array  # int32; documents of a row are 1, 2, ...; 0 is padding.
-  loss_mask_BT: jax.Array  # bool; true on the tokens that are trained on.
+  tokens_BT: Array  # int32
+  segment_ids_BT: Array  # int32; documents of a row are 1, 2, ...; 0 is padding.
+  loss_mask_BT: Array  # bool; true on the tokens that are trained on.
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
   """Q prompts that B rows continue. The B // Q rows of a prompt are adjacent."""
 
-  tokens_QP: jax.Array  # int32; padded at the end.
-  length_Q: jax.Array  # int32; 0 if no row continues the prompt.
+  tokens_QP: Array  # int32; padded at the end.
+  length_Q: Array  # int32; 0 if no row continues the prompt.
 
 
-@struct.dataclass
-class Prefix:
+class Prefix(struct.PyTreeNode):
   """The model's state after Prompts, from which the rows continue. Gradients flow through it."""
 
   last_QD: jax.Array  # The last token's hidden state after the final norm; it predicts the next token.
   units: tuple  # The state of each unit of blocks.
 
 
-@struct.dataclass
-class Routing:
+class Routing(struct.PyTreeNode):
   """Statistics of the routers of L blocks over a batch. All are sums, so those of its parts add up."""
 
   load_LE: jax.Array  # fp32; number of real tokens sent to each expert.
@@ -55,8 +53,7 @@ class Routing:
   loss: jax.Array | None = None  # fp32; balance loss summed over blocks and real tokens, if computed.
 
 
-@struct.dataclass
-class Scores:
+class Scores(struct.PyTreeNode):
   """A model's scores of given tokens."""
 
   logprobs_BT: jax.Array  # fp32; 0 on padding and on the first token of a document.
@@ -74,31 +71,29 @@ ScoreFn = Callable[..., Scores]
 TakeInFn = Callable[[Params, Prompts], tuple[Prefix, Routing | None]]
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
   """G completions of each of Q prompts, with what the sampler recorded and how they were judged."""
 
-  tokens_QGT: jax.Array  # int32; prompt, completion, tool responses, then padding.
-  segment_ids_QGT: jax.Array  # int32; 1 on tokens, 0 on padding.
-  loss_mask_QGT: jax.Array  # bool; true on the tokens that the policy sampled.
-  behaviour_logprobs_QGT: jax.Array  # fp32; the sampler's, under softmax(logits / temperature).
-  rewards_QG: jax.Array  # fp32
-  valid_QG: jax.Array  # bool; false if the sample has no verdict or is filtered out.
-  drawn_logprobs_QGT: jax.Array | None = None  # fp32; the sampler's, under the top_p nucleus, if top_p < 1.
-  teacher_logprobs_QGT: jax.Array | None = None  # fp32; only if an advantage reads them.
-  reference_logprobs_QGT: jax.Array | None = None  # fp32; only if the loss has a KL term.
+  tokens_QGT: Array  # int32; prompt, completion, tool responses, then padding.
+  segment_ids_QGT: Array  # int32; 1 on tokens, 0 on padding.
+  loss_mask_QGT: Array  # bool; true on the tokens that the policy sampled.
+  behaviour_logprobs_QGT: Array  # fp32; the sampler's, under softmax(logits / temperature).
+  rewards_QG: Array  # fp32
+  valid_QG: Array  # bool; false if the sample has no verdict or is filtered out.
+  drawn_logprobs_QGT: Array | None = None  # fp32; the sampler's, under the top_p nucleus, if top_p < 1.
+  teacher_logprobs_QGT: Array | None = None  # fp32; only if an advantage reads them.
+  reference_logprobs_QGT: Array | None = None  # fp32; only if the loss has a KL term.
   # Only if the loss has a distance from teachers: either the teacher's hidden states (entry t predicts token t)
   # and the index of its head, or its K likeliest tokens at t and their log-probabilities.
-  teacher_states_QGTD: jax.Array | None = None
-  teacher_Q: jax.Array | None = None  # int32
-  top_tokens_QGTK: jax.Array | None = None  # int32
-  top_logprobs_QGTK: jax.Array | None = None  # fp32
+  teacher_states_QGTD: Array | None = None
+  teacher_Q: Array | None = None  # int32
+  top_tokens_QGTK: Array | None = None  # int32
+  top_logprobs_QGTK: Array | None = None  # fp32
   # Signals without a field of their own (runtime/signals.py), for advantages: name -> [Q, ...].
-  signals: dict[str, jax.Array] = struct.field(default_factory=dict)
+  signals: dict[str, Array] = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """The training state: all that an update changes."""
 
   step: jax.Array  # int32, scalar; updates of this stage so far, skipped ones included.

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+Numbers = Sequence[float] | np.ndarray
 RESAMPLES = 10_000
 EXACT_SIGNS = 16  # Up to this many pairs the test uses every assignment of signs.
 
 
-def bootstrap(
-  values_N: Sequence[float] | np.ndarray, *, of: Callable = np.mean, level: float = 0.95
-) -> tuple[float, float]:
+def bootstrap(values_N: Numbers, *, of: Callable = np.mean, level: float = 0.95) -> tuple[float, float]:
   """Percentile bootstrap interval (low, high) of a statistic over seeds.
 
   The resampling has a fixed seed, so the same values give the same interval. For one value both ends are
@@ -33,7 +32,7 @@ def bootstrap(
   return pick(low), pick(high)
 
 
-def mean(values_N: Sequence[float]) -> dict:
+def mean(values_N: Numbers) -> dict:
   """{"mean", "ci95"} over seeds."""
   return {"mean": float(np.mean(values_N)), "ci95": list(bootstrap(values_N))}
 
@@ -44,7 +43,7 @@ def lower_median(values, axis=None):
   return np.take(values, (values.shape[axis if axis is not None else 0] - 1) // 2, axis=axis or 0)
 
 
-def median(values_N: Sequence[float]) -> dict:
+def median(values_N: Numbers) -> dict:
   """{"median", "ci95"} over seeds; infinite results (a level that was never reached) become None."""
   values_N = np.asarray(values_N, np.float64)
   known = lambda x: float(x) if math.isfinite(x) else None
@@ -54,7 +53,7 @@ def median(values_N: Sequence[float]) -> dict:
   }
 
 
-def paired_p(differences_N: Sequence[float]) -> float:
+def paired_p(differences_N: Numbers) -> float:
   """Two-sided p-value of the hypothesis that the mean difference is 0, by a sign-flip permutation test.
 
   Up to EXACT_SIGNS pairs it uses all 2^N sign assignments, so p is at least 2 / 2^N. With more pairs it uses

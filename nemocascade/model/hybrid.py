@@ -26,8 +26,7 @@ REPEATS = 3
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
   """The state of decoding B rows."""
 
   length_B: jax.Array  # int32; number of tokens processed.
@@ -229,8 +228,8 @@ class Hybrid(nn.Module):
     return constrain_rows(h_BTD, self.mesh), _all_blocks(routings)
 
   def score(
-    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None, after=None,
-    temperature=1.0,
+    self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None,
+    after: tuple[Prefix, jax.Array] | None = None, temperature=1.0,
   ) -> Scores:  # fmt: skip
     """log p(token t | earlier tokens of its document) with p = softmax(logits / temperature).
 
@@ -300,13 +299,19 @@ class Hybrid(nn.Module):
     return state.replace(length_B=length_B, units=tuple(states)), logits_BV
 
 
+def _total(losses: list[jax.Array | None]) -> jax.Array | None:
+  """The sum; None if the routers compute no loss."""
+  computed = [loss for loss in losses if loss is not None]
+  return functools.reduce(jnp.add, computed) if computed else None
+
+
 def _in_depth_order(blocks: list[Routing]) -> Routing:
   """Joins the Routings of a unit's blocks ([repeats, ...] each if it is scanned) in the order of the layers."""
   E = blocks[0].load_LE.shape[-1]
   return Routing(
     load_LE=jnp.stack([b.load_LE.reshape(-1, E) for b in blocks], axis=1).reshape(-1, E),
     dropped_L=jnp.stack([b.dropped_L.reshape(-1) for b in blocks], axis=1).reshape(-1),
-    loss=None if blocks[0].loss is None else sum(jnp.sum(b.loss) for b in blocks),
+    loss=_total([None if b.loss is None else jnp.sum(b.loss) for b in blocks]),
   )
 
 
@@ -319,7 +324,7 @@ def _all_blocks(of_units: list[tuple[Routing | None, ...]]) -> Routing | None:
   return Routing(
     load_LE=jnp.concatenate([u.load_LE for u in units]),
     dropped_L=jnp.concatenate([u.dropped_L for u in units]),
-    loss=None if units[0].loss is None else sum(u.loss for u in units),
+    loss=_total([unit.loss for unit in units]),
   )
 
 

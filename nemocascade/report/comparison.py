@@ -105,7 +105,8 @@ def differences(arms: dict, a: str, b: str, step: int | None) -> np.ndarray | No
   If `step` is None, each arm's last score is used.
   """
   if step is None:
-    return np.subtract(*[[lines[-1]["score"] for lines in arms[name]] for name in (a, b)])
+    last_a, last_b = (np.array([lines[-1]["score"] for lines in arms[name]]) for name in (a, b))
+    return last_a - last_b
   if any(max(line["steps"] for line in arms[name][0]) < step for name in (a, b)):
     return None
   return scores_at(arms[a], step) - scores_at(arms[b], step)
@@ -158,9 +159,9 @@ def write(
     out / "paired.csv",
     ["a", "b", "step", "difference", "low", "high", "p"],
     [
-      [p["a"], p["b"], p["step"], p["difference"]["mean"], *p["difference"]["ci95"]]
-      + [statistics.paired_p(differences(arms, p["a"], p["b"], p["step"]))]
+      [p["a"], p["b"], p["step"], p["difference"]["mean"], *p["difference"]["ci95"]] + [statistics.paired_p(d)]
       for p in found["paired"]
+      if (d := differences(arms, p["a"], p["b"], p["step"])) is not None
     ],
   )
   ends = domain_ends(arms, students, teachers)

@@ -62,6 +62,12 @@ class Conversation:
     self.turn: Turn | None = None
     self._forget()
 
+  def _forget(self) -> None:
+    self.tokens: list[int] = []
+    self._d: Decoding | None = None
+    self._owed: list[int] = []
+    self._has_thoughts = False  # Whether `tokens` hold thoughts that the next user message would remove.
+
   def offer(self, tools: Sequence[dict[str, Any]]) -> None:
     """Replaces the tools. They are part of the system turn, so the next message prefills the history again."""
     self.tools = list(tools)
@@ -108,12 +114,6 @@ class Conversation:
       self._owed = [THINK_END, IM_END] if in_thought else [IM_END]
     self._has_thoughts |= bool((self.turn.reasoning or "").strip())
     self.messages.append(_message(self.turn))
-
-  def _forget(self) -> None:
-    self.tokens: list[int] = []
-    self._d: Decoding | None = None
-    self._owed: list[int] = []
-    self._has_thoughts = False  # Whether `tokens` hold thoughts that the next user message would remove.
 
   def _begin(self, messages: Sequence[dict[str, Any]]) -> None:
     system = [] if self.system is None else [{"role": "system", "content": self.system}]

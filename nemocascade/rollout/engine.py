@@ -16,8 +16,7 @@ from nemocascade.rollout.sampling import row_keys, sample
 from nemocascade.types import Params
 
 
-@struct.dataclass
-class Decoding:
+class Decoding(struct.PyTreeNode):
   """The state of decoding B rows.
 
   A token is known once it was given or sampled. It is taken in once the model has processed it.

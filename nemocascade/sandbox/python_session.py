@@ -64,7 +64,7 @@ def serve():
   empty, end = os.pipe()
   os.close(end)
   os.dup2(empty, 0)  # The code gets an empty stdin. /dev/null cannot be opened in the sandbox.
-  sys.stderr = sys.__stderr__ = sys.stdout  # One stream keeps the order of what is written.
+  sys.stderr = sys.__stderr__ = sys.stdout  # type: ignore[misc]  # One stream keeps the order of what is written.
   module = type(sys)("__main__")
   sys.modules["__main__"] = module
   number = 0

@@ -36,7 +36,7 @@ class Sandbox:
     for name, value in {"workers": workers, **limits}.items():
       if not value > 0:
         raise errors.UserError(f"sandbox.{name}={value!r} must be above 0")
-    self.workers, self.limits = workers, Limits(**limits)
+    self.workers, self.limits = workers, Limits(**limits)  # type: ignore[arg-type]
     self._remembered: collections.OrderedDict[bytes, Result] = collections.OrderedDict()
     self._lock = threading.Lock()
     # Bubblewrap's --die-with-parent kills a confined process when the thread that started it ends.

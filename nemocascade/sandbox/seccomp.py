@@ -125,8 +125,9 @@ def _ranges(column: int) -> list[tuple[int, Instructions]]:
   # A filter cannot read the flags of clone3, which are in memory. On ENOSYS, libc falls back to clone.
   actions = {_CLONE3: unknown}
   for name, numbers in _ALLOWED.items():
-    if numbers[column] is not None:
-      actions[numbers[column]] = _checks(*_CHECKED[name]) if name in _CHECKED else _allow()
+    number = numbers[column]
+    if number is not None:
+      actions[number] = _checks(*_CHECKED[name]) if name in _CHECKED else _allow()
   ranges: list[tuple[int, Instructions]] = []
   edges = {0, _FIRST_NEWER, _X32, *actions, *(number + 1 for number in actions)}
   for number in sorted(edges):

@@ -27,7 +27,7 @@ STDERR_SHOWN = 2000  # Characters of stderr that are kept.
 PENDING_SIGNALS = 64
 ANSWER = 4  # Bytes of a wait status.
 
-EXECUTABLE = os.path.realpath(sys._base_executable)
+EXECUTABLE = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
 # The launcher is passed as a marshalled code object: the sandbox runs this same interpreter, so it
 # does not compile the launcher at every start.
 _BOOT = (

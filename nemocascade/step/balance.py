@@ -77,6 +77,8 @@ class RouterBalance:
     """The parameters after the sign update of the biases; `routing` holds the loads of the whole batch."""
     if not self.moves_bias or routing is None:
       return params
+    if add_to_bias is None:
+      raise ValueError(f"kind={self.kind!r} moves the routers' bias: give add_to_bias")
     load_LE = routing.load_LE
     return add_to_bias(params, self.rate * jnp.sign(jnp.mean(load_LE, axis=1, keepdims=True) - load_LE))
 

@@ -10,7 +10,7 @@ from nemocascade.errors import UserError
 from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.loss import sft_loss
 from nemocascade.step.update import apply_gradients
-from nemocascade.types import Batch, Metrics, ScoreFn, TrainState
+from nemocascade.types import Array, Batch, Metrics, ScoreFn, TrainState
 
 
 def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | None = None):
@@ -48,7 +48,7 @@ def sum_over_parts(fn: Callable, parts, accumulate: int, *, worth: Callable | No
   return jax.lax.scan(add_if_worth if worth else add, zero, parts)
 
 
-def real_tokens(segment_ids_BT: jax.Array) -> jax.Array:
+def real_tokens(segment_ids_BT: Array) -> jax.Array:
   """The number of tokens that are not padding; fp32 scalar."""
   return jnp.sum(segment_ids_BT > 0, dtype=jnp.float32)
 

@@ -32,7 +32,7 @@ class _Summed(atomicity.AtomicRenameTemporaryPath):
   """
 
   async def finalize(self) -> None:
-    final = self._final_path
+    final = self._final_path  # type: ignore[has-type]
     # An item inside a checkpoint needs no checksums of its own: the checkpoint's cover it.
     if atomicity.TMP_DIR_SUFFIX in final.parent.name:
       return await super().finalize()

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -53,7 +53,7 @@ class Stretch:
       source.seek(self.start)
       while left:
         block = buffer[: left // self.dtype.itemsize]
-        got = source.readinto(block.view(np.uint8))
+        got = source.readinto(block.view(np.uint8).data)
         if got != block.nbytes:
           raise OSError(f"{self.file} ended {left - (got or 0)} bytes early")
         yield block
@@ -71,7 +71,8 @@ class Folder:
   """
 
   def __init__(self, path: Path):
-    self.path, self.tensors = path, {}
+    self.path = path
+    self.tensors: dict[str, Tensor] = {}
     wrong: list[str] = []
     files, promised = self._listing()
     for name in files:
@@ -207,7 +208,8 @@ def write_shards(
 def _write_file(file: Path, specs, nbytes, blocks) -> None:
   # Wider dtypes first, so that each tensor starts at a multiple of its item size.
   names = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
-  header, at = {"__metadata__": {"format": "pt"}}, 0
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  at = 0
   for name in names:
     dtype, shape = specs[name]
     header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes[name]]}
@@ -239,7 +241,7 @@ def write_all(target: BinaryIO, piece: np.ndarray | Stretch) -> int:
           raise OSError(f"{piece.file} ended {end - at} bytes early")
         at += sent
   else:
-    left = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+    left = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
     while left:
       left = left[target.write(left) :]
   return piece.nbytes

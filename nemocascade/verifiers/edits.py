@@ -92,7 +92,7 @@ def show(edit: Edit, language: str = "diff") -> str:
 
 
 def _until(marker: str, lines) -> str:
-  found = []
+  found: list[str] = []
   for line in lines:
     if line.strip() == marker:
       return "\n".join(found)

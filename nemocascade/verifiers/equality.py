@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 from nemocascade.sandbox import limited
 
@@ -168,7 +169,7 @@ def _same(truth: list, given: list) -> bool:
   return bool(math_verify.verify(truth, given, timeout_seconds=None))
 
 
-def _by_value(truth: object, given: object) -> bool | None:
+def _by_value(truth: Any, given: Any) -> bool | None:
   """Whether two numbers are equal by their numeric values; None leaves it to math-verify.
 
   math-verify would expand expressions such as (2 - sqrt 3)^2016, which exceeds any time limit.
@@ -193,7 +194,7 @@ def _by_value(truth: object, given: object) -> bool | None:
   return bool(apart <= size * NEAR)
 
 
-def _digits(side: object):
+def _digits(side: Any):
   """The mpmath value of a SymPy number, to DIGITS digits."""
   import mpmath
 

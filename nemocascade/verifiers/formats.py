@@ -75,7 +75,7 @@ def _refuse_infinite(value: Any) -> None:
       rest += value.values() if isinstance(value, dict) else value
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
   """The safe YAML loader, which here also rejects duplicate keys."""
 
   def __init__(self, stream: str):

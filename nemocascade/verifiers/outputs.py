@@ -61,7 +61,7 @@ def _same_number(expected: str, given: str) -> bool:
   if "." not in expected and "e" not in expected.lower():
     return False
   try:
-    return abs(e - g) <= TEXT_TOLERANCE * max(abs(e), 1)
+    return abs(e - g) <= TEXT_TOLERANCE * max(abs(e), decimal.Decimal(1))
   except decimal.DecimalException:  # Outside the range of `decimal`.
     return False
 

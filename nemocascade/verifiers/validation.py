@@ -90,7 +90,7 @@ def _strict(schema: Any) -> Any:
   """The schema with all properties required and no others allowed, as in NeMo Gym."""
   if not isinstance(schema, dict):
     return schema
-  strict = {}
+  strict: dict[str, Any] = {}
   for word, value in schema.items():
     if word in _MAPS and isinstance(value, dict):
       strict[word] = {name: _strict(part) for name, part in value.items()}
