@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from nemocascade.segments import masked_mean
-from nemocascade.types import Rollout
+from nemocascade.types import Array, Rollout
 
-AdvantageFn = Callable[[Rollout], jax.Array]
+AdvantageFn = Callable[[Rollout], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def needs(*, teachers: bool = False, groups: bool = False) -> Callable[[Advantag
   """Decorator of an advantage that states its Needs."""
 
   def stated(advantage: AdvantageFn) -> AdvantageFn:
-    advantage.needs = Needs(teachers, groups)
+    advantage.needs = Needs(teachers, groups)  # type: ignore[attr-defined]
     return advantage
 
   return stated
@@ -48,18 +48,18 @@ def needs_of(advantage: AdvantageFn) -> Needs:
   return getattr(advantage, "needs", Needs())
 
 
-def _every_token(advantages_QG: jax.Array, r: Rollout) -> jax.Array:
+def _every_token(advantages_QG: Array, r: Rollout) -> jax.Array:
   return jnp.broadcast_to(advantages_QG[..., None], r.tokens_QGT.shape)
 
 
-def _group_mean(x_QG: jax.Array, r: Rollout) -> jax.Array:
+def _group_mean(x_QG: Array, r: Rollout) -> jax.Array:
   """[Q, 1]: the mean over each group's valid samples; 0 for a group without valid samples."""
   count_Q1 = jnp.sum(r.valid_QG, axis=-1, keepdims=True, dtype=jnp.float32)
   total_Q1 = jnp.sum(jnp.where(r.valid_QG, x_QG, 0.0), axis=-1, keepdims=True)
   return total_Q1 / jnp.maximum(count_Q1, 1.0)
 
 
-def _above_mean(r: Rollout) -> jax.Array:
+def _above_mean(r: Rollout) -> Array:
   """[Q, G]: reward minus the mean of its group.
 
   The group's largest reward is subtracted first, so that a group of equal rewards gives exactly 0. Otherwise
@@ -127,7 +127,7 @@ def reinforce_pp_baseline(r: Rollout, *, eps: float = 1e-6) -> jax.Array:
   return _every_token(_in_batch_deviations(_above_mean(r), r, eps), r)
 
 
-def _in_batch_deviations(above_QG: jax.Array, r: Rollout, eps: float) -> jax.Array:
+def _in_batch_deviations(above_QG: Array, r: Rollout, eps: float) -> jax.Array:
   std = jnp.sqrt(masked_mean(jnp.square(above_QG), r.valid_QG))
   return jnp.where(r.valid_QG, above_QG / (std + eps), 0.0)
 
@@ -144,7 +144,7 @@ def maxrl(r: Rollout) -> jax.Array:
 
 
 @needs(teachers=True)
-def mopd(r: Rollout) -> jax.Array:
+def mopd(r: Rollout) -> Array:
   """log pi_teacher - log pi_policy of each sampled token, in nats.
 
   Nemotron-Cascade 2 (arXiv 2603.19220, section 4.4, eq. 2), multi-domain on-policy distillation.
@@ -155,6 +155,8 @@ def mopd(r: Rollout) -> jax.Array:
   The policy's log-probability is the sampler's record, which on policy equals the trainer's except for
   numerical differences; the loss's correction accounts for these.
   """
+  if r.teacher_logprobs_QGT is None:
+    raise ValueError("mopd reads Rollout.teacher_logprobs_QGT, and no teacher has scored this rollout")
   return r.teacher_logprobs_QGT - r.behaviour_logprobs_QGT
 
 
@@ -168,7 +170,7 @@ def mopd_clipped(r: Rollout, *, clip: float = 1.0) -> jax.Array:
 
 
 @needs(teachers=True, groups=True)
-def mopd_outcome(r: Rollout, *, alpha: float = 1.0) -> jax.Array:
+def mopd_outcome(r: Rollout, *, alpha: float = 1.0) -> Array:
   """`mopd` + alpha * `grpo`: teacher and outcome reward together (MiMo-V2-Flash, arXiv 2601.02780, eq. 9).
 
   That report states no value of alpha.

@@ -100,9 +100,10 @@ def _module(file: Path, where: str, renew: bool) -> ModuleType:
   try:
     code = compile(source, str(path), "exec")
   except (SyntaxError, ValueError) as error:  # ValueError: null bytes.
-    line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+    line = f" (line {error.lineno})" if isinstance(error, SyntaxError) and error.lineno else ""
     raise UserError(f"{where}: {str(file)!r} is not Python: {short(str(error), 120)}{line}") from error
   spec = importlib.util.spec_from_file_location(key, path)
+  assert spec is not None  # The suffix is .py.
   module = importlib.util.module_from_spec(spec)
   sys.modules[key], _DIGESTS[key] = module, digest  # Dataclasses and pickle look a class's module up by name.
   try:

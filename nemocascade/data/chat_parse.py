@@ -31,7 +31,7 @@ class FormatError:
 
   def as_response(self) -> str:
     """The error as JSON, to be sent to the model as a tool response."""
-    fields = {"type": self.kind, "message": self.message}
+    fields: dict[str, str | int] = {"type": self.kind, "message": self.message}
     if self.call is not None:
       fields["call"] = self.call
     return json.dumps({"error": fields}, ensure_ascii=False)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -198,7 +199,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   return kind(data, origin=f"tokenizer {path}")
 
 
-_SETTINGS = {  # Of SentencePiece's trainer, beside the corpus and the sizes.
+_SETTINGS: dict[str, Any] = {  # Of SentencePiece's trainer, beside the corpus and the sizes.
   "model_type": "bpe",
   "hard_vocab_limit": False,
   "byte_fallback": True,

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from nemocascade.state_files import check_shape, named, parsed, read_text, whole
 
 _numbers = itertools.count()  # Numbers the event files of this process.
 # JSON schema of a line of metrics.jsonl and samples.jsonl.
-LINE = {
+LINE: dict[str, Any] = {
   "type": "object",
   "required": ["step"],
   "properties": {"step": {"type": "integer", "minimum": 0}},
@@ -39,7 +39,7 @@ class MetricsWriter:
   """
 
   def __init__(self, directory: str | Path, *, start_step: int = 0):
-    self._files = {}
+    self._files: dict[str, IO[Any]] = {}
     if jax.process_index() > 0:
       return
     directory = Path(directory)
@@ -170,7 +170,8 @@ class Progress:
       file=self._file if self._terminal else io.StringIO(), ascii=not self._terminal,
       mininterval=0.5 if self._terminal else 1e9, leave=True,
     )  # fmt: skip
-    self._began, self._first_tokens = time.time(), None
+    self._began = time.time()
+    self._first_tokens: int | None = None
     self._printed = time.monotonic()
     self._shown = 0  # The step of the last line.
 
@@ -217,11 +218,11 @@ _built: list[str] = []  # Names of all programs of this process, compiled or rea
 _read = 0
 
 
-def _on_duration(event: str, duration: float, fun_name: str = "", **_) -> None:
-  del duration
+def _on_duration(event: str, duration_secs: float, **of_event: str | int) -> None:
+  del duration_secs
   if event == _BUILT:
     with _lock:
-      _built.append(fun_name)
+      _built.append(str(of_event.get("fun_name", "")))
 
 
 def _on_event(event: str, **_) -> None:

@@ -1,6 +1,7 @@
 """The policy-gradient step, one program for GRPO, MOPD and all other advantages."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,7 @@ class PolicyLoss:
     if self.entropy_weight:
       loss_BT -= self.entropy_weight * scores.entropy_BT
     if self.distillation_weight:
+      assert scores.distance_BT is not None  # `distance` computes it.
       loss_BT += self.distillation_weight * scores.distance_BT
       sums["policy/teacher_kl"] = jnp.where(mask_BT, scores.distance_BT, 0.0)
     return loss_BT, gap_BT, sums
@@ -154,10 +156,8 @@ def policy_gradient_step(
     temperature: float | jax.Array = 1.0,
   ) -> tuple[TrainState, Metrics]:  # fmt: skip
     part = lambda after, rows, scale: policy_loss.gradients(state.params, after, rows, scale, heads_ZDV, temperature)
-    take_in = lambda: _take_in(take_in_fn, state.params, prompts)
-    (total, tokens, sums, routing), grads, gap_max, real = _sum_gradients(
-      part, rows, count, accumulate, None if prompts is None else take_in
-    )
+    take_in = None if prompts is None else functools.partial(_take_in, _given(take_in_fn), state.params, prompts)
+    (total, tokens, sums, routing), grads, gap_max, real = _sum_gradients(part, rows, count, accumulate, take_in)
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     move = lambda params: policy_loss.balance.move(params, routing, add_to_bias)
@@ -218,6 +218,12 @@ def reference_kl(logprobs_BT: jax.Array, rows: Rows, kl: Callable) -> jax.Array:
   return jnp.where(rows["mask"], kl(logprobs_BT, there_BT), 0.0)
 
 
+def _given(take_in_fn: TakeInFn | None) -> TakeInFn:
+  if take_in_fn is None:
+    raise ValueError("take_in_fn is None, and the rows continue prompts: give the function that prefills them")
+  return take_in_fn
+
+
 def _take_in(take_in_fn: TakeInFn, params: Params, prompts: Prompts):
   """Prefills the prompts: ((Prefix, length_Q), pull, Routing or None).
 
@@ -239,9 +245,9 @@ def proximal_logprobs(
 
   The arguments are those of policy_gradient_step and of its step.
   """
-  how = {"temperature": temperature}
+  how: dict[str, Any] = {"temperature": temperature}
   if prompts is not None:
-    how["after"] = (take_in_fn(params, prompts)[0], prompts.length_Q)
+    how["after"] = (_given(take_in_fn)(params, prompts)[0], prompts.length_Q)
 
   def part(piece: Rows):
     return (), score_fn(params, piece["tokens"], piece["segment_ids"], piece["mask"], **how).logprobs_BT

@@ -46,7 +46,7 @@ def to_rows(r: Rollout, advantages_QGT: jax.Array, aggregation: Callable = loss.
   if r.reference_logprobs_QGT is not None:
     rows["reference"] = flat(r.reference_logprobs_QGT)
   learned = lambda a: jnp.where(mask_BT[..., None], flat(a), 0)  # noqa: E731
-  if r.teacher_states_QGTD is not None:
+  if r.teacher_states_QGTD is not None and r.teacher_Q is not None:
     rows["teacher_states"] = learned(r.teacher_states_QGTD)
     rows["teacher"] = flat(jnp.broadcast_to(r.teacher_Q[:, None, None], r.tokens_QGT.shape))
   if r.top_tokens_QGTK is not None:
@@ -99,9 +99,9 @@ def after_prompts(rows: Rows, Q: int, *, P: int, T: int) -> tuple[dict[str, np.n
   """
   rows = {name: np.asarray(a) for name, a in rows.items()}
   B, G = rows["mask"].shape[0], rows["mask"].shape[0] // Q
-  taught_B, first_B = rows["mask"].any(axis=1), rows["mask"].argmax(axis=1)
+  taught_B, first_B = np.any(rows["mask"], axis=1), np.argmax(rows["mask"], axis=1)
   cut = {name: np.zeros((B, T, *a.shape[2:]), a.dtype) for name, a in rows.items()}
-  prompts = Prompts(np.zeros((Q, P), np.int32), np.zeros(Q, np.int32))
+  tokens_QP, length_Q = np.zeros((Q, P), np.int32), np.zeros(Q, np.int32)
   lengths_B = (rows["segment_ids"] > 0).sum(axis=1)
   for q in range(Q):
     kept = [b for b in range(q * G, q * G + G) if taught_B[b]]
@@ -111,8 +111,8 @@ def after_prompts(rows: Rows, Q: int, *, P: int, T: int) -> tuple[dict[str, np.n
     most = max(lengths_B[b] for b in kept)
     if n > P or most - n > T:
       raise ValueError(f"a prompt of {n} tokens and {most - n} behind it: there is room for {P} and {T}")
-    prompts.tokens_QP[q, :n], prompts.length_Q[q] = rows["tokens"][kept[0], :n], n
+    tokens_QP[q, :n], length_Q[q] = rows["tokens"][kept[0], :n], n
     for b in kept:
       for name, a in rows.items():
         cut[name][b, : lengths_B[b] - n] = a[b, n : lengths_B[b]]
-  return cut, prompts
+  return cut, Prompts(tokens_QP, length_Q)

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -166,7 +166,7 @@ def parse_comparison(text: str) -> Comparison | None:
 
 
 def _as_comparison(value: dict) -> Comparison | None:
-  numbers = [value.get(key) for key in Comparison._fields]
+  numbers: list[Any] = [value.get(key) for key in Comparison._fields]
   if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
     return None
   score_1, score_2, ranking = numbers
@@ -259,7 +259,7 @@ def base_scores(seats: Sequence[tuple[int, int]], comparisons: Sequence[Comparis
   return np.divide(total_G, count_G, out=np.full(G, np.nan), where=count_G > 0)
 
 
-def length_weights(tokens_G: Sequence[int]) -> np.ndarray:
+def length_weights(tokens_G: Sequence[int] | np.ndarray) -> np.ndarray:
   """Weights [G] from 1 (shortest) to 0 (longest), minus their mean; all 0 if all lengths are equal."""
   tokens_G = np.asarray(tokens_G, np.float64)
   spread = tokens_G.max() - tokens_G.min()
@@ -369,8 +369,10 @@ def group_rewards(
   *,
   think_tokens_G: Sequence[int],
   answer_tokens_G: Sequence[int],
-  **settings: str | float,
+  **settings: Any,
 ) -> np.ndarray:
   """`batch_rewards` of one group: float32 [G]."""
-  lengths = {"think_tokens_QG": [think_tokens_G], "answer_tokens_QG": [answer_tokens_G]}
-  return batch_rewards(judge, [messages], [completions_G], **lengths, **settings)[0]
+  return batch_rewards(
+    judge, [messages], [completions_G],
+    think_tokens_QG=[think_tokens_G], answer_tokens_QG=[answer_tokens_G], **settings,
+  )[0]  # fmt: skip
