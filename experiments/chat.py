@@ -250,13 +250,13 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(text("The checkpoint directory, or hf:DIR."), ""),
+    checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
     thinking=(flag("Whether the assistant thinks before it answers."), False),
     temperature=(TEMPERATURE, 1.0),
     top_p=(TOP_P, 0.95),
     max_new_tokens=(whole("Tokens of an answer at most.", high=MOST_TOKENS), 1024),
     context=(whole("Tokens of the conversation at most.", 2, high=MOST_TOKENS), 4096),
-    seed=(whole("Of the sampling.", 0), 0),
+    seed=(whole("Seed of the sampling.", 0), 0),
     system=(text("The system turn; empty is the family's own."), ""),
     tools=(word("What the model may call: none or python.", TOOLS), "none"),
   )

@@ -56,7 +56,7 @@ def run(
 if __name__ == "__main__":
   launch(
     run,
-    checkpoint=(text("The checkpoint directory to evaluate.", empty=False), ""),
+    checkpoint=(text("The checkpoint to evaluate.", empty=False), ""),
     judge=(text("The reward model's checkpoint, for the preference domain."), ""),
     completions=(whole("Completions of each prompt: the k of avg@k and pass@k."), 1),
     temperature=(number("0 is greedy.", low=0, high=100), 1.0),

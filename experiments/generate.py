@@ -117,12 +117,12 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(text("The checkpoint directory, or hf:DIR."), ""),
+    checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
     input=(text("Prompts, JSON lines."), ""),
     output=(text("Completions, JSON lines."), ""),
     temperature=(TEMPERATURE, 1.0),
     top_p=(TOP_P, 1.0),
     max_new_tokens=(whole("Tokens of a completion at most.", high=MOST_TOKENS), 64),
-    seed=(whole("Of the sampling.", 0), 0),
+    seed=(whole("Seed of the sampling.", 0), 0),
     thinking=(flag("Whether the assistant starts with thoughts."), True),
   )

@@ -144,5 +144,5 @@ if __name__ == "__main__":
     tokens=(whole("Random tokens that each row begins with.", 2), 61),
     new_tokens=(whole("Tokens decoded greedily after them."), 64),
     dtype=(word(f"What both compute in: {' or '.join(DTYPES)}.", DTYPES), "float32"),
-    seed=(whole("Of the random tokens.", 0), 0),
+    seed=(whole("Seed of the random tokens.", 0), 0),
   )

@@ -57,7 +57,7 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(text("The checkpoint directory, or hf:DIR."), ""),
+    checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
     input=(text("Rows, JSON lines."), ""),
     output=(text("Rows with their log-probabilities, JSON lines."), ""),
   )

@@ -17,8 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from ml_collections import ConfigDict
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from configs import recipe
 from configs.tiny import rl as tiny_rl
@@ -90,7 +91,7 @@ def make_tokenizer(size: int) -> HuggingFaceTokenizer:
   """A tokenizer of `size` tokens with one token per word, none for spaces. A prompt of `Initials` has 16."""
   known = [*SPECIAL_NAMES, "system", "user", "assistant", "words", "with", "not", "like", *CONSONANTS]
   known += words(size - len(known))
-  tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+  tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_NAMES])
   return HuggingFaceTokenizer(tokenizer.to_str().encode())

@@ -20,7 +20,7 @@ LONGEST = 199  # Most characters of an error line. --debug prints the whole erro
 # Flags that many commands share.
 CONFIG = fields.text("The config file, with an argument after a colon; --config.NAME=VALUE changes a field.")
 WORKDIR = fields.text("Where the run is written, and resumed from.")
-DISTRIBUTED = fields.text("Of several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
+DISTRIBUTED = fields.text("To run in several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
 DEBUG = fields.flag("Show the traceback of an error.")
 
 
