@@ -1,7 +1,7 @@
-"""Programs that reach for what lies outside of the sandbox: each prints REACHED where it got there.
+"""Programs that try to reach something outside of the sandbox. A program prints REACHED if it succeeds.
 
-`ESCAPES` gives the source and a pattern of how it must end: a program that fails for another reason,
-such as a slip in it, shows nothing and counts as one that got through.
+`ESCAPES`: name -> (source, pattern of the result that it must have). A program that fails for another reason,
+such as a mistake in its source, proves nothing; it counts as one that got through.
 """
 
 import os
@@ -22,7 +22,7 @@ def call(number, *arguments):
   print("REACHED", found)
 """
 
-# Numbers on x86-64 and arm64 (None: no such call), then arguments that a kernel would take.
+# System call -> (its number on x86-64, on arm64 or None if there is no such call, arguments that are valid).
 CALLS = {
   "fork": (57, None, ""), "vfork": (58, None, ""),
   "a child by clone": (56, 220, "17, 0, 0, 0, 0"),

@@ -1,8 +1,9 @@
-"""Answers that ask for a reward without solving the task.
+"""Answers that try to get a reward without solving the task.
 
-`FUNCTIONS` are solutions of a row that asks for values of f, `PRINTERS` of one that asks for what is
-printed, `REPAIRS` lines of a repository that are put where the bug was: NAME and OTHER stand for the
-functions' names and modules. `REPLIES` are of the Python tool: code, then what the next call must show.
+`FUNCTIONS` answer a row whose tests compare a function's values, `PRINTERS` one whose tests compare the printed
+output. `REPAIRS` are put in the place of a repository's bug: NAME stands for the function, OTHER for another
+module, RIGHT for the correct operator. `EDITS` try to change files that an edit may not change. `REPLIES` are
+for the Python tool: (code of the first call, code of the next calls, what these must return).
 """
 
 FRAMES = "import sys\nframe = sys._getframe()\nframes = []\nwhile frame: frames.append(frame); frame = frame.f_back\n"
@@ -84,7 +85,7 @@ REPAIRS = {
   "loops": "while True: pass", "is no code": "def NAME(", "is gone": "", "is binary": "\0\ud800",
 }  # fmt: skip
 
-EDITS = {  # A path, and what stands in the place of the lines to search for.
+EDITS = {  # Name -> the path that an edit tries to change.
   "a file above": "../x.py", "an absolute path": "/tmp/x.py", "a path through a link": "l/../../x.py",
   "a new test": "conftest.py", "the launcher": "launcher.py", "no name": ".", "the other's test": "tests/test_x.py",
 }  # fmt: skip

@@ -1,7 +1,7 @@
-"""Programs that take more than their share, or would leave a worker that fails the next program.
+"""Programs that take as much of a resource as they can, never end, or leave something behind in the worker.
 
-A hoard prints how much it holds when it can get no more; `HOARDS` says how much it may be. After each
-program of `BARS` the next one must be well.
+`HOARDS` take one resource until they are refused, and print how much they hold. `LONG` do not end by
+themselves. After each program of `BARS` the worker must still run the next program normally.
 """
 
 COUNT = """
@@ -19,7 +19,8 @@ def more(take, size, most=10**6):
 TOLD = "\nprint('HELD', held)"
 
 MB = 1 << 20
-HOARDS = {  # Source, the most that it may hold, the least (0: it may be refused all).
+# Name -> (source, the most that it may hold, the least that it must hold; 0 if all of it may be refused).
+HOARDS = {
   "pairs of sockets (bytes)": (
     "import socket\npairs = more(socket.socketpair, 0)\n"
     "for s in (s for p in pairs for s in p):\n  s.setblocking(False)\n"
@@ -68,7 +69,7 @@ HOARDS = {  # Source, the most that it may hold, the least (0: it may be refused
   "threads on one stack": (
     "import ctypes, platform\nlibc = ctypes.CDLL(None, use_errno=True)\n"
     "import mmap\nm = mmap.mmap(-1, 4096, prot=7); a = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
-    # Each makes the call `pause` for ever: clone, then, in the new thread, pause.
+    # Machine code: clone, then the new thread calls `pause` for ever.
     "m.write(bytes.fromhex('b838000000' '0f05' '85c0' '7401' 'c3' 'b822000000' '0f05' 'ebf7'))\n"
     "f = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_void_p)(a)\n"
     "s = ctypes.create_string_buffer(65536); top = ctypes.addressof(s) + 65000 & ~15\n"
@@ -104,7 +105,7 @@ HOARDS = {  # Source, the most that it may hold, the least (0: it may be refused
   "locked memory": ("import ctypes\ndef lock():\n  if ctypes.CDLL(None).mlockall(3) < 0: raise OSError\nmore(lock, 1, 1)", 0, 0),
 }  # fmt: skip
 
-# Source, how it may end.
+# Name -> (source, statuses with which it may end).
 LONG = {
   "a loop": ("while True: pass", {"timeout"}),
   "a sleep": ("import time; time.sleep(60)", {"timeout"}),

@@ -1,9 +1,9 @@
-"""Pairs of programs: the first leaves a bit (SECRET), the second tells all that it can see there.
+"""Pairs of programs that run one after the other: the first tries to leave a bit (SECRET) for the second.
 
-What the second says must not depend on the bit.
+The second prints what it can observe. Its output must not depend on the bit.
 """
 
-PAIRS = {  # What the first does, what the second tells.
+PAIRS = {  # Where the bit would be -> (source of the first program, source of the second).
   "a file": ("open(f'f{SECRET}', 'w')", "import os; print(sorted(os.listdir('.')))"),
   "a file beside the folder": ("try: open(f'/x{SECRET}', 'w')\nexcept OSError: pass", "import os; print(sorted(os.listdir('/')))"),
   "contents of a file of the same name": ("open('main.py', 'w').write(SECRET)", "print(len(open('main.py').read()))"),
@@ -51,7 +51,7 @@ PAIRS = {  # What the first does, what the second tells.
   "locks": ("import fcntl, os\nfd = os.open(os.__file__, 0)\ntry: fcntl.flock(fd, fcntl.LOCK_EX) if SECRET == '1' else 0\nexcept OSError: pass", "import fcntl, os\ntry: fcntl.flock(os.open(os.__file__, 0), fcntl.LOCK_EX | fcntl.LOCK_NB); print(1)\nexcept OSError as e: print(e)"),
 }  # fmt: skip
 
-# Reads all memory near any object, and the heap; what is not there ends the walk, not the process.
+# Searches the memory around every object, and the heap, for the secret. Where memory is not mapped, a walk ends.
 SCAN = r"""
 import ctypes, gc, os, re
 libc = ctypes.CDLL(None); libc.sbrk.restype = ctypes.c_void_p
@@ -72,11 +72,12 @@ for block in {id(o) >> 20 for o in gc.get_objects()}:
   walk(block << 20, 4096, 256)
 print(sorted(found), seen > 200)
 """
-OWN_SCAN = "mine = 'TOP-SECRET-' + str(int('1'))\n" + SCAN  # Finds what is its own.
+# A control: the program has a secret of its own, which the search must find.
+OWN_SCAN = "mine = 'TOP-SECRET-' + str(int('1'))\n" + SCAN
 
 
 def first(name: str, secret: str) -> tuple[str, str]:
-  """Source and stdin of the program that leaves the bit."""
+  """Source and stdin of the program that tries to leave the bit."""
   needles = f"TOP-SECRET-{secret} " * 2000
   source = PAIRS[name][0].replace("NEEDLES", needles)
   return f"SECRET = '{secret}'\n{source}", needles if "stdin" in name else "abcdef"
