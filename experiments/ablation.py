@@ -97,7 +97,9 @@ def check(c: ConfigDict) -> None:
       if value not in c.arms:
         raise unknown(what, value, c.arms)
     if other in c.rate_of or name in c.search.arms:
-      raise UserError(f"rate_of.{name}={other!r}: one arm's rate is its own, the other's is not")
+      raise UserError(
+        f"rate_of.{name}={other!r}: must be an arm without a rate_of, and {name!r} must not be one of search.arms"
+      )
   for field in ("pairs", "ends"):
     for name in sum(c.compared[field], ()):
       if name not in c.arms:

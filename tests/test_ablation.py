@@ -159,7 +159,7 @@ def test_flops_are_two_a_parameter_that_multiplies_a_token():
     ("tasks.math", {"slopy_rate": 0.1}, ["tasks.math", "did you mean 'sloppy_rate'"]),
     ("tasks", {"maths": {}}, ["domain in tasks", "did you mean 'math'"]),
     ("rate_of.mopd_at_grpo_rate", "gropo", ["rate_of.mopd_at_grpo_rate", "did you mean 'grpo'"]),
-    ("rate_of.mopd_at_grpo_rate", "grpo_150", ["rate_of.mopd_at_grpo_rate", "its own"]),
+    ("rate_of.mopd_at_grpo_rate", "grpo_150", ["rate_of.mopd_at_grpo_rate", "without a rate_of"]),
   ],
 )
 def test_a_comparison_that_cannot_run_is_refused_before_anything_is_written(tmp_path, field, value, words):
