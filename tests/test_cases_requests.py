@@ -181,6 +181,14 @@ def test_help_lists_the_fields_of_the_config():
   assert "  rollout.top_p = 1.0\n" in done.stdout and "One of none, grpo, " in done.stdout
 
 
+def test_a_domain_without_a_prompt_that_fits_is_refused_before_anything_is_written(tmp_path):
+  c = cascade_config.get_config("smoke")
+  c.stages.if_rl.rollout.prompt_tokens = 2
+  with pytest.raises(UserError, match=r"stages.if_rl: rollout.prompt_tokens=2: domain 'instruction' has no prompt"):
+    cascade.run(c, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name, run", [("a cascade", cascade.run), ("RL", rl.main)])
 def test_more_processes_than_one_are_refused_before_anything_is_written(monkeypatch, tmp_path, name, run):
   config = cascade_config if run is cascade.run else if_rl
