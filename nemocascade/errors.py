@@ -38,6 +38,12 @@ def listed(names: Iterable[str], most: int = 140) -> str:
   return ", ".join(names[:first]) + rest
 
 
+def first_of(differences: list[str]) -> str:
+  """The first of some differences, and how many more there are."""
+  more = len(differences) - 1
+  return differences[0] + (f", and {more} more arrays differ" if more else "")
+
+
 def short(said: str, most: int = 60) -> str:
   """The text on one line, cut to `most` characters."""
   said = " ".join(said.split())

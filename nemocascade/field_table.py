@@ -147,7 +147,8 @@ SHARED = (
 STAGE = {
   "kind": word("How the stage trains.", ("sft", "rl", "reward_model")),
   "init_from": text(
-    "Where it starts: a checkpoint, in a cascade also a stage or 'previous'; empty draws fresh parameters."
+    "Where it starts: a checkpoint or hf:DIR, whose model the run then has; in a cascade also a stage or 'previous';"
+    " empty draws fresh parameters."
   ),
   "steps": whole("Steps of the stage."),
   "save_every": whole("Steps between checkpoints."),

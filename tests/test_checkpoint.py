@@ -268,14 +268,14 @@ def test_a_damaged_step_that_was_asked_for_is_an_error_naming_the_others(tmp_pat
 def test_another_models_parameters_are_refused_by_name(tmp_path):
   store = saved(tmp_path, 1)
   other = {"a": jax.ShapeDtypeStruct((3, 5), jnp.float32), "d": jax.ShapeDtypeStruct((5,), jnp.float32)}
-  with pytest.raises(UserError, match=r"a is \(8, 4\) there and \(3, 5\) here.*d is absent there"):
+  with pytest.raises(UserError, match=r"a is \(8, 4\) there and \(3, 5\) here, and 2 more arrays differ"):
     load_params(store.path_of(1), other)
 
 
 def test_a_template_of_another_optimizer_is_refused_and_the_checkpoints_stay(tmp_path):
   saved(tmp_path, 1, 2)
   other = jax.eval_shape(lambda: state(tx=optax.sgd(1e-3, momentum=0.9)))
-  with pytest.raises(UserError, match="another optimizer.*mu"):
+  with pytest.raises(UserError, match="another optimizer.*count is .* there and absent here, and 6 more"):
     Store(tmp_path).restore(other)
   assert Store(tmp_path).latest() == 2
 

@@ -14,6 +14,7 @@ from nemocascade import field_check, fields, host_memory
 from nemocascade.errors import StageStopped, UserError, nearest
 from nemocascade.fields import Field
 from nemocascade.runtime import config_file, hosts
+from nemocascade.runtime.start_model import take_model
 
 LONGEST = 199  # Most characters of an error line. --debug prints the whole error.
 
@@ -79,6 +80,8 @@ def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, 
     c = config_file.load(named)
     config_file.change(c, changes)
     field_check.check(c)
+    take_model(c)
+    config_file.change(c, changes)  # A field of the command line counts more than a checkpoint's.
   if wanted:
     _help(c, {"config": (CONFIG, None)} | known if config else known)
     return None

@@ -8,10 +8,12 @@ from ml_collections import ConfigDict
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from nemocascade.errors import UserError
 from nemocascade.generated.generator import demonstrations
 from nemocascade.runtime import loading
 from nemocascade.runtime.domains import generators
 from nemocascade.runtime.hosts import first_alone
+from nemocascade.store import hf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +62,10 @@ def _train(c: ConfigDict) -> Tokenizer:
 def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer | None:
   """The tokenizer of a stage that runs outside a cascade: the config's, else that of `init_from`.
 
-  None if there is neither: the run then trains one.
+  None if a checkpoint of ours has none, or there is no `init_from`: the run then trains one.
 
   Raises:
-    UserError: the config's tokenizer differs from that of `init_from`.
+    UserError: the config's tokenizer differs from that of `init_from`, or neither an hf:DIR nor the config has one.
   """
   if c.tokenizer.path:
     tokenizer = load_tokenizer(c.tokenizer.path)
@@ -73,7 +75,12 @@ def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer |
   if not init_from:
     return None
   begun = stage_dir / "model"  # A resumed stage keeps its tokenizer, even if init_from has moved.
-  return load_tokenizer(begun) if loading.has_tokenizer(begun) else loading.tokenizer_beside(init_from, "init_from")
+  if loading.has_tokenizer(begun):
+    return load_tokenizer(begun)
+  tokenizer = loading.tokenizer_beside(init_from, "init_from")
+  if tokenizer is None and init_from.startswith(hf.PREFIX):
+    raise UserError(f"init_from={init_from!r}: has no tokenizer; give --config.tokenizer.path=FOLDER")
+  return tokenizer
 
 
 def answer_rows(tokenizer: Tokenizer, prompts: list, answers: list[str], B: int, T: int):

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
-from nemocascade.errors import UserError
+from nemocascade.errors import UserError, first_of
 from nemocascade.state_files import named
 from nemocascade.store import checksums
 from nemocascade.types import Params, TrainState
@@ -201,7 +201,7 @@ def check(path: Path, part: str = "") -> None:
 
 
 def _same_shapes(path: Path, part: str, template) -> None:
-  """Raises UserError that names every array that is absent or has another shape."""
+  """Raises UserError that names the first array that is absent or has another shape."""
   with ocp.StandardCheckpointer() as checkpointer:
     stored = checkpointer.metadata(path / part).item_metadata
   if stored is None:
@@ -218,7 +218,7 @@ def _same_shapes(path: Path, part: str, template) -> None:
   ]
   if different:
     what = "model" if part == "params" else "optimizer"
-    raise UserError(f"checkpoint {path} is of another {what}: {'; '.join(different)}")
+    raise UserError(f"checkpoint {path} is of another {what}: {first_of(different)}")
 
 
 def _placed(template):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from nemocascade.config import ModelConfig
-from nemocascade.errors import UserError
+from nemocascade.errors import UserError, first_of
 from nemocascade.model.hybrid import init_params
 from nemocascade.store.hf_config import model_config
 from nemocascade.store.hf_layout import Named, Place, Tree, layout, tree_of, usual
@@ -146,7 +146,7 @@ def load_params(source: Source, template: Params) -> Params:
 
 
 def check_shapes(source: Source, template: Params) -> None:
-  """Raises UserError if the template is of another model; names every array whose shape differs."""
+  """Raises UserError if the template is of another model; names the first array whose shape differs."""
   there = jax.eval_shape(functools.partial(init_params, source.config), jax.random.key(0))
   there, here = (
     {
@@ -161,7 +161,7 @@ def check_shapes(source: Source, template: Params) -> None:
     if there.get(name) != here.get(name)
   ]
   if different:
-    raise UserError(f"hf:{source.path} is of another model: {'; '.join(different)}")
+    raise UserError(f"hf:{source.path} is of another model: {first_of(different)}")
 
 
 def _shard(source: Source, pieces, leaf, index: tuple[slice, ...], broken: set[str]) -> np.ndarray:
