@@ -4,7 +4,8 @@
   python -m experiments.chat --checkpoint=hf:DIR --thinking --tools=python
 
 Ctrl-C stops the answer, Ctrl-D quits, /help lists the commands. With --tools=python the model may run
-Python in the sandbox. It gets the results until it answers without a call.
+Python in the sandbox. It gets the results until it answers without a call. --mesh=data:1,expert:8 shares the
+model among several devices.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ from nemocascade.data.chat_parse import Delta, Turn
 from nemocascade.data.tool_format import ToolCall
 from nemocascade.errors import UserError, unknown
 from nemocascade.fields import flag, text, whole, word
+from nemocascade.mesh import make_mesh, mesh_sizes
 from nemocascade.rollout.conversation import Conversation
-from nemocascade.runtime.launch import launch
+from nemocascade.runtime.launch import MESH, launch
 from nemocascade.runtime.parts import from_checkpoint
 from nemocascade.sandbox.python_tool import PythonTool
 from nemocascade.sandbox.sandbox import Sandbox
@@ -37,11 +39,11 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 def run(
   checkpoint: str, thinking: bool, temperature: float, top_p: float, max_new_tokens: int,
-  context: int, seed: int, system: str, tools: str,
+  context: int, seed: int, system: str, tools: str, mesh: str = "data:1",
 ) -> None:  # fmt: skip
   tool = Tools()
   offered = tool.offer(tools)
-  programs, tokenizer, params = from_checkpoint(checkpoint)
+  programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint!r}: has no tokenizer, so it cannot be talked to")
   conversation = Conversation(
@@ -259,4 +261,5 @@ if __name__ == "__main__":
     seed=(whole("Seed of the sampling.", 0), 0),
     system=(text("The system turn; empty is the family's own."), ""),
     tools=(word("What the model may call: none or python.", TOOLS), "none"),
+    mesh=(MESH, "data:1"),
   )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from nemocascade.errors import UserError
 from nemocascade.field_check import check
 from nemocascade.fields import number, text, whole
-from nemocascade.mesh import make_mesh
+from nemocascade.mesh import make_mesh, mesh_sizes
 from nemocascade.runtime import domains, parts
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.heldout import draw_heldout
@@ -28,13 +28,14 @@ from nemocascade.state_files import write_json
 
 
 def run(
-  c: ConfigDict, workdir: Path, checkpoint: str, judge: str = "", completions: int = 1, temperature: float = 1.0
-) -> dict:
+  c: ConfigDict, workdir: Path, checkpoint: str, judge: str = "", completions: int = 1, temperature: float = 1.0,
+  mesh: str = "",
+) -> dict:  # fmt: skip
   """Prints a table and writes scores.json in the work directory. Returns domain -> DomainScore."""
   check(c)
   check_evaluation(c, "--completions", completions)
   composed = parts.build_domains(c)
-  programs, tokenizer, params = parts.from_checkpoint(checkpoint, make_mesh(**c.mesh))
+  programs, tokenizer, params = parts.from_checkpoint(checkpoint, make_mesh(**(mesh_sizes(mesh) if mesh else c.mesh)))
   if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
   p = parts.Parts(programs, Text(tokenizer), composed)
@@ -60,4 +61,8 @@ if __name__ == "__main__":
     judge=(text("The reward model's checkpoint, for the preference domain."), ""),
     completions=(whole("Completions of each prompt: the k of avg@k and pass@k."), 1),
     temperature=(number("0 is greedy.", low=0, high=100), 1.0),
+    mesh=(
+      text("Devices that share the model, as data:1,expert:8; -1 takes those that are left. Default: the config's."),
+      "",
+    ),
   )

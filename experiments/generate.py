@@ -7,6 +7,8 @@ An input row is {"messages": [...], "tools": [...]} or {"tokens": [...]}; other 
 An output row adds {"tokens", "logprobs", "text", "finish_reason": "stop" | "length"}: the new tokens, the
 log-probability with which each was drawn, and their text without the stop token (null if the checkpoint has
 no tokenizer).
+
+--mesh=data:1,expert:8 shares a model that is too large for one device among several.
 """
 
 from collections import defaultdict
@@ -18,8 +20,9 @@ import numpy as np
 
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.fields import flag, number, text, whole
+from nemocascade.mesh import make_mesh, mesh_sizes
 from nemocascade.runtime import json_rows as rows_lib
-from nemocascade.runtime.launch import launch
+from nemocascade.runtime.launch import MESH, launch
 from nemocascade.runtime.parts import from_checkpoint
 from nemocascade.runtime.programs import Programs
 from nemocascade.types import Params
@@ -32,11 +35,11 @@ TOP_P = number("Tokens are drawn from the likeliest that together reach this.", 
 
 def run(
   checkpoint: str, input: str, output: str, temperature: float, top_p: float, max_new_tokens: int,
-  seed: int, thinking: bool,
+  seed: int, thinking: bool, mesh: str = "data:1",
 ) -> None:  # fmt: skip
   rows_lib.check_output(output)
   rows = rows_lib.read_rows(input)
-  programs, tokenizer, params = from_checkpoint(checkpoint)
+  programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   prompts = rows_lib.tokens_of(
     rows, tokenizer, path=input, vocab_size=programs.config.vocab_size,
     add_generation_prompt=True, enable_thinking=thinking,
@@ -92,6 +95,7 @@ def complete(
   for P, numbers in sorted(of_length.items()):
     engine = programs.engine(P, P + max_new_tokens)
     B = min(BATCH, 1 << (len(numbers) - 1).bit_length())
+    B += -B % programs.mesh.size  # Rows are split over the devices.
     for part in rows_lib.batches(numbers, B, desc=f"generate after {P}"):
       filled = part + [part[-1]] * (B - len(part))
       d = engine.start(params, [prompts[i] for i in filled], 1, drawn=top_p < 1)
@@ -125,4 +129,5 @@ if __name__ == "__main__":
     max_new_tokens=(whole("Tokens of a completion at most.", high=MOST_TOKENS), 64),
     seed=(whole("Seed of the sampling.", 0), 0),
     thinking=(flag("Whether the assistant starts with thoughts."), True),
+    mesh=(MESH, "data:1"),
   )

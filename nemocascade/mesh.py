@@ -1,6 +1,7 @@
 """The device mesh, the table from logical axes of parameters to mesh axes, and shardings made from it."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,23 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
   # An axis of a TPU's torus may be split between mesh axes: 8 x 8 devices out of 4 x 4 x 4 need it.
   grid = mesh_utils.create_device_mesh((sizes["data"], sizes["expert"]), devices=of, allow_split_physical_axes=True)
   return Mesh(grid, BATCH, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def mesh_sizes(said: str) -> dict[str, int]:
+  """The sizes of a mesh's axes as a command line gives them: "data:1,expert:8"; an axis left out has size 1.
+
+  Raises:
+    UserError: another form, another axis, or an axis twice.
+  """
+  sizes: dict[str, int] = {}
+  for part in said.split(","):
+    name, _, size = part.partition(":")
+    if not re.fullmatch(r"-?\d{1,9}", size) or name in sizes:
+      raise UserError(f"--mesh={said!r}: must give each axis once, as in data:1,expert:8; -1 is what is left")
+    if name not in BATCH:
+      raise unknown(f"axis of --mesh={said!r}", name, BATCH)
+    sizes[name] = int(size)
+  return dict.fromkeys(BATCH, 1) | sizes
 
 
 def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None) -> Any:

@@ -22,6 +22,7 @@ LONGEST = 199  # Most characters of an error line. --debug prints the whole erro
 CONFIG = fields.text("The config file, with an argument after a colon; --config.NAME=VALUE changes a field.")
 WORKDIR = fields.text("Where the run is written, and resumed from.")
 DISTRIBUTED = fields.text("To run in several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
+MESH = fields.text("Devices that share the model, as data:1,expert:8; -1 takes those that are left.")
 DEBUG = fields.flag("Show the traceback of an error.")
 
 

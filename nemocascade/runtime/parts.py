@@ -85,7 +85,7 @@ def from_checkpoint(checkpoint: str, mesh: Mesh | None = None) -> tuple[Programs
     mesh: by default one device.
 
   Raises:
-    UserError: it cannot be loaded.
+    UserError: it cannot be loaded, or the mesh's `expert` does not divide its experts.
   """
   found = loading.find(checkpoint)
   programs = Programs(found.config, mesh or make_mesh(data=1, expert=1))
