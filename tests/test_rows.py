@@ -243,7 +243,7 @@ def test_bounds_need_a_pass_rate_in_every_row(tmp_path):
 
 
 def test_a_heldout_file_that_shares_prompts_with_training_is_refused(tmp_path):
-  held = write(tmp_path / "held.jsonl", [asked(100), ROWS[7], ROWS[3]])
+  held = write(tmp_path / "held.jsonl", [asked(100, expected_answer="1"), ROWS[7], ROWS[3]])
   with pytest.raises(UserError) as error:
     maths(tmp_path / "a.jsonl", ROWS, heldout=str(held))
   assert f"domains.mine.heldout: 2 of its 3 prompts are in domains.mine.rows too, such as that of {held}, line 2" in (
@@ -259,8 +259,11 @@ def test_a_heldout_file_that_shares_prompts_with_training_is_refused(tmp_path):
     (["{"], "a.jsonl, line 1: not JSON"),
     (["[1]"], "a.jsonl, line 1: must be an object, is list"),
     ([{"question": "x"}], "a.jsonl, line 1: has none of responses_create_params, messages and prompt, only question"),
-    ([{"responses_create_params": 3}], "a.jsonl, line 1: responses_create_params.input: must be a text"),
-    ([asked(0)], "domains.mine.heldout='': of the 1 rows of"),
+    (
+      [{"responses_create_params": 3, "expected_answer": "1"}],
+      "a.jsonl, line 1: responses_create_params.input: must be a text",
+    ),
+    ([ROWS[0]], "domains.mine.heldout='': of the 1 rows of"),
   ],
 )
 def test_a_bad_file_is_one_line(tmp_path, lines, said):

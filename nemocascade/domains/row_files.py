@@ -190,9 +190,9 @@ class FileRows:
     order = _order(self.name, "heldout", seed, 0, len(self.held))
     return [self._row(self.held, i) for i in order[start : start + count]]
 
-  def first(self) -> tuple[Row, str]:
-    """The first row to train on in the files' order, and its place for messages."""
-    return self._row(self.training, 0), self.training.place(0)
+  def in_file_order(self, i: int) -> Row:
+    """Row i to train on, in the files' order."""
+    return self._row(self.training, i)
 
   def _row(self, rows: Index, i: int) -> Row:
     row = released_form(rows.read(int(i)))

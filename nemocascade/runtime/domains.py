@@ -185,7 +185,7 @@ def _try_own_parts(entry: Entry, domain: Domain) -> None:
   row = domain.rows.train(0, 0)
   place = f"{entry.rows}"
   if isinstance(domain.rows, FileRows):
-    row, place = domain.rows.first()
+    row, place = domain.rows.in_file_order(0), domain.rows.training.place(0)
   if own_code.is_own(entry.environment):
     own.try_environment(domain, row, entry.environment, field=f"{entry.field}.environment", place=place)
   if own_code.is_own(entry.judged_by):
