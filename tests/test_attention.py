@@ -1,4 +1,4 @@
-"""Attention in parts and blocks of queries equals the reference in value and gradient, with or without a cache."""
+"""Attention in parts and in blocks equals the reference in value and gradient, with or without a cache."""
 
 import functools
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nemocascade.kernels.attention import attention, attention_ref, decode_attention
+from nemocascade.kernels.attention_blocked import blocks_touched
 
 B, T, K, R, H = 2, 22, 2, 3, 4
 PACKINGS = {"one": [1] * 22, "several": [1] * 3 + [2] * 9 + [3] * 10, "padded": [1] * 8 + [2] * 9 + [0] * 5}
@@ -37,6 +38,66 @@ def test_parts_and_blocks_are_the_definition(packing, parts, queries):
   chex.assert_trees_all_close(got, with_gradients(attention_ref, floats, ids_BT, dy), atol=2e-6)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("block", [1, 3, 8, 32])
+def test_blocks_are_the_definition(packing, block):
+  floats, ids_BT, dy = inputs(packing)
+  got = with_gradients(attention, floats, ids_BT, dy, (("form", "blocked"), ("block", block)))
+  chex.assert_trees_all_close(got, with_gradients(attention_ref, floats, ids_BT, dy), atol=2e-6)
+  assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_another_document_changes_no_bit(dtype, block):
+  """Documents 1 and 3 are replaced; outputs and gradients of document 2 are bit-identical."""
+  floats, ids_BT, dy = inputs("several", dtype)
+  own = (ids_BT == 2)[..., None]
+  other = lambda a: jnp.where(own.reshape(own.shape[:2] + (1,) * (a.ndim - 2)), a, 100 * a[::-1] + 1)
+  how = (("form", "blocked"), ("block", block))
+  before = with_gradients(attention, floats, ids_BT, dy, how)
+  after = with_gradients(attention, tuple(map(other, floats)), ids_BT, other(dy), how)
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    rows = np.asarray(ids_BT == 2)
+    np.testing.assert_array_equal(np.asarray(a)[rows], np.asarray(b)[rows])
+    assert not np.array_equal(np.asarray(a)[~rows], np.asarray(b)[~rows])
+
+
+def blocks_by_hand(ids_T, block):
+  """Counts the pairs of blocks in which a token of a document sees an earlier one or itself, or padding sees itself."""
+  pairs = {
+    (t // block, s // block)
+    for t in range(len(ids_T))
+    for s in range(t + 1)
+    if s == t or (ids_T[t] > 0 and ids_T[s] == ids_T[t])
+  }
+  return len(pairs)
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 11, 22])
+def test_blocks_of_other_documents_are_not_touched(block):
+  ids_BT = jnp.array([PACKINGS["several"], PACKINGS["padded"], [1] + [2] * 21])
+  expected = [blocks_by_hand(ids.tolist() + [0] * (-T % block), block) for ids in ids_BT]
+  assert blocks_touched(ids_BT, block).tolist() == expected
+  assert block > 11 or blocks_touched(jnp.ones((1, T), jnp.int32), block)[0] > max(expected)
+
+
+def test_keys_of_skipped_blocks_are_not_read():
+  """NaN in another document's blocks does not spread; a mask alone would multiply it by 0."""
+  (q, k, v), ids_BT, _ = inputs("several")
+  broken = lambda a: a.at[:, 12:].set(jnp.nan)
+  y = attention(q, broken(k), broken(v), ids_BT, form="blocked", block=4)
+  np.testing.assert_array_equal(y[:, :12], attention(q, k, v, ids_BT, form="blocked", block=4)[:, :12])
+  assert jnp.isnan(y[:, 12:]).all()
+
+
+def test_long_rows_on_a_cpu_are_computed_in_blocks():
+  q, k, v = (jnp.zeros((1, 512, *shape)) for shape in ((1, 1, 2), (1, 2), (1, 2)))
+  compiled = lambda T: jax.jit(attention).lower(q[:, :T], k[:, :T], v[:, :T], jnp.ones((1, T), jnp.int32)).compile()
+  assert " while(" in compiled(512).as_text()
+  assert " while(" not in compiled(64).as_text()
+
+
 def test_in_bf16_scores_and_sums_are_fp32():
   """Compared with the reference in fp32 on the same inputs: only probabilities and results are rounded to 2^-8."""
   floats, ids_BT, dy = inputs("several", jnp.bfloat16)
@@ -48,8 +109,10 @@ def test_in_bf16_scores_and_sums_are_fp32():
     assert float(jnp.linalg.norm(got - expected)) < 0.01 * float(jnp.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("queries", [64, 3])
-def test_a_cache_before_the_row_is_its_beginning(queries):
+@pytest.mark.parametrize(
+  "how", [{"queries": 64}, {"queries": 3}, *({"form": "blocked", "block": n} for n in (1, 4, 5, 32))]
+)
+def test_a_cache_before_the_row_is_its_beginning(how):
   (q, k, v), ids_BT, _ = inputs("one")
   first, room = 9, 12  # The cache has more slots than it uses.
   cache = lambda a: jnp.pad(
@@ -57,7 +120,7 @@ def test_a_cache_before_the_row_is_its_beginning(queries):
   )
   got = attention(
     q[:, first:], k[:, first:], v[:, first:], ids_BT[:, first:],
-    before=(cache(k), cache(v), jnp.full((B,), first)), queries=queries,
+    before=(cache(k), cache(v), jnp.full((B,), first)), **how,
   )  # fmt: skip
   chex.assert_trees_all_close(got, attention_ref(q, k, v, ids_BT)[:, first:], atol=2e-6)
 

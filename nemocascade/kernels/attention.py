@@ -1,10 +1,17 @@
 """Causal grouped-query attention within documents, without positions; for rows and for one token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from nemocascade.errors import unknown
+from nemocascade.kernels.attention_blocked import attention_blocked
 from nemocascade.kernels.product import einsum, einsum_fp32
 
+FORMS = ("definition", "parts", "blocked")
+BLOCK = 128  # Queries and keys of a block in the blocked form.
+LONG = 256  # From this many tokens a row on, a CPU uses the blocked form.
 PARTS = 4  # The queries of a row are split into this many parts; a part reads only keys up to its end.
 QUERIES = 512  # A part with more queries computes this many rows of the score matrix at a time.
 
@@ -66,27 +73,55 @@ def _backward(saved, dy_BKRTH):
 _attend.defvjp(_forward, _backward)
 
 
-def attention(q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT, *, before=None, parts=PARTS, queries=QUERIES):
-  """`attention_ref` in parts of the queries; a part does not read the keys after its end.
-
-  At most `queries` rows of the score matrix exist at a time: longer parts are computed in blocks,
-  and the backward pass recomputes the blocks.
+def attention(
+  q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT, *, before=None, form: str | None = None, parts=PARTS, queries=QUERIES,
+  block=BLOCK,
+):  # fmt: skip
+  """`attention_ref` in the form that is fastest on the platform.
 
   Args:
     before: (k_BKSH, v_BKSH, length_B), a cache. The first document of a row also sees its first length_B keys.
+    form: one of FORMS. By default "blocked" for rows of at least LONG tokens on a CPU, else "parts".
+      "parts" splits the queries; a part does not read the keys after its end. At most `queries` rows of the
+      score matrix exist at a time: longer parts are computed in blocks, and the backward pass recomputes them.
+      "blocked" skips the blocks of keys in which no query's document has a token.
     parts: number of parts.
-    queries: rows of a block.
+    queries: rows of the score matrix in the form "parts".
+    block: queries and keys of a block in the form "blocked".
+
+  Raises:
+    UserError: unknown form, or the form "definition" with a cache.
   """
-  T, S = q_BTKRH.shape[1], 0
+  if form is not None and form not in FORMS[before is not None :]:
+    raise unknown("form of attention", form, FORMS[before is not None :])
+  if form == "definition":
+    return attention_ref(q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT)
   q_BKRTH = jnp.transpose(q_BTKRH, (0, 2, 3, 1, 4))
   k_BKSH, v_BKSH = (jnp.swapaxes(a, 1, 2) for a in (k_BTKH, v_BTKH))
+  ids_BS = segment_ids_BT
   if before is not None:
-    k_before_BKSH, v_before_BKSH, length_B = before
-    S = k_before_BKSH.shape[2]
-    k_BKSH = jnp.concatenate([k_before_BKSH, k_BKSH], axis=2)
-    v_BKSH = jnp.concatenate([v_before_BKSH, v_BKSH], axis=2)
-    known_BS = jnp.arange(S)[None] < length_B[:, None]
-    segment_ids_BT = jnp.concatenate([jnp.where(known_BS, segment_ids_BT[:, :1], -1), segment_ids_BT], axis=1)
+    k_BKSH, v_BKSH, ids_BS = _after(before, k_BKSH, v_BKSH, segment_ids_BT)
+  arrays = q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, ids_BS
+  in_parts = functools.partial(_in_parts, parts=parts, queries=queries)
+  in_blocks = functools.partial(attention_blocked, block=block)
+  if form is None and segment_ids_BT.shape[1] >= LONG:
+    y_BKRTH = jax.lax.platform_dependent(*arrays, cpu=in_blocks, default=in_parts)
+  else:
+    y_BKRTH = (in_blocks if form == "blocked" else in_parts)(*arrays)
+  return jnp.transpose(y_BKRTH, (0, 3, 1, 2, 4))
+
+
+def _after(before, k_BKTH, v_BKTH, segment_ids_BT):
+  """(k_BKSH, v_BKSH, segment_ids_BS) of a cache and the row after it; unused places of the cache have id -1."""
+  k_BKSH, v_BKSH, length_B = before
+  known_BS = jnp.arange(k_BKSH.shape[2])[None] < length_B[:, None]
+  ids_BS = jnp.where(known_BS, segment_ids_BT[:, :1], -1)
+  join = lambda a, b: jnp.concatenate([a, b], axis=2)
+  return join(k_BKSH, k_BKTH), join(v_BKSH, v_BKTH), jnp.concatenate([ids_BS, segment_ids_BT], axis=1)
+
+
+def _in_parts(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, *, parts: int, queries: int):
+  T, S = segment_ids_BT.shape[1], segment_ids_BS.shape[1] - segment_ids_BT.shape[1]
   size = -(-T // parts)
   y = []
   for first in range(0, T, size):
@@ -94,10 +129,10 @@ def attention(q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT, *, before=None, parts=PAR
     y.append(
       _part(
         q_BKRTH[:, :, :, first:end], k_BKSH[:, :, : S + end], v_BKSH[:, :, : S + end],
-        segment_ids_BT[:, : S + end], S + first, queries,
+        segment_ids_BS[:, : S + end], S + first, queries,
       )
     )  # fmt: skip
-  return jnp.transpose(jnp.concatenate(y, axis=3), (0, 3, 1, 2, 4))
+  return jnp.concatenate(y, axis=3)
 
 
 def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):

@@ -3,15 +3,18 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import attention as kernel
 from nemocascade.kernels.product import product
+from nemocascade.mesh import on_own_rows
 from nemocascade.model.layers import normal
 
 
 class Attention(nn.Module):
   config: ModelConfig
+  mesh: Mesh | None = None
 
   def setup(self):
     c = self.config
@@ -28,21 +31,26 @@ class Attention(nn.Module):
     """x [..., D] -> q [..., K, R, H], k and v [..., K, H]."""
     return product(x, self.q_proj), product(x, self.k_proj), product(x, self.v_proj)
 
+  def _attend(self, q, k, v, segment_ids_BT, *before):
+    """Each device attends within its own rows; loops over blocks are not split by XLA."""
+    fn = lambda q, k, v, ids, *before: kernel.attention(q, k, v, ids, before=before or None)
+    return on_own_rows(fn, self.mesh)(q, k, v, segment_ids_BT, *before)
+
   def _out(self, y):
     return product(y, self.o_proj, 3)
 
   def __call__(self, x_BTD, segment_ids_BT):
-    return self._out(kernel.attention(*self._qkv(x_BTD), segment_ids_BT))
+    return self._out(self._attend(*self._qkv(x_BTD), segment_ids_BT))
 
   def prefill(self, x_BTD, segment_ids_BT):
     """(y_BTD, state). The cache has exactly T places; `Hybrid.prefill` adds room for more tokens."""
     q, k, v = self._qkv(x_BTD)
     state = {"k_BKSH": jnp.swapaxes(k, 1, 2), "v_BKSH": jnp.swapaxes(v, 1, 2)}
-    return self._out(kernel.attention(q, k, v, segment_ids_BT)), state
+    return self._out(self._attend(q, k, v, segment_ids_BT)), state
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
     before = state["k_BKSH"], state["v_BKSH"], length_B
-    return self._out(kernel.attention(*self._qkv(x_BTD), segment_ids_BT, before=before))
+    return self._out(self._attend(*self._qkv(x_BTD), segment_ids_BT, *before))
 
   def step(self, state, x_BD, length_B, active_B):
     # An inactive row also writes, but its length does not grow, so its next token overwrites the entry.

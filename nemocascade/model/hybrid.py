@@ -69,8 +69,8 @@ class Block(nn.Module):
 
   def setup(self):
     self.norm = RMSNorm(self.config)
-    # Only MoE blocks use the mesh, for their experts.
-    where = (self.mesh,) if self.letter == "E" else ()
+    # Experts lie on the mesh, and attention runs on each device's own rows.
+    where = (self.mesh,) if self.letter in "E*" else ()
     self.mixer = MIXERS[self.letter](self.config, *where)
 
   def __call__(self, x_BTD, segment_ids_BT):

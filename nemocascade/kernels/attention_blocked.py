@@ -1,0 +1,152 @@
+"""Causal attention within documents in blocks; the time follows the documents' lengths, not the row's.
+
+A block of queries meets only those blocks of keys that hold tokens of its documents (`first_blocks`). The
+softmax is computed online over blocks, as in FlashAttention (Dao et al., arXiv 2205.14135), and the gradient
+recomputes the probabilities from the saved log-sum-exp.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nemocascade.kernels.product import einsum_fp32
+
+MASKED = -1e30
+
+
+def document_starts(segment_ids_BT, cached: int = 0):
+  """int32 [B, T]: index of the first key that each query may see, among `cached` earlier keys and the row's T.
+
+  The first document of a row also sees the earlier keys. Tokens of padding (segment 0) see only themselves.
+  """
+  T = segment_ids_BT.shape[1]
+  t_T = jnp.arange(T, dtype=jnp.int32)
+  begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+  start_BT = jax.lax.cummax(jnp.where(begins_BT, t_T, 0), axis=1)
+  start_BT = jnp.where(start_BT > 0, start_BT + cached, 0)
+  return jnp.where(segment_ids_BT > 0, start_BT, t_T + cached)
+
+
+def first_blocks(start_BT, block: int):
+  """int32 [B, T / block]: the first block of keys that any query of each block of queries sees."""
+  B, T = start_BT.shape
+  return jnp.min(start_BT.reshape(B, T // block, block), axis=2) // block
+
+
+def blocks_touched(segment_ids_BT, block: int):
+  """int32 [B]: the pairs of blocks (queries, keys) that attention computes in each row of T tokens."""
+  T = segment_ids_BT.shape[1]
+  segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, -T % block)))
+  first_BN = first_blocks(document_starts(segment_ids_BT), block)
+  return jnp.sum(jnp.arange(1, first_BN.shape[1] + 1)[None] - first_BN, axis=1)
+
+
+def attention_blocked(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, *, block: int):
+  """Attention of T queries to S >= T keys, of which the last T are the queries' own tokens.
+
+  Args:
+    segment_ids_BT: int32, documents of the queries; 0 is padding.
+    segment_ids_BS: documents of the keys. Earlier keys that do not exist have -1.
+    block: queries and keys of a block. T and S are padded to multiples of it.
+
+  Returns:
+    [B, K, R, T, H] of v's dtype; at padding it is finite and means nothing.
+  """
+  T, S = q_BKRTH.shape[3], k_BKSH.shape[2]
+  before = S - T
+  # Earlier keys are padded in front, so that the blocks of queries and keys meet on the diagonal.
+  front, back = -before % block, -T % block
+  q_BKRTH = jnp.pad(q_BKRTH, [(0, 0)] * 3 + [(0, back), (0, 0)])
+  k_BKSH, v_BKSH = (jnp.pad(a, [(0, 0)] * 2 + [(front, back), (0, 0)]) for a in (k_BKSH, v_BKSH))
+  start_BT = document_starts(jnp.pad(segment_ids_BT, ((0, 0), (0, back))), before + front)
+  ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, back)))
+  ids_BS = jnp.pad(jnp.pad(segment_ids_BS, ((0, 0), (0, back))), ((0, 0), (front, 0)), constant_values=-1)
+  y = _attend(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_blocks(start_BT, block), block)
+  return y[:, :, :, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, block):
+  return _forward(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, block)[0]
+
+
+def _cut(a, i, block: int, axis: int):
+  return jax.lax.dynamic_slice_in_dim(a, i * block, block, axis)
+
+
+def _scores(q_KRNH, k_KNH, ids_N, ids_M, i, j, block: int, before: int):
+  """(fp32 scores_KRNM, which pairs may see each other) of block i of queries and block j of keys."""
+  n, m = before + i * block + jnp.arange(block), j * block + jnp.arange(block)
+  see_NM = (ids_N[:, None] == ids_M[None]) & (n[:, None] >= m[None])
+  score = einsum_fp32("KRNH,KMH->KRNM", q_KRNH, k_KNH) * q_KRNH.shape[-1] ** -0.5
+  return jnp.where(see_NM, score, MASKED), see_NM
+
+
+def _forward(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, block):
+  B, K, R, T, H = q_BKRTH.shape
+  before = k_BKSH.shape[2] - T
+
+  def of_block(place):
+    b, i = place // (T // block), place % (T // block)
+    q, ids = _cut(q_BKRTH[b], i, block, 2), _cut(ids_BT[b], i, block, 0)
+
+    def add(j, carry):
+      most, total, y = carry
+      k, v = _cut(k_BKSH[b], j, block, 1), _cut(v_BKSH[b], j, block, 1)
+      score, see = _scores(q, k, ids, _cut(ids_BS[b], j, block, 0), i, j, block, before)
+      new = jnp.maximum(most, score.max(-1))
+      prob = jnp.where(see, jnp.exp(score - new[..., None]), 0)
+      scale = jnp.exp(most - new)
+      weighed = einsum_fp32("KRNM,KMH->KRNH", prob.astype(v.dtype), v)
+      return new, total * scale + prob.sum(-1), y * scale[..., None] + weighed
+
+    zero = jnp.zeros((K, R, block), jnp.float32)
+    carry = zero + MASKED, zero, jnp.zeros((K, R, block, H), jnp.float32)
+    most, total, y = jax.lax.fori_loop(first_BN[b, i], before // block + i + 1, add, carry)
+    return (y / total[..., None]).astype(v_BKSH.dtype), most + jnp.log(total)
+
+  y, lse = jax.lax.map(of_block, jnp.arange(B * (T // block)))
+  together = lambda a: jnp.moveaxis(a.reshape(B, T // block, *a.shape[1:]), 1, 3).reshape(B, K, R, T, *a.shape[4:])
+  y_BKRTH = together(y)
+  return y_BKRTH, (q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, y_BKRTH, together(lse))
+
+
+def _backward(block, saved, dy_BKRTH):
+  q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, y_BKRTH, lse_BKRT = saved
+  B, K, R, T, H = q_BKRTH.shape
+  before = k_BKSH.shape[2] - T
+  # The row sums of probabilities times their gradients.
+  mean_BKRT = jnp.sum(dy_BKRTH.astype(jnp.float32) * y_BKRTH.astype(jnp.float32), axis=-1)
+
+  def of_block(dkv, place):
+    b, i = place // (T // block), place % (T // block)
+    q, dy, ids = _cut(q_BKRTH[b], i, block, 2), _cut(dy_BKRTH[b], i, block, 2), _cut(ids_BT[b], i, block, 0)
+    lse, mean = _cut(lse_BKRT[b], i, block, 2), _cut(mean_BKRT[b], i, block, 2)
+
+    def add(j, carry):
+      dq, dk_BKSH, dv_BKSH = carry
+      k, v = _cut(k_BKSH[b], j, block, 1), _cut(v_BKSH[b], j, block, 1)
+      score, see = _scores(q, k, ids, _cut(ids_BS[b], j, block, 0), i, j, block, before)
+      prob = jnp.where(see, jnp.exp(score - lse[..., None]), 0)
+      dprob = einsum_fp32("KRNH,KMH->KRNM", dy, v)
+      dscore = (prob * (dprob - mean[..., None]) * H**-0.5).astype(q.dtype)
+      dq += einsum_fp32("KRNM,KMH->KRNH", dscore, k)
+      add_to = lambda d_BKSH, d: jax.lax.dynamic_update_slice(
+        d_BKSH, jax.lax.dynamic_slice(d_BKSH, (b, 0, j * block, 0), (1, K, block, H)) + d, (b, 0, j * block, 0)
+      )
+      dk_BKSH = add_to(dk_BKSH, einsum_fp32("KRNM,KRNH->KMH", dscore, q)[None])
+      dv_BKSH = add_to(dv_BKSH, einsum_fp32("KRNM,KRNH->KMH", prob.astype(dy.dtype), dy)[None])
+      return dq, dk_BKSH, dv_BKSH
+
+    dq = jnp.zeros((K, R, block, H), jnp.float32)
+    dq, *dkv = jax.lax.fori_loop(first_BN[b, i], before // block + i + 1, add, (dq, *dkv))
+    return tuple(dkv), dq.astype(q.dtype)
+
+  dkv = (jnp.zeros(k_BKSH.shape, jnp.float32),) * 2
+  (dk, dv), dq = jax.lax.scan(of_block, dkv, jnp.arange(B * (T // block)))
+  dq_BKRTH = jnp.moveaxis(dq.reshape(B, T // block, K, R, block, H), 1, 3).reshape(q_BKRTH.shape)
+  return dq_BKRTH, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None, None, None
+
+
+_attend.defvjp(_forward, _backward)
