@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nemocascade.kernels.attention import attention, attention_ref, decode_attention
-from nemocascade.kernels.attention_blocked import blocks_touched
+from nemocascade.kernels.attention_blocks import blocks_touched
 
 B, T, K, R, H = 2, 22, 2, 3, 4
 PACKINGS = {"one": [1] * 22, "several": [1] * 3 + [2] * 9 + [3] * 10, "padded": [1] * 8 + [2] * 9 + [0] * 5}
@@ -38,23 +38,30 @@ def test_parts_and_blocks_are_the_definition(packing, parts, queries):
   chex.assert_trees_all_close(got, with_gradients(attention_ref, floats, ids_BT, dy), atol=2e-6)
 
 
+def skipping(form, block):
+  """Options of `attention` for a form that skips blocks."""
+  return (("form", form), ("block", block), ("interpret", form == "tpu"))
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("block", [1, 3, 8, 32])
-def test_blocks_are_the_definition(packing, block):
+@pytest.mark.parametrize(
+  "form, block", [("blocked", 1), ("blocked", 3), ("blocked", 8), ("blocked", 32), ("tpu", 4), ("tpu", 32)]
+)
+def test_blocks_are_the_definition(packing, form, block):
   floats, ids_BT, dy = inputs(packing)
-  got = with_gradients(attention, floats, ids_BT, dy, (("form", "blocked"), ("block", block)))
+  got = with_gradients(attention, floats, ids_BT, dy, skipping(form, block))
   chex.assert_trees_all_close(got, with_gradients(attention_ref, floats, ids_BT, dy), atol=2e-6)
   assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(got))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("block", [1, 4, 32])
-def test_another_document_changes_no_bit(dtype, block):
+@pytest.mark.parametrize("form, block", [("blocked", 1), ("blocked", 4), ("blocked", 32), ("tpu", 4), ("tpu", 32)])
+def test_another_document_changes_no_bit(dtype, form, block):
   """Documents 1 and 3 are replaced; outputs and gradients of document 2 are bit-identical."""
   floats, ids_BT, dy = inputs("several", dtype)
   own = (ids_BT == 2)[..., None]
   other = lambda a: jnp.where(own.reshape(own.shape[:2] + (1,) * (a.ndim - 2)), a, 100 * a[::-1] + 1)
-  how = (("form", "blocked"), ("block", block))
+  how = skipping(form, block)
   before = with_gradients(attention, floats, ids_BT, dy, how)
   after = with_gradients(attention, tuple(map(other, floats)), ids_BT, other(dy), how)
   for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -83,12 +90,14 @@ def test_blocks_of_other_documents_are_not_touched(block):
   assert block >= 11 or whole > max(expected[:2])
 
 
-def test_keys_of_skipped_blocks_are_not_read():
+@pytest.mark.parametrize("form", ["blocked", "tpu"])
+def test_keys_of_skipped_blocks_are_not_read(form):
   """NaN in another document's blocks does not spread; a mask alone would multiply it by 0."""
   (q, k, v), ids_BT, _ = inputs("several")
   broken = lambda a: a.at[:, 12:].set(jnp.nan)
-  y = attention(q, broken(k), broken(v), ids_BT, form="blocked", block=4)
-  np.testing.assert_array_equal(y[:, :12], attention(q, k, v, ids_BT, form="blocked", block=4)[:, :12])
+  how = dict(skipping(form, 4))
+  y = attention(q, broken(k), broken(v), ids_BT, **how)
+  np.testing.assert_array_equal(y[:, :12], attention(q, k, v, ids_BT, **how)[:, :12])
   assert jnp.isnan(y[:, 12:]).all()
 
 
@@ -111,7 +120,14 @@ def test_in_bf16_scores_and_sums_are_fp32():
 
 
 @pytest.mark.parametrize(
-  "how", [{"queries": 64}, {"queries": 3}, *({"form": "blocked", "block": n} for n in (1, 4, 5, 32))]
+  "how",
+  [
+    {"queries": 64},
+    {"queries": 3},
+    *(dict(skipping("blocked", n)) for n in (1, 4, 5, 32)),
+    dict(skipping("tpu", 4)),
+    dict(skipping("tpu", 32)),
+  ],
 )
 def test_a_cache_before_the_row_is_its_beginning(how):
   (q, k, v), ids_BT, _ = inputs("one")

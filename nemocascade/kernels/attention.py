@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from nemocascade.errors import unknown
 from nemocascade.kernels.attention_blocked import attention_blocked
+from nemocascade.kernels.attention_tpu import attention_tpu
 from nemocascade.kernels.product import einsum, einsum_fp32
 
-FORMS = ("definition", "parts", "blocked")
+FORMS = ("definition", "parts", "blocked", "tpu")
 BLOCK = 128  # Queries and keys of a block in the blocked form.
-LONG = 256  # From this many tokens a row on, a CPU uses the blocked form.
+LONG = 256  # From this many tokens a row on, CPUs and TPUs skip blocks.
 PARTS = 4  # The queries of a row are split into this many parts; a part reads only keys up to its end.
 QUERIES = 512  # A part with more queries computes this many rows of the score matrix at a time.
 
@@ -75,19 +76,21 @@ _attend.defvjp(_forward, _backward)
 
 def attention(
   q_BTKRH, k_BTKH, v_BTKH, segment_ids_BT, *, before=None, form: str | None = None, parts=PARTS, queries=QUERIES,
-  block=BLOCK,
+  block: int | None = None, interpret: bool = False,
 ):  # fmt: skip
   """`attention_ref` in the form that is fastest on the platform.
 
   Args:
     before: (k_BKSH, v_BKSH, length_B), a cache. The first document of a row also sees its first length_B keys.
-    form: one of FORMS. By default "blocked" for rows of at least LONG tokens on a CPU, else "parts".
+    form: one of FORMS. By default, for rows of at least LONG tokens, "blocked" on CPUs and "tpu" on TPUs; else
+      "parts".
       "parts" splits the queries; a part does not read the keys after its end. At most `queries` rows of the
       score matrix exist at a time: longer parts are computed in blocks, and the backward pass recomputes them.
-      "blocked" skips the blocks of keys in which no query's document has a token.
+      "blocked" and "tpu" skip the blocks of keys in which no query's document has a token.
     parts: number of parts.
     queries: rows of the score matrix in the form "parts".
-    block: queries and keys of a block in the form "blocked".
+    block: queries and keys of a block in the forms that skip blocks; by default BLOCK, or chosen from T on TPUs.
+    interpret: whether to run the form "tpu" in the Pallas interpreter, on any platform.
 
   Raises:
     UserError: unknown form, or the form "definition" with a cache.
@@ -103,11 +106,12 @@ def attention(
     k_BKSH, v_BKSH, ids_BS = _after(before, k_BKSH, v_BKSH, segment_ids_BT)
   arrays = q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, ids_BS
   in_parts = functools.partial(_in_parts, parts=parts, queries=queries)
-  in_blocks = functools.partial(attention_blocked, block=block)
+  blocked = functools.partial(attention_blocked, block=block or BLOCK)
+  tpu = functools.partial(attention_tpu, block=block, interpret=interpret)
   if form is None and segment_ids_BT.shape[1] >= LONG:
-    y_BKRTH = jax.lax.platform_dependent(*arrays, cpu=in_blocks, default=in_parts)
+    y_BKRTH = jax.lax.platform_dependent(*arrays, cpu=blocked, tpu=tpu, default=in_parts)
   else:
-    y_BKRTH = (in_blocks if form == "blocked" else in_parts)(*arrays)
+    y_BKRTH = dict(blocked=blocked, tpu=tpu).get(form, in_parts)(*arrays)
   return jnp.transpose(y_BKRTH, (0, 3, 1, 2, 4))
 
 

@@ -1,0 +1,53 @@
+"""Which blocks of keys a block of queries meets in causal attention within documents."""
+
+import jax
+import jax.numpy as jnp
+
+
+def document_starts(segment_ids_BT, cached: int = 0):
+  """int32 [B, T]: index of the first key that each query may see, among `cached` earlier keys and the row's T.
+
+  The first document of a row also sees the earlier keys. Tokens of padding (segment 0) see only themselves.
+  """
+  T = segment_ids_BT.shape[1]
+  t_T = jnp.arange(T, dtype=jnp.int32)
+  begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+  start_BT = jax.lax.cummax(jnp.where(begins_BT, t_T, 0), axis=1)
+  start_BT = jnp.where(start_BT > 0, start_BT + cached, 0)
+  return jnp.where(segment_ids_BT > 0, start_BT, t_T + cached)
+
+
+def first_blocks(start_BT, block: int):
+  """int32 [B, T / block]: the first block of keys that any query of each block of queries sees."""
+  B, T = start_BT.shape
+  return jnp.min(start_BT.reshape(B, T // block, block), axis=2) // block
+
+
+def blocks_touched(segment_ids_BT, block: int):
+  """int32 [B]: the pairs of blocks (queries, keys) that attention computes in each row of T tokens."""
+  T = segment_ids_BT.shape[1]
+  segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, -T % block)))
+  first_BN = first_blocks(document_starts(segment_ids_BT), block)
+  return jnp.sum(jnp.arange(1, first_BN.shape[1] + 1)[None] - first_BN, axis=1)
+
+
+def aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block: int):
+  """Pads queries and keys to whole blocks, so that they meet on the diagonal.
+
+  Args:
+    segment_ids_BT: int32, documents of the T queries; 0 is padding.
+    segment_ids_BS: documents of the S >= T keys, of which the last T are the queries' own tokens. Earlier keys
+      that do not exist have -1.
+
+  Returns:
+    The five arrays, padded, and first_blocks. Earlier keys are padded in front, all others behind.
+  """
+  T = q_BKRTH.shape[3]
+  before = k_BKSH.shape[2] - T
+  front, back = -before % block, -T % block
+  q_BKRTH = jnp.pad(q_BKRTH, [(0, 0)] * 3 + [(0, back), (0, 0)])
+  k_BKSH, v_BKSH = (jnp.pad(a, [(0, 0)] * 2 + [(front, back), (0, 0)]) for a in (k_BKSH, v_BKSH))
+  ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, back)))
+  ids_BS = jnp.pad(jnp.pad(segment_ids_BS, ((0, 0), (0, back))), ((0, 0), (front, 0)), constant_values=-1)
+  first_BN = first_blocks(document_starts(ids_BT, before + front), block)
+  return q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN
