@@ -120,7 +120,7 @@ def _scores(q_ref, k_ref, ids_q_ref, ids_k_ref, code, N: int, M: int, masked: bo
     return score_MN
   block = score_MN.shape[0]
   # How many tokens the block of queries lies behind the block of keys.
-  behind = (_row(code) % N + M - N - _key(code)) * block
+  behind = (jax.lax.rem(_row(code), N) + M - N - _key(code)) * block
   n, m = (jax.lax.broadcasted_iota(jnp.int32, score_MN.shape, axis) for axis in (1, 0))
   see_MN = (ids_k_ref[...] == ids_q_ref[...]) & (n + behind >= m)
   return jnp.where(see_MN, score_MN, MASKED)
@@ -220,8 +220,9 @@ def _specs(block: int, N: int, H: int, R: int, inner: bool) -> dict[str, pl.Bloc
   def spec(shape, place):
     def index(head, v, *rest):
       code = rest[-1][v]
-      own = (head * R + rest[0], head) if inner else (head, head // R)
-      return place(_row(code) // N, *own, _row(code) % N, _key(code))
+      # lax.div and lax.rem round towards 0, as integer division on a TPU does; the operands are not negative.
+      own = (head * R + rest[0], head) if inner else (head, jax.lax.div(head, R))
+      return place(jax.lax.div(_row(code), N), *own, jax.lax.rem(_row(code), N), _key(code))
 
     return pl.BlockSpec(shape, index)
 
