@@ -23,7 +23,6 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from experiments import rl, sft
-from nemocascade import advantage
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import kind_of
@@ -197,7 +196,7 @@ def _taught_rows(c: ConfigDict, Q: int, G: int, T: int):
     tokens_QGT=of(jnp.int32, *QGT), segment_ids_QGT=of(jnp.int32, *QGT), loss_mask_QGT=of(bool, *QGT),
     behaviour_logprobs_QGT=of(f32, *QGT), rewards_QG=of(f32, Q, G), valid_QG=of(bool, Q, G),
     drawn_logprobs_QGT=of(f32, *QGT) if c.rollout.top_p < 1 else None,
-    teacher_logprobs_QGT=of(f32, *QGT) if c.advantage in advantage.TAUGHT else None,
+    teacher_logprobs_QGT=of(f32, *QGT) if objective.needs(c).teachers else None,
     reference_logprobs_QGT=of(f32, *QGT) if c.kl_weight else None,
   )  # fmt: skip
   rows, count, _ = jax.eval_shape(objective.rows_program(objective.settings(c, "advantage", "aggregation")), rollout)

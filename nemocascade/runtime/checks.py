@@ -2,12 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from nemocascade import advantage
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.runtime.domains import that_need
-from nemocascade.runtime.objective import SLOTS, settings_of, taught, topk
-from nemocascade.step import loss
+from nemocascade.runtime.objective import needs, taught, topk
+from nemocascade.runtime.own_functions import check_functions
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.rows import rows_needed
 
@@ -15,15 +14,7 @@ from nemocascade.step.rows import rows_needed
 def check_rl(c: ConfigDict) -> None:
   """Raises UserError if an RL stage cannot run. Nothing is compiled."""
   check_fields(c, "rl")
-  functions = {name: fn for choices in SLOTS.values() for name, fn in choices.items()}
-  for name, fields in c.options.items():
-    if name not in functions:
-      raise unknown("function in options", name, functions)
-    for field in fields:
-      if field not in (allowed := settings_of(functions[name])):
-        raise unknown(f"setting in options.{name}", field, allowed)
-    if name in loss.CORRECTIONS and (low := fields.get("low", 0)) > (high := fields.get("high", low)):
-      raise UserError(f"options.{name}.low={low}: must be at most options.{name}.high={high}")
+  check_functions(c)
   for name in c.teachers:
     if name not in c.domains:
       raise unknown("domain in teachers", name, c.domains)
@@ -37,7 +28,7 @@ def check_rl(c: ConfigDict) -> None:
         f"{' and '.join(taught(c))}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
   _check_packing(c)
-  if c.advantage in advantage.GROUPED and c.rollout.completions < 2:
+  if needs(c).groups and c.rollout.completions < 2:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"
     )
@@ -57,7 +48,7 @@ def check_rl(c: ConfigDict) -> None:
     )
   if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
     raise UserError("advantage='none' with no other term in the loss teaches nothing: give distillation_weight")
-  if c.distillation_weight and c.distillation in loss.TOPK and (k := topk(c)) > c.model.vocab_size:
+  if c.distillation_weight and (k := topk(c)) and k > c.model.vocab_size:
     raise UserError(f"options.{c.distillation}.k={k}: must be at most model.vocab_size={c.model.vocab_size}")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nemocascade import advantage
 from nemocascade.report.metrics import MetricsWriter, progress
+from nemocascade.runtime.objective import needs
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.supervision import Supervisor
 from nemocascade.store.checkpoint import Store
@@ -34,7 +34,7 @@ class Logbook:
     self._c, self._dir, self._store, self._watch, self._first = c, stage_dir, store, watch, first
     # few_signals watches the share of groups whose verdicts differ. Others lack a signal only if verdicts are
     # compared within groups.
-    compares = c.advantage in advantage.GROUPED and c.reward == "verdict"
+    compares = needs(c).groups and c.reward == "verdict"
     self._supervisor = Supervisor(c, stage_dir, supervisor, without=() if compares else ("few_signals",))
 
   def __enter__(self) -> "Logbook":

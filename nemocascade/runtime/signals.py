@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nemocascade import advantage
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError
@@ -19,12 +18,11 @@ from nemocascade.report.metrics import Phases
 from nemocascade.rollout import rewards
 from nemocascade.rollout.episode import Samples
 from nemocascade.runtime import loading
-from nemocascade.runtime.objective import chosen, taught, topk
+from nemocascade.runtime.objective import chosen, needs, taught, topk
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.sampler import Sampled
 from nemocascade.runtime.teachers import Teachers
-from nemocascade.step import loss
 from nemocascade.types import Params, Rollout
 from nemocascade.verifiers import judge as judge_lib
 from nemocascade.verifiers.judge import Judge
@@ -77,11 +75,11 @@ class Signal:
 
 def by_states(c: ConfigDict) -> bool:
   """Whether the stage distils from whole distributions, which are computed from the teachers' hidden states."""
-  return bool(c.distillation_weight) and c.distillation not in loss.TOPK
+  return bool(c.distillation_weight) and topk(c) is None
 
 
 def _by_likeliest(c: ConfigDict) -> bool:
-  return bool(c.distillation_weight) and c.distillation in loss.TOPK
+  return bool(c.distillation_weight) and topk(c) is not None
 
 
 def _reference(s: Sources, samples: Samples) -> dict:
@@ -98,7 +96,7 @@ SIGNALS = (
   ),
   Signal(
     "teacher_logprobs",
-    lambda c: c.advantage in advantage.TAUGHT,
+    lambda c: needs(c).teachers,
     lambda s, samples: dict(teacher_logprobs_QGT=teacher_logprobs(s.programs, s.teachers, samples, s.temperature)),
   ),
   Signal("teacher_states", by_states, lambda s, samples: teacher_states(s.programs, s.teachers, samples)),
