@@ -111,7 +111,7 @@ def attention(
   if form is None and segment_ids_BT.shape[1] >= LONG:
     y_BKRTH = jax.lax.platform_dependent(*arrays, cpu=blocked, tpu=tpu, default=in_parts)
   else:
-    y_BKRTH = dict(blocked=blocked, tpu=tpu).get(form, in_parts)(*arrays)
+    y_BKRTH = dict(blocked=blocked, tpu=tpu).get(form or "", in_parts)(*arrays)
   return jnp.transpose(y_BKRTH, (0, 3, 1, 2, 4))
 
 
