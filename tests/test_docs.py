@@ -10,6 +10,7 @@ import pytest
 import test_layout
 
 from nemocascade import host_memory
+from nemocascade.domains.agents import AGENTS, UNSUPPORTED
 
 ROOT = Path(__file__).parent.parent
 README, CHANGELOG, ARCHITECTURE = ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "architecture.md"
@@ -102,3 +103,11 @@ def test_every_floor_is_described():
   for path, file in places:
     shown = f"`{file}/`" if path.is_dir() else f"`{file}.py`" if file == "advantage" else f"`{file}`"
     assert shown in text or not (path.is_dir() or path.with_suffix(".py").exists()), f"{file} is not described"
+
+
+def test_every_agent_of_the_released_data_is_listed():
+  text = (ROOT / "docs" / "domains.md").read_text()
+  for agent, domain in AGENTS.items():
+    assert agent == domain or re.search(rf"^\| `{domain}` \| .*`{agent}`", text, re.MULTILINE), agent
+  for agent, reason in UNSUPPORTED.items():
+    assert f"| `{agent}` | {reason} |" in text, agent
