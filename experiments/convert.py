@@ -4,7 +4,8 @@
   python -m experiments.convert --source=CKPT --target=hf:DIR
 
 Tensors are streamed, so memory does not grow with the model. Every tensor keeps its values and dtype.
-config.json, the generation config and the tokenizer are copied too. The target must not exist, or be an
+config.json, the generation config and the tokenizer are copied too; a folder without a chat template gets ours
+(chat_template.jinja). The target must not exist, or be an
 empty folder.
 """
 

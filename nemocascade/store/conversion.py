@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from nemocascade.config import ModelConfig
+from nemocascade.data import chat_template
 from nemocascade.errors import UserError
 from nemocascade.model.hybrid import init_params
 from nemocascade.state_files import check_shape, parsed, read_state, read_text
@@ -50,6 +51,10 @@ RECORD_SHAPE = {
 }
 # Token ids of the family's generation_config.json (Hugging Face: nvidia/Nemotron-Cascade-2-30B-A3B).
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}
+TOKENIZER = {
+  "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>",
+  "unk_token": "<unk>", "clean_up_tokenization_spaces": False,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -247,6 +252,17 @@ def _write_their_files(model: Path, config: ModelConfig, target: Path) -> None:
       shutil.copyfile(file, target / file.name)
   if not (target / "generation_config.json").exists():
     _write_json(target / "generation_config.json", GENERATION)
+  _write_template(target)
+
+
+def _write_template(target: Path) -> None:
+  """Adds the chat template, and the words that transformers needs of a tokenizer.json, where the folder lacks them."""
+  words = target / "tokenizer_config.json"
+  if (target / "tokenizer.json").exists() and not words.exists():
+    _write_json(words, TOKENIZER)
+  own = words.exists() and "chat_template" in parsed(read_text(words, remedy=AGAIN), words, remedy=AGAIN)
+  if not own and not (target / chat_template.FILE).exists():
+    (target / chat_template.FILE).write_text(chat_template.jinja())
 
 
 def _write_json(path: Path, value) -> None:
