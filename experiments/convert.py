@@ -5,8 +5,7 @@
 
 Tensors are streamed, so memory does not grow with the model. Every tensor keeps its values and dtype.
 config.json, the generation config and the tokenizer are copied too; a folder without a chat template gets ours
-(chat_template.jinja). The target must not exist, or be an
-empty folder.
+(chat_template.jinja). The target must not exist, or be an empty folder.
 """
 
 import functools

@@ -128,8 +128,9 @@ def test_a_stage_whose_checkpoints_read_other_tokens_is_refused_before_anything_
 def tokens_of_another(stage: Path, tokenizer: Path) -> str:
   """A copy of the checkpoint of tiny_checkpoint whose files say that it was trained with this tokenizer."""
   made = tiny_checkpoint.make(stage)
-  (stage / "model" / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-  checksums.write(stage / "model")
+  files = Path(made) / "model"
+  (files / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+  checksums.write(files)
   return made
 
 
@@ -157,7 +158,7 @@ def test_a_changed_file_beside_a_checkpoint_is_named(tmp_path):
   for name in ("config.json", "tokenizer.model"):
     stage = tmp_path / name
     made = tiny_checkpoint.make(stage)
-    file = stage / "model" / name
+    file = Path(made) / "model" / name
     data = bytearray(file.read_bytes())
     place = data.index(b'"hidden_size": 32') + 16 if name == "config.json" else len(data) // 2
     data[place] ^= 1

@@ -170,3 +170,15 @@ def test_heldout_prompts_without_room_are_left_out_and_said_or_named_where_too_f
   short.evaluation.prompt_tokens = 3
   with pytest.raises(UserError, match=r"domain 'instruction' has only 0 .*evaluation.prompt_tokens=3"):
     draw_heldout(short, {"instruction": domain}, tokenizer)
+
+
+def test_a_checkpoint_goes_with_its_model_and_tokenizer(tmp_path):
+  """Copied alone to another place, a checkpoint is still one that every command takes."""
+  made = Path(tiny_checkpoint.make(tmp_path / "stage"))
+  there = loading.find(str(made))
+  shutil.copytree(made, tmp_path / "elsewhere" / "mine")
+  shutil.rmtree(tmp_path / "stage")
+  alone = loading.find(str(tmp_path / "elsewhere" / "mine"))
+  assert alone.config == there.config and alone.tokenizer.fingerprint == tiny_checkpoint.TOKENIZER.fingerprint
+  params = alone.load(tiny_checkpoint.programs().template)
+  assert params["embedding"].shape == (640, 32)

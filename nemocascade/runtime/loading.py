@@ -99,7 +99,7 @@ def _finite(tree):
 def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
   """The folder `model` of a checkpoint of ours, after a check of its files.
 
-  It is inside a converted checkpoint, and two levels above a stage's.
+  It is inside the checkpoint. Those of earlier versions have it two levels above, in their stage.
 
   Raises:
     UserError: this is no checkpoint of ours, or its files are damaged.

@@ -20,6 +20,7 @@ from nemocascade.types import Params, TrainState
 # Orbax logs every save. It raises its errors besides logging them.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
+MODEL = "model"  # The folder of the model's config and tokenizer, in a stage and in each checkpoint.
 # Exceptions that mean lost or changed files; our checksums and Orbax raise them. Orbax alone does not notice a
 # changed byte. Other errors (memory, permission) are passed on.
 DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError)
@@ -41,8 +42,20 @@ class _Summed(atomicity.AtomicRenameTemporaryPath):
     self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}-whole")
     await super().finalize()
     whole, self._final_path = self._final_path, final
-    await asyncio.to_thread(checksums.write, Path(whole))
+    await asyncio.to_thread(_complete, Path(whole), Path(final))
     Path(whole).rename(final)
+
+
+def _complete(folder: Path, final: Path) -> None:
+  """Adds the stage's model config and tokenizer to a checkpoint, so that it can be moved alone, and checksums.
+
+  Args:
+    final: the checkpoint's final path, STAGE/checkpoints/STEP; the files are in STAGE/model.
+  """
+  files = final.parent.parent / MODEL
+  if files.is_dir():
+    shutil.copytree(files, folder / MODEL)
+  checksums.write(folder)
 
 
 class Store:
