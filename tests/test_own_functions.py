@@ -13,6 +13,8 @@ from configs.tiny import if_rl
 from experiments import rl
 from nemocascade.errors import UserError
 from nemocascade.runtime import objective, own_functions
+from nemocascade.runtime import workdir as workdir_lib
+from nemocascade.state_files import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,6 +175,22 @@ def test_a_changed_file_is_not_served_the_program_of_the_old_one(mine):
   assert largest() == before  # A run keeps the code that it was checked with.
   rl.check(c)
   assert largest() == pytest.approx(5 * before)
+
+
+def test_a_run_does_not_go_on_with_another_version_of_a_file(mine, tmp_path):
+  c, workdir = config(advantage=f"{mine}:centred"), tmp_path / "run"
+  rl.check(c)
+  written = {
+    "config": json.loads(c.to_json_best_effort()),
+    "versions": {},
+    "own_code": workdir_lib.own_versions(c.to_dict()),
+  }
+  write_json(workdir / "config.json", written)
+  workdir_lib.check_owner(c, workdir)
+  write(mine, ADVANTAGES + "\n# Changed.\n")
+  rl.check(c)
+  with pytest.raises(UserError, match="was begun with another version of the file of '.*my_advantages.py:centred'"):
+    workdir_lib.check_owner(c, workdir)
 
 
 def test_the_built_in_functions_pass_the_trial_of_their_slot():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from nemocascade import own_code
 from nemocascade.errors import UserError
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.sharing import own
@@ -19,6 +20,7 @@ CONFIG = {  # JSON schema of config.json.
   "properties": {
     "config": {"type": "object"},
     "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+    "own_code": {"type": "object", "additionalProperties": {"type": "string"}},
   },
 }
 
@@ -38,7 +40,8 @@ def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False) -> 
   first_alone(lambda: own(workdir, shared=shared))
   path = Path(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
-  first_alone(lambda: path.exists() or write_json(path, {"config": fields, "versions": versions()}))
+  content = {"config": fields, "versions": versions(), "own_code": own_versions(fields)}
+  first_alone(lambda: path.exists() or write_json(path, content))
   check_owner(c, workdir)  # Another process may have written it first.
   return text.write()
 
@@ -47,12 +50,14 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
   """Checks that the work directory is new, or belongs to this config.
 
   Raises:
-    UserError: its config.json is damaged or differs; the message names the first differing field.
+    UserError: its config.json is damaged or differs, or a user's file that the config names has changed since;
+      the message names the first differing field or file.
   """
   path = Path(workdir) / "config.json"
   if not os.path.lexists(path):
     return
-  before = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")["config"]
+  written = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")
+  before = written["config"]
   fields = json.loads(c.to_json_best_effort())
   if difference := _difference(before, fields):
     name, there, here = difference
@@ -60,6 +65,13 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
       f"--workdir {path.parent} belongs to another config: {name} is {there!r} in its config.json and {here!r} here;"
       " choose another --workdir"
     )
+  now = own_versions(fields)
+  for word, version in written.get("own_code", {}).items():
+    if now.get(word, version) != version:
+      raise UserError(
+        f"--workdir {path.parent} was begun with another version of the file of {word!r}: restore that file, or"
+        " choose another --workdir"
+      )
 
 
 def _difference(there, here, name: str = "config"):
@@ -72,6 +84,14 @@ def _difference(there, here, name: str = "config"):
         return found
     return None
   return None if there == here else (name, there, here)
+
+
+def own_versions(fields) -> dict[str, str]:
+  """FILE.py:NAME -> version of the file, for all such words in the values of a config."""
+  if isinstance(fields, dict | list):
+    values = fields.values() if isinstance(fields, dict) else fields
+    return {word: version for value in values for word, version in own_versions(value).items()}
+  return {fields: own_code.version(fields)} if isinstance(fields, str) and own_code.is_own(fields) else {}
 
 
 def versions() -> dict[str, str]:
