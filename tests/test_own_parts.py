@@ -166,6 +166,8 @@ def test_an_own_environment_serves_a_built_in_verifier_and_a_built_in_one_an_own
       "class Shop:\n  def start(self): return 1\n  def act(self, world, turn): return None",
       ["must have start(self, row)"],
     ),
+    (SHOP.replace('world["count"] +=', "world.count +="), ["AttributeError", "line 9"]),
+    (SHOP.replace("return None", "return done"), ["NameError", "line 8"]),
     (SHOP.replace("3", "0"), ["max_turns=0: must be a whole number of at least 1"]),
     (SHOP.replace("row['limit']", "row['x']").replace('row["limit"]', 'row["x"]'), ["KeyError: 'x'", "line 5"]),
     (SHOP.replace("return [str", "return str([str").replace("tool_calls]\n", "tool_calls])\n"), ["act returned str"]),
@@ -181,6 +183,14 @@ def test_an_environment_that_does_not_work_is_one_line_before_anything_runs(buil
   line = str(error.value)
   assert line.startswith(f"domains.mine.environment='{tmp_path}/own_0.py:Shop'") and "\n" not in line
   assert all(word in line for word in words), line
+
+
+def test_an_environment_may_need_the_arguments_of_a_call(build):
+  code = SHOP.replace("len(turn.tool_calls)", "int(turn.tool_calls[0].arguments['n'])", 1)
+  domain = build(code + "def score(row, completion):\n  return 1.0\n", environment="Shop")
+  world = domain.start(ROW)
+  assert domain.act(world, Turn(None, "", (ToolCall("add", {"n": "3"}),), None, True)) == ["3"]
+  assert domain.act(world, Turn(None, "", (ToolCall("add", {}),), None, True))[0].startswith("error: KeyError: 'n'")
 
 
 def test_an_environment_that_fails_later_tells_the_model(build):

@@ -17,6 +17,7 @@ An environment is a class that is made without arguments:
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -107,16 +108,16 @@ class OwnEnvironment:
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
     try:
-      return self.answers(world, turn)
+      return _texts(self.inner.act(world, turn))
     except Exception as error:
       return [f"error: {own_code.raised(error)}"] * max(1, len(turn.tool_calls))
 
-  def answers(self, world: object, turn: Turn) -> list[str] | None:
-    """The results that the class gives; its exceptions pass, and TypeError says what is wrong with a result."""
-    found = self.inner.act(world, turn)
-    if found is not None and not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
-      raise TypeError(f"act returned {_shown(found)}: must be a list of texts, or None")
-    return found
+
+def _texts(found: object) -> list[str] | None:
+  """What `act` returned, if it is what it must be; raises TypeError otherwise."""
+  if found is not None and not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
+    raise TypeError(f"act returned {_shown(found)}: must be a list of texts, or None")
+  return found
 
 
 def load_environment(spec: str, *, field: str) -> Environment:
@@ -141,7 +142,9 @@ def load_environment(spec: str, *, field: str) -> Environment:
 
 
 def try_environment(domain: Domain, row: Row, spec: str, *, field: str, place: str) -> None:
-  """Starts the domain's own environment on a row and gives it a turn with one call.
+  """Starts the domain's own environment on a row, and gives it a turn without calls and one with a call.
+
+  The call has no arguments, so it may raise what wrong arguments cause: LookupError, TypeError or ValueError.
 
   Args:
     spec: what `field` names, for messages. place: where the row stands.
@@ -151,9 +154,13 @@ def try_environment(domain: Domain, row: Row, spec: str, *, field: str, place: s
   """
   assert isinstance(domain.environment, OwnEnvironment)
   name = next((tool.get("function", tool).get("name") for tool in prompt_tools(row)), "no_such_tool")
+  inner = domain.environment.inner
   try:
-    world = domain.environment.start(row)
-    domain.environment.answers(world, Turn(None, "", (ToolCall(str(name), {}),), None, True))
+    _texts(inner.act(inner.start(row), Turn(None, "done", (), None, True)))
+    world, found = inner.start(row), None
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+      found = inner.act(world, Turn(None, "", (ToolCall(str(name), {}),), None, True))
+    _texts(found)
   except Exception as error:
     raise UserError(f"{field}={spec!r}: on the row of {place}: {own_code.raised(error)}") from error
 
