@@ -106,8 +106,8 @@ def test_every_floor_is_described():
 
 
 def test_every_agent_of_the_released_data_is_listed():
-  text = (ROOT / "docs" / "domains.md").read_text()
+  lines = [line for line in (ROOT / "docs" / "domains.md").read_text().splitlines() if line.startswith("| `")]
   for agent, domain in AGENTS.items():
-    assert agent == domain or re.search(rf"^\| `{domain}` \| .*`{agent}`", text, re.MULTILINE), agent
+    assert agent == domain or any(f"`{agent}`" in line and f"| `{domain}` |" in line for line in lines), agent
   for agent, reason in UNSUPPORTED.items():
-    assert f"| `{agent}` | {reason} |" in text, agent
+    assert any(f"`{agent}`" in line and f"| none | all: {reason} |" in line for line in lines), agent
