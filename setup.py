@@ -28,6 +28,7 @@ setup(
     "tokenizers>=0.22,<1",
     "ml-collections>=1.1,<2",
     "tensorflow-datasets>=4.9.10,<5",
+    "pyarrow>=18,<30",
     "array_record>=0.8.3,<0.10",
     "absl-py>=2.1,<3",
     "numpy>=2.1,<3",

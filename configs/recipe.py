@@ -69,6 +69,11 @@ def generated(*names: str) -> ConfigDict:
   return ConfigDict({name: dict(rows=f"generated:{name}") for name in names})
 
 
+def conversations(**counts: int) -> ConfigDict:
+  """Sources of SFT that are generated: domain -> its demonstrations."""
+  return ConfigDict({name: dict(path=f"generated:{name}", count=count) for name, count in counts.items()})
+
+
 def guards() -> ConfigDict:
   """Thresholds at which a training stage warns or stops; docs/objectives.md gives the reasons.
 
@@ -116,11 +121,13 @@ def router_balance() -> dict:
 
 
 def sft() -> ConfigDict:
-  """Stage 1, SFT (section 3.1). A scale adds conversations, rows, steps and the learning rate."""
+  """Stage 1, SFT (section 3.1). A scale adds sources, rows, steps and the learning rate."""
   c = ConfigDict()
   c.kind = "sft"
   c.init_from = ""  # A checkpoint's path, or hf:DIR. "" initializes the parameters.
-  c.non_thinking = 0.1  # Share of conversations without thoughts. Nano-3 removed them from 10%.
+  c.non_thinking = 0.1  # Share of generated conversations without thoughts. Nano-3 removed them from 10%.
+  c.data_workers = 0  # Processes that read and tokenize; 0 does it in the training process.
+  c.max_bad_share = 0.01  # More bad conversations than this share stop the run.
   c.optimizer = optimizer(**COSINE)
   c.router_balance = router_balance()
   return c

@@ -1,8 +1,11 @@
-"""Supervised fine-tuning on packed demonstrations of all domains.
+"""Supervised fine-tuning on packed conversations: those of files, or of the domains' generators.
 
   python -m experiments.sft --config=configs/tiny/sft.py --workdir=runs/sft
+  python -m experiments.sft --config=configs/tiny/sft.py --workdir=runs/mine
+    "--config.sources={'mine': {'path': 'chats/*.jsonl'}}"
 
-The dataset (TFDS, array_record) is written once, in the work directory. Run the same command again to resume.
+Conversations are read, tokenized and packed as they are needed. Generated ones are written once, in the work
+directory. Run the same command again to resume.
 """
 
 import dataclasses
@@ -12,15 +15,11 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from nemocascade.data import loader, sources
-from nemocascade.errors import UserError, unknown
+from nemocascade.data import loader
 from nemocascade.field_check import check as check_fields
-from nemocascade.generated.generator import demonstrations as made_by
-from nemocascade.generated.registry import GENERATORS, make
-from nemocascade.mesh import check_rows
+from nemocascade.mesh import check_rows, own_rows
 from nemocascade.report.metrics import MetricsWriter, progress
-from nemocascade.runtime import parts
-from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime import conversations, hosts, parts
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Outcome
 from nemocascade.runtime.parts import Parts
@@ -38,41 +37,23 @@ def check(c: ConfigDict) -> None:
   """Raises UserError if the stage cannot run. Nothing is compiled."""
   check_fields(c, "sft")
   RouterBalance(**c.router_balance)
-  for name in c.conversations:
-    if name not in GENERATORS:
-      raise unknown("domain in conversations", name, GENERATORS)
-  if not sum(c.conversations.values()):
-    raise UserError("conversations: all are 0, so there is nothing to learn from; give one of at least 1")
+  conversations.check(c)
+  loader.check(T=c.row_tokens, B=c.rows, look_ahead=c.look_ahead, streams=c.streams)
 
 
 def check_documents(c: ConfigDict, p: Parts) -> None:
-  """Raises UserError if not even the shortest of the first demonstrations fits in a row."""
-  lengths = {
-    len(document.tokens_T)
-    for name, count in c.conversations.items()
-    for example in made_by(make(name, c.tasks), c.seed, 0, min(count, 8), non_thinking_share=c.non_thinking)
-    for document in loader.to_documents(example, p.text.tokenizer)
-  }  # fmt: skip
-  if min(lengths) > c.row_tokens:
-    raise UserError(
-      f"row_tokens={c.row_tokens}: demonstrations have {min(lengths)} to {max(lengths)} tokens; give at least that"
-    )
+  """Raises UserError if a source has no conversation among its first that can be trained on."""
+  conversations.check_first(c, p.text.tokenizer)
 
 
-def demonstrations(c: ConfigDict, directory: Path):
-  """The demonstrations of all domains as a data source. Written at the first call, then read."""
-
-  def write():
-    examples = (
-      example
-      for name, count in c.conversations.items()
-      for example in made_by(make(name, c.tasks), c.seed, 0, count, non_thinking_share=c.non_thinking)
-    )
-    if not directory.exists():
-      sources.write_demonstrations(examples, directory, name="demonstrations")
-
-  first_alone(write)
-  return sources.read_demonstrations(directory)
+def batches(c: ConfigDict, stage_dir: Path, p: Parts) -> loader.Loader:
+  """The batches of the stage from its beginning. Bad conversations are named in bad_rows.jsonl."""
+  blend = conversations.open_blend(c, stage_dir.parent / "data", stage_dir.name)
+  return loader.Loader(
+    blend, p.text.tokenizer, T=c.row_tokens, B=c.rows, seed=c.seed, look_ahead=c.look_ahead, streams=c.streams,
+    long_documents=c.long_documents, max_bad_share=c.max_bad_share, workers=c.data_workers,
+    own=own_rows(p.programs.mesh, c.rows), on_bad=conversations.BadRows(stage_dir), gather=hosts.gather,
+  )  # fmt: skip
 
 
 def program(c: ConfigDict, programs: Programs):
@@ -93,38 +74,34 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
   """
   began = time.time()
   tx, _, step_fn = program(c, p.programs)
-  source = demonstrations(c, stage_dir.parent / "data" / "demonstrations")
-  documents = loader.tokenize_all(source, p.text.tokenizer)
-  batches = loader.Loader(documents, T=c.row_tokens, B=c.rows, seed=c.seed)
-
   state, record, store = start(c, stage_dir, p, tx, init_from)
-  first = int(state.step)
-  if record.get("iterator"):
-    batches.set_state(record["iterator"])
-
+  first, tokens = int(state.step), record.get("tokens", 0)
   supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}))
-  tokens = record.get("tokens", 0)
-  with MetricsWriter(stage_dir, start_step=first) as writer:
+  with batches(c, stage_dir, p) as data, MetricsWriter(stage_dir, start_step=first) as writer:
+    if record.get("iterator"):
+      data.set_state(record["iterator"])
     bar = progress(c.steps, initial=first, desc=stage_dir.name)
 
     def finish(step: int, metrics, to_save=None) -> None:
       """Waits for the step, and writes its metrics."""
       metrics = jax.device_get(metrics)
-      bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens)
+      bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens + own)
       supervisor.write(writer, step, metrics, to_save=to_save)
 
-    pending = None
+    pending, own = None, 0  # own: tokens of this host's rows since `tokens` was counted.
     for step in range(first, c.steps):
-      batch = next(batches)
+      batch = next(data)
       state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
-      tokens += int((batch.segment_ids_BT > 0).sum())
+      metrics |= conversations.metrics(data.counts, batch.segment_ids_BT[data.own])
+      own += int((batch.segment_ids_BT[data.own] > 0).sum())
       if pending is not None:
         finish(step - 1, pending)
       pending = metrics
       if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
         finish(step, pending, to_save=state)
         pending = None
-        parts = {"iterator": batches.get_state(), "tokens": tokens, "supervisor": supervisor.record()}
+        tokens, own = tokens + sum(hosts.gather(own)), 0
+        parts = {"iterator": data.get_state(), "tokens": tokens, "supervisor": supervisor.record()}
         store.save(step + 1, state, parts)
         supervisor.end(store.path_of(step + 1))
     bar.close()

@@ -173,10 +173,23 @@ BALANCE = {
 }
 
 SFT = BALANCE | {
-  "conversations": section("Domain -> its demonstrations.", empty=False),
-  "conversations.*": whole("Demonstrations of this domain.", 0),
-  "non_thinking": number("Share of conversations without thoughts.", low=0, high=1),
-  "rows": whole("Packed rows in a step."),
+  "sources": section("Name -> a source of conversations.", empty=False),
+  "sources.*.path": text(
+    "JSONL, Parquet or array_record files (a path, or a pattern such as 'chats/*.jsonl'), a folder of them, a TFDS"
+    " dataset, or 'generated:DOMAIN'.",
+    empty=False,
+  ),
+  "sources.*.count": whole(
+    "Conversations of an epoch; more than the source has repeats them. Without count and weight: all.", optional=True
+  ),
+  "sources.*.weight": number("Share of the conversations, relative to the others'.", above=0, optional=True),
+  "non_thinking": number("Share of generated conversations without thoughts.", low=0, high=1),
+  "long_documents": word("What happens to a document longer than a row.", "nemocascade.data.documents:LONG"),
+  "max_bad_share": number("Share of the conversations above which bad ones stop the run.", low=0, high=1),
+  "look_ahead": whole("Tokens read ahead; their documents are packed, and their rows shuffled, together."),
+  "streams": whole("Parts of the data that are read and packed apart, so that hosts can share them; divides `rows`."),
+  "data_workers": whole("Processes of a host that read and tokenize; 0 does it in the training process.", 0, high=1024),
+  "rows": whole("Packed rows of a step."),
   "row_tokens": whole("Tokens of a row."),
 }
 

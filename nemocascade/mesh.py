@@ -138,6 +138,12 @@ def rows(mesh: Mesh, count: int) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def own_rows(mesh: Mesh, count: int) -> list[int]:
+  """The rows, of `count`, that devices of this process hold."""
+  index_of = rows(mesh, count).addressable_devices_indices_map((count,))
+  return sorted({row for index in index_of.values() if index is not None for row in range(count)[index[0]]})
+
+
 def whole(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that is replicated on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -188,7 +194,7 @@ def by_rows(tree: Any, B: int, mesh: Mesh) -> Any:
 def put_rows(tree: Any, mesh: Mesh) -> Any:
   """Puts host arrays on the mesh, sharded along their first dimension.
 
-  Every process must have the whole arrays. It copies only the rows of its own devices.
+  Every process must have arrays of the whole shape. It copies only the rows of its own devices (own_rows).
   """
   tree = jax.tree.map(np.asarray, tree)
   put = lambda a, place: jax.make_array_from_callback(a.shape, place, lambda index: a[index])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from chaos import stage_differences
 
-from configs.recipe import generated
+from configs.recipe import conversations, generated
 from configs.tiny import cascade as config
 from experiments import cascade
 from nemocascade.errors import UserError
@@ -150,7 +150,7 @@ def smoke() -> config.ConfigDict:
   c.evaluation.prompts, c.domains = 4, generated("math", "instruction", "preference")
   c.evaluation.long_domains = ()
   with c.unlocked():
-    c.stages.sft.conversations = {"math": 60, "instruction": 60}
+    c.stages.sft.sources = conversations(math=60, instruction=60)
   c.stages.sft.update(steps=4, save_every=1)
   return c
 

@@ -47,7 +47,7 @@ CONFIGS = {  # Kind of config -> its file. STARS: part of a field pattern -> fie
   "ablation": "tiny/grpo_vs_mopd",
 }  # fmt: skip
 STARS = {"options.*": "options.icepop", "tasks.*": "tasks.math", "mixture.*": "mixture.instruction",
-         "conversations.*": "conversations.math", "teachers.*": "teachers.math", "teachers_of.*": "teachers_of.math",
+         "sources.*": "sources.math", "teachers.*": "teachers.math", "teachers_of.*": "teachers_of.math",
          "rate_of.*": "rate_of.mopd"}  # fmt: skip
 LONGEST, SECONDS = 199, 120
 # An error message says what is allowed in one of these ways.
@@ -145,6 +145,8 @@ def fixtures(folder: Path) -> dict[str, str]:
     "large.jsonl": '{"tokens": [1, 640]}\n', "bool.jsonl": '{"tokens": [1, true]}\n',
     "role.jsonl": '{"messages": [{"role": "usr", "content": "x"}]}\n', "many.jsonl": '{"text": "x"}\n' * 500,
     "rows.jsonl": '{"tokens": [5, 6, 7]}\n',
+    "unanswered.jsonl": '{"messages": [{"role": "user", "content": "x"}]}\n',
+    "order.jsonl": '{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]}\n',
   }  # fmt: skip
   for name, text in texts.items():
     (files / name).write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import convert, gpu, kernels, rl, schedules
+from experiments.bench import convert, gpu, kernels, loader, rl, schedules
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
 
@@ -32,6 +32,22 @@ def test_converting_is_measured_both_ways_against_copying(tmp_path, monkeypatch,
     assert list(line) == ["suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"]
     assert line["ratio"] == pytest.approx(line["ours"] / line["peer"]) and line["suite"] == "convert"
   assert not list(tmp_path.iterdir())
+
+
+def test_the_input_of_sft_is_measured_against_the_tokenizer_alone_and_grain(monkeypatch, capsys):
+  small = dict(
+    CONVERSATIONS=4, MEAN_TOKENS=100, VOCABULARY=400, REPEATS=1, PACKED=((256, 2048),), MEAN=60, PACKED_TOKENS=9000
+  )
+  for name, value in small.items():
+    monkeypatch.setattr(loader, name, value)
+  monkeypatch.setattr(loader.corpus, "__defaults__", (50_000,))
+  bench.run("loader")
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [line["case"] for line in lines] == ["render_and_tokenize", "pack_256", "fill_256"]
+  for line in lines:
+    assert list(line) == ["suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"]
+    assert line["ratio"] == pytest.approx(line["ours"] / line["peer"]) and line["ours"] > 0
+  assert lines[-1]["ours"] <= 1 and lines[-1]["peer"] <= 1
 
 
 def test_the_routed_matmul_is_measured_against_ragged_dot(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs.recipe import generated
+from configs.recipe import conversations, generated
 from configs.tiny import cascade as cascade_config
 from configs.tiny import if_rl, rlhf  # fmt: skip
 from configs.tiny import reward_model as reward_model_config
@@ -208,7 +208,7 @@ def small(config) -> ConfigDict:
 
 def test_rlhf_runs_alone_with_the_judge_that_its_config_names(tmp_path):
   c = small(sft_config)
-  c.conversations, c.rows = ConfigDict({"preference": 60}), 4
+  c.sources, c.rows = conversations(preference=60), 4
   sft.main(c, tmp_path / "sft")
   start = str(tmp_path / "sft" / "sft" / "checkpoints" / "1")
   c = small(reward_model_config)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import recipe
 from configs.recipe import generated
 from configs.tiny import if_rl, reward_model, sft
 from experiments import reward_model as reward_stage
@@ -19,7 +20,7 @@ from nemocascade.generated.generator import GeneratedRows, Generator, assistant
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout import episode
 from nemocascade.rollout.engine import Engine
-from nemocascade.runtime import parts
+from nemocascade.runtime import conversations, parts
 from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.start import save_model_files
 from nemocascade.runtime.teachers import Teacher, gather
@@ -122,8 +123,8 @@ def nothing_after_the_first_step(monkeypatch):
 
 def test_sft(stage, monkeypatch):
   base, p, root = stage
-  c = steps_of(base, {"conversations": {"near": 40, "far": 40}, "rows": 8, "row_tokens": 256}, "sft")
-  monkeypatch.setattr(sft_stage, "make", lambda name, tasks: Adding(name))
+  c = steps_of(base, {"sources": recipe.conversations(near=40, far=40), "rows": 8, "row_tokens": 256}, "sft")
+  monkeypatch.setattr(conversations, "make", lambda name, tasks: Adding(name))
   with nothing_after_the_first_step(monkeypatch):
     sft_stage.run(c, root / "sft", p)
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemocascade.data.packing import Document, fill, pack
+from nemocascade.data.documents import Document
+from nemocascade.data.packing import fill, pack
 from nemocascade.errors import UserError
 
 
@@ -66,22 +67,13 @@ def test_a_document_longer_than_a_row_is_refused_by_name():
     pack([3, 11], capacity=10)
 
 
-def test_a_document_longer_than_a_row_is_dropped_on_request():
-  assert pack([3, 11, 10], capacity=10, overlong="drop") == [[2], [0]]
-
-
 def test_an_empty_document_is_refused():
   with pytest.raises(UserError, match="document 2 is empty"):
     pack([3, 1, 0], capacity=10)
 
 
-def test_misspelt_overlong_is_named():
-  with pytest.raises(UserError, match="did you mean 'drop'"):
-    pack([1], capacity=2, overlong="dropp")
-
-
 def test_filled_rows_hold_documents_left_to_right():
-  batch = fill([document(5, 6, 7), document(8, 9), document(4)], [[1, 0], [2]], T=6)
+  batch = fill([[document(8, 9), document(5, 6, 7)], [document(4)]], T=6)
   np.testing.assert_array_equal(batch.tokens_BT, [[8, 9, 5, 6, 7, 0], [4, 0, 0, 0, 0, 0]])
   np.testing.assert_array_equal(batch.segment_ids_BT, [[1, 1, 2, 2, 2, 0], [1, 0, 0, 0, 0, 0]])
   np.testing.assert_array_equal(batch.loss_mask_BT, np.array([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool))
@@ -94,4 +86,4 @@ def test_filled_rows_hold_documents_left_to_right():
 
 def test_a_row_that_does_not_fit_is_refused():
   with pytest.raises(UserError, match="T=4"):
-    fill([document(5, 6, 7), document(8, 9)], [[0, 1]], T=4)
+    fill([[document(5, 6, 7), document(8, 9)]], T=4)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemocascade.data.sources import mixture, read_demonstrations, read_jsonl, write_demonstrations
+from nemocascade.data.sources import read_demonstrations, read_jsonl, write_demonstrations
 from nemocascade.errors import UserError
 
 EXAMPLES = [
@@ -178,23 +178,3 @@ def test_bad_json_lines_are_named_by_line(tmp_path, content, complaint):
     path.write_bytes(content)
   with pytest.raises(UserError, match=complaint):
     read_jsonl(path)
-
-
-def test_a_mixture_keeps_its_proportions_and_orders():
-  sources = {"a": [f"a{i}" for i in range(30)], "b": [f"b{i}" for i in range(30)], "c": ["c0"]}
-  mixed = mixture(sources, {"a": 3, "b": 1})
-  got = [mixed[i] for i in range(len(mixed))]
-  assert len(got) == 40
-  for start in range(0, 40, 4):
-    assert sum(x[0] == "a" for x in got[start : start + 4]) == 3
-  assert [x for x in got if x[0] == "a"] == sources["a"]
-  assert [x for x in got if x[0] == "b"] == sources["b"][:10]
-
-
-@pytest.mark.parametrize(
-  "weights, complaint",
-  [({"aa": 1}, "did you mean 'a'"), ({"a": 0}, "weight of a=0"), ({}, "empty")],
-)
-def test_a_mixture_that_cannot_be_is_refused(weights, complaint):
-  with pytest.raises(UserError, match=complaint):
-    mixture({"a": [1]}, weights)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 
+from configs import recipe
 from configs.recipe import generated
 from configs.tiny import reward_model as judge_config
 from configs.tiny import sft as sft_config
@@ -58,7 +59,7 @@ def assembled(tmp_path_factory):
   c = sft_config.get_config("smoke")
   with c.unlocked():
     c.steps, c.save_every, c.rows, c.row_tokens = 4, 2, 2, 256
-    c.domains, c.conversations = generated("instruction", "preference"), dict(instruction=40)
+    c.domains, c.sources = recipe.generated("instruction", "preference"), recipe.conversations(instruction=40)
     c.tokenizer.conversations = 60
   return c, parts.build(c, root), root
 

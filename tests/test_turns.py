@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemocascade.data import chat
-from nemocascade.data.loader import to_documents, tokenize_all
+from nemocascade.data.documents import to_documents
 from nemocascade.data.tokenizer import train_sentencepiece
-from nemocascade.errors import UserError
 
 TOKENIZER = train_sentencepiece(
   ["the sum of 1 and 2 is 3 so look at it again"] * 20, vocab_size=600, phrases=chat.PHRASES
@@ -113,14 +112,6 @@ def test_a_history_that_is_not_cut_is_one_sequence():
   messages = [user("a"), said("1", "so"), user("b"), said("2", "it")]
   ((pieces, context),) = chat.training_sequences(messages, truncate_history_thinking=False)
   assert context == 0 and pieces == chat.render(messages, truncate_history_thinking=False)
-
-
-def test_documents_of_examples_follow_each_other_and_one_without_an_answer_is_named():
-  two = {"messages": [user("a"), said("1", "so"), user("b"), said("2", "it")]}
-  one = {"messages": [user("c"), said("3", "so")]}
-  assert len(tokenize_all([two, one, two], TOKENIZER)) == 5
-  with pytest.raises(UserError, match="example 1: has nothing to learn"):
-    tokenize_all([two, {"messages": [user("a"), user("b")]}], TOKENIZER)
 
 
 WORDS = st.sampled_from(["", "1", "the sum", " again ", "so\n\nlook", "it is 3\n"])

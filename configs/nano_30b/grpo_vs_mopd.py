@@ -76,7 +76,8 @@ def up_to_the_student(slice_: str, smoke: bool, own: ConfigDict, domains: tuple)
   of = lambda module, *words: own_fields(module.get_config(",".join((slice_, *words, *["smoke"] * smoke))))
   c.order = ORDER
   c.stages = {"sft": of(sft), "if_rl": of(rl, "if_rl"), "multi_domain_rl": of(rl, "multi_domain_rl")}
-  c.stages.sft.conversations = ConfigDict({name: c.stages.sft.conversations[name] for name in domains})
+  if smoke:
+    c.stages.sft.sources = ConfigDict({name: c.stages.sft.sources[name] for name in domains})
   for name in ("if_rl", "multi_domain_rl"):
     c.stages[name].init_from = recipe.rl(name).init_from
   return c, of

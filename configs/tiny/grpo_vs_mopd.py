@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   c.order = ("sft", "teacher")  # Stages that each seed trains before the arms, in this order.
   c.stages = {"sft": sft.stage(), "teacher": equal_shape()}
-  c.stages.sft.conversations = ConfigDict(dict(math=12000))
+  c.stages.sft.sources = recipe.conversations(math=12000)
   c.stages.sft.update(steps=350, save_every=350)
   c.stages.teacher.update(init_from="sft", steps=180)
   c.stages.teacher.optimizer.peak_lr = 7e-4
@@ -144,7 +144,7 @@ def shrink(c: ConfigDict) -> None:
   base.shrink_model(c)
   c.seeds = (0, 1)
   c.evaluation.update(prompts=32, batch=64)
-  c.stages.sft.conversations.math = 60
+  c.stages.sft.sources.math.count = 60
   c.stages.sft.update(steps=4, save_every=4, rows=4)
   for stage in (c.stages.teacher, *c.arms.values()):
     G = min(stage.rollout.completions, 4)

@@ -39,8 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
   c.order = ("reward_model", "sft", "if_rl", "multi_domain_rl", "rlhf_teacher")
   stages = (reward_model, sft, if_rl, multi_domain_rl, rlhf_teacher)
   c.stages = {name: module.stage(arg) for name, module in zip(c.order, stages, strict=True)}
-  of = c.stages.sft.conversations
-  c.stages.sft.conversations = ConfigDict({name: count for name, count in of.items() if name in c.domains})
+  of = c.stages.sft.sources
+  c.stages.sft.sources = ConfigDict({name: source for name, source in of.items() if name in c.domains})
   c.stages.multi_domain_rl.mixture = ConfigDict(RL_DOMAINS)
   if arg != "smoke":
     c.stages.rlhf_teacher.steps = 16  # So that this teacher is much better than the student.

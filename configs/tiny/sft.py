@@ -14,17 +14,20 @@ from configs.tiny import base
 
 def stage(arg: str = "") -> ConfigDict:
   c = recipe.sft()
-  c.conversations = dict(  # Domain -> conversations. Hard domains get more: arithmetic, lookup, composition.
+  c.sources = recipe.conversations(  # Hard domains get more: arithmetic, lookup, composition.
     instruction=4000, math=5000, stem=3000, structured=2000, tools=3000,
     preference=2000, long_context=5000, code=2000, swe=4500, swe_agentic=2500,
   )  # fmt: skip
+  c.long_documents = "drop"  # split | cut | drop; all of these fit.
+  c.look_ahead = 2**23  # More than all the data: rows are shuffled over the whole epoch.
+  c.streams = 1
   c.rows = 32  # Per step.
   c.row_tokens = 256
   c.steps = 600
   c.optimizer.update(peak_lr=6e-3, warmup_steps=20, final_fraction=base.FINAL_FRACTION)
   c.save_every = 200
   if arg == "smoke":
-    c.conversations = dict.fromkeys(c.conversations, 60)
+    c.sources = recipe.conversations(**dict.fromkeys(c.sources, 60))
     c.rows, c.steps, c.save_every = 4, 6, 3
     c.optimizer.warmup_steps = 2
   return c

@@ -29,6 +29,7 @@ SUITES = {
   "convert": "experiments.bench.convert",
   "gpu": "experiments.bench.gpu",
   "kernels": "experiments.bench.kernels",
+  "loader": "experiments.bench.loader",
   "rl": "experiments.bench.rl",
 }
 STATIC = "experiments.bench.schedules"  # The suite `kernels` with --static.

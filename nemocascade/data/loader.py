@@ -1,143 +1,184 @@
-"""The input pipeline: packs conversations into batches, shards them by host and can be resumed exactly."""
+"""The input pipeline: batches of packed rows, read as they are needed, sharded by host and resumed exactly."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import grain
-import numpy as np
-
-from nemocascade.data import chat, packing
-from nemocascade.data.packing import Document
-from nemocascade.errors import UserError
+from nemocascade.data import packing, reading
+from nemocascade.data.blend import Blend
+from nemocascade.data.documents import LONG
+from nemocascade.data.stream import Counts, Settings, Stream
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.errors import UserError, unknown
 from nemocascade.types import Batch
 
-
-def to_documents(example: Mapping[str, Any], tokenizer) -> list[Document]:
-  """Tokenizes a conversation into documents: one for each sequence of chat.training_sequences.
-
-  Args:
-    example: has "messages" and optionally "tools", each a list or its JSON text.
-
-  Raises:
-    UserError: the messages or tools have another form, or no assistant turn can be trained on.
-  """
-  messages, tools = (_decoded(example.get(key)) for key in ("messages", "tools"))
-  if not messages:
-    raise UserError("has no messages")
-  for key, value in (("messages", messages), ("tools", tools or [])):
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-      raise UserError(f"{key} must be a list of objects")
-  documents = []
-  for pieces, context in chat.training_sequences(messages, tools=tools):
-    before, _ = chat.tokenize(pieces[:context], tokenizer)
-    tokens, loss_mask = chat.tokenize(pieces[context:], tokenizer)
-    documents.append(Document(np.array(before + tokens, np.int32), np.array([False] * len(before) + loss_mask)))
-  if not documents:
-    raise UserError("has nothing to learn: no assistant turn")
-  return documents
+AHEAD = 2  # Batches that are made ahead, if processes read the data.
 
 
-def tokenize_all(source: Sequence[Mapping[str, Any]], tokenizer) -> list[Document]:
-  """The documents of all examples, in order. A UserError names the number of the bad example."""
-  documents = []
-  for i in range(len(source)):
-    try:
-      documents += to_documents(source[i], tokenizer)
-    except UserError as error:
-      raise UserError(f"example {i}: {error}") from error
-  return documents
+def check(*, T: int, B: int, look_ahead: int, streams: int) -> None:
+  """Raises UserError if streams do not divide the B rows, or look less than two rows of T tokens ahead."""
+  if B % streams:
+    raise UserError(f"streams={streams}: must divide rows={B}")
+  if look_ahead // streams < 2 * T:
+    raise UserError(
+      f"look_ahead={look_ahead}: must be at least {2 * T * streams}, 2 rows of row_tokens={T} for each of {streams} streams"
+    )
 
 
 class Loader:
-  """An iterator over batches of B packed rows of T tokens, endless unless `epochs` is given.
+  """An endless iterator over batches of B packed rows of T tokens; close it to end its processes.
 
-  Documents are packed once. An epoch visits every row once, in an order drawn from (seed, epoch).
-  Each of `shard_count` hosts gets B / shard_count rows of every batch; together the hosts get the
-  batches that a single host would get. `get_state` returns plain JSON, works between any two batches,
-  and is the same on every host.
+  Row b of every batch comes from stream b // (B / streams). The streams do not depend on the number of hosts: a
+  host runs those of its own rows, and all hosts together get the batches that a single host would get.
+
+  Memory: about 10 bytes a token of look_ahead, plus AHEAD batches. It does not grow with the data.
 
   Attributes:
-    rows: the document numbers of each packed row.
-    dropped: number of documents longer than T, which are in no row (overlong="drop").
-    fraction_filled: share of the tokens of all rows that are not padding.
-
-  Raises:
-    UserError: B does not divide over the hosts, no document fits, or the epochs hold less than a batch.
+    own: the rows of a batch that are this host's.
   """
 
   def __init__(
-    self,
-    documents: Sequence[Document],
-    *,
-    T: int,
-    B: int,
-    seed: int,
-    epochs: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
-    overlong: str = "error",
-  ):
-    if not 0 <= shard_index < shard_count:
-      raise UserError(f"shard_index={shard_index}: must be from 0 to {shard_count - 1}")
-    if B < 1 or B % shard_count:
-      raise UserError(f"B={B} rows a batch: must be a multiple of shard_count={shard_count}")
-    lengths = [len(document.tokens_T) for document in documents]
-    self.rows = packing.pack(lengths, capacity=T, overlong=overlong)
-    self.dropped = sum(length > T for length in lengths)
-    if not self.rows:
-      raise UserError(f"no document fits into a row: {len(lengths)} given, T={T}")
-    self.fraction_filled = sum(n for n in lengths if n <= T) / (len(self.rows) * T)
-    self._fingerprint = _fingerprint(documents, T=T, B=B, seed=seed, epochs=epochs)
+    self, blend: Blend, tokenizer: Tokenizer, *, T: int, B: int, seed: int, look_ahead: int, streams: int = 1,
+    long_documents: str = "drop", max_bad_share: float = 0.0, workers: int = 0, own: Iterable[int] | None = None,
+    on_bad: Callable[[str], None] = lambda bad: None,
+    gather: Callable[[Any], list] = lambda value: [value],
+  ):  # fmt: skip
+    """
+    Args:
+      look_ahead: tokens that are read ahead and packed together; each stream has an equal part.
+      streams: parts of the data that are packed apart; divides B.
+      long_documents: what happens to a document longer than T; one of documents.LONG.
+      max_bad_share: share of bad conversations above which UserError is raised.
+      workers: processes that read and tokenize; 0 reads in this one.
+      own: the rows of a batch that this host needs; the others stay empty. By default all.
+      on_bad: called with "FILE, line N: reason" of each bad conversation.
+      gather: JSON of this host -> the list of all hosts' JSON.
 
-    ordered = grain.MapDataset.source(self.rows).seed(seed).shuffle().repeat(epochs)
-    if epochs is not None:
-      whole = len(ordered) // B * B  # All hosts must end after the same number of batches.
-      if not whole:
-        raise UserError(f"B={B} rows a batch, but {epochs} epochs have {len(ordered)} rows")
-      ordered = ordered[:whole]
-    share = ordered[shard_index::shard_count]
-    batches = share.batch(
-      B // shard_count,
-      drop_remainder=True,
-      batch_fn=lambda rows: packing.fill(documents, rows, T=T),
-    )
-    # Filling a batch takes microseconds; threads would only compete with the step.
-    self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+    Raises:
+      UserError: as `check`; or an epoch has fewer conversations than there are streams.
+    """
+    if long_documents not in LONG:
+      raise unknown("long_documents", long_documents, LONG)
+    check(T=T, B=B, look_ahead=look_ahead, streams=streams)
+    if blend.length < streams:
+      raise UserError(f"streams={streams}: an epoch has only {blend.length} conversations; give at most that")
+    self._T, self._B, self._each = T, B, B // streams
+    self.own = sorted(range(B) if own is None else own)
+    self._gather = gather
+    self._fingerprint = _fingerprint(
+      [[source.name, source.count, source.rows.identity()] for source in blend.sources], tokenizer.fingerprint,
+      [T, B, seed, look_ahead, streams, long_documents],
+    )  # fmt: skip
+    rows = tuple(source.rows for source in blend.sources)
+    self._reader = reading.start(reading.Reader(rows, tokenizer, T, long_documents), workers)
+    settings = Settings(T, look_ahead // streams, seed, max_bad_share)
+    self._streams = {
+      number: Stream(blend, self._reader.read, settings, number=number, step=streams, on_bad=on_bad)
+      for number in sorted({row // self._each for row in self.own})
+    }
+    self._state, self._counts = self._position(), Counts()  # After the last batch that was given.
+    self._ahead = _Ahead(self._make) if workers else None
 
   def __iter__(self) -> "Loader":
     return self
 
   def __next__(self) -> Batch:
-    return next(self._iterator)
+    """The next batch. Rows that are not this host's are padding."""
+    batch, self._state, self._counts = self._ahead.get() if self._ahead else self._make()
+    return batch
+
+  @property
+  def counts(self) -> Counts:
+    """Totals of the streams of this host, up to the blocks that the last batch came from."""
+    return self._counts
 
   def get_state(self) -> dict[str, Any]:
-    """The position in the data, as JSON; `set_state` with it continues with the same next batch."""
-    return {"iterator": self._iterator.get_state(), "fingerprint": self._fingerprint}
+    """The position after the last batch, as JSON; the same on every host. All hosts must call it together."""
+    streams = {}
+    for state in self._gather(self._state):
+      streams |= state
+    return {"streams": streams, "fingerprint": self._fingerprint}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Continues from a saved position. Raises UserError if the data or the settings have changed."""
     if state.get("fingerprint") != self._fingerprint:
       raise UserError(
-        "state of the input pipeline: was saved with other data, T, B, seed or epochs; "
-        "start the stage anew or restore them"
+        "state of the input pipeline: was saved with other sources, rows, row_tokens, seed, look_ahead or streams;"
+        " start the stage anew or restore them"
       )
-    self._iterator.set_state(state["iterator"])
+    if self._ahead:
+      self._ahead.stop()
+    for number, stream in self._streams.items():
+      stream.set_state(state["streams"][str(number)])
+    self._state = self._position()
+    if self._ahead:
+      self._ahead = _Ahead(self._make)
+
+  def close(self) -> None:
+    """Ends the processes that read the data."""
+    self._reader.close()
+    if self._ahead:
+      self._ahead.stop()
+
+  def __enter__(self) -> "Loader":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _make(self) -> tuple[Batch, dict, Counts]:
+    rows: list[Sequence] = [()] * self._B
+    own = set(self.own)
+    for number, stream in self._streams.items():
+      for row in range(number * self._each, (number + 1) * self._each):
+        documents = next(stream)  # Rows of other hosts are taken too: they are part of the stream's order.
+        rows[row] = documents if row in own else ()
+    counts = [dataclasses.astuple(stream.counts) for stream in self._streams.values()]
+    return packing.fill(rows, T=self._T), self._position(), Counts(*map(sum, zip(*counts)))
+
+  def _position(self) -> dict[str, Any]:
+    return {str(number): stream.get_state() for number, stream in self._streams.items()}
 
 
-def _decoded(value: Any) -> Any:
-  if not isinstance(value, str):
-    return value
-  try:
-    return json.loads(value) if value else None
-  except ValueError as error:
-    raise UserError(f"has messages or tools that are not JSON ({error})") from error
+class _Ahead:
+  """A thread that makes AHEAD items ahead. An exception is raised where its item would be given."""
+
+  def __init__(self, make: Callable[[], Any]):
+    self._made: queue.Queue = queue.Queue(AHEAD)
+    self._make, self._stopped = make, False
+    self._thread: threading.Thread | None = None
+
+  def get(self) -> Any:
+    if self._thread is None:  # Started with the first item, so that a position can be set before.
+      self._thread = threading.Thread(target=self._run, daemon=True)
+      self._thread.start()
+    made = self._made.get()
+    if isinstance(made, BaseException):
+      raise made
+    return made
+
+  def stop(self) -> None:
+    """Ends the thread after the item that it is making."""
+    self._stopped = True
+    while self._thread is not None and self._thread.is_alive():
+      while not self._made.empty():
+        self._made.get()
+      self._thread.join(0.05)
+
+  def _run(self) -> None:
+    while not self._stopped:
+      try:
+        made = self._make()
+      except BaseException as error:  # noqa: BLE001  Raised in `get`.
+        made = error
+      self._made.put(made)
+      if isinstance(made, BaseException):
+        return
 
 
-def _fingerprint(documents: Sequence[Document], **settings: Any) -> str:
-  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-  for document in documents:
-    digest.update(document.tokens_T.tobytes())
-    digest.update(document.loss_mask_T.tobytes())
-  return digest.hexdigest()
+def _fingerprint(*parts: Any) -> str:
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Conversations on disk: TFDS datasets in array_record format, JSON lines, and mixtures of sources."""
+"""Conversations on disk: TFDS datasets in array_record format, and JSON lines."""
 
 import itertools
 import json
@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from array_record.python import array_record_module
 
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import UserError
 
 SPLIT = "train"
 _BLOCK = 4096  # Examples passed to the writer at a time.
@@ -103,8 +102,13 @@ class Demonstrations(Sequence):
       split = tfds.builder_from_directory(directory).info.splits[SPLIT]
       self.files = [pathlib.Path(path) for path in split.filepaths]
       self._ends = np.cumsum([0, *split.shard_lengths])
+      kind = split.filename_template.filetype_suffix if split.filename_template else "array_record"
     except Exception as error:
       raise UserError(f"{info}: not the description of a TFDS dataset") from error
+    if kind != "array_record":
+      raise UserError(
+        f"{info}: is written as {kind}; write it with file_format='array_record', which is read by number"
+      )
     self._readers = [_open_shard(file, length) for file, length in zip(self.files, split.shard_lengths, strict=True)]
 
   def __len__(self) -> int:
@@ -119,7 +123,7 @@ class Demonstrations(Sequence):
       example = self._features.deserialize_example_np(record)
     except Exception as error:  # array_record and protobuf share no exception type.
       raise UserError(f"{self.files[shard]}: example {place} is damaged") from error
-    return {key: _plain(value) for key, value in example.items()}
+    return _plain(self._features, example)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -152,23 +156,6 @@ def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any] | 
         row = UserError(f"must be an object, is {type(row).__name__}")
     rows.append((number, row))
   return rows
-
-
-def mixture(sources: Mapping[str, Sequence], weights: Mapping[str, float]) -> grain.MapDataset:
-  """Interleaves sources in proportion to weights; the result ends where the first source would run out.
-
-  Raises:
-    UserError: there are no weights, a weight is not positive, or it names no source.
-  """
-  if not weights:
-    raise UserError("mixture weights are empty: name at least one source")
-  for name, weight in weights.items():
-    if name not in sources:
-      raise unknown("source of a mixture", name, sources)
-    if not weight > 0:
-      raise UserError(f"mixture weight of {name}={weight}: must be above 0")
-  parts = [grain.MapDataset.source(sources[name]) for name in weights]
-  return grain.MapDataset.mix(parts, list(weights.values()))
 
 
 def _open_shard(file: pathlib.Path, length: int):
@@ -214,8 +201,18 @@ def _alike(example: dict[str, Any], first: dict[str, Any], place: int) -> dict[s
   return example
 
 
-def _plain(value: Any) -> Any:
-  return value.decode("utf-8") if isinstance(value, bytes) else np.asarray(value).item()
+def _plain(feature: Any, value: Any) -> Any:
+  """The value of a TFDS feature as Python objects. TFDS gives a sequence of dicts as a dict of sequences."""
+  if isinstance(value, dict) and not hasattr(feature, "feature"):
+    return {key: _plain(feature[key], part) for key, part in value.items()}
+  if isinstance(value, dict):  # Of a sequence of dicts, whose `feature` is that of one of them.
+    count = max((len(part) for part in value.values()), default=0)
+    parts = [{key: part[i] for key, part in value.items()} for i in range(count)]
+    return [_plain(feature.feature, part) for part in parts]
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  value = np.asarray(value).tolist() if not isinstance(value, list) else value
+  return [_plain(None, part) for part in value] if isinstance(value, list) else value
 
 
 def _read_json(path: pathlib.Path) -> Any:

@@ -58,6 +58,9 @@ class Tokenizer(abc.ABC):
     self.special_names = {i: name for name, i in self.special.items()}
     self.fingerprint = hashlib.sha256(data).hexdigest()
 
+  def __reduce__(self):
+    return type(self), (self._data,)
+
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
     """The ids of plain text. No id is special, whatever the text spells."""

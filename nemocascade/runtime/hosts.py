@@ -4,9 +4,12 @@ The processes share the work directory. Each runs the same program on the rows o
 checkpoints from all processes; only the first process writes other files.
 """
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 
 from nemocascade.errors import UserError
 
@@ -42,6 +45,19 @@ def first_alone(make: Callable[[], object]) -> None:
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices("first_alone")
+
+
+def gather(value: Any) -> list[Any]:
+  """The JSON values of all processes, in their order. All of them must call it."""
+  if jax.process_count() == 1:
+    return [value]
+  from jax.experimental import multihost_utils
+
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(data)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(data)] = data
+  return [json.loads(bytes(row[:size])) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
 
 
 def refuse_several(what: str) -> None:

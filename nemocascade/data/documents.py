@@ -1,0 +1,101 @@
+"""Turns a row of a conversation into tokenized documents that fit into packed rows."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nemocascade.data import chat
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.errors import UserError
+
+LONG = ("split", "cut", "drop")  # What happens to a document that is longer than a packed row.
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A tokenised conversation with its loss mask."""
+
+  tokens_T: np.ndarray  # int32
+  loss_mask_T: np.ndarray  # bool; true on the tokens that are trained on.
+
+
+def to_documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]:
+  """Tokenizes a conversation into documents: one for each sequence of chat.training_sequences.
+
+  Args:
+    row: has "messages" and optionally "tools", in OpenAI form. Each is a list or its JSON text; other keys are
+      ignored.
+
+  Raises:
+    UserError: the messages or tools have another form, the roles are out of order, or no token can be trained on.
+  """
+  messages, tools = (_decoded(row.get(key)) for key in ("messages", "tools"))
+  if not messages:
+    raise UserError("has no messages")
+  for key, value in (("messages", messages), ("tools", tools or [])):
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+      raise UserError(f"{key} must be a list of objects")
+  check_order(messages)
+  documents = []
+  for pieces, context in chat.training_sequences(messages, tools=tools):
+    before, _ = chat.tokenize(pieces[:context], tokenizer)
+    tokens, loss_mask = chat.tokenize(pieces[context:], tokenizer)
+    documents.append(Document(np.array(before + tokens, np.int32), np.array([False] * len(before) + loss_mask)))
+  if not documents:
+    raise UserError("has nothing to learn: no assistant turn")
+  return documents
+
+
+def check_order(messages: Sequence[Mapping]) -> None:
+  """Raises UserError if an assistant or tool message stands where no model writes one, or a question is withheld.
+
+  An assistant message does not follow another one; a tool message follows the calls of an assistant. System messages
+  may stand anywhere. A user message whose content is null was withheld from the data.
+  """
+  before: Mapping = {}
+  for place, message in enumerate(messages):
+    role, last = message.get("role"), before.get("role")
+    if role == "user" and message.get("content") is None:
+      raise UserError(f"message {place}: a user message without content")
+    if role == last == "assistant":
+      raise UserError(f"roles out of order: message {place} is of the assistant and must be after a user's or a tool's")
+    if role == "tool" and last != "tool" and not before.get("tool_calls"):
+      raise UserError(f"roles out of order: message {place} is of a tool and must be after an assistant's calls")
+    if role not in ("system", "developer"):
+      before = message
+
+
+def fitted(documents: Sequence[Document], T: int, long_documents: str) -> tuple[list[Document], int]:
+  """(documents of at most T tokens, number of the given documents that were longer).
+
+  Args:
+    long_documents: "split" cuts a longer document into documents of T tokens and a shorter last one, "cut" keeps
+      its first T tokens, "drop" leaves it out. Parts without a trained token are left out.
+  """
+  fit: list[Document] = []
+  longer = 0
+  for document in documents:
+    length = len(document.tokens_T)
+    if length <= T:
+      fit.append(document)
+      continue
+    longer += 1
+    stops = {"split": length, "cut": T, "drop": 0}[long_documents]
+    for start in range(0, stops, T):
+      mask_T = document.loss_mask_T[start : start + T].copy()
+      mask_T[0] = False  # The first token of a document has no log-probability.
+      if mask_T.any():
+        fit.append(Document(document.tokens_T[start : start + T], mask_T))
+  return fit, longer
+
+
+def _decoded(value: Any) -> Any:
+  if not isinstance(value, str):
+    return value
+  try:
+    return json.loads(value) if value else None
+  except ValueError as error:
+    raise UserError(f"has messages or tools that are not JSON ({error})") from error

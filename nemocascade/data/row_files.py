@@ -1,0 +1,340 @@
+"""Random access to the rows of JSONL, Parquet and array_record files, and of TFDS datasets.
+
+An object of these classes can be pickled: a copy opens its files again. Memory does not grow with the data: rows of
+JSONL files are found by byte offsets in an index file, which is read through a memory map.
+"""
+
+import functools
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from nemocascade.data.sources import Demonstrations
+from nemocascade.errors import UserError, listed
+from nemocascade.state_files import whole
+
+SUFFIXES = (".jsonl", ".parquet", ".array_record")
+COLUMNS = ("messages", "tools")  # Columns of Parquet files that are read.
+_BLOCK = 1 << 23  # Bytes of a JSONL file that are indexed at a time.
+
+
+class RowFiles(Sequence):
+  """Rows of files by number.
+
+  Attributes:
+    files: paths, in the order of their rows.
+    groups: None, or the cumulative numbers of rows that are cheap to read together, int64.
+  """
+
+  files: list[Path]
+  groups: np.ndarray | None = None
+
+  def __getitem__(self, place: int) -> dict[str, Any]:
+    """The row as a dict. Raises UserError without its place if it is damaged or no object."""
+    raise NotImplementedError
+
+  def place(self, number: int) -> str:
+    """The file of a row and its place in it, for messages."""
+    raise NotImplementedError
+
+  def identity(self) -> list:
+    """JSON that changes if rows are added, removed or replaced, but not if the files move."""
+    return [len(self), [[path.name, path.stat().st_size] for path in self.files]]
+
+
+def open_rows(path: str, index: Path) -> RowFiles:
+  """Opens a file, all files that match a pattern, or a folder of files of one kind or with a TFDS dataset.
+
+  Args:
+    path: the files' names end in one of SUFFIXES; TFDS adds a shard number to the last.
+    index: folder for the index of JSONL files, which is written at the first call and then read.
+
+  Raises:
+    UserError: nothing is found, the files are of several kinds, or one is damaged or lacks the messages.
+  """
+  files, open_files = _found(path)
+  return open_files(files) if open_files else JsonLines(files, index)
+
+
+def first_rows(path: str, count: int) -> list[tuple[str, dict[str, Any] | UserError]]:
+  """(place, row or what is wrong with it) of the first rows, at most `count`. No index is written.
+
+  Raises:
+    UserError: as open_rows.
+  """
+  files, open_files = _found(path)
+  found: list[tuple[str, dict[str, Any] | UserError]] = []
+  if open_files is None:
+    for file in files:
+      with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+          if len(found) == count:
+            return found
+          if len(line.strip()) > 0:
+            found.append((f"{file}, line {number}", _or_error(lambda line=line: _object(line))))
+    return found
+  rows = open_files(files)
+  return [(rows.place(i), _or_error(lambda i=i: rows[i])) for i in range(min(count, len(rows)))]
+
+
+def _or_error(read: Callable[[], dict[str, Any]]) -> dict[str, Any] | UserError:
+  try:
+    return read()
+  except UserError as error:
+    return error
+
+
+def _found(path: str) -> tuple[list[Path], Callable[[list[Path]], RowFiles] | None]:
+  """(files, the class that opens them, or None for JSONL)"""
+  root = Path(path)
+  if root.is_dir():
+    datasets = sorted(root.rglob("dataset_info.json"))
+    if len(datasets) > 1:
+      raise UserError(f"holds {len(datasets)} TFDS datasets; give the folder of one, such as {datasets[0].parent}")
+    if datasets:
+      return [datasets[0].parent], lambda folders: TfdsRows(folders[0])
+    files = [file for file in sorted(root.rglob("*")) if file.is_file() and _suffix(file)]
+    if not files:
+      raise UserError(f"the folder holds no file that ends in {', '.join(SUFFIXES)}")
+  else:
+    files = [Path(file) for file in sorted(glob.glob(path, recursive=True))]
+    if not files:
+      raise UserError("no file matches; give a path or a pattern, such as 'chats/*.jsonl'")
+  if wrong := [file for file in files if not _suffix(file)]:
+    raise UserError(f"{wrong[0].name}: must end in {', '.join(SUFFIXES)}")
+  kinds = sorted({_suffix(file) for file in files})
+  if len(kinds) > 1:
+    raise UserError(f"holds files of several kinds, {', '.join(kinds)}; give a pattern that takes one kind")
+  return files, {".jsonl": None, ".parquet": ParquetRows, ".array_record": ArrayRecords}[kinds[0]]
+
+
+def _suffix(file: Path) -> str:
+  """The one of SUFFIXES that the file's name ends in, shard numbers aside; else ""."""
+  found = file.suffix.split("-")[0]
+  return found if found in SUFFIXES else ""
+
+
+class JsonLines(RowFiles):
+  """Rows of JSONL files, found by the byte offsets of their lines. Blank lines are no rows."""
+
+  def __init__(self, files: Sequence[Path], index: Path):
+    self.files = list(files)
+    sizes = [_size(file) for file in self.files]
+    self._starts = np.cumsum([0, *sizes])  # Of the files, laid end to end.
+    stamp = json.dumps([[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files])
+    self._index = index / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.offsets"
+    if not self._index.exists():
+      _index_lines(self.files, self._starts, self._index)
+    self._rows = self._index.stat().st_size // 8
+    if not self._rows:
+      raise UserError(f"{self.files[0]}: holds no rows")
+
+  def __getstate__(self) -> dict:
+    lazy = ("_offsets", "_handles")
+    return {name: value for name, value in self.__dict__.items() if name not in lazy}
+
+  @functools.cached_property
+  def _offsets(self) -> np.ndarray:
+    return np.memmap(self._index, "<i8", "r")
+
+  @functools.cached_property
+  def _handles(self) -> dict[int, int]:
+    return {}
+
+  def __len__(self) -> int:
+    return self._rows
+
+  def __getitem__(self, place: int) -> dict[str, Any]:
+    start = int(self._offsets[place])
+    file = self._file(start)
+    stop = int(self._offsets[place + 1]) if place + 1 < self._rows else int(self._starts[-1])
+    stop = min(stop, int(self._starts[file + 1]))
+    if file not in self._handles:
+      if len(self._handles) > 64:
+        os.close(self._handles.pop(next(iter(self._handles))))
+      self._handles[file] = os.open(self.files[file], os.O_RDONLY)
+    return _object(os.pread(self._handles[file], stop - start, start - int(self._starts[file])))
+
+  def place(self, number: int) -> str:
+    line = np.memmap(self._index.with_suffix(".lines"), "<u4", "r")[number]
+    return f"{self.files[self._file(int(self._offsets[number]))]}, line {line}"
+
+  def _file(self, offset: int) -> int:
+    return int(np.searchsorted(self._starts, offset, side="right")) - 1
+
+
+def _index_lines(files: Sequence[Path], starts: np.ndarray, path: Path) -> None:
+  """Writes the offsets of all lines that are not blank, and their line numbers beside them."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with whole(path) as offsets_path, whole(path.with_suffix(".lines")) as lines_path:
+    with offsets_path.open("wb") as offsets, lines_path.open("wb") as lines:
+      for file, base in zip(files, starts):
+        for line_starts, numbers in _lines(file):
+          offsets.write((line_starts + base).astype("<i8").tobytes())
+          lines.write(numbers.astype("<u4").tobytes())
+
+
+def _lines(file: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields (offsets, line numbers from 1) of the lines that are not blank, a block of the file at a time."""
+  start, number, at = 0, 1, 0  # Offset and number of the line that the block begins in; offset of the block.
+  with file.open("rb") as data:
+    while block := data.read(_BLOCK):
+      ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+      begins = np.concatenate([[start], ends + at + 1])
+      lengths = ends + at - begins[:-1]
+      kept = lengths > 1  # A line of one byte may be a carriage return.
+      yield begins[:-1][kept], np.flatnonzero(kept) + number
+      start, number, at = int(begins[-1]), number + len(ends), at + len(block)
+  if at - start > 1:
+    yield np.array([start]), np.array([number])
+
+
+class ParquetRows(RowFiles):
+  """Rows of Parquet files. A group of rows is decoded as a whole; the last one is kept."""
+
+  def __init__(self, files: Sequence[Path]):
+    self.files = list(files)
+    sizes, self._of = [], []  # Rows of each group; (file, group in it).
+    for number, file in enumerate(self.files):
+      metadata = self._open(number)
+      names = metadata.schema_arrow.names
+      if "messages" not in names:
+        raise UserError(f"{file}: has no column 'messages', only {listed(names)}")
+      for group in range(metadata.num_row_groups):
+        sizes.append(metadata.metadata.row_group(group).num_rows)
+        self._of.append((number, group))
+    self.groups = np.cumsum(sizes)
+    self._kept: tuple[int, Any] = (-1, None)
+    if not len(self):
+      raise UserError(f"{self.files[0]}: holds no rows")
+
+  def __getstate__(self) -> dict:
+    return self.__dict__ | {"_kept": (-1, None)}
+
+  def __len__(self) -> int:
+    return int(self.groups[-1]) if len(self.groups) else 0
+
+  def __getitem__(self, place: int) -> dict[str, Any]:
+    group, row = self._find(place)
+    if self._kept[0] != group:
+      number, own = self._of[group]
+      file = self._open(number)
+      columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+      try:
+        self._kept = group, file.read_row_group(own, columns=columns)
+      except Exception as error:  # pyarrow has many exception types.
+        raise UserError(f"the row group is damaged ({' '.join(str(error).split())[:80]})") from error
+    return without_nulls(self._kept[1].slice(row, 1).to_pylist()[0])
+
+  def place(self, number: int) -> str:
+    group, _ = self._find(number)
+    first = next(i for i, (file, _) in enumerate(self._of) if file == self._of[group][0])
+    before = int(self.groups[first - 1]) if first else 0
+    return f"{self.files[self._of[group][0]]}, row {number - before}"
+
+  def _find(self, place: int) -> tuple[int, int]:
+    """(group, row in it)"""
+    group = int(np.searchsorted(self.groups, place, side="right"))
+    return group, place - (int(self.groups[group - 1]) if group else 0)
+
+  def _open(self, number: int):
+    import pyarrow.parquet  # A dependency of tensorflow-datasets. The import takes 0.2 s.
+
+    try:
+      return pyarrow.parquet.ParquetFile(self.files[number])
+    except Exception as error:
+      raise UserError(f"{self.files[number]}: not a Parquet file, or damaged") from error
+
+
+def without_nulls(value: Any) -> Any:
+  """The value without null fields of objects. Parquet gives an object the fields of all rows' objects."""
+  if isinstance(value, dict):
+    return {key: without_nulls(part) for key, part in value.items() if part is not None}
+  return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+class ArrayRecords(RowFiles):
+  """Rows of array_record files whose records are JSON objects."""
+
+  def __init__(self, files: Sequence[Path]):
+    self.files = list(files)
+    self._ends = np.cumsum([reader.num_records() for reader in self._readers])
+    if not len(self):
+      raise UserError(f"{self.files[0]}: holds no rows, or is no array_record file")
+
+  def __getstate__(self) -> dict:
+    return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+
+  @functools.cached_property
+  def _readers(self) -> list:
+    try:
+      return [array_record_module.ArrayRecordReader(str(file)) for file in self.files]
+    except Exception as error:  # The binding raises several exception types.
+      raise UserError(f"{listed(map(str, self.files))}: is no array_record file, or damaged") from error
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitem__(self, place: int) -> dict[str, Any]:
+    file, row = self._find(place)
+    try:
+      (record,) = self._readers[file].read([row])
+    except Exception as error:
+      raise UserError("the record is damaged") from error
+    return _object(record)
+
+  def place(self, number: int) -> str:
+    file, row = self._find(number)
+    return f"{self.files[file]}, record {row}"
+
+  def _find(self, place: int) -> tuple[int, int]:
+    file = int(np.searchsorted(self._ends, place, side="right"))
+    return file, place - (int(self._ends[file - 1]) if file else 0)
+
+
+class TfdsRows(RowFiles):
+  """Rows of a TFDS dataset in array_record format."""
+
+  def __init__(self, directory: Path):
+    self._directory = directory
+    self.files = self._dataset.files
+
+  def __getstate__(self) -> dict:
+    return {name: value for name, value in self.__dict__.items() if name != "_dataset"}
+
+  @functools.cached_property
+  def _dataset(self) -> Demonstrations:
+    return Demonstrations(self._directory)
+
+  def __len__(self) -> int:
+    return len(self._dataset)
+
+  def __getitem__(self, place: int) -> dict[str, Any]:
+    return self._dataset[place]
+
+  def place(self, number: int) -> str:
+    return f"{self._directory}, example {number}"
+
+
+def _object(line: bytes) -> dict[str, Any]:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:  # Invalid JSON or invalid UTF-8.
+    raise UserError(f"not JSON ({error})") from error
+  if not isinstance(row, dict):
+    raise UserError(f"must be an object, is {type(row).__name__}")
+  return row
+
+
+def _size(file: Path) -> int:
+  try:
+    return file.stat().st_size
+  except OSError as error:
+    raise UserError(f"{file}: {error.strerror or error}") from error
