@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 
+from configs.recipe import generated
 from configs.tiny import if_rl
 from experiments import chat, evaluate, generate, score
 from nemocascade.errors import UserError
@@ -74,7 +75,7 @@ def test_a_conversation_has_one_row_and_works_on_every_mesh(checkpoint, monkeypa
 
 def test_evaluate_takes_the_mesh_of_the_command(checkpoint, tmp_path):
   c = if_rl.get_config("smoke")
-  c.domains = c.evaluation.long_domains = ("math",)
+  c.domains, c.evaluation.long_domains = generated("math"), ("math",)
   c.evaluation.update(prompts=8, batch=8, long_batch=8, long_prompt_tokens=96, long_total_tokens=112)
   one, many = (
     evaluate.run(c, tmp_path / mesh.replace(":", ""), checkpoint, temperature=0.0, mesh=mesh)

@@ -6,10 +6,12 @@ import sys
 import pytest
 from composed import compose, config
 
+from configs.tiny import if_rl
 from nemocascade.domains import agents, registry
 from nemocascade.errors import UserError
 from nemocascade.generated import registry as generated
 from nemocascade.runtime import domains
+from nemocascade.runtime.checks import check_evaluation
 
 
 def test_the_registries_name_the_ten_domains_and_that_without_a_generator():
@@ -92,6 +94,14 @@ def test_a_verifier_is_given_what_it_needs_and_no_more(monkeypatch):
 
   monkeypatch.setattr(registry.importlib, "import_module", lambda name: Module)
   assert registry.DOMAINS["preference"].make_verify(judge="a judge", sandbox="a sandbox") == "a judge"
+
+
+def test_a_misspelt_domain_of_the_evaluation_is_named():
+  c = if_rl.get_config("smoke")
+  check_evaluation(c, "--completions", 1)
+  c.evaluation.long_domains = ("long_contxt",)
+  with pytest.raises(UserError, match="domain in evaluation.long_domains 'long_contxt': did you mean 'long_context'"):
+    check_evaluation(c, "--completions", 1)
 
 
 def test_the_domains_that_run_code_need_a_sandbox():

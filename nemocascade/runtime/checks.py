@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from nemocascade.domains.registry import DOMAINS
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.runtime.domains import that_need
@@ -89,12 +90,15 @@ def judged(c: ConfigDict, shared: ConfigDict) -> str:
 
 
 def check_evaluation(c: ConfigDict, name: str, completions: int) -> None:
-  """Checks the evaluation's lengths, and `completions` per prompt, the value of the field or flag `name`.
+  """Checks the evaluation's domains and lengths, and `completions` per prompt, the value of the field or flag `name`.
 
   Raises:
-    UserError: a prompt leaves no room for an answer, or the completions of one prompt exceed a batch.
+    UserError: a domain does not exist, a prompt leaves no room for an answer, or the completions of one prompt exceed a batch.
   """
   e = c.evaluation
+  for long in e.long_domains:  # A built-in domain may be named where the run does not have it.
+    if long not in c.domains and long not in DOMAINS:
+      raise unknown("domain in evaluation.long_domains", long, c.domains)
   check_lengths("evaluation", e.prompt_tokens, e.total_tokens)
   check_lengths("evaluation", e.long_prompt_tokens, e.long_total_tokens, "long_")
   most = "long_batch" if e.long_domains and e.long_batch < e.batch else "batch"
