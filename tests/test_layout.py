@@ -37,7 +37,8 @@ FLOORS = [
   {"runtime"},
 ]
 FILES = [p for p in sorted((ROOT / "nemocascade").rglob("*.py")) if p.name != "__init__.py"]
-ALL = FILES + sorted((ROOT / "experiments").rglob("*.py")) + sorted((ROOT / "configs").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+ALL = FILES + TESTS + sorted((ROOT / "experiments").rglob("*.py")) + sorted((ROOT / "configs").rglob("*.py"))
 
 
 def floor(name: str) -> int:

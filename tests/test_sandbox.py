@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pathlib
-import struct
 import subprocess
 import sys
 import time
@@ -12,8 +11,8 @@ import zlib
 import pytest
 
 from nemocascade.errors import UserError
-from nemocascade.sandbox import confinement, launcher, seccomp, worker
-from nemocascade.sandbox.program import Call, Limits, Program
+from nemocascade.sandbox import confinement, launcher, worker
+from nemocascade.sandbox.program import Call, Program
 from nemocascade.sandbox.sandbox import Sandbox
 
 CPU_S, WALL_S = 1, 2.5
@@ -323,69 +322,6 @@ def test_a_broken_sandbox_says_nothing_of_the_program(box, monkeypatch):
   assert (result.status, result.reason) == ("unstarted", "no room")
 
 
-def test_without_namespaces_one_line_says_what_to_do(monkeypatch, tmp_path):
-  broken = tmp_path / "bwrap"
-  broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
-  broken.chmod(0o755)
-  for found in ([str(broken)], []):
-    monkeypatch.setattr(confinement, "bubblewraps", lambda found=found: found)
-    with pytest.raises(UserError, match="programs cannot be confined here .*: leave out the domains") as error:
-      Sandbox()
-    assert "\n" not in str(error.value)
-    assert not found or "No permissions" in str(error.value)
-
-
-def test_every_way_of_confining_makes_programs_nobodys():
-  for way in worker.ways():
-    own = worker.Worker(way, Limits())
-    result = own.run(script("import os; print(*os.getresuid(), *os.getresgid(), os.getgroups())"))
-    assert result.stdout == f"{' '.join([confinement.NOBODY] * 6)} []\n", result
-    own.close()
-
-
-def test_root_that_may_not_give_programs_another_user_keeps_its_own(monkeypatch):
-  def refuse(told):
-    raise PermissionError("not here")
-
-  monkeypatch.setattr(confinement, "map_users", refuse)
-  assert Sandbox(workers=1).run(script("print(1)")).stdout == "1\n"
-
-
-def test_a_folder_that_cannot_be_made_is_the_sandboxs_failure():
-  own = worker.Worker(next(worker.ways()), Limits(files=1))  # A limit too low for the program's own file.
-  result = own.run(script("print(1)"))
-  assert (result.status, own.ended()) == ("unstarted", True) and "No space" in result.reason
-
-
-def test_a_sandbox_that_does_not_start_in_time_says_nothing_of_the_program():
-  own = worker.Worker(next(worker.ways()), Limits(wall_s=0.0))
-  result = own.run(script("print(1)"))
-  assert (result.status, result.reason) == ("unstarted", "the sandbox did not start in time")
-
-
-def test_a_sandbox_that_ended_before_it_was_asked_still_says_why(monkeypatch, tmp_path):
-  broken = tmp_path / "bwrap"
-  broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
-  broken.chmod(0o755)
-  monkeypatch.setattr(confinement, "bubblewraps", lambda: [str(broken)])
-  send = worker.Worker._send
-
-  def late(self, *args):
-    self._process.wait()
-    return send(self, *args)
-
-  monkeypatch.setattr(worker.Worker, "_send", late)
-  with pytest.raises(UserError, match="No permissions"):
-    Sandbox()
-
-
-def test_without_a_filter_there_is_no_sandbox(monkeypatch):
-  for code in (None, b"\0" * 8):  # A system without a filter, and a filter that the kernel refuses.
-    monkeypatch.setattr(seccomp, "filter_program", lambda code=code: code)
-    with pytest.raises(UserError, match="programs cannot be confined here"):
-      Sandbox()
-
-
 def test_long_outputs_are_not_remembered(box):
   assert len(box.run(script("print('x' * 20_000)")).stdout) == 20_001
   assert max(len(result.stdout) for result in box._remembered.values()) < 20_000
@@ -406,64 +342,6 @@ def test_misspelt_settings_are_answered_with_the_nearest():
 def test_files_stay_in_the_programs_folder(path):
   with pytest.raises(ValueError):
     Program({path: ""})
-
-
-CALLS = {  # Name -> (number on x86-64, number on arm64, arguments, "allowed" or the errno).
-  "read": (0, 63, (), "allowed"),
-  "getrandom": (318, 278, (), "allowed"),
-  "thread": (56, 220, (0x3D0F00,), "allowed"),
-  "fork": (56, 220, (17,), 1),
-  "thread in a namespace": (56, 220, (0x3D0F00 | 0x20000000,), 1),
-  "clone3": (435, 435, (), 38),
-  "execve": (59, 221, (), 1),
-  "ptrace": (101, 117, (), 1),
-  "setxattr": (188, 5, (), 1),
-  "a call of later years": (999, 999, (), 38),
-  "the highest number": (0x3FFFFFFF, 0x3FFFFFFF, (), 38),
-  "another architecture's number": (0x40000000, 0x40000000, (), 1),
-  "dup": (72, 25, (5, 0), "allowed"),
-  "lock": (72, 25, (5, 6), 1),
-  "signal at input": (72, 25, (5, 10), 1),
-  "dup with a high half": (72, 25, (5, 1 << 32), "allowed"),  # The kernel reads only the lower half.
-  "isatty": (16, 29, (1, 0x5401), "allowed"),
-  "typing for the terminal": (16, 29, (1, 0x5412), 25),
-  "own limits": (302, 261, (0,), "allowed"),
-  "limits of another": (302, 261, (1,), 1),
-  "free memory": (28, 233, (0, 0, 4), "allowed"),
-  "drop cached memory": (28, 233, (0, 0, 21), 1),
-  "pair": (53, 199, (1,), "allowed"),
-  "pair of another family": (53, 199, (30,), 1),
-}
-
-
-@pytest.mark.parametrize("column, machine, audit", [(0, "x86_64", 0xC000003E), (1, "aarch64", 0xC00000B7)])
-def test_the_filter_decides(column, machine, audit):
-  for name, (*numbers, arguments, right) in CALLS.items():
-    assert decision(machine, audit, numbers[column], arguments) == right, name
-  assert decision(machine, audit ^ 1, 0, ()) == "killed"
-  assert seccomp.filter_program("pdp11") is None
-
-
-def decision(machine, audit, number, arguments):
-  """The filter's decision on a system call, by interpreting its BPF instructions."""
-  code = list(struct.iter_unpack("=HBBI", seccomp.filter_program(machine)))
-  record = struct.pack("=IIQ6Q", number, audit, 0, *arguments, *[0] * (6 - len(arguments)))
-  place, value = 0, None
-  while True:
-    kind, yes, no, operand = code[place]
-    place += 1
-    if kind == 0x20:
-      (value,) = struct.unpack_from("=I", record, operand)
-    elif kind == 0x05:
-      place += operand
-    elif kind == 0x15:
-      place += yes if value == operand else no
-    elif kind == 0x35:
-      place += yes if value >= operand else no
-    else:
-      assert kind == 0x06
-      outcome = {0x7FFF: "allowed", 0x8000: "killed", 0x0005: operand & 0xFFFF}
-      return outcome[operand >> 16]
 
 
 def test_the_launchers_json_is_json():
