@@ -117,7 +117,7 @@ def accuracy(reward, params, rows, pairs, batch: int) -> float:
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
   check_owner(c, workdir)
-  p = parts.build(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from))
+  p = parts.build(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from), domains=())
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))

@@ -116,7 +116,8 @@ def main(c: ConfigDict, workdir: Path) -> None:
     raise UserError(f"judge='' under {why}: give --config.judge=CKPT, a checkpoint of experiments.reward_model")
   check_owner(c, workdir)
   teachers = find(c)
-  p = parts.build(c, workdir, own_tokenizer(c, workdir / "rl", c.init_from))
+  asked = {name for name, share in c.mixture.items() if share} | set(c.teachers)
+  p = parts.build(c, workdir, own_tokenizer(c, workdir / "rl", c.init_from), domains=asked)
   programs, tokenizer = p.programs, p.text.tokenizer
   check_start("init_from", c.init_from, tokenizer, programs.template)
   for domain, name in c.teachers.items():

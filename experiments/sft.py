@@ -112,7 +112,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
   check_owner(c, workdir)
-  p = parts.build(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from))
+  p = parts.build(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from), domains=())
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)
   check_documents(c, p)

@@ -174,3 +174,14 @@ def test_two_hosts_read_their_own_rows_and_save_the_state_of_all(tmp_path):
   write(tmp_path / "rows.jsonl", map(chat, range(150)))
   open_rows(str(tmp_path / "rows.jsonl"), tmp_path)  # Writes the index.
   two_processes.assert_both_say("the same", TWO_HOSTS, str(tmp_path))
+
+
+def test_sft_reads_no_rows_of_the_domains(tmp_path):
+  """Only stages that draw prompts build domains: SFT needs neither their files nor the sandbox."""
+  c = config(math=dict(path="generated:math", count=60))
+  with c.unlocked():
+    c.domains = ConfigDict(dict(math=dict(rows=str(tmp_path / "absent.jsonl"))))
+    c.tokenizer.conversations = 0
+  assert parts.build_domains(c, ()) == {}
+  with pytest.raises(UserError, match="absent.jsonl"):
+    parts.build_domains(c)

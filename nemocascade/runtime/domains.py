@@ -8,7 +8,7 @@ docs/domains.md describes the fields.
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from ml_collections import ConfigDict
 
@@ -114,11 +114,11 @@ def generators(c: ConfigDict) -> dict[str, Generator]:
   return {name: generated.make(name, c.tasks) for name in names}
 
 
-def that_need(c: ConfigDict, what: str, among: Mapping | None = None) -> list[str]:
+def that_need(c: ConfigDict, what: str, among: Container[str] | None = None) -> list[str]:
   """The domains that need the object `what`: "sandbox" or "judge".
 
   Args:
-    among: a mapping whose keys are the domains to look at; None looks at all.
+    among: names of the domains to look at; None looks at all.
   """
   found = []
   for name, entry in entries(c).items():
@@ -129,11 +129,12 @@ def that_need(c: ConfigDict, what: str, among: Mapping | None = None) -> list[st
   return found
 
 
-def build(c: ConfigDict, *, sandbox: object = None) -> dict[str, Domain]:
+def build(c: ConfigDict, *, sandbox: object = None, names: Container[str] | None = None) -> dict[str, Domain]:
   """Builds the config's domains: indexes their files, and tries a user's own functions on the first row.
 
   Args:
     sandbox: runs untrusted code, for the domains that `that_need` it.
+    names: of the domains to build; None builds all. The others' entries are only checked.
 
   Returns:
     name -> domain, in the order of `entries`. A domain that needs a judge has none yet; `with_judge` gives it one.
@@ -141,8 +142,10 @@ def build(c: ConfigDict, *, sandbox: object = None) -> dict[str, Domain]:
   Raises:
     UserError: a domain cannot be built; the message names its field, and the file and row where there is one.
   """
+  check(c)
   generators_ = generators(c)
-  return {name: _build(entry, generators_, sandbox) for name, entry in entries(c).items()}
+  wanted = {name: entry for name, entry in entries(c).items() if names is None or name in names}
+  return {name: _build(entry, generators_, sandbox) for name, entry in wanted.items()}
 
 
 def with_judge(c: ConfigDict, domains: Mapping[str, Domain], judge: object) -> dict[str, Domain]:

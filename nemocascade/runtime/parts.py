@@ -1,7 +1,7 @@
 """The parts of a run that its stages share, built once from its config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -36,36 +36,46 @@ class Parts:
   judge: Judge | None = None
 
 
-def build(c: ConfigDict, workdir: Path, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None) -> Parts:
+def build(
+  c: ConfigDict,
+  workdir: Path,
+  tokenizer: Tokenizer | None = None,
+  mesh: Mesh | None = None,
+  domains: Container[str] | None = None,
+) -> Parts:
   """Builds the parts from a config. Nothing is written.
 
   Args:
     workdir: where the run is written; its tokenizer is used if it has one.
     tokenizer: used instead of the config's.
     mesh: used instead of the config's mesh over this machine's devices.
+    domains: names of the domains that the run draws prompts from; only these are built. None builds all.
 
   Raises:
     UserError: the parts do not fit together, or programs cannot be confined.
   """
   programs = Programs(ModelConfig.from_fields(c.model.to_dict()), mesh or make_mesh(**c.mesh))
-  domains = build_domains(c)
+  built = build_domains(c, domains)
   text = Text(tokenizer) if tokenizer else text_of(c, workdir)
   if text.tokenizer and text.tokenizer.vocab_size > programs.config.vocab_size:
     raise UserError(
       f"model.vocab_size={programs.config.vocab_size} is smaller than the tokenizer's"
       f" {text.tokenizer.vocab_size}: raise it, or lower tokenizer.vocab_size"
     )
-  return Parts(programs, text, domains)
+  return Parts(programs, text, built)
 
 
-def build_domains(c: ConfigDict) -> dict[str, Domain]:
-  """The config's domains. Starts the sandbox only if a domain runs code, so that others work on any machine."""
-  running = domains_lib.that_need(c, "sandbox")
+def build_domains(c: ConfigDict, names: Container[str] | None = None) -> dict[str, Domain]:
+  """The config's domains, or those of them in `names`. All entries are checked, but only these read files.
+
+  The sandbox is started only if one of them runs code, so that others work on any machine.
+  """
+  running = domains_lib.that_need(c, "sandbox", names)
   try:
     sandbox = Sandbox(workers=c.sandbox.workers) if running else None
   except UserError as error:
     raise UserError(f"domains={','.join(running)}: {error}") from error
-  return domains_lib.build(c, sandbox=sandbox)
+  return domains_lib.build(c, sandbox=sandbox, names=names)
 
 
 def with_judge(c: ConfigDict, parts: Parts, checkpoint: str) -> Parts:
