@@ -1,5 +1,6 @@
-"""Compares TPU compiler schedules of the routed matmul and of peers, and HBM bytes of the routed MLP."""
+"""Compares TPU compiler schedules of the routed matmul and of peers, HBM bytes of the routed MLP, and attention's schedules."""
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -20,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from experiments.bench.kernels import TOKENS, D, E, F, X
 from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul_tpu as tpu
+from nemocascade.kernels.attention import attention
 from nemocascade.kernels.groups import group_bounds
 from nemocascade.kernels.routed_mlp_sorted import relu2, weigh
 
@@ -66,6 +68,23 @@ def cases() -> Iterator[dict]:
       yield dict(
         case=f"mlp_forward_{tokens}_tokens_bound", ours=took[0], peer=took[1], peer_name=f"the same with {peer}",
         unit="ms on a v5p chip: the larger of bundles at clock and bytes at bandwidth", ratio=took[1] / took[0],
+      )  # fmt: skip
+
+  yield from attention_cases()
+
+
+def attention_cases() -> Iterator[dict]:
+  """Yields the share of matmul slots that each kernel of attention uses in a visit, beside all slots.
+
+  A visit has two stretches of instructions, with and without a mask; the lower share counts.
+  """
+  with _dump("attention") as place:
+    for kernel in ("forward", "dq", "dkv"):
+      masked, whole, *_ = sorted(_stretches(place, f"attention_{kernel}"), reverse=True)
+      share = min(busy / bundles for busy, bundles in (masked, whole))
+      yield dict(
+        case=f"attention_{kernel}_slots", ours=share, peer=1.0, peer_name="every slot used",
+        unit="share of matmul slots", ratio=share,
       )  # fmt: skip
 
 
@@ -179,6 +198,17 @@ PRODUCTS = {
   "down_dx": (functools.partial(_ours, transpose=True), (_rows(D), _experts(F, D), _sizes)),
   "up_dw": (_weights, (_rows(D), _rows(F), _sizes)),
 }
+
+
+def _attention(q, k, v, segment_ids_BT, dy):
+  """Value and gradients, so that the program has all three kernels."""
+  y, pull = jax.vjp(lambda *a: attention(*a, segment_ids_BT, form="tpu", block=1024), q, k, v)
+  return y, pull(dy)
+
+
+_heads = lambda *of: ((1, 16_384, *of, 128), jnp.bfloat16)
+# Nano's heads: 2 of keys and values, 16 of queries for each.
+ATTENTION = (_attention, (_heads(2, 16), _heads(2), _heads(2), ((1, 16_384), jnp.int32), _heads(2, 16)))
 # Name -> (product, (shape, dtype) of each argument, tile (rows, summed, columns)).
 PEERS = {
   "megablox": (_megablox, PRODUCTS["up"][1], PEER_TILE),
@@ -201,9 +231,15 @@ def _stretch_flops(name: str) -> float:
 
 
 def _schedule(name: str) -> tuple[float, float]:
-  """(share of matmul slots used, bundles per 1e9 useful operations) of a program.
+  """(share of matmul slots used, bundles per 1e9 useful operations) of a program."""
+  with _dump(name) as place:
+    slots, bundles = read_schedule(place)
+    return slots, bundles / _stretch_flops(name) * 1e9
 
-  It is compiled in its own process, because compiler flags are global.
+
+@contextlib.contextmanager
+def _dump(name: str) -> Iterator[Path]:
+  """A folder with the compiler's dump of a program, compiled in its own process: compiler flags are global.
 
   Raises:
     UserError: it does not compile.
@@ -221,8 +257,7 @@ def _schedule(name: str) -> tuple[float, float]:
       said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
       reason = (said or ["no message"])[-1]
       raise UserError(f"kernels --static: {name} did not compile ({reason}): pip install 'nemocascade[tpu]'")
-    slots, bundles = read_schedule(Path(place))
-    return slots, bundles / _stretch_flops(name) * 1e9
+    yield Path(place)
 
 
 def read_schedule(place: Path) -> tuple[float, int]:
@@ -231,8 +266,18 @@ def read_schedule(place: Path) -> tuple[float, int]:
   Returns:
     (share of matmul slots used, bundles) of the branch-free stretch with the most matrix operations.
   """
-  kernel = re.compile(r"(\d+)-(routed_product|routed_weight_product|gmm)[^-]*-\d+-final_bundles.txt")
-  (file, stamp), *_ = [(p, m[1]) for p in place.iterdir() if (m := kernel.fullmatch(p.name))]
+  busy, bundles = max(_stretches(place, "routed_product|routed_weight_product|gmm"))
+  return busy / bundles, bundles
+
+
+def _stretches(place: Path, kernel: str) -> list[tuple[float, int]]:
+  """(matrix operations in units of all slots of a bundle, bundles) of each branch-free stretch of a kernel.
+
+  Args:
+    kernel: a regular expression for its name.
+  """
+  named = re.compile(rf"(\d+)-[a-z_]*?({kernel})[^-]*-\d+-final_bundles.txt")
+  (file, stamp), *_ = [(p, m[1]) for p in place.iterdir() if (m := named.fullmatch(p.name))]
   (use,) = place.glob(f"{stamp}-*final_hlo-static-per-bundle-utilization.txt")
   _, _, (capacity, *_), _, *rows = (line.split() for line in use.read_text().splitlines() if line.strip())
   busy = [int(row[0]) for row in rows]
@@ -240,13 +285,12 @@ def read_schedule(place: Path) -> tuple[float, int]:
   found = [m for line in file.read_text().splitlines() if (m := bundle.fullmatch(line))]
   # Stretches begin at labels and end at branches.
   edges = sorted({0, len(busy), *(int(m[1], 16) for m in found if m[2] or "sbr.rel" in m[3])})
-  stretch = max((busy[i:j] for i, j in itertools.pairwise(edges)), key=sum)
-  return sum(stretch) / len(stretch) / int(capacity), len(stretch)
+  return [(sum(busy[i:j]) / int(capacity), j - i) for i, j in itertools.pairwise(edges)]
 
 
 def _compile(name: str) -> None:
   """Compiles a program for v5p. The environment's compiler flags name the folder of the dump."""
-  fn, shapes, *_ = (PRODUCTS | PEERS)[name]
+  fn, shapes, *_ = (PRODUCTS | PEERS | {"attention": ATTENTION})[name]
   chip = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
   place = SingleDeviceSharding(chip)
   with jax.sharding.use_abstract_mesh(_told(chip)):
