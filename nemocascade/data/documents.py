@@ -9,7 +9,7 @@ import numpy as np
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.errors import UserError
+from nemocascade.errors import UserError, short
 
 LONG = ("split", "cut", "drop")  # What happens to a document that is longer than a packed row.
 
@@ -32,6 +32,15 @@ def to_documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]
   Raises:
     UserError: the messages or tools have another form, the roles are out of order, or no token can be trained on.
   """
+  try:
+    return _documents(row, tokenizer)
+  except RecursionError as error:
+    raise UserError("is nested too deep") from error
+  except (AttributeError, LookupError, TypeError, ValueError) as error:  # A value of a type that has no text.
+    raise UserError(f"cannot be rendered ({type(error).__name__}: {short(str(error))})") from error
+
+
+def _documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]:
   messages, tools = (_decoded(row.get(key)) for key in ("messages", "tools"))
   if not messages:
     raise UserError("has no messages")

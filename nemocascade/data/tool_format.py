@@ -100,8 +100,10 @@ def calls(tool_calls: Sequence[Mapping], *, learned: bool) -> list[Piece]:
   """Renders the calls of an assistant's message, each between <tool_call> and </tool_call>.
 
   Raises:
-    UserError: a call has no name, or its arguments are not an object.
+    UserError: they are no list, a call has no name, or its arguments are not an object.
   """
+  if not isinstance(tool_calls, list | tuple):
+    raise UserError(f"tool_calls: must be a list, is {type(tool_calls).__name__}")
   pieces = []
   for call in tool_calls:
     pieces += [mark("<tool_call>", learned), Piece(_call_text(call), learned=learned)]
@@ -119,7 +121,9 @@ def responses(results: Sequence[str]) -> list[Piece]:
 
 
 def _call_text(call: Mapping) -> str:
-  call = call.get("function", call) if isinstance(call, Mapping) else {}
+  call = call.get("function") or call if isinstance(call, Mapping) else {}
+  if not isinstance(call, Mapping):
+    raise UserError(f"tool call: its function must be an object, is {type(call).__name__}")
   name, arguments = call.get("name"), call.get("arguments") or {}
   if isinstance(arguments, str):
     try:
