@@ -8,6 +8,7 @@ differs from pass to pass.
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 from grain.experimental import index_shuffle
@@ -48,8 +49,9 @@ def counts(sizes: Mapping[str, int], fields: Mapping[str, Mapping]) -> dict[str,
     return {name: fields[name].get("count") or size for name, size in sizes.items()}
   if other := [name for name in sizes if name not in weighted]:
     raise UserError(f"sources.{other[0]} has no weight, and {weighted[0]} has one; give every source a weight, or none")
-  unit = min(sizes[name] / fields[name]["weight"] for name in weighted)
-  return {name: max(1, int(fields[name]["weight"] * unit)) for name in weighted}
+  weights = {name: Fraction(str(fields[name]["weight"])) for name in weighted}  # Exact: floats round and overflow.
+  unit = min(sizes[name] / weights[name] for name in weighted)
+  return {name: max(1, int(weights[name] * unit)) for name in weighted}
 
 
 class Blend:
