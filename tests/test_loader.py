@@ -251,6 +251,14 @@ def test_state_of_other_data_or_settings_is_refused(loader, tmp_path):
       other.set_state(state)
 
 
+def test_a_file_changed_at_one_place_is_other_data(loader, tmp_path):
+  state = loader().get_state()
+  changed = [json.loads(json.dumps(one)) for one in EXAMPLES]
+  changed[30]["messages"][1]["content"] = "13"  # As long as before.
+  with pytest.raises(UserError, match="state of the input pipeline"):
+    loader(open_rows(str(write(tmp_path / "rows.jsonl", changed)), tmp_path)).set_state(state)
+
+
 def test_data_that_has_moved_goes_on(loader, tmp_path):
   expected = loader(look_ahead=SMALL)
   take(expected, 5)

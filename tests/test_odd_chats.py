@@ -41,3 +41,33 @@ def test_a_value_that_cannot_be_rendered_is_a_bad_row(row, complaint):
   with pytest.raises(UserError, match=complaint) as error:
     to_documents(row, TOKENIZER)
   assert len(str(error.value)) < 200
+
+
+CHAT = json.dumps({"messages": [user, said]}).encode()
+
+
+@pytest.mark.parametrize(
+  "text, lines",
+  [
+    (CHAT + b"\n  \n\t\t\r\n \r\n" + CHAT, [1, 5]),
+    (b" " * 9 + b"\n" + CHAT + b"\n   ", [2]),
+    (b"\xef\xbb\xbf" + CHAT + b"\r\n\r\n  " + CHAT + b"\r\n", [1, 3]),
+    (CHAT + b"\n" + CHAT.replace(b"x", b"x" * 20_000_000, 1) + b"\n\n" + CHAT, [1, 2, 4]),
+    (CHAT + b"\n5\n" + CHAT, [1, "bad", 3]),
+    (b"5", ["bad"]),
+  ],
+  ids=["blank", "blank at the ends", "byte order mark", "20 MB", "one byte", "one byte alone"],
+)
+def test_lines_of_white_space_are_no_rows_and_all_others_are(tmp_path, text, lines):
+  path = tmp_path / "chats.jsonl"
+  path.write_bytes(text)
+  rows = open_rows(str(path), tmp_path / "index")
+  read = []
+  for i in range(len(rows)):
+    try:
+      read.append(int(rows.place(i).split("line ")[1]) if rows[i]["messages"] else None)
+    except UserError:
+      read.append("bad")
+  assert read == lines
+  first = [int(place.split("line ")[1]) if isinstance(row, dict) else "bad" for place, row in first_rows(str(path), 9)]
+  assert first == lines

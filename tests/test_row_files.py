@@ -223,6 +223,11 @@ def test_counts_follow_weights_until_the_first_source_would_repeat():
   sizes = {"a": 1000, "b": 300, "c": 50}
   assert counts(sizes, {"a": {"weight": 3}, "b": {"weight": 2}, "c": {"weight": 0.1}}) == {"a": 450, "b": 300, "c": 15}
   assert counts(sizes, {"a": {"count": 5000}, "b": {}, "c": {"count": 1}}) == {"a": 5000, "b": 300, "c": 1}
+  # As exact as they are written: one of the sources ends with its last row, whatever floats round to.
+  assert counts({"a": 804_624, "b": 60_871}, {"a": {"weight": 0.3}, "b": {"weight": 0.9}}) == {"a": 20_290, "b": 60_871}
+  assert counts({"a": 7, "b": 3}, {"a": {"weight": 0.7}, "b": {"weight": 0.3}}) == {"a": 7, "b": 3}
+  assert counts({"a": 7, "b": 9}, {"a": {"weight": 5e-324}, "b": {"weight": 1e-323}}) == {"a": 4, "b": 9}
+  assert counts({"a": 7, "b": 9}, {"a": {"weight": 1e-300}, "b": {"weight": 1e300}}) == {"a": 1, "b": 9}
 
 
 @pytest.mark.parametrize(

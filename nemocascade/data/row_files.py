@@ -20,9 +20,11 @@ from nemocascade.data.sources import Demonstrations
 from nemocascade.errors import UserError, listed
 from nemocascade.state_files import whole
 
+SAMPLED = 1 << 26  # Bytes of a source's files that say whether its content is still the same.
 SUFFIXES = (".jsonl", ".parquet", ".array_record")
 COLUMNS = ("messages", "tools")  # Columns of Parquet files that are read.
-_BLOCK = 1 << 23  # Bytes of a JSONL file that are indexed at a time.
+_BLOCK = 1 << 23  # Bytes of a JSONL file that are indexed at a time, up to the end of a line.
+_WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # Which bytes are white space.
 
 
 class RowFiles(Sequence):
@@ -45,8 +47,12 @@ class RowFiles(Sequence):
     raise NotImplementedError
 
   def identity(self) -> list:
-    """JSON that changes if rows are added, removed or replaced, but not if the files move."""
-    return [len(self), [[path.name, path.stat().st_size] for path in self.files]]
+    """JSON that changes if rows are added, removed or replaced, but not if the files move.
+
+    Of data larger than SAMPLED only evenly spaced parts are compared, so a small change may go unnoticed.
+    """
+    sizes = [_size(path) for path in self.files]
+    return [len(self), [[path.name, size] for path, size in zip(self.files, sizes)], _digest(self.files, sizes)]
 
 
 def open_rows(path: str, index: Path) -> RowFiles:
@@ -182,18 +188,20 @@ def _index_lines(files: Sequence[Path], starts: np.ndarray, path: Path) -> None:
 
 
 def _lines(file: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields (offsets, line numbers from 1) of the lines that are not blank, a block of the file at a time."""
-  start, number, at = 0, 1, 0  # Offset and number of the line that the block begins in; offset of the block.
+  """Yields (offsets, line numbers from 1) of the lines that are not blank, a block of whole lines at a time."""
+  number, at = 1, 0  # Number and offset of the block's first line.
   with file.open("rb") as data:
-    while block := data.read(_BLOCK):
-      ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
-      begins = np.concatenate([[start], ends + at + 1])
-      lengths = ends + at - begins[:-1]
-      kept = lengths > 1  # A line of one byte may be a carriage return.
-      yield begins[:-1][kept], np.flatnonzero(kept) + number
-      start, number, at = int(begins[-1]), number + len(ends), at + len(block)
-  if at - start > 1:
-    yield np.array([start]), np.array([number])
+    while block := data.read(_BLOCK) + data.readline():
+      bytes_ = np.frombuffer(block, np.uint8)
+      ends = np.flatnonzero(bytes_ == ord("\n")) + 1
+      if not len(ends) or ends[-1] < len(block):  # The file's last line may lack its end.
+        ends = np.append(ends, len(block))
+      begins = np.concatenate([[0], ends[:-1]])
+      kept = np.ones(len(begins), bool)
+      for i in np.flatnonzero(_WHITE[bytes_[begins]]):  # Rows seldom begin with white space.
+        kept[i] = bool(block[begins[i] : ends[i]].strip())
+      yield begins[kept] + at, np.flatnonzero(kept) + number
+      number, at = number + len(ends), at + len(block)
 
 
 class ParquetRows(RowFiles):
@@ -331,6 +339,20 @@ def _object(line: bytes) -> dict[str, Any]:
   if not isinstance(row, dict):
     raise UserError(f"must be an object, is {type(row).__name__}")
   return row
+
+
+def _digest(files: Sequence[Path], sizes: Sequence[int], part: int = 1 << 14) -> str:
+  """SHA-256 of the files' content: all of it, or parts with equal gaps of about SAMPLED bytes together."""
+  digest = hashlib.sha256()
+  step = part * max(1, -(-sum(sizes) // SAMPLED))
+  for file, size in zip(files, sizes):
+    try:
+      with file.open("rb", buffering=0) as data:
+        for start in [*range(0, size, step), max(0, size - part)]:
+          digest.update(os.pread(data.fileno(), part, start))
+    except OSError as error:
+      raise UserError(f"{file}: {error.strerror or error}") from error
+  return digest.hexdigest()
 
 
 def _size(file: Path) -> int:
