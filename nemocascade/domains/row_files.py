@@ -1,6 +1,6 @@
 """Rows of JSON lines files as the rows of a domain: an index of the files, and an order drawn from the seed.
 
-Only the index is kept in memory, about 40 bytes a row. A row is read from its file when it is drawn.
+Only the index is kept in memory, 36 bytes a row. A row is read from its file when it is drawn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import glob
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from nemocascade.domains.rows import check_prompt, make_rng, prompt_digest, split_of_digest
-from nemocascade.errors import UserError, listed
+from nemocascade.errors import UserError, listed, short
 from nemocascade.verifiers.verdict import Row
 
 MOST_REASONS = 5  # That a message lists.
+LONGEST_REASON = 160  # Characters of one.
 
 # Says why a row is left out, in words that are counted; "" keeps it. It raises UserError for a malformed row.
 Filter = Callable[[Row], str]
@@ -33,7 +35,8 @@ class Index:
 
   Attributes:
     file_N: int32, index in `files`; offset_N, int64, byte at which the row's line begins; line_N, int32, number of
-      the line from 1; digest_N, uint64 [N, 2], the prompt_digest of each row.
+      the line from 1; digest_N, uint64 [N, 2], digests of the rows' prompts, whatever their form and white space;
+      sum_N, uint32, CRC-32 of the lines.
     left_out: why rows are left out -> (how many, the place of the first).
   """
 
@@ -42,6 +45,7 @@ class Index:
   offset_N: np.ndarray
   line_N: np.ndarray
   digest_N: np.ndarray
+  sum_N: np.ndarray
   left_out: dict[str, tuple[int, str]]
 
   def __len__(self) -> int:
@@ -49,7 +53,7 @@ class Index:
 
   def take(self, keep) -> Index:
     """The index of the rows `keep`: indices or a mask."""
-    arrays = {name: getattr(self, name)[keep] for name in ("file_N", "offset_N", "line_N", "digest_N")}
+    arrays = {name: getattr(self, name)[keep] for name in ("file_N", "offset_N", "line_N", "digest_N", "sum_N")}
     return dataclasses.replace(self, **arrays)
 
   def place(self, i: int) -> str:
@@ -65,12 +69,12 @@ class Index:
     try:
       with open(self.files[self.file_N[i]], "rb") as file:
         file.seek(self.offset_N[i])
-        row = json.loads(file.readline())
-        if prompt_digest(released_form(row)) != self.digest_N[i].tobytes():
-          raise ValueError("another prompt")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-      raise UserError(f"{self.place(i)}: the file was changed while the run reads it") from error
-    return row
+        line = file.readline()
+    except OSError as error:
+      raise UserError(f"{self.place(i)}: {error.strerror or error}") from error
+    if _sum(line) != self.sum_N[i]:
+      raise UserError(f"{self.place(i)}: the file was changed while the run reads it")
+    return json.loads(line)
 
   def summary(self) -> str:
     """What was left out, in one line; "" if nothing was."""
@@ -107,20 +111,28 @@ def index(files: tuple[Path, ...], left_out: Filter) -> Index:
       where = f"{path}, line {number}"
       try:
         row = released_form(_object(line))
-        why = left_out(row)
+        why = short(left_out(row), LONGEST_REASON)
         if not why:
           check_prompt(row)
       except UserError as error:
         raise UserError(f"{where}: {error}") from error
+      except RecursionError as error:
+        raise UserError(f"{where}: is nested too deep") from error
       if why:
         count, first = counts.get(why, (0, where))
         counts[why] = count + 1, first
         continue
-      places.extend((f, offset, number))
-      digests += prompt_digest(row)
-  file_N, offset_N, line_N = np.array(places, np.int64).reshape(-1, 3).T
+      places.extend((f, offset, number, _sum(line)))
+      digests += prompt_digest(row, spaced=False)
+  file_N, offset_N, line_N, sum_N = np.array(places, np.int64).reshape(-1, 4).T
   digest_N = np.array(digests).view(np.uint64).reshape(-1, 2)
-  return Index(files, file_N.astype(np.int32), offset_N.copy(), line_N.astype(np.int32), digest_N, counts)
+  return Index(
+    files, file_N.astype(np.int32), offset_N.copy(), line_N.astype(np.int32), digest_N, sum_N.astype(np.uint32), counts
+  )
+
+
+def _sum(line: bytes) -> int:
+  return zlib.crc32(line.strip())
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -139,7 +151,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 def _object(line: bytes) -> dict[str, Any]:
   try:
     row = json.loads(line)
-  except ValueError as error:  # Invalid JSON or invalid UTF-8.
+  except (ValueError, RecursionError) as error:  # Invalid JSON or invalid UTF-8.
     raise UserError(f"not JSON ({error})") from error
   if not isinstance(row, dict):
     raise UserError(f"must be an object, is {type(row).__name__}")
@@ -162,7 +174,15 @@ def released_form(row: dict[str, Any]) -> Row:
     else:
       raise UserError(f"has none of responses_create_params, messages and prompt, only {listed(sorted(row), 80)}")
     row["responses_create_params"] = params
+  agent = row.get("agent_ref") or {}
+  if not isinstance(agent, dict) or not isinstance(agent.get("name") or "", str):
+    raise UserError(f"agent_ref: must be an object with a name, is {short(repr(row['agent_ref']))}")
   return row
+
+
+def agent_of(row: Row) -> str | None:
+  """The name of the agent that a row in the released form has; None if it has none."""
+  return (row.get("agent_ref") or {}).get("name") or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +200,7 @@ class FileRows:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    return hashlib.sha256(self.training.digest_N.tobytes()).hexdigest()[:16]
+    return hashlib.sha256(self.training.digest_N.tobytes() + self.training.sum_N.tobytes()).hexdigest()[:16]
 
   def train(self, seed: int, number: int) -> Row:
     epoch, place = divmod(number, len(self.training))
@@ -196,7 +216,7 @@ class FileRows:
 
   def _row(self, rows: Index, i: int) -> Row:
     row = released_form(rows.read(int(i)))
-    agent = (row.get("agent_ref") or {}).get("name")
+    agent = agent_of(row)
     row["agent_ref"] = {"type": "responses_api_agents", "name": self.name, **({"agent": agent} if agent else {})}
     return row
 

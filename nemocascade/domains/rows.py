@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,10 +47,23 @@ def make_prompt(name: str, text: str, *, tools: Sequence[dict[str, Any]] = (), *
   return {"responses_create_params": params, "agent_ref": agent_ref, **fields}
 
 
-def prompt_digest(row: Row) -> bytes:
-  """A digest of the prompt's text, 16 bytes. Rows with the same text are the same prompt."""
-  text = "\n".join(str(message.get("content") or "") for message in prompt_messages(row))
+def prompt_digest(row: Row, *, spaced: bool = True) -> bytes:
+  """A digest of the prompt's text, 16 bytes. Rows with the same text are the same prompt.
+
+  Args:
+    spaced: whether texts that differ only in white space, or in how Unicode composes a character, are different.
+  """
+  text = "\n".join(_said(message.get("content")) for message in prompt_messages(row))
+  if not spaced:
+    text = " ".join(unicodedata.normalize("NFC", text).split())
   return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def _said(content: object) -> str:
+  """The text of a message's content, which may be a list of text parts."""
+  if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+    return "".join(str(part["text"]) for part in content)
+  return str(content or "")
 
 
 def split_of(row: Row) -> str:
@@ -80,6 +94,8 @@ def check_prompt(row: Row) -> None:
     raise UserError("responses_create_params.input: must be a text or a list of messages, not empty")
   if isinstance(prompt, list) and not all(isinstance(item, dict) for item in prompt):
     raise UserError("responses_create_params.input: each message must be an object")
+  if not isinstance(params.get("tools") or [], list):
+    raise UserError(f"responses_create_params.tools: must be a list, is {type(params['tools']).__name__}")
   messages = prompt_messages(row)
   chat.render(messages, tools=prompt_tools(row), add_generation_prompt=True)
   roles = [message["role"] for message in messages]

@@ -17,7 +17,7 @@ from nemocascade.domains import own
 from nemocascade.domains.agents import AGENTS, UNSUPPORTED
 from nemocascade.domains.domain import Domain, Environment, Rows, Verify
 from nemocascade.domains.registry import DOMAINS, ENVIRONMENTS, BuiltIn
-from nemocascade.domains.row_files import FileRows, open_rows
+from nemocascade.domains.row_files import FileRows, agent_of, open_rows
 from nemocascade.errors import UserError, nearest, unknown
 from nemocascade.generated import registry as generated
 from nemocascade.generated.generator import GeneratedRows, Generator
@@ -214,7 +214,7 @@ def _of_another(entry: Entry, row: Row) -> str:
   """Why the entry's verifier does not judge the row; "" if it does. A user's own function judges every row."""
   if entry.built_in is None:
     return ""
-  agent = (row.get("agent_ref") or {}).get("name")
+  agent = agent_of(row)
   if agent is not None and agent != entry.name and AGENTS.get(agent) != entry.judged_by:
     if agent in UNSUPPORTED:
       return f"of agent {agent!r}: {UNSUPPORTED[agent]}"
@@ -224,7 +224,7 @@ def _of_another(entry: Entry, row: Row) -> str:
     return f"of the unknown agent {agent!r}" + (f" (did you mean {near!r}?)" if near else "")
   try:
     return entry.built_in.why_not(row)
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except (LookupError, TypeError, ValueError, AttributeError) as error:
     return f"that lack a field ({type(error).__name__}: {error})"
 
 
