@@ -1,6 +1,7 @@
 """A user's own reward and environment: composed, tried before a run, and kept from ending one."""
 
 import json
+import types
 
 import pytest
 from composed import config
@@ -8,6 +9,7 @@ from composed import config
 from nemocascade.data.chat_parse import Turn
 from nemocascade.data.tool_format import ToolCall
 from nemocascade.errors import UserError
+from nemocascade.rollout import rewards
 from nemocascade.runtime import domains
 from nemocascade.verifiers.verdict import NONFINITE, Completion, Verdict
 
@@ -127,6 +129,56 @@ def test_a_batch_of_another_length_later_masks_all(build):
   assert len(verdicts) == 3 and all(v.masked and "for 3 completions" in v.reason for v in verdicts)
 
 
+@pytest.mark.parametrize("of", ["row, completion", "rows, completions"])
+@pytest.mark.parametrize("change", ["row.pop('limit')", "completion.turns = ()", "row['tools'].clear()"])
+def test_what_a_reward_changes_nobody_else_sees(build, of, change):
+  """The completions of a group have the same row, and what a completion is decides how its sample is trained on."""
+  body = f"row, completion = rows[0], completions[0]\n  {change}\n  return [1.0] * len(rows)"
+  domain = build(f"def score({of}):\n  {f'{change}; return 1.0' if of[3] == ',' else body}")
+  row, completion = domain.rows.train(0, 0), said("x")
+  before = json.dumps(row)
+  for _ in range(2):
+    assert domain.verify([row] * 3, [completion] * 3) == [Verdict(1.0, "score 1")] * 3
+  assert json.dumps(row) == before and completion.content == "x"
+
+
+@pytest.mark.parametrize(
+  "code",
+  [
+    "completions.clear(); rows.clear(); return []",
+    "completions.pop(); return [1.0] * len(completions)",
+    "return {1.0, 2.0, 3.0}",
+    "return b'123'",
+    "return dict.fromkeys(range(3)).keys()",
+    "return np.array(['1', '2', '3'])",
+    "return [np.str_('1')] * 3",
+    "return [1j, np.complex64(2), 3]",
+    "return (1.0 for _ in completions)",
+    "sys.exit(0)",
+  ],
+)
+def test_what_is_no_list_of_numbers_masks_the_whole_batch(build, code):
+  head = "import sys\nimport numpy as np\ndef score(rows, completions):\n  if len(rows) == 2: return [1.0, 1.0]\n  "
+  verdicts = build(head + code).verify([ROW] * 3, [said("x")] * 3)
+  assert [(verdict.masked, verdict.cause) for verdict in verdicts] == [(True, "error")] * 3
+
+
+def test_a_reward_that_leaves_the_process_is_masked_and_refused_at_the_trial(build):
+  code = "import sys\ndef score(row, completion):\n  if completion.content {} 'go': sys.exit(0)\n  return 1.0"
+  (verdict,) = build(code.format("==")).verify([ROW], [said("go")])
+  assert verdict.masked and "SystemExit" in verdict.reason
+  with pytest.raises(UserError, match="own_1.py:score.*SystemExit: 0 .line 3"):
+    build(code.format("!="))
+
+
+@pytest.mark.parametrize("reward", ["1e39", "-1e300", "np.float64(3.5e38)"])
+def test_a_reward_too_large_for_fp32_is_not_finite(build, reward):
+  """A batch of rewards is fp32: an infinity in it would make its group NaN."""
+  code = f"import numpy as np\ndef score(row, completion):\n  return {reward} if completion.content == 'go' else 1"
+  assert build(code).verify([ROW], [said("go")])[0].cause == NONFINITE
+  assert not Verdict(3.4e38, "").masked
+
+
 # Environments.
 
 
@@ -200,6 +252,36 @@ def test_an_environment_that_fails_later_tells_the_model(build):
   (first, second) = domain.act(world, Turn(None, "now", calls, None, True))
   assert first == second and first.startswith("error: RuntimeError: sold out")
   assert domain.act(world, Turn(None, "", calls, None, True)) == ["2", "2"]
+
+
+def test_a_world_that_is_a_part_of_the_row_is_not_shared_between_episodes(build):
+  code = SHOP.replace('{"limit": row["limit"], "count": 0}', 'row["stock"]').replace('"count"', '"left"')
+  domain = build(code + "def score(row, completion):\n  return 1.0\n", environment="Shop", rows={"stock": {"left": 5}})
+  row = domain.rows.train(0, 0)
+  for world in (domain.start(row), domain.start(row)):
+    assert domain.act(world, Turn(None, "", (ToolCall("add", {}),), None, True)) == ["6"]
+  assert row["stock"] == {"left": 5}
+
+
+@pytest.mark.parametrize("fault", ["raise KeyError('stock')", "import sys; sys.exit(0)"])
+def test_an_environment_that_cannot_start_later_masks_the_episode(build, fault):
+  code = SHOP.replace("    return {", f"    if row.get('sold'): {fault}\n    return {{", 1)
+  domain = build(code + "def score(row, completion):\n  return 1.0\n", environment="Shop")
+  call, row = Turn(None, "", (ToolCall("add", {}),), None, True), domain.rows.train(0, 0) | {"sold": True}
+  world = domain.start(row)
+  assert domain.act(world, call) is None
+  samples = types.SimpleNamespace(
+    rows=[row, ROW], domains=["mine"] * 2, completions=[[said("x", world)], [said("x", domain.start(ROW))]]
+  )
+  (bad,), (good,) = rewards.judge(samples, {"mine": domain})
+  assert (bad.masked, bad.cause) == (True, "error") and "failed to start: " in bad.reason and not good.masked
+
+
+def test_an_environment_that_leaves_the_process_tells_the_model(build):
+  code = SHOP.replace("    world[", "    if turn.content: raise SystemExit(0)\n    world[", 1)
+  domain = build(code + "def score(row, completion):\n  return 1.0\n", environment="Shop")
+  found = domain.act(domain.start(ROW), Turn(None, "now", (ToolCall("add", {}),), None, True))
+  assert found == ["error: SystemExit: 0 (line 9 of own_0.py)"]
 
 
 # Names.

@@ -54,6 +54,13 @@ class Environment(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class NotStarted:
+  """The world of an episode whose environment could not start on the row. No tool answers; the verdict is masked."""
+
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Domain:
   """A domain, composed of its parts.
 
@@ -82,7 +89,7 @@ class Domain:
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
     """The results of the turn's tool calls; None ends the episode."""
-    return None if self.environment is None else self.environment.act(world, turn)
+    return None if self.environment is None or isinstance(world, NotStarted) else self.environment.act(world, turn)
 
 
 def one_by_one(judge: Callable[[Row, Completion], Verdict]) -> Verify:

@@ -18,14 +18,15 @@ An environment is a class that is made without arguments:
 from __future__ import annotations
 
 import contextlib
+import copy
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from nemocascade import own_code
 from nemocascade.data.chat_parse import Turn
 from nemocascade.data.tool_format import ToolCall
-from nemocascade.domains.domain import Domain, Environment
+from nemocascade.domains.domain import Domain, Environment, NotStarted
 from nemocascade.domains.rows import prompt_tools
 from nemocascade.errors import UserError, short
 from nemocascade.verifiers.verdict import NONFINITE, Completion, Row, Verdict, guarded, no_verdict
@@ -36,7 +37,10 @@ TRIALS = ("", "A trial answer.")
 
 
 class OwnReward:
-  """A Verify from a user's function. What it returns or raises wrongly during a run becomes masked verdicts."""
+  """A Verify from a user's function. What it returns or raises wrongly during a run becomes masked verdicts.
+
+  The function gets copies: what it changes in a row or a completion, nobody else sees.
+  """
 
   def __init__(self, function: Callable, *, batched: bool):
     self.function, self.batched = function, batched
@@ -47,21 +51,26 @@ class OwnReward:
       return [guarded(self._one, *pair) for pair in zip(rows, completions, strict=True)]
     try:
       return self._all(rows, completions)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       failed = no_verdict("error", f"the reward failed: {own_code.raised(error)}")
       return [failed] * len(completions)
 
   def scores(self, rows: list[Row], completions: list[Completion]) -> list[Any]:
     """What the function itself returns for each completion; its exceptions pass."""
     if not self.batched:
-      return [self.function(*pair) for pair in zip(rows, completions, strict=True)]
-    found = self.function(rows, completions)
-    if not hasattr(found, "__len__") or isinstance(found, str | dict) or len(found) != len(completions):
+      return [self._score(*pair) for pair in zip(rows, completions, strict=True)]
+    copies = {id(row): copy.deepcopy(row) for row in rows}  # Completions of one row still share it.
+    found = self.function([copies[id(row)] for row in rows], list(map(copy.copy, completions)))
+    unordered = isinstance(found, str | bytes | bytearray | Mapping | Set)
+    if not hasattr(found, "__len__") or unordered or len(found) != len(completions):
       raise TypeError(f"returned {_shown(found)} for {len(completions)} completions: must be a list of as many numbers")
     return list(found)
 
   def _one(self, row: Row, completion: Completion) -> Verdict:
-    return as_verdict(self.function(row, completion))
+    return as_verdict(self._score(row, completion))
+
+  def _score(self, row: Row, completion: Completion) -> Any:
+    return self.function(copy.deepcopy(row), copy.copy(completion))
 
   def _all(self, rows: list[Row], completions: list[Completion]) -> list[Verdict]:
     return [as_verdict(score) for score in self.scores(rows, completions)]
@@ -75,7 +84,8 @@ def as_verdict(score: object) -> Verdict:
   """
   if isinstance(score, Verdict):
     return score
-  if not isinstance(score, numbers.Real) and getattr(score, "shape", None) != ():
+  number = isinstance(score, numbers.Real) or getattr(score, "shape", None) == ()
+  if not number or getattr(getattr(score, "dtype", None), "kind", "") in tuple("SUOcMm"):
     raise TypeError(f"returned {_shown(score)}: must be a finite number or a Verdict")
   return Verdict(float(score), f"score {float(score):g}")
 
@@ -97,19 +107,25 @@ def load_reward(spec: str, *, field: str) -> OwnReward:
 
 
 class OwnEnvironment:
-  """An Environment from a user's class. If `act` fails during a run, the model is told so as the call's result."""
+  """An Environment from a user's class. If `act` fails during a run, the model is told so as the call's result.
+
+  A world may be a part of the row: `start` gets a copy, so that no episode changes the row of another.
+  """
 
   def __init__(self, inner: Any):
     self.inner = inner
     self.max_turns = getattr(inner, "max_turns", MAX_TURNS)
 
   def start(self, row: Row) -> object:
-    return self.inner.start(row)
+    try:
+      return self.inner.start(copy.deepcopy(row))
+    except (Exception, SystemExit) as error:
+      return NotStarted(f"the environment failed to start: {own_code.raised(error)}")
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
     try:
       return _texts(self.inner.act(world, turn))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       return [f"error: {own_code.raised(error)}"] * max(1, len(turn.tool_calls))
 
 
@@ -129,7 +145,7 @@ def load_environment(spec: str, *, field: str) -> Environment:
   class_ = own_code.load(spec, field=field)
   try:
     inner = class_()
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise UserError(f"{field}={spec!r}: cannot be made without arguments: {own_code.raised(error)}") from error
   for method, takes in (("start", 1), ("act", 2)):
     found = getattr(inner, method, None)
@@ -156,12 +172,12 @@ def try_environment(domain: Domain, row: Row, spec: str, *, field: str, place: s
   name = next((tool.get("function", tool).get("name") for tool in prompt_tools(row)), "no_such_tool")
   inner = domain.environment.inner
   try:
-    _texts(inner.act(inner.start(row), Turn(None, "done", (), None, True)))
-    world, found = inner.start(row), None
+    _texts(inner.act(inner.start(copy.deepcopy(row)), Turn(None, "done", (), None, True)))
+    world, found = inner.start(copy.deepcopy(row)), None
     with contextlib.suppress(LookupError, TypeError, ValueError):
       found = inner.act(world, Turn(None, "", (ToolCall(str(name), {}),), None, True))
     _texts(found)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise UserError(f"{field}={spec!r}: on the row of {place}: {own_code.raised(error)}") from error
 
 
@@ -180,7 +196,7 @@ def try_reward(domain: Domain, row: Row, spec: str, *, field: str, place: str) -
   try:
     scores = domain.verify.scores([row, row], trials)
     verdicts = [as_verdict(score) for score in scores]
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise UserError(f"{where}: {own_code.raised(error)}") from error
   for text, score, verdict in zip(TRIALS, scores, verdicts, strict=True):
     if verdict.cause == NONFINITE:

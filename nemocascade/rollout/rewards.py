@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from nemocascade.domains.domain import Domain
+from nemocascade.domains.domain import Domain, NotStarted
 from nemocascade.rollout.episode import Samples
 from nemocascade.types import Rollout
-from nemocascade.verifiers.verdict import Verdict
+from nemocascade.verifiers.verdict import Completion, Verdict, no_verdict
 
 Verdicts = list[list[Verdict]]  # [Q][G]
 
@@ -48,7 +48,10 @@ OVERLONG = {"zero": zero, "filter": drop, "keep": keep, "soft": soft}
 
 
 def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
-  """The verdict of each completion. A domain's `verify` gets all of its completions in one call."""
+  """The verdict of each completion. A domain's `verify` gets all of its completions in one call.
+
+  The verdict is masked if the episode's environment could not start.
+  """
   verdicts: Verdicts = [[] for _ in samples.rows]
   for name in dict.fromkeys(samples.domains):
     q = [i for i, other in enumerate(samples.domains) if other == name]
@@ -56,8 +59,13 @@ def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
     completions = [c for i in q for c in samples.completions[i]]
     flat = iter(domains[name].verify(rows, completions))
     for i in q:
-      verdicts[i] = [next(flat) for _ in samples.completions[i]]
+      verdicts[i] = [_if_started(completion, next(flat)) for completion in samples.completions[i]]
   return verdicts
+
+
+def _if_started(completion: Completion, verdict: Verdict) -> Verdict:
+  world = completion.world
+  return no_verdict("error", world.reason) if isinstance(world, NotStarted) else verdict
 
 
 def to_rollout(

@@ -53,7 +53,8 @@ class Completion:
     return "".join(parts)
 
 
-NONFINITE = "nonfinite"  # Cause of masking: the reward is NaN or infinite.
+NONFINITE = "nonfinite"  # Cause of masking: the reward is NaN or infinite, or would be in fp32.
+LARGEST = float.fromhex("0x1.fffffep+127")  # In fp32.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,11 @@ class Verdict:
     the causes of limited.NoAnswer ("time", "memory", "crash", "error", "evaluation"),
     "unknown": the verifier lacks the row's mode, format or id,
     "row": the row cannot be judged,
-    NONFINITE: the reward was not finite,
+    NONFINITE: the reward was not finite in fp32,
     "": any other reason.
 
-  A non-finite reward is replaced by 0 and masked, so that it cannot enter the statistics of a group
-  or a batch.
+  A reward that is not finite in fp32 is replaced by 0 and masked, so that it cannot enter the statistics of a
+  group or a batch.
   """
 
   reward: float
@@ -78,7 +79,7 @@ class Verdict:
   cause: str = ""
 
   def __post_init__(self):
-    if not math.isfinite(self.reward):
+    if not (math.isfinite(self.reward) and abs(self.reward) <= LARGEST):
       for name, value in (("reward", 0.0), ("masked", True), ("cause", NONFINITE)):
         object.__setattr__(self, name, value)
 
@@ -99,5 +100,5 @@ def guarded(judge: Callable[[Row, Completion], Verdict], row: Row, completion: C
     return judge(row, completion)
   except limited.NoAnswer as error:
     return no_verdict(error.cause, f"no answer: {error}")
-  except Exception as error:  # noqa: BLE001  No completion may stop a run.
+  except (Exception, SystemExit) as error:  # noqa: BLE001  No completion may stop a run.
     return no_verdict("error", f"verifier failed: {type(error).__name__}: {error}")
