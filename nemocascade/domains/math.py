@@ -17,7 +17,7 @@ def judge(row: Row, completion: Completion) -> Verdict:
   """
   content = completion.content
   answer = last_boxed(content, (BOXED, FBOX))
-  if "expected_answer" not in row:
+  if row.get("expected_answer") is None:
     return _scored(row, scorers.tagged(content) or answer or content.strip())
   if not answer:
     return Verdict(0.0, "no \\boxed{} answer")
@@ -41,7 +41,7 @@ def _scored(row: Row, answer: str) -> Verdict:
 
 def unsupported(row: Row) -> str:
   """Why no completion of the row can be judged: it has no answer; else ""."""
-  named = "expected_answer" in row or (row.get("metadata") or {}).get("source_dataset")
+  named = row.get("expected_answer") is not None or (row.get("metadata") or {}).get("source_dataset")
   return "" if named else NO_ANSWER
 
 

@@ -60,6 +60,6 @@ DOMAINS: dict[str, BuiltIn] = {
   "swe_agentic": BuiltIn(
     "swe", ("sandbox",), "make_agentic_verify", "make_environment", thinking=False, unsupported="unsupported"
   ),
-  "next_action": BuiltIn("next_action"),
+  "next_action": BuiltIn("next_action", unsupported="unsupported"),
 }
 ENVIRONMENTS = tuple(name for name, domain in DOMAINS.items() if domain.environment)

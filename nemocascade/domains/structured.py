@@ -11,13 +11,14 @@ from nemocascade.verifiers.formats import FORMATS
 from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
 MODES = ("text", "tool_call")
+NO_SCHEMA = "no schema_str"
 
 
 def judge(row: Row, completion: Completion) -> Verdict:
   """Reward 1 iff the payload is valid under the strict form of the schema, whatever its values."""
   kind, mode = row.get("schema_type") or "json", row.get("response_mode") or "text"
   if why := unsupported(row):
-    return no_verdict("unknown", why)
+    return no_verdict("row" if why == NO_SCHEMA else "unknown", why)
   if mode == "text":
     answer = limited.call(validation.check_text, row["schema_str"], kind, completion.content)
   else:
@@ -44,12 +45,12 @@ def _arguments(row: Row, completion: Completion) -> dict[str, Any] | str:
 
 
 def unsupported(row: Row) -> str:
-  """Names the row's schema type or response mode if there is none of that name here; else ""."""
+  """Says that the row has no schema, or a schema type or response mode that does not exist here; else ""."""
   kind, mode = row.get("schema_type") or "json", row.get("response_mode") or "text"
   for word, value, known in (("schema type", kind, FORMATS), ("response mode", mode, MODES)):
     if value not in known:
       return f"unknown {word} {value!r}"
-  return ""
+  return "" if isinstance(row.get("schema_str"), str) else NO_SCHEMA
 
 
 def make_verify() -> Verify:

@@ -20,7 +20,7 @@ from nemocascade.verifiers import formats
 # {"valid": ""}, {"invalid": reason}, or {"row": reason} if the schema is bad.
 Answer = dict[str, str]
 
-_LITERALS = {"True": True, "False": False, "None": None}  # As the chat template prints them.
+LITERALS = {"True": True, "False": False, "None": None}  # As the chat template prints them.
 # A branch describes only a part of an object. Forbidding other properties in a branch would forbid
 # the object.
 _NOT_MADE_STRICT = ("if", "then", "else", "not", "oneOf", "anyOf", "allOf")
@@ -126,7 +126,7 @@ def _read(text: Any, validator: Any) -> Any:
     said.append(formats.load_json(text))
   except (ValueError, RecursionError):
     pass
-  if text in _LITERALS:
-    said.append(_LITERALS[text])
+  if text in LITERALS:
+    said.append(LITERALS[text])
   said.append(text)
   return next((value for value in said if validator.is_valid(value)), said[0])
