@@ -71,6 +71,8 @@ def test_one_command_trains_on_files_with_an_own_reward_and_environment(folder):
   assert len(lines) == 2 and all(line["reward/mean"] > 0 and line["rollout/masked"] == 0 for line in lines)
   record = json.loads((folder / "run/rl/samples.jsonl").read_text().splitlines()[0])
   assert record["domain"] == "mine" and record["prompt"].startswith("the cat and ")
+  again = command(folder, "run", "--config.steps=2")  # Continues from the checkpoint, which names the files' state.
+  assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,15 @@ RECORD = {  # JSON schema of the record that a stage saves with its state.
   "properties": {
     "iterator": {"type": "object"},
     "tokens": COUNT,
-    "mixture": {"type": "object", "additionalProperties": COUNTS},  # Mixture.get_state.
+    "mixture": {  # Mixture.get_state.
+      "type": "object",
+      "properties": {
+        "frontier": COUNTS,
+        "given": COUNTS,
+        "rows": {"type": "object", "additionalProperties": {"type": "string"}},
+      },
+      "additionalProperties": False,
+    },
     "supervisor": {
       "type": "object",
       "properties": {
