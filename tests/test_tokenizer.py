@@ -89,6 +89,12 @@ def test_any_unicode_text_survives(text):
   assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
+def test_a_space_survives_if_the_corpus_has_none_outside_phrases():
+  tokenizer = train_sentencepiece(["12+7=19"] * 20, vocab_size=400, phrases=("it is",))
+  text = " it is a  b "
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_half_a_surrogate_pair_is_replaced_not_fatal(tokenizer):
   assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
 

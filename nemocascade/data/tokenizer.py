@@ -244,6 +244,9 @@ def train_sentencepiece(
   for phrase in phrases:
     if not phrase or _SPACE in phrase or phrase in SPECIAL_NAMES:
       raise UserError(f"tokenizer phrase {phrase!r}: must be plain text, not empty or special")
+  lines = _lines(texts, phrases)
+  if not any(" " in line for line in lines):
+    phrases.append(" ")  # SentencePiece would otherwise write a space as the bytes of U+2581, and read them as U+2581.
   floor = len(SPECIAL_NAMES) + len(phrases) + 256  # Special tokens, phrases, bytes.
   if vocab_size <= floor:
     raise UserError(
@@ -253,7 +256,6 @@ def train_sentencepiece(
   model = io.BytesIO()
   # SentencePiece matches phrases after it has replaced spaces by U+2581.
   symbols = [phrase.replace(" ", _SPACE) for phrase in phrases]
-  lines = _lines(texts, phrases)
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, user_defined_symbols=symbols,
