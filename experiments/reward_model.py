@@ -21,7 +21,7 @@ from nemocascade.model.reward import RewardModel, init_reward_params
 from nemocascade.report.metrics import MetricsWriter, progress
 from nemocascade.runtime import loading, parts
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.outcome import Outcome
+from nemocascade.runtime.outcome import Outcome, announce
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
@@ -121,7 +121,7 @@ def main(c: ConfigDict, workdir: Path) -> None:
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))
-  run(c, workdir / "reward_model", p, c.init_from)
+  announce(run(c, workdir / "reward_model", p, c.init_from))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from nemocascade.runtime.learner import arrange, learn
 from nemocascade.runtime.logbook import Logbook, Watch
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.objective import program
-from nemocascade.runtime.outcome import Outcome, Spent
+from nemocascade.runtime.outcome import Outcome, Spent, announce
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.sampler import sample, sample_lines
 from nemocascade.runtime.signals import annotate
@@ -130,7 +130,7 @@ def main(c: ConfigDict, workdir: Path) -> None:
   rows = draw_heldout(c, p.domains, tokenizer).rows if teachers else {}  # Teachers are probed with them.
   teachers = gather(programs, tokenizer, teachers, c.teachers_in_memory, rows)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))
-  run(c, workdir / "rl", p, c.init_from, teachers)
+  announce(run(c, workdir / "rl", p, c.init_from, teachers))
 
 
 if __name__ == "__main__":

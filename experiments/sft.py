@@ -9,6 +9,7 @@ directory. Run the same command again to resume.
 """
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from nemocascade.mesh import check_rows, own_rows
 from nemocascade.report.metrics import MetricsWriter, progress
 from nemocascade.runtime import conversations, hosts, parts
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.outcome import Outcome
+from nemocascade.runtime.outcome import Outcome, announce
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
@@ -49,6 +50,8 @@ def check_documents(c: ConfigDict, p: Parts) -> None:
 def batches(c: ConfigDict, stage_dir: Path, p: Parts) -> loader.Loader:
   """The batches of the stage from its beginning. Bad conversations are named in bad_rows.jsonl."""
   blend = conversations.open_blend(c, stage_dir.parent / "data", stage_dir.name)
+  if jax.process_index() == 0:
+    print(f"{stage_dir.name}: {conversations.described(blend)}", file=sys.stderr)
   return loader.Loader(
     blend, p.text.tokenizer, T=c.row_tokens, B=c.rows, seed=c.seed, look_ahead=c.look_ahead, streams=c.streams,
     long_documents=c.long_documents, max_bad_share=c.max_bad_share, workers=c.data_workers,
@@ -91,6 +94,8 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
     pending, own = None, 0  # own: tokens of this host's rows since `tokens` was counted.
     for step in range(first, c.steps):
       batch = next(data)
+      if step == 0:
+        writer.write_samples(step, conversations.sample_lines(batch, data.own, p.text.tokenizer))
       state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
       metrics |= conversations.metrics(data.counts, batch.segment_ids_BT[data.own])
       own += int((batch.segment_ids_BT[data.own] > 0).sum())
@@ -117,7 +122,7 @@ def main(c: ConfigDict, workdir: Path) -> None:
   program(c, p.programs)
   check_documents(c, p)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))
-  run(c, workdir / "sft", p, c.init_from)
+  announce(run(c, workdir / "sft", p, c.init_from))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_every_stage_ends_with_a_score_for_every_domain(finished):
 def test_report_is_complete(finished):
   workdir, _ = finished
   assert (workdir / "report" / "index.html").stat().st_size > 10_000
+  assert "<mark>" in (workdir / "report" / "index.html").read_text()  # What SFT learns.
 
 
 def test_a_finished_cascade_does_nothing_when_run_again(finished):

@@ -61,6 +61,16 @@ def test_a_file_of_chats_is_learned_and_a_bad_row_is_skipped_named_and_counted(t
     (151, 1, 0)
   ] * 6
   assert all(0.5 < line["data/fill"] <= 1 for line in lines)
+  # What is learned is shown: the source, the first documents, the checkpoint.
+  assert "an epoch has 151 conversations: mine 151\n" in done.stderr
+  samples = [json.loads(line) for line in (tmp_path / "run" / "sft" / "samples.jsonl").read_text().splitlines()]
+  assert len(samples) == 4 and all(sample["step"] == 0 for sample in samples)  # A document in each row.
+  for sample in samples:
+    before, learned, after = sample["pieces"]
+    number = before["text"].split("what is ")[1].split("?")[0]
+    assert [before["learned"], learned["learned"], after["learned"]] == [False, True, False]
+    assert "so" in learned["text"] and f"it is {number}<|im_end|>" in learned["text"]
+  assert done.stderr.endswith(f"6 steps done; checkpoint: {tmp_path}/run/sft/checkpoints/6\n")
 
 
 def test_an_interrupted_run_sees_what_an_uninterrupted_one_sees(assembled, tmp_path):

@@ -23,6 +23,7 @@ table{border-collapse:collapse;font-size:14px}td,th{padding:.25em .7em;border-bo
 td:first-child,th:first-child{text-align:left}pre{background:#f6f6f4;padding:.7em;white-space:pre-wrap;margin:.2em 0}
 .good{color:#1a7f37}.bad{color:#b42318}.quiet{color:#777}"""
 
+# JSON schemas of a line of samples.jsonl: of an RL stage, and of SFT.
 SAMPLE = LINE | {
   "required": ["step", "domain", "prompt", "completion", "verdict", "reason", "masked"],
   "properties": LINE["properties"] | {
@@ -30,6 +31,14 @@ SAMPLE = LINE | {
     "verdict": {"type": "number"}, "masked": {"type": "boolean"},
   },
 }  # fmt: skip
+PIECE = {
+  "type": "object", "required": ["text", "learned"],
+  "properties": {"text": {"type": "string"}, "learned": {"type": "boolean"}},
+}  # fmt: skip
+DOCUMENT = LINE | {
+  "required": ["step", "pieces"],
+  "properties": LINE["properties"] | {"pieces": {"type": "array", "items": PIECE}},
+}
 
 
 def write(workdir: str | Path) -> Path:
@@ -52,7 +61,7 @@ def write(workdir: str | Path) -> Path:
   if curves is not None:
     parts += ["<h2>Learning curves</h2>", _picture(curves, out / "curves.png")]
   parts += ["<h2>Time and tokens</h2>", _costs(record.stages, out / "costs.csv")]
-  parts += ["<h2>Samples</h2>", *(_samples(workdir, s["name"]) for s in record.stages)]
+  parts += ["<h2>Samples</h2>", *(_samples(workdir, s["name"], s["kind"]) for s in record.stages)]
   page = f"<!doctype html><meta charset=utf-8><title>nemocascade</title><style>{_STYLE}</style>"
   with whole(out / "index.html") as partial:
     partial.write_text(page + "\n".join(parts))
@@ -209,11 +218,14 @@ def _costs(stages: list[dict], path: Path) -> str:
   return _table(path, header, rows)
 
 
-def _samples(workdir: Path, stage: str, count: int = 6) -> str:
+def _samples(workdir: Path, stage: str, kind: str, count: int = 6) -> str:
   """The stage's last samples as HTML. Completions are untrusted text, so everything is escaped."""
-  lines = read_lines(workdir / stage / "samples.jsonl", SAMPLE)[-count:]
+  lines = read_lines(workdir / stage / "samples.jsonl", DOCUMENT if kind == "sft" else SAMPLE)[-count:]
   if not lines:
     return ""
+  if kind == "sft":
+    documents = ("".join(map(_piece, line["pieces"])) for line in lines)
+    return f"<h3>{html.escape(stage)}: what is learned is marked</h3>" + "".join(f"<pre>{d}</pre>" for d in documents)
   parts = [f"<h3>{html.escape(stage)}</h3>"]
   for line in lines:
     verdict = line["verdict"]
@@ -224,3 +236,9 @@ def _samples(workdir: Path, stage: str, count: int = 6) -> str:
       f"<pre>{html.escape(str(line['prompt'])[:600])}</pre><pre>{html.escape(line['completion'][:600])}</pre>"
     )
   return "\n".join(parts)
+
+
+def _piece(piece: dict) -> str:
+  """A piece of a document that SFT trains on, as HTML."""
+  text = html.escape(piece["text"][:600])
+  return f"<mark>{text}</mark>" if piece["learned"] else text

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from nemocascade.generated.generator import demonstrations
 from nemocascade.generated.registry import GENERATORS, PREFIX, make
 from nemocascade.report.metrics import read_lines
 from nemocascade.runtime.hosts import first_alone
+from nemocascade.types import Batch
 
+SAMPLES = 8  # Documents that are written to samples.jsonl.
 SHOWN = 10  # Bad conversations that are named on stderr.
 BAD_ROW = {"type": "object", "required": ["row"], "properties": {"row": {"type": "string"}}}
 CHECKED = 8  # Conversations of each source that are read before a run.
@@ -105,6 +107,37 @@ def metrics(counts: Counts, segment_ids_BT: np.ndarray) -> dict[str, float]:
     "data/long_documents": counts.long,
     "data/fill": float((segment_ids_BT > 0).mean()),
   }
+
+
+def sample_lines(batch: Batch, own: Sequence[int], tokenizer: Tokenizer) -> list[dict]:
+  """Lines of samples.jsonl: the first SAMPLES documents of the rows `own`, cut where what is learned begins and ends.
+
+  A line has {"pieces": [{"text", "learned"}, ...]}. The first token of a document is never learned.
+  """
+  lines: list[dict] = []
+  for row in own:
+    segments_T = batch.segment_ids_BT[row]
+    for document in range(1, int(segments_T.max()) + 1):
+      if len(lines) == SAMPLES:
+        return lines
+      at = np.flatnonzero(segments_T == document)
+      tokens_T, learned_T = batch.tokens_BT[row][at], batch.loss_mask_BT[row][at]
+      cuts = [0, *(np.flatnonzero(np.diff(learned_T)) + 1).tolist(), len(at)]
+      pieces = [
+        {"text": tokenizer.decode(tokens_T[start:stop].tolist()), "learned": bool(learned_T[start])}
+        for start, stop in zip(cuts, cuts[1:])
+      ]
+      lines.append({"pieces": pieces})
+  return lines
+
+
+def described(blend: Blend) -> str:
+  """The conversations of an epoch, by source, in words."""
+  parts = ", ".join(
+    f"{source.name} {source.count}" + (f" of {len(source.rows)}" if source.count < len(source.rows) else "")
+    for source in blend.sources
+  )
+  return f"an epoch has {blend.length} conversations: {parts}"
 
 
 class BadRows:

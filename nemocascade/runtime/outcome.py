@@ -1,6 +1,9 @@
 """What a stage has cost so far, and what it returns at its end."""
 
 import dataclasses
+import sys
+
+import jax
 
 from nemocascade.rollout.episode import Samples
 from nemocascade.types import Params
@@ -45,3 +48,9 @@ class Outcome:
   steps: int
   tokens: int  # Trained on or sampled, all steps.
   wall_s: float  # Seconds in this process. The caller adds those before a resumption.
+
+
+def announce(outcome: Outcome) -> None:
+  """Prints where a finished stage's checkpoint is, the CKPT of the next command; only in the first process."""
+  if jax.process_index() == 0:
+    print(f"{outcome.steps} steps done; checkpoint: {outcome.checkpoint}", file=sys.stderr)
