@@ -272,7 +272,7 @@ LONG = Document(np.arange(10, dtype=np.int32), np.arange(10) >= 5)
 
 @pytest.mark.parametrize(
   "word, lengths, first_learned",
-  [("split", [4, 2], [1, 1]), ("cut", [], []), ("drop", [], [])],
+  [("split", [4, 4], [2, 1]), ("cut", [], []), ("drop", [], [])],
 )
 def test_long_documents_are_split_cut_or_dropped_and_counted(word, lengths, first_learned):
   """At T=4, the first part of LONG has no trained token, so it is left out."""
@@ -281,6 +281,16 @@ def test_long_documents_are_split_cut_or_dropped_and_counted(word, lengths, firs
   assert longer == 1 and fit[0] is short
   assert [len(document.tokens_T) for document in fit[1:]] == lengths
   assert [int(document.loss_mask_T.argmax()) for document in fit[1:]] == first_learned
+
+
+@pytest.mark.parametrize("T", [2, 3, 7, 8, 9, 10, 11])
+def test_a_split_document_is_learned_once_and_whole(T):
+  """Also the one token behind a row's end, as the <|im_end|> of a document of T + 1 tokens."""
+  parts, _ = fitted([LONG], T, "split")
+  learned = np.concatenate([part.tokens_T[part.loss_mask_T] for part in parts])
+  assert learned.tolist() == LONG.tokens_T[LONG.loss_mask_T].tolist()
+  assert all(len(part.tokens_T) <= T for part in parts)
+  assert len(parts) == 1 or not any(part.loss_mask_T[0] for part in parts)
 
 
 def test_a_cut_document_keeps_its_beginning():

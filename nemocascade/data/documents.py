@@ -82,7 +82,8 @@ def fitted(documents: Sequence[Document], T: int, long_documents: str) -> tuple[
 
   Args:
     long_documents: "split" cuts a longer document into documents of T tokens and a shorter last one, "cut" keeps
-      its first T tokens, "drop" leaves it out. Parts without a trained token are left out.
+      its first T tokens, "drop" leaves it out. Parts without a trained token are left out. A part begins with the
+      last token of the part before as context, so that every trained token is trained on in exactly one part.
   """
   fit: list[Document] = []
   longer = 0
@@ -92,8 +93,8 @@ def fitted(documents: Sequence[Document], T: int, long_documents: str) -> tuple[
       fit.append(document)
       continue
     longer += 1
-    stops = {"split": length, "cut": T, "drop": 0}[long_documents]
-    for start in range(0, stops, T):
+    stop = {"split": length - 1, "cut": 1, "drop": 0}[long_documents]
+    for start in range(0, stop, max(1, T - 1)):
       mask_T = document.loss_mask_T[start : start + T].copy()
       mask_T[0] = False  # The first token of a document has no log-probability.
       if mask_T.any():
