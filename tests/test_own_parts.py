@@ -107,7 +107,7 @@ def test_a_reward_that_does_not_work_is_one_line_before_anything_runs(build, tmp
 
 
 @pytest.mark.parametrize("of", ["row, completion", "rows, completions"])
-def test_a_reward_that_fails_later_masks_its_samples_and_says_why(build, of):
+def test_a_reward_that_fails_later_masks_its_samples_and_says_why_once(build, of, capsys):
   code = f"""
 calls = []
 def one(text):
@@ -121,6 +121,9 @@ def score({of}):
     (verdict,) = domain.verify([ROW], [said(text)])
     assert (verdict.masked, verdict.cause, verdict.reward) == (True, cause, 0.0) and why in verdict.reason
   assert domain.verify([ROW], [said("fine")]) == [Verdict(1.0, "score 1")]
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("warning: domains.mine.verify='") and "out of order (line 4 of own_0.py)" in line
+  assert "rollout/masked_error" in line
 
 
 def test_a_batch_of_another_length_later_masks_all(build):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -29,6 +30,7 @@ from nemocascade.data.tool_format import ToolCall
 from nemocascade.domains.domain import Domain, Environment, NotStarted
 from nemocascade.domains.rows import prompt_tools
 from nemocascade.errors import UserError, short
+from nemocascade.sandbox import limited
 from nemocascade.verifiers.verdict import NONFINITE, Completion, Row, Verdict, guarded, no_verdict
 
 ONE, BATCH = ("row", "completion"), ("rows", "completions")
@@ -39,21 +41,32 @@ TRIALS = ("", "A trial answer.")
 class OwnReward:
   """A Verify from a user's function. What it returns or raises wrongly during a run becomes masked verdicts.
 
-  The function gets copies: what it changes in a row or a completion, nobody else sees.
+  The function gets copies: what it changes in a row or a completion, nobody else sees. The first wrong result
+  is named on stderr.
   """
 
-  def __init__(self, function: Callable, *, batched: bool):
-    self.function, self.batched = function, batched
+  def __init__(self, function: Callable, *, batched: bool, where: str):
+    """
+    Args:
+      where: "FIELD='FILE.py:NAME'", for the message.
+    """
+    self.function, self.batched, self._where = function, batched, where
+    self._told = False
 
   def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     rows, completions = list(rows), list(completions)
-    if not self.batched:
-      return [guarded(self._one, *pair) for pair in zip(rows, completions, strict=True)]
-    try:
-      return self._all(rows, completions)
-    except (Exception, SystemExit) as error:
-      failed = no_verdict("error", f"the reward failed: {own_code.raised(error)}")
-      return [failed] * len(completions)
+    if self.batched:
+      verdicts = self._all(rows, completions)
+    else:
+      verdicts = [guarded(self._one, *pair) for pair in zip(rows, completions, strict=True)]
+    wrong = next((verdict for verdict in verdicts if verdict.cause in ("error", NONFINITE)), None)
+    if wrong and not self._told:
+      self._told = True
+      print(
+        f"warning: {self._where}: {wrong.reason}; such completions are masked (rollout/masked_{wrong.cause})",
+        file=sys.stderr,
+      )
+    return verdicts
 
   def scores(self, rows: list[Row], completions: list[Completion]) -> list[Any]:
     """What the function itself returns for each completion; its exceptions pass."""
@@ -67,13 +80,25 @@ class OwnReward:
     return list(found)
 
   def _one(self, row: Row, completion: Completion) -> Verdict:
-    return as_verdict(self._score(row, completion))
+    try:
+      return as_verdict(self._score(row, completion))
+    except limited.NoAnswer:  # Of a verifier of the library that the function calls.
+      raise
+    except (Exception, SystemExit) as error:
+      return _failed(error)
 
   def _score(self, row: Row, completion: Completion) -> Any:
     return self.function(copy.deepcopy(row), copy.copy(completion))
 
   def _all(self, rows: list[Row], completions: list[Completion]) -> list[Verdict]:
-    return [as_verdict(score) for score in self.scores(rows, completions)]
+    try:
+      return [as_verdict(score) for score in self.scores(rows, completions)]
+    except (Exception, SystemExit) as error:
+      return [_failed(error)] * len(completions)
+
+
+def _failed(error: BaseException) -> Verdict:
+  return no_verdict("error", f"the reward failed: {own_code.raised(error)}")
 
 
 def as_verdict(score: object) -> Verdict:
@@ -103,17 +128,22 @@ def load_reward(spec: str, *, field: str) -> OwnReward:
       f"{field}={spec!r}: its parameters are ({', '.join(own_code.parameters(function))}); they must be"
       " (row, completion) for one completion, or (rows, completions) for a batch"
     )
-  return OwnReward(function, batched=names == BATCH)
+  return OwnReward(function, batched=names == BATCH, where=f"{field}={spec!r}")
 
 
 class OwnEnvironment:
   """An Environment from a user's class. If `act` fails during a run, the model is told so as the call's result.
 
-  A world may be a part of the row: `start` gets a copy, so that no episode changes the row of another.
+  A world may be a part of the row: `start` gets a copy, so that no episode changes the row of another. The first
+  failure of `act` is named on stderr too.
   """
 
-  def __init__(self, inner: Any):
-    self.inner = inner
+  def __init__(self, inner: Any, *, where: str):
+    """
+    Args:
+      where: "FIELD='FILE.py:CLASS'", for the message.
+    """
+    self.inner, self._where, self._told = inner, where, False
     self.max_turns = getattr(inner, "max_turns", MAX_TURNS)
 
   def start(self, row: Row) -> object:
@@ -126,7 +156,11 @@ class OwnEnvironment:
     try:
       return _texts(self.inner.act(world, turn))
     except (Exception, SystemExit) as error:
-      return [f"error: {own_code.raised(error)}"] * max(1, len(turn.tool_calls))
+      said = own_code.raised(error)
+      if not self._told:
+        self._told = True
+        print(f"warning: {self._where}: {said}; the model gets such errors as results of its calls", file=sys.stderr)
+      return [f"error: {said}"] * max(1, len(turn.tool_calls))
 
 
 def _texts(found: object) -> list[str] | None:
@@ -154,7 +188,7 @@ def load_environment(spec: str, *, field: str) -> Environment:
   turns = getattr(inner, "max_turns", MAX_TURNS)
   if not isinstance(turns, int) or isinstance(turns, bool) or turns < 1:
     raise UserError(f"{field}={spec!r}: max_turns={turns!r}: must be a whole number of at least 1")
-  return OwnEnvironment(inner)
+  return OwnEnvironment(inner, where=f"{field}={spec!r}")
 
 
 def try_environment(domain: Domain, row: Row, spec: str, *, field: str, place: str) -> None:
