@@ -184,7 +184,7 @@ def test_help_lists_the_fields_of_the_config():
 def test_a_domain_without_a_prompt_that_fits_is_refused_before_anything_is_written(tmp_path):
   c = cascade_config.get_config("smoke")
   c.stages.if_rl.rollout.prompt_tokens = 2
-  with pytest.raises(UserError, match=r"stages.if_rl: rollout.prompt_tokens=2: domain 'instruction' has no prompt"):
+  with pytest.raises(UserError, match=r"stages.if_rl: rollout.prompt_tokens=2: the prompts of domain 'instruction'"):
     cascade.run(c, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 

@@ -70,7 +70,10 @@ def _check_packing(c: ConfigDict) -> None:
       )
     return
   if p.row_tokens < r.total_tokens:
-    raise UserError(f"packing.row_tokens={p.row_tokens}: must be at least rollout.total_tokens={r.total_tokens}")
+    raise UserError(
+      f"packing.row_tokens={p.row_tokens}: must be at least rollout.total_tokens={r.total_tokens}; of such rows"
+      f" packing.rows={-(-samples // p.pieces) * p.pieces} hold a step's {samples} completions"
+    )
   needed = rows_needed(samples, r.total_tokens, p.row_tokens)
   if p.rows < needed or p.rows % p.pieces:
     raise UserError(

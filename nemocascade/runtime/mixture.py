@@ -86,12 +86,13 @@ class Mixture:
 
   def _next(self, name: str) -> tuple[Row, list[int], int]:
     """(row, tokens of its prompt, its index) of the domain's next row that fits."""
-    domain, begin = self._domains[name], self._frontier.get(name, 0)
+    domain, begin, lengths = self._domains[name], self._frontier.get(name, 0), []
     for number in range(begin, begin + TRIES):
       row = domain.rows.train(self._seed, number)
       if len(tokens := prompt_of(row, domain, self._tokenizer)) <= self._limit:
         return row, tokens, number
+      lengths.append(len(tokens))
     raise UserError(
-      f"rollout.prompt_tokens={self._limit}: domain {name!r} has no prompt of so few tokens among {TRIES}"
-      f" (rows {begin} and on); raise it, or take the domain out of mixture"
+      f"rollout.prompt_tokens={self._limit}: the prompts of domain {name!r} have {min(lengths)} to {max(lengths)} tokens"
+      f" ({TRIES} tried); raise it, and rollout.total_tokens and packing with it"
     )
