@@ -109,10 +109,21 @@ def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
     if checkpoint and (path / "params").is_dir() and os.path.lexists(files / "config.json"):
       check_files(files)
       return files
-  raise UserError(
-    f"{field}={shown_path(checkpoint)!r}: not a checkpoint of ours; give STAGE/checkpoints/STEP of a work"
-    " directory, a converted one, or hf:DIR"
-  )
+  raise UserError(f"{field}={shown_path(checkpoint)!r}: {_no_checkpoint(checkpoint, path)}")
+
+
+def _no_checkpoint(given: str, path: Path) -> str:
+  """Why `given` is no checkpoint, and what to give instead."""
+  allowed = "give STAGE/checkpoints/STEP of a work directory, a converted one, or hf:DIR"
+  if not path.exists():
+    return f"there is no such folder; {allowed}"
+  if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    return f"not a checkpoint of ours; give hf:{given} for a Hugging Face folder"
+  saved = [found.parent for depth in ("", "*/", "*/*/") for found in path.glob(f"{depth}[0-9]*/params")]
+  if saved:
+    latest = max(saved, key=lambda folder: (folder.stat().st_mtime_ns, len(folder.name), folder.name))
+    return f"not a checkpoint of ours; it holds some, such as {Path(given) / latest.relative_to(path)}"
+  return f"not a checkpoint of ours; {allowed}"
 
 
 def check_files(files: Path) -> None:
