@@ -116,7 +116,10 @@ user, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": 
   [
     ([{"messages": [user, said, said]}], "bad.jsonl, line 1: roles out of order: message 2 is of the assistant"),
     ([BAD] * 3, "bad.jsonl, line 1: has nothing to learn: no assistant turn"),
-    ([{"text": "x"}], "bad.jsonl, line 1: has no messages"),
+    ([{"text": "x", "id": 3}], "bad.jsonl, line 1: has no messages, only text, id"),
+    ([{"messages": [user, {"role": "assistant", "content": None}]}], "line 1: message 1: an assistant message without"),
+    ([{"messages": [user, {"role": "assistant", "text": "y"}]}], "line 1: message 1: an assistant message without"),
+    ([{"messages": [user, said | {"reasoning": "z"}]}], "'reasoning'; they must be in 'reasoning_content'"),
     (
       [{"messages": [user, said | {"content": "y " * 300}]}],
       "row_tokens=256: conversations have .* long_documents=split",

@@ -9,7 +9,7 @@ import numpy as np
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.errors import UserError, short
+from nemocascade.errors import UserError, listed, short
 
 LONG = ("split", "cut", "drop")  # What happens to a document that is longer than a packed row.
 
@@ -43,7 +43,7 @@ def to_documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]
 def _documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]:
   messages, tools = (_decoded(row.get(key)) for key in ("messages", "tools"))
   if not messages:
-    raise UserError("has no messages")
+    raise UserError("has no messages" + (f", only {listed(row)}" if row and "messages" not in row else ""))
   for key, value in (("messages", messages), ("tools", tools or [])):
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
       raise UserError(f"{key} must be a list of objects")
@@ -59,7 +59,7 @@ def _documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]:
 
 
 def check_order(messages: Sequence[Mapping]) -> None:
-  """Raises UserError if an assistant or tool message stands where no model writes one, or a question is withheld.
+  """Raises UserError if an assistant or tool message stands where no model writes one, or a message says nothing.
 
   An assistant message does not follow another one; a tool message follows the calls of an assistant. System messages
   may stand anywhere. A user message whose content is null was withheld from the data.
@@ -69,12 +69,22 @@ def check_order(messages: Sequence[Mapping]) -> None:
     role, last = message.get("role"), before.get("role")
     if role == "user" and message.get("content") is None:
       raise UserError(f"message {place}: a user message without content")
+    if role == "assistant":
+      _check_answer(place, message)
     if role == last == "assistant":
       raise UserError(f"roles out of order: message {place} is of the assistant and must be after a user's or a tool's")
     if role == "tool" and last != "tool" and not before.get("tool_calls"):
       raise UserError(f"roles out of order: message {place} is of a tool and must be after an assistant's calls")
     if role not in ("system", "developer"):
       before = message
+
+
+def _check_answer(place: int, message: Mapping) -> None:
+  """Raises UserError if an assistant's message has nothing to learn, or its thoughts under a name that is not read."""
+  if message.get("reasoning") and not message.get("reasoning_content"):
+    raise UserError(f"message {place}: has its thoughts in 'reasoning'; they must be in 'reasoning_content'")
+  if message.get("content") is None and not message.get("reasoning_content") and not message.get("tool_calls"):
+    raise UserError(f"message {place}: an assistant message without content, reasoning_content and tool_calls")
 
 
 def fitted(documents: Sequence[Document], T: int, long_documents: str) -> tuple[list[Document], int]:
