@@ -6,7 +6,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import UserError, listed, unknown
 from nemocascade.field_table import ABLATION, CASCADE, OWN, REWARD_MODEL, RL, SEED, SFT, SHARED, STAGE, WHOLE
 from nemocascade.fields import Field, no_field, shown
 
@@ -77,9 +77,9 @@ def _walk(node: Mapping, table: Mapping[str, Field], path: str, prefix: str) -> 
     if field is None and not _siblings(table, f"{name}.*", stars=True):
       raise no_field(prefix + name, _siblings(table, name))
     if (field is None or field.kind is dict) and not isinstance(value, Mapping):
-      raise UserError(
-        f"{prefix}{name}={shown(value)}: must be a section with fields, such as {name}.{_first(table, name)}"
-      )
+      of = _siblings(table, f"{name}.*")
+      has = f"fields: {listed(of)}" if of else f"fields, such as {name}.{_first(table, name)}"
+      raise UserError(f"{prefix}{name}={shown(value)}: must be a section with {has}")
     if field is not None:
       field.check(prefix + name, value)
     if name in ("stages", "arms"):

@@ -82,7 +82,8 @@ class Field:
     if self.kind is tuple and isinstance(value, list):
       value = tuple(value)
     if not isinstance(value, self.kind):
-      raise UserError(f"{name}={shown(text)}: must be {self.allowed()}")
+      form = """, written as '{"NAME": ...}'""" if self.kind is dict else ""
+      raise UserError(f"{name}={shown(text)}: must be {self.allowed()}{form}")
     return value
 
   def words(self) -> tuple[str, ...]:

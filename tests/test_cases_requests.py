@@ -104,7 +104,7 @@ VALUES = [  # (config, field, invalid value, start of the error message).
   (if_rl, "dynamic_filtering", 1, "dynamic_filtering=1: must be True or False"),
   (if_rl, "mixture", {}, "mixture={}"),
   (if_rl, "domains", "math", "domains='math': must be a section with fields"),
-  (if_rl, "domains", {"math": "math"}, "domains.math='math': must be a section with fields"),
+  (if_rl, "domains", {"math": "math"}, "domains.math='math': must be a section with fields: environment, heldout"),
   (if_rl, "domains", {"math": {"row": "x"}}, "domains.math.row: no such field: did you mean 'rows'"),
   (if_rl, "rollout", 3, "rollout=3: must be a section with fields"),
   (if_rl, "options.icepop.low", math.nan, "options.icepop.low=nan"),

@@ -156,7 +156,7 @@ def no_messages(folder):
 @pytest.mark.parametrize(
   "make, complaint",
   [
-    (lambda folder: "chats/*.jsonl", "no file matches; give a path or a pattern"),
+    (lambda folder: "chats/*.jsonl", r"no file matches \(from .*\); give a path or a pattern"),
     (lambda folder: "", "the folder holds no file that ends in .jsonl"),
     (lambda folder: (folder / "a.csv").write_text("x") and "a.csv", "a.csv: must end in .jsonl"),
     (lambda folder: (folder / "a.jsonl.gz").write_text("x") and "a.jsonl.gz", "a.jsonl.gz: must end in .jsonl"),

@@ -112,7 +112,7 @@ def _found(path: str) -> tuple[list[Path], Callable[[list[Path]], RowFiles] | No
   else:
     files = [Path(file) for file in sorted(glob.glob(path, recursive=True))]
     if not files:
-      raise UserError("no file matches; give a path or a pattern, such as 'chats/*.jsonl'")
+      raise UserError(f"no file matches (from {Path.cwd()}); give a path or a pattern, such as 'chats/*.jsonl'")
   if wrong := [file for file in files if not _suffix(file)]:
     raise UserError(f"{wrong[0].name}: must end in {', '.join(SUFFIXES)}")
   kinds = sorted({_suffix(file) for file in files})
