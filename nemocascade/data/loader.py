@@ -107,8 +107,8 @@ class Loader:
     """Continues from a saved position. Raises UserError if the data or the settings have changed."""
     if state.get("fingerprint") != self._fingerprint:
       raise UserError(
-        "state of the input pipeline: was saved with other sources, rows, row_tokens, seed, look_ahead or streams;"
-        " start the stage anew or restore them"
+        "sources: their files, tokenizer, rows, row_tokens, seed, look_ahead, streams or long_documents have changed"
+        " since the checkpoint; restore them, or start in another --workdir"
       )
     if self._ahead:
       self._ahead.stop()
