@@ -255,7 +255,7 @@ def test_a_file_changed_at_one_place_is_other_data(loader, tmp_path):
   state = loader().get_state()
   changed = [json.loads(json.dumps(one)) for one in EXAMPLES]
   changed[30]["messages"][1]["content"] = "13"  # As long as before.
-  with pytest.raises(UserError, match="state of the input pipeline"):
+  with pytest.raises(UserError, match="sources: their files"):
     loader(open_rows(str(write(tmp_path / "rows.jsonl", changed)), tmp_path)).set_state(state)
 
 
