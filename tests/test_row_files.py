@@ -11,6 +11,7 @@ from array_record.python import array_record_module
 from nemocascade.data import blend as blend_lib
 from nemocascade.data.blend import WINDOW, Blend, Source, counts
 from nemocascade.data.row_files import first_rows, open_rows
+from nemocascade.data.sources import write_demonstrations
 from nemocascade.errors import UserError
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
@@ -241,3 +242,15 @@ def test_counts_follow_weights_until_the_first_source_would_repeat():
 def test_weights_and_counts_that_contradict_each_other_are_refused(fields, complaint):
   with pytest.raises(UserError, match=complaint):
     blend_lib.counts({"a": 1, "b": 1}, fields)
+
+
+def test_a_dataset_that_is_written_again_is_the_same_and_one_with_another_value_is_not(tmp_path):
+  """The bytes of a record depend on the process: its map of features has no order."""
+
+  def identity(name, last):
+    examples = [{"messages": json.dumps([i]), "thinking": i % 2 == 0} for i in [*range(40), last]]
+    write_demonstrations(examples, tmp_path / name, name="demonstrations")
+    return open_rows(str(tmp_path / name), tmp_path).identity()
+
+  assert identity("one", 7) == identity("two", 7)
+  assert identity("one", 7) != identity("three", 8)
