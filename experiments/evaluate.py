@@ -12,18 +12,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from nemocascade.errors import UserError
 from nemocascade.field_check import check
 from nemocascade.fields import number, text, whole
 from nemocascade.mesh import make_mesh, mesh_sizes
-from nemocascade.runtime import domains, parts
+from nemocascade.runtime import domains
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.sharing import own
-from nemocascade.runtime.start import check_start
-from nemocascade.runtime.text import Text
+from nemocascade.runtime.start import trained_parts
 from nemocascade.state_files import write_json
 
 
@@ -34,18 +32,11 @@ def run(
   """Prints a table and writes scores.json in the work directory. Returns domain -> DomainScore."""
   check(c)
   check_evaluation(c, "--completions", completions)
-  composed = parts.build_domains(c)
-  programs, tokenizer, params = parts.from_checkpoint(checkpoint, make_mesh(**(mesh_sizes(mesh) if mesh else c.mesh)))
-  if tokenizer is None:
-    raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
-  p = parts.Parts(programs, Text(tokenizer), composed)
-  if judge:
-    check_start("--judge", judge, tokenizer, programs.reward_template)
-    p = parts.with_judge(c, p, judge)
-  elif needing := domains.that_need(c, "judge"):
+  p, params = trained_parts(c, checkpoint, judge, make_mesh(**(mesh_sizes(mesh) if mesh else c.mesh)))
+  if not judge and (needing := domains.that_need(c, "judge")):
     print(f"no --judge: {', '.join(needing)} is masked")
   first_alone(lambda: own(workdir))
-  heldout = draw_heldout(c, p.domains, tokenizer)
+  heldout = draw_heldout(c, p.domains, p.text.tokenizer)
   scores = heldout.evaluate(p, params, temperature=temperature, completions=completions)
   print(f"{'domain':14} {'avg@' + str(completions):>7}  {'95% interval':14} {'pass@' + str(completions):>7}  masked")
   for name, s in scores.items():

@@ -35,8 +35,7 @@ from nemocascade.runtime.checks import check_lengths
 from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.sharing import own
-from nemocascade.runtime.start import check_start
-from nemocascade.runtime.text import Text
+from nemocascade.runtime.start import trained_parts
 from nemocascade.state_files import whole as whole_file
 from nemocascade.types import Params
 
@@ -72,15 +71,8 @@ def run(
 
 def _load(c: ConfigDict, checkpoint: str, judge: str) -> tuple[parts.Parts, Params]:
   """The run's parts and the checkpoint's parameters. Raises UserError if they do not fit together."""
-  composed = parts.build_domains(c)
-  programs, tokenizer, params = parts.from_checkpoint(checkpoint, make_mesh(**c.mesh))
-  if tokenizer is None:
-    raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
-  p = parts.Parts(programs, Text(tokenizer), composed)
-  if judge:
-    check_start("--judge", judge, tokenizer, programs.reward_template)
-    p = parts.with_judge(c, p, judge)
-  elif needing := domains.that_need(c, "judge", c.mixture):
+  p, params = trained_parts(c, checkpoint, judge, make_mesh(**c.mesh))
+  if not judge and (needing := domains.that_need(c, "judge", c.mixture)):
     raise UserError(f"--judge='': mixture.{needing[0]} needs a judge; give a checkpoint of experiments.reward_model")
   return p, params
 

@@ -152,7 +152,7 @@ def described(c: Any) -> Iterator[tuple[str, Any, Field]]:
 def markdown() -> str:
   """The text of docs/fields.md."""
   parts = {
-    "Shared by all": SEED | SHARED, "Of every stage": STAGE, "SFT": SFT, "Reward model": REWARD_MODEL, "RL": RL,
+    "Shared by all": SEED | SHARED, "Every stage": STAGE, "SFT": SFT, "Reward model": REWARD_MODEL, "RL": RL,
     "Cascade": CASCADE, "Ablation": {n: f for n, f in ABLATION.items() if n not in CASCADE},
   }  # fmt: skip
   lines = [

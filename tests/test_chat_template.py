@@ -2,6 +2,7 @@
 
 import json
 
+import chats
 import pytest
 import tokenizer_json
 from hypothesis import given, settings
@@ -14,26 +15,9 @@ from experiments import convert
 from nemocascade.data import chat
 from nemocascade.data.chat_template import FILE, jinja
 
-TOOLS = [
-  {
-    "type": "function",
-    "function": {
-      "name": "move",
-      "description": " Moves a box . ",
-      "parameters": {
-        "type": "object",
-        "properties": {
-          "box": {"type": "string", "description": "which", "enum": ["a", "é"]},
-          "to": {"type": ["integer", "null"], "default": None, "minimum": 1},
-          "raw": {},
-        },
-        "required": ["box", "to"],
-        "additionalProperties": False,
-      },
-      "strict": True,
-    },
-  },
-  {"type": "function", "function": {"name": "stop"}},
+TOOLS = [  # In the form that transformers expects.
+  tool if "function" in tool else {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+  for tool in chats.TOOLS
 ]
 
 

@@ -25,7 +25,7 @@ from configs.tiny import (
 
 # Shares of multi-domain RL. Mathematics is left out, so that SFT stays its best teacher.
 RL_DOMAINS = dict(stem=0.35, tools=0.35, structured=0.3)
-STEPS = 50  # Of every arm.
+STEPS = 50  # Every arm trains for this many steps.
 MIXTURE = dict(math=0.25, preference=0.25, instruction=0.25, structured=0.125, tools=0.125)
 
 

@@ -12,7 +12,7 @@ from configs.tiny import base, rl
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields("swe_rl")
-  c.overlong = recipe.STAGES["code_rl"]["overlong"]  # As in Code RL.
+  c.overlong = recipe.STAGES["code_rl"]["overlong"]  # This stage filters as Code RL does.
   c.steps = 16
   c.optimizer.peak_lr = 5e-4
   if arg == "smoke":

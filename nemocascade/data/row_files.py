@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from nemocascade.data.sources import Demonstrations
+from nemocascade.data.sources import Demonstrations, json_object
 from nemocascade.errors import UserError, listed
 from nemocascade.state_files import whole
 
@@ -85,7 +85,7 @@ def first_rows(path: str, count: int) -> list[tuple[str, dict[str, Any] | UserEr
           if len(found) == count:
             return found
           if len(line.strip()) > 0:
-            found.append((f"{file}, line {number}", _or_error(lambda line=line: _object(line))))
+            found.append((f"{file}, line {number}", _or_error(lambda line=line: json_object(line))))
     return found
   rows = open_files(files)
   return [(rows.place(i), _or_error(lambda i=i: rows[i])) for i in range(min(count, len(rows)))]
@@ -167,7 +167,7 @@ class JsonLines(RowFiles):
       if len(self._handles) > 64:
         os.close(self._handles.pop(next(iter(self._handles))))
       self._handles[file] = os.open(self.files[file], os.O_RDONLY)
-    return _object(os.pread(self._handles[file], stop - start, start - int(self._starts[file])))
+    return json_object(os.pread(self._handles[file], stop - start, start - int(self._starts[file])))
 
   def place(self, number: int) -> str:
     line = np.memmap(self._index.with_suffix(".lines"), "<u4", "r")[number]
@@ -297,7 +297,7 @@ class ArrayRecords(RowFiles):
       (record,) = self._readers[file].read([row])
     except Exception as error:
       raise UserError("the record is damaged") from error
-    return _object(record)
+    return json_object(record)
 
   def place(self, number: int) -> str:
     file, row = self._find(number)
@@ -337,16 +337,6 @@ class TfdsRows(RowFiles):
     for i in sorted({*range(0, len(self), max(1, len(self) // SAMPLED_ROWS)), len(self) - 1}):
       digest.update(json.dumps(self[i], sort_keys=True).encode())
     return [len(self), digest.hexdigest()]
-
-
-def _object(line: bytes) -> dict[str, Any]:
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError) as error:  # Invalid JSON or invalid UTF-8.
-    raise UserError(f"not JSON ({error})") from error
-  if not isinstance(row, dict):
-    raise UserError(f"must be an object, is {type(row).__name__}")
-  return row
 
 
 def _digest(files: Sequence[Path], sizes: Sequence[int], part: int = 1 << 14) -> str:

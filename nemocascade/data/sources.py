@@ -148,14 +148,21 @@ def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any] | 
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
-    except ValueError as error:  # Invalid JSON or invalid UTF-8.
-      row = UserError(f"not JSON ({error})")
-    else:
-      if not isinstance(row, dict):
-        row = UserError(f"must be an object, is {type(row).__name__}")
-    rows.append((number, row))
+      rows.append((number, json_object(line)))
+    except UserError as error:
+      rows.append((number, error))
   return rows
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+  """The object of a line of JSON. Raises UserError if it is not JSON, or no object."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:  # Invalid JSON or invalid UTF-8.
+    raise UserError(f"not JSON ({error})") from error
+  if not isinstance(row, dict):
+    raise UserError(f"must be an object, is {type(row).__name__}")
+  return row
 
 
 def _open_shard(file: pathlib.Path, length: int):

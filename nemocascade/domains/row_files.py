@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from nemocascade.data.sources import json_object
 from nemocascade.domains.rows import check_prompt, make_rng, prompt_digest, split_of_digest
 from nemocascade.errors import UserError, listed, short
 from nemocascade.verifiers.verdict import Row
@@ -110,7 +111,7 @@ def index(files: tuple[Path, ...], left_out: Filter) -> Index:
     for number, offset, line in _lines(path):
       where = f"{path}, line {number}"
       try:
-        row = released_form(_object(line))
+        row = released_form(json_object(line))
         why = short(left_out(row), LONGEST_REASON)
         if not why:
           check_prompt(row)
@@ -146,16 +147,6 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         offset += len(line)
   except OSError as error:
     raise UserError(f"{path}: {error.strerror or error}") from error
-
-
-def _object(line: bytes) -> dict[str, Any]:
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError) as error:  # Invalid JSON or invalid UTF-8.
-    raise UserError(f"not JSON ({error})") from error
-  if not isinstance(row, dict):
-    raise UserError(f"must be an object, is {type(row).__name__}")
-  return row
 
 
 def released_form(row: dict[str, Any]) -> Row:

@@ -10,10 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nemocascade.kernels.attention_blocks import aligned
+from nemocascade.kernels.attention_blocks import MASKED, aligned
 from nemocascade.kernels.product import einsum_fp32
-
-MASKED = -1e30
 
 
 def attention_blocked(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, *, block: int):

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+MASKED = -1e30  # Score of a pair that may not see each other.
+
 
 def document_starts(segment_ids_BT, cached: int = 0):
   """int32 [B, T]: index of the first key that each query may see, among `cached` earlier keys and the row's T.

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from nemocascade.kernels.attention_blocks import aligned
-from nemocascade.kernels.pallas_product import like
+from nemocascade.kernels.attention_blocks import MASKED, aligned
+from nemocascade.kernels.pallas_product import VMEM, like
 from nemocascade.kernels.product import precision
 
-MASKED = -1e30
-VMEM = 56 << 20  # Bytes that a kernel may use: v5p, v5e, v6e and v7x have at least 64 MiB.
 MOST_VISITS = 1 << 17  # Entries of a list of visits, of 4 bytes each, in scalar memory.
 # A visit is one int32: flags in the low bits, then the block of keys, then the block of queries of all rows.
 FIRST, LAST, WHOLE, FLAG_BITS, KEY_BITS = 1, 2, 4, 3, 13

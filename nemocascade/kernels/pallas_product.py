@@ -1,6 +1,8 @@
-"""Helpers shared by the Pallas kernels: the type of a result, the default `finish` of a product."""
+"""Helpers shared by the Pallas kernels: the memory they may use, the type of a result, the default `finish` of a product."""
 
 import jax
+
+VMEM = 56 << 20  # Bytes that a TPU kernel may use: v5p, v5e, v6e and v7x have at least 64 MiB.
 
 
 def like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -10,11 +10,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nemocascade.errors import UserError
 from nemocascade.kernels.groups import tile_visits, with_strangers
-from nemocascade.kernels.pallas_product import as_it_is, like
+from nemocascade.kernels.pallas_product import VMEM, as_it_is, like
 from nemocascade.kernels.product import precision
 
 LANES = 128
-VMEM = 56 << 20  # Bytes that a kernel may use: v5p, v5e, v6e and v7x have at least 64 MiB.
 
 
 @dataclasses.dataclass(frozen=True)

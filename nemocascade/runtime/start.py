@@ -11,11 +11,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.errors import UserError
 from nemocascade.mesh import alike, placed, whole
-from nemocascade.runtime import loading
+from nemocascade.runtime import loading, parts
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
+from nemocascade.runtime.text import Text
 from nemocascade.state_files import check_shape, write_json
 from nemocascade.step.optimizer import new_state
 from nemocascade.store import checksums
@@ -141,3 +143,23 @@ def start(
   key = jax.random.key(c.seed)
   state = make(lambda key: under_new_optimizer(init_params(key)))(key)
   return loading.finite(state, "fresh parameters"), {}, store
+
+
+def trained_parts(c: ConfigDict, checkpoint: str, judge: str, mesh: Mesh) -> tuple[Parts, Params]:
+  """The parts of a run that scores a checkpoint on the config's domains, and the checkpoint's parameters.
+
+  Args:
+    judge: a checkpoint of a reward model; "" for none.
+
+  Raises:
+    UserError: the checkpoint has no tokenizer, or it and the judge or the domains do not fit together.
+  """
+  domains = parts.build_domains(c)
+  programs, tokenizer, params = parts.from_checkpoint(checkpoint, mesh)
+  if tokenizer is None:
+    raise UserError(f"--checkpoint={checkpoint}: has no tokenizer (tokenizer.json or tokenizer.model)")
+  found = Parts(programs, Text(tokenizer), domains)
+  if judge:
+    check_start("--judge", judge, tokenizer, programs.reward_template)
+    found = parts.with_judge(c, found, judge)
+  return found, params
