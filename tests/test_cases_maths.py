@@ -14,7 +14,7 @@ from nemocascade.domains.rows import make_prompt
 from nemocascade.rollout import rewards
 from nemocascade.sandbox import limited
 from nemocascade.verifiers import arithmetic, boxed, equality, outputs, scorers
-from nemocascade.verifiers.verdict import Completion
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 HERE = pathlib.Path(__file__).parent
 CASES = json.loads((HERE / "cases/maths.json").read_text())
@@ -183,7 +183,8 @@ def test_rows_without_a_reference_are_judged_by_the_pairs():
   verdicts = [verify([row, row], [complete("a"), complete("b")]) for _ in range(2)]
   assert all(v.masked for group in verdicts for v in group)
   rewards_QG = np.array([[3.0, 1.0], [2.0, 4.0]])
-  rollout, counts = rewards.to_rollout(samples, verdicts, rewards_QG=rewards_QG)
+  compared = [[Verdict(reward, "compared") for reward in group] for group in rewards_QG.tolist()]
+  rollout, counts = rewards.to_rollout(samples, verdicts, compared=compared)
   assert rollout.valid_QG.all() and counts["rollout/masked"] == 0.0
   np.testing.assert_array_equal(rollout.rewards_QG, rewards_QG)
   rollout, counts = rewards.to_rollout(samples, verdicts)  # These rows get only pairwise rewards.
