@@ -67,7 +67,7 @@ def test_what_does_not_divide_over_the_mesh_is_refused_with_the_numbers(slice_of
 def test_a_program_is_a_line_and_one_that_does_not_fit_is_said_with_what_to_change(slice_of_cpus, monkeypatch, capsys):
   monkeypatch.setitem(compile_lib.CHIPS, "v5e", (1e-9, 1))
   c = sft.get_config("smoke")
-  c.model.hybrid_override_pattern = "*E"
+  c.model.hybrid_override_pattern = "*EM"  # The scan needs temporaries that a rounded number shows.
   with pytest.raises(UserError, match="sft_step needs .* fewer rows or shorter ones than rows=8"):
     compile_lib.run(c, "v5e:2x4")
   line = json.loads(capsys.readouterr().out)
