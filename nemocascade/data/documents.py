@@ -12,6 +12,7 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError, listed, short
 
 LONG = ("split", "cut", "drop")  # What happens to a document that is longer than a packed row.
+DEEPEST = 100  # Lists and objects inside one another in a conversation. Python's own limit varies with its settings.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ def to_documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]
 
 def _documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]:
   messages, tools = (_decoded(row.get(key)) for key in ("messages", "tools"))
+  _check_depth([messages, tools])
   if not messages:
     raise UserError("has no messages" + (f", only {listed(row)}" if row and "messages" not in row else ""))
   for key, value in (("messages", messages), ("tools", tools or [])):
@@ -110,6 +112,14 @@ def fitted(documents: Sequence[Document], T: int, long_documents: str) -> tuple[
       if mask_T.any():
         fit.append(Document(document.tokens_T[start : start + T], mask_T))
   return fit, longer
+
+
+def _check_depth(value: Any) -> None:
+  level, depth = [value], 0
+  while level := [item for item in level if isinstance(item, (dict, list, tuple))]:
+    if (depth := depth + 1) > DEEPEST:
+      raise UserError(f"is nested too deep: more than {DEEPEST} lists and objects inside one another")
+    level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
 
 
 def _decoded(value: Any) -> Any:
