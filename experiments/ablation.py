@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -35,7 +34,7 @@ from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.sharing import each, held
 from nemocascade.runtime.teachers import find, gather
-from nemocascade.runtime.workdir import check_owner, claim
+from nemocascade.runtime.workdir import check_owner, claim, keep_compilations
 from nemocascade.state_files import named, read_state, refused, write_json
 from nemocascade.store.record import NUMBERS, Record
 
@@ -315,8 +314,7 @@ def run(c: ConfigDict, workdir: Path) -> dict:
       objective.program(arm, p.programs)
       rl.check_prompts(arm, p)
   heldout = draw_heldout(own, p.domains, p.text.tokenizer)
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  keep_compilations(workdir)
   with held(workdir, wait=True, name=TURN):  # Several processes may start at once.
     p = dataclasses.replace(p, text=claim(c, workdir, p.text, shared=True))
   best = search(c, p, heldout, workdir)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from nemocascade.runtime.launch import launch
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.start import check_start
 from nemocascade.runtime.teachers import BEST, find, gather, probe_tokens, take_probe
-from nemocascade.runtime.workdir import check_owner, claim
+from nemocascade.runtime.workdir import check_owner, claim, keep_compilations
 from nemocascade.store.record import Record, columns
 
 KINDS = {"sft": sft, "rl": rl, "reward_model": reward_model}
@@ -154,8 +153,7 @@ def run(c: ConfigDict, workdir: Path) -> Record:
   check_programs(c, p)
   heldout = draw_heldout(c, p.domains, p.text.tokenizer)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  keep_compilations(workdir)
   record, began = Record.open(workdir), time.time()
   for name in c.order:
     p = finish_stage(c, workdir, p, heldout, record, name)

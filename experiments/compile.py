@@ -95,6 +95,7 @@ def slice_of(topology: str) -> tuple[str, list[jax.Device]]:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)  # A program from the cache can report other memory.
   try:
     return kind, list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
   except Exception as error:  # Any error of the compiler.

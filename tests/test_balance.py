@@ -21,6 +21,8 @@ from nemocascade.step.policy_gradient import policy_gradient_step
 from nemocascade.step.sft import sft_step
 from nemocascade.types import Batch, Routing, Scores, TrainState
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 B, T, V, L, E, X = 4, 12, 8, 2, 4, 2
 # Two MoE blocks in a scanned unit that repeats three times, and one MoE block after it.
 CONFIG = ModelConfig(

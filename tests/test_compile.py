@@ -42,6 +42,14 @@ def test_a_config_without_a_stage_is_refused():
     compile_lib.run(cascade.get_config(), "v5p:4x4x4")
 
 
+@pytest.fixture(autouse=True)
+def without_cache():
+  """Compiles every program: one from the cache can report other memory. slice_of switches the cache off too."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.fixture
 def slice_of_cpus(monkeypatch):
   """Eight CPU devices stand for the devices of a TPU slice."""

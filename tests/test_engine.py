@@ -15,6 +15,8 @@ from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 V, P, T = 13, 6, 20
 STOP = 11
 

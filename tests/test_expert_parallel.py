@@ -122,6 +122,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 import test_expert_parallel as t
 from nemocascade.mesh import BATCH, make_mesh
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 arrays, routers = t.inputs()
 for data, expert in [(1, 8), (2, 4)]:
   mesh = make_mesh(data, expert)

@@ -22,6 +22,8 @@ from nemocascade.model.hybrid import (
 from nemocascade.model.size import count_params
 from nemocascade.types import Prompts
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 V, T = 50, 24
 PATTERNS = ["M", "E", "*", "-", "ME*E", "MEMEME*ME-"]
 

@@ -36,6 +36,8 @@ from nemocascade.step.policy_gradient import (
 from nemocascade.step.rows import after_prompts, pack_rows, rows_needed, to_rows
 from nemocascade.types import Rollout
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 def by_hand(r, coefficients_QGT, *, aggregation, kl_weight=0.0):
   """(value, gradient) of GRPO's and MOPD's printed objectives, one token at a time, in fp64.

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny_checkpoint
 
 from experiments.reward_model import on_top_of
@@ -12,6 +13,8 @@ from nemocascade.model.reward import RewardModel
 from nemocascade.runtime import loading
 from nemocascade.step.reward_model import bradley_terry_loss, reward_model_step
 from nemocascade.types import TrainState
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 V = 4
 

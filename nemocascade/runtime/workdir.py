@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from nemocascade import own_code
@@ -44,6 +45,13 @@ def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False) -> 
   first_alone(lambda: path.exists() or write_json(path, content))
   check_owner(c, workdir)  # Another process may have written it first.
   return text.write()
+
+
+def keep_compilations(workdir: Path) -> None:
+  """Keeps compiled programs in the work directory, unless JAX_COMPILATION_CACHE_DIR names another place."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compilations"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def check_owner(c: ConfigDict, workdir: Path) -> None:
