@@ -51,10 +51,10 @@ setup(
       "pytest-xdist>=3.6,<4",
       "hypothesis>=6.130,<7",
       "chex>=0.1.90,<0.3",
-      "ruff>=0.14",
+      "ruff>=0.14,<0.18",
       "mypy>=1.18,<3",
-      "types-PyYAML",
-      "types-jsonschema",
+      "types-PyYAML>=6.0.12.20250516,<7",
+      "types-jsonschema>=4.23,<5",
       "nbclient>=0.10,<0.12",
       "nbformat>=5.10,<6",
       "ipykernel>=6.29,<8",
@@ -68,11 +68,11 @@ setup(
     # The libraries that the benchmarks compare with.
     "bench": [
       "tokamax>=0.0.12,<0.1",
-      "trl>=1.16,<2",
+      "trl>=1.16,<1.17",
       "torch==2.13.0",
       "transformers>=5,<6",
       "safetensors>=0.5,<1",
     ],
-    "hf": ["torch>=2.9", "transformers>=5,<6", "safetensors>=0.5,<1"],
+    "hf": ["torch>=2.9,<3", "transformers>=5,<6", "safetensors>=0.5,<1"],
   },
 )
