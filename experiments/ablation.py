@@ -12,6 +12,7 @@ arms of equal shapes share compiled programs.
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,10 +153,15 @@ def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, *, full: bool) -> 
   """Domain -> held-out score. Every call with one seed uses the same prompts and random numbers."""
   e = c.compared
   prompts, G = (c.evaluation.prompts, e.full_completions) if full else (e.prompts, 1)
-  # Taken evenly over the list: prompts near its start are more common and so easier.
-  some = {name: heldout.rows[name][:: c.evaluation.prompts // prompts][:prompts] for name in e.domains}
+  some = {name: spread(heldout.rows[name], prompts) for name in e.domains}
   found = dataclasses.replace(heldout, rows=some).evaluate(p, params, temperature=1.0, completions=G)
   return {name: found[name].mean for name in e.domains}
+
+
+def spread(rows: list, count: int) -> list:
+  """`count` of the rows, or all if there are fewer, taken evenly: prompts near the start are more common and so easier."""
+  count = min(count, len(rows))
+  return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def line(c: ConfigDict, p: Parts, heldout: Heldout, params, spent: Spent, steps: int, *, full: bool) -> comparison.Line:
@@ -211,7 +217,8 @@ def run_arm(
       teachers = gather(p.programs, p.text.tokenizer, find(arm, record), arm.teachers_in_memory, heldout.rows)
     watch = watcher(c, p, heldout, path, arm.steps)
     # All arms sample with the same random numbers: their key depends on the folder's name, here "rl".
-    outcome = rl.run(arm, directory / "rl", p, record.checkpoint(c.student), teachers, watch)
+    title = f"seed {arm.seed} {directory.name}"
+    outcome = rl.run(arm, directory / "rl", p, record.checkpoint(c.student), teachers, watch, title=title)
     write_json(directory / "done.json", {"steps": outcome.steps, "wall_s": outcome.wall_s})
   steps = read_state(directory / "done.json", DONE, remedy=f"remove {directory}")["steps"]
   lines = sorted(read_lines(path, EVALUATION), key=lambda entry: entry["steps"])
@@ -323,6 +330,7 @@ def run(c: ConfigDict, workdir: Path) -> dict:
   place = lambda seed: workdir / f"seed_{seed}"
   for found in each(c.seeds, place, lambda seed: run_seed(c, p, heldout, place(seed), seed, rates)):
     out = publish(c, workdir, found, rates)
+  print(f"comparison done: {workdir / 'ablation.json'}, and its tables and figures beside it", file=sys.stderr)
   return out
 
 

@@ -42,13 +42,14 @@ from nemocascade.runtime.workdir import check_owner, claim
 
 def run(
   c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", teachers: Teachers | None = None,
-  watch: Watch = lambda *_: False,
+  watch: Watch = lambda *_: False, title: str = "",
 ) -> Outcome:  # fmt: skip
   """Trains to step c.steps, or until `watch`, called after every step, returns True.
 
   Args:
     init_from: the checkpoint to start from; the KL reference too.
     teachers: needed if the advantage or the distillation loss reads teachers.
+    title: shown at the progress bar; "" is the name of `stage_dir`.
 
   Raises:
     StageStopped: a guard ended the stage, or too many updates in a row were not finite.
@@ -61,7 +62,7 @@ def run(
   spent = Spent(**resumed.get("spent", {}))
   sources, wanted = signals.open_sources(c, p, teachers, init_from), signals.wanted(c)
   mixture = prompts(c, p, resumed.get("mixture", {}))
-  book = Logbook(c, stage_dir, store, watch, first=first, supervisor=resumed.get("supervisor", {}))
+  book = Logbook(c, stage_dir, store, watch, first=first, supervisor=resumed.get("supervisor", {}), title=title)
   # If the stage was killed after its last step, `watch` ends it here.
   ended, step = first > 0 and watch(first, state.params, spent), first - 1
 

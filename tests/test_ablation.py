@@ -40,7 +40,8 @@ def trained(monkeypatch):
        "scores_after": {"math": 0.3}, "scores_intervals_after": {"math": [0.2, 0.4]}, "n_eval": {"math": 32}}
     )  # fmt: skip
 
-  def run_arm(arm, directory, p, init, teachers, watch):
+  def run_arm(arm, directory, p, init, teachers, watch, title):
+    assert title == f"seed {arm.seed} {directory.parent.name}"
     runs.append((directory.parent.name, arm.optimizer.peak_lr, init, teachers))
     assert directory.name == "rl" and f"seed_{arm.seed}" in directory.parts
     for steps in range(1, arm.steps + 1):
@@ -68,9 +69,10 @@ def trained(monkeypatch):
   return runs
 
 
-def test_every_arm_of_a_seed_starts_from_its_student_at_the_rate_found_on_other_seeds(tmp_path, trained):
+def test_every_arm_of_a_seed_starts_from_its_student_at_the_rate_found_on_other_seeds(tmp_path, trained, capsys):
   c = grpo_vs_mopd.get_config("smoke")
   found = ablation.run(c, tmp_path)
+  assert str(tmp_path / "ablation.json") in capsys.readouterr().err.splitlines()[-1]
   assert set(found) == {"student_score", "teacher_score", "seeds", "arms", "summary", "paired"}
   assert found["student_score"]["mean"] == pytest.approx(0.205)
   assert found["teacher_score"]["mean"] == pytest.approx(0.505)
@@ -130,6 +132,14 @@ def test_an_arm_ends_when_its_budget_is_spent_and_is_scored_there_once(tmp_path,
   assert ablation.watcher(c, p, None, path, last_step=5)(3, None, spent.plus(sampled=1))  # Again, as after a kill.
   lines = [json.loads(text) for text in path.read_text().splitlines()]
   assert [(x["steps"], x["tokens"], x["score"]) for x in lines] == [(1, 0, 0.25), (3, 1, 0.75)]
+
+
+@pytest.mark.parametrize("held, count", [(256, 64), (256, 256), (65, 64), (64, 64), (63, 64), (1, 64), (100, 64)])
+def test_prompts_are_taken_evenly_over_those_that_a_file_has(held, count):
+  rows = ablation.spread(list(range(held)), count)  # A file may have fewer than evaluation.prompts.
+  assert len(rows) == min(held, count) == len(set(rows))
+  assert held % count or rows == list(range(0, held, held // count))
+  assert rows[-1] >= held - 1 - held // count  # The end of the list too.
 
 
 def test_flops_are_two_a_parameter_that_multiplies_a_token():

@@ -21,16 +21,19 @@ class Logbook:
   """Records the steps of an RL stage, applies the guards and asks the stage's watcher. Use it in a `with`."""
 
   def __init__(
-    self, c: ConfigDict, stage_dir: Path, store: Store, watch: Watch, *, first: int, supervisor: Mapping[str, Any]
-  ):
+    self, c: ConfigDict, stage_dir: Path, store: Store, watch: Watch, *, first: int, supervisor: Mapping[str, Any],
+    title: str = "",
+  ):  # fmt: skip
     """
     Args:
       first: the step that the stage begins or resumes with.
       supervisor: the supervisor's record in the checkpoint that the stage resumes from, or empty.
+      title: shown at the progress bar; "" is the name of `stage_dir`.
 
     Raises:
       StageStopped: a guard ended the stage at this checkpoint.
     """
+    self._title = title or stage_dir.name
     self._c, self._dir, self._store, self._watch, self._first = c, stage_dir, store, watch, first
     # few_signals watches the share of groups whose verdicts differ. Others lack a signal only if verdicts are
     # compared within groups.
@@ -39,7 +42,7 @@ class Logbook:
 
   def __enter__(self) -> "Logbook":
     self._writer = MetricsWriter(self._dir, start_step=self._first)
-    self._bar = progress(self._c.steps, initial=self._first, desc=self._dir.name)
+    self._bar = progress(self._c.steps, initial=self._first, desc=self._title)
     return self
 
   def __exit__(self, kind, *_) -> None:
