@@ -112,6 +112,12 @@ SHARED = (
     "domains.*.max_pass_rate": number(
       "Rows of files with a higher pass_rate are left out.", low=0, high=1, optional=True
     ),
+    "domains.*.limit_s": number(
+      "Seconds that one call of an own reward or environment may take; then it is ended, and counts as failed.",
+      above=0,
+      high=1e6,
+      optional=True,
+    ),  # fmt: skip
     "tasks": section("Generator -> fields of it that are not its defaults."),
     "tasks.*.sloppy_rate": number("Share of a demonstration's steps in the sloppy style.", low=0, high=1),
     "tasks.*.error_rate": number("Share of the sloppy steps that are wrong.", low=0, high=1),

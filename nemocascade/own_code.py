@@ -1,16 +1,25 @@
 """Functions and classes in a user's own Python file, named by a config as `FILE.py:NAME`."""
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
+import math
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nemocascade.errors import UserError, nearest, short
 
 FORM = "FILE.py:NAME"
+
+
+class TookTooLong(Exception):
+  """A user's function did not return within its time limit."""
 
 
 def is_own(spec: str) -> bool:
@@ -67,6 +76,50 @@ def parameters(function: Callable) -> tuple[str, ...]:
     return ()
   by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
   return tuple(p.name for p in signature.parameters.values() if p.kind in by_position)
+
+
+def call(function: Callable, *arguments: Any, limit_s: float) -> Any:
+  """Returns `function(*arguments)`, a user's function, which is ended after `limit_s` seconds.
+
+  An alarm signal interrupts it: Python code, waits, and matching by `re`; a call of other C code ends first. It stays
+  in this process, so it may keep state and take any objects. Only the main thread is interrupted; a call from
+  another thread has no limit.
+
+  Raises:
+    TookTooLong: at the limit. Whatever the function raises passes.
+  """
+  with _alarm(limit_s):
+    return function(*arguments)
+
+
+class _Rings(BaseException):
+  """Raised inside of a user's function at its limit. No `except Exception` of that function catches it."""
+
+
+@contextlib.contextmanager
+def _alarm(limit_s: float) -> Iterator[None]:
+  if math.isinf(limit_s) or threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  running = [True]
+
+  def ring(*_) -> None:
+    if running:  # Otherwise the function has returned, and the alarm is being put off.
+      raise _Rings
+
+  before = signal.signal(signal.SIGALRM, ring)
+  signal.setitimer(signal.ITIMER_REAL, limit_s, AGAIN_S)
+  try:
+    yield
+  except _Rings as rings:
+    raise TookTooLong(f"did not return within {limit_s:g} s").with_traceback(rings.__traceback__) from None
+  finally:
+    running.clear()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+AGAIN_S = 1.0  # The alarm rings again after this time, in case that the function has caught the exception.
 
 
 def raised(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """A user's own reward and environment: composed, tried before a run, and kept from ending one."""
 
 import json
+import time
 import types
 
 import pytest
@@ -166,6 +167,69 @@ def test_what_is_no_list_of_numbers_masks_the_whole_batch(build, code):
   assert [(verdict.masked, verdict.cause) for verdict in verdicts] == [(True, "error")] * 3
 
 
+HANGS = """
+import re, time
+def hang(text):
+  if text == "wait":
+    time.sleep(60)
+  while text == "loop":
+    try: time.sleep(0)
+    except Exception: pass
+  if text == "match": re.match("(a+)+$", "a" * 40 + "b")
+  return 1.0
+"""
+
+
+@pytest.mark.parametrize("how", ["wait", "loop", "match"])
+@pytest.mark.parametrize("of", ["row, completion", "rows, completions"])
+def test_a_reward_that_hangs_is_ended_at_its_limit_and_masked(build, of, how, capsys):
+  one = of[3] == ","
+  body = "hang(completion.content)" if one else "[hang(c.content) for c in completions]"
+  domain = build(f"{HANGS}def score({of}):\n  return {body}", limit_s=0.05)
+  began = time.monotonic()
+  fine, hung = domain.verify([ROW] * 2, [said("fine"), said(how)])
+  assert time.monotonic() - began < 5
+  assert (hung.masked, hung.cause) == (True, "time") and "did not return within 0.05 s" in hung.reason
+  assert fine == Verdict(1.0, "score 1") if one else fine.masked  # A batch is one call.
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "own_0.py" in line and "rollout/masked_time" in line
+  assert domain.verify([ROW], [said("fine")]) == [Verdict(1.0, "score 1")]
+
+
+def test_a_batch_does_not_wait_for_every_completion_that_hangs(build):
+  domain = build(
+    HANGS + "calls = []\ndef score(row, completion):\n  calls.append(1)\n  return hang(completion.content)",
+    limit_s=0.05,
+  )
+  verdicts = domain.verify([ROW] * 20, [said("wait")] * 20)
+  assert [v.cause for v in verdicts] == ["time"] * 20
+  assert sum("calls before it took over" in v.reason for v in verdicts) == 17
+  assert not domain.verify([ROW], [said("fine")])[0].masked  # The next batch is called again.
+
+
+def test_a_reward_that_hangs_at_its_trial_is_refused(build):
+  with pytest.raises(UserError, match="own_0.py:score.*on the row of .*did not return within 0.05 s"):
+    build("def score(row, completion):\n  while True: pass", limit_s=0.05)
+
+
+@pytest.mark.parametrize("place", [0, 11, 38, "heldout"])
+def test_a_reward_is_tried_on_rows_from_all_over_the_files(build, tmp_path, place):
+  """Rows near the beginning may be of one kind, and those that follow of another."""
+  lines = [json.dumps(ROW | {"prompt": f"How many are {i}?"}) for i in range(40)]
+  for i in range(4) if place == "heldout" else range(max(0, place - 10), min(40, place + 10)):
+    lines[i] = json.dumps({"prompt": f"What of {i}?"})
+  training = ["{}"] if place == "heldout" else lines
+  (tmp_path / "held.jsonl").write_text("\n".join(lines if place == "heldout" else [json.dumps(ROW)]) + "\n")
+  if place == "heldout":
+    training = [json.dumps(ROW | {"prompt": f"How large are {i}?"}) for i in range(40)]
+  (tmp_path / "mine.jsonl").write_text("\n".join(training) + "\n")
+  (tmp_path / "own.py").write_text("def score(row, completion):\n  return row['limit']")
+  entry = {"rows": f"{tmp_path}/mine.jsonl", "heldout": f"{tmp_path}/held.jsonl", "verify": f"{tmp_path}/own.py:score"}
+  with pytest.raises(UserError, match="domains.mine.verify=.*KeyError: 'limit'") as error:
+    domains.build(config(mine=entry))
+  assert ("held.jsonl" if place == "heldout" else "mine.jsonl, line") in str(error.value)
+
+
 def test_a_reward_that_leaves_the_process_is_masked_and_refused_at_the_trial(build):
   code = "import sys\ndef score(row, completion):\n  if completion.content {} 'go': sys.exit(0)\n  return 1.0"
   (verdict,) = build(code.format("==")).verify([ROW], [said("go")])
@@ -230,11 +294,18 @@ def test_an_own_environment_serves_a_built_in_verifier_and_a_built_in_one_an_own
       SHOP.replace('[str(world["count"])', '[world["count"]'),
       ["act returned list of length 1 [1]: must be a list of texts"],
     ),
+    (
+      SHOP.replace("for _ in turn.tool_calls]", "for _ in 'ab']"),
+      ["list of length 2 ['1', '1'] for 1 calls", "a call"],
+    ),
+    (SHOP.replace("return None", "return []"), ["act returned list of length 0 [] for 0 calls"]),
+    (SHOP.replace("return None", "return ['']"), ["act returned list of length 1 [''] for 0 calls"]),
+    (SHOP.replace("    if not", "    while True: pass\n    if not"), ["did not return within 1 s", "line 7"]),
   ],
 )
 def test_an_environment_that_does_not_work_is_one_line_before_anything_runs(build, tmp_path, code, words):
   with pytest.raises(UserError) as error:
-    build(code + "\ndef score(row, completion):\n  return 1.0\n", environment="Shop")
+    build(code + "\ndef score(row, completion):\n  return 1.0\n", environment="Shop", limit_s=1)
   line = str(error.value)
   assert line.startswith(f"domains.mine.environment='{tmp_path}/own_0.py:Shop'") and "\n" not in line
   assert all(word in line for word in words), line
@@ -255,6 +326,24 @@ def test_an_environment_that_fails_later_tells_the_model(build):
   (first, second) = domain.act(world, Turn(None, "now", calls, None, True))
   assert first == second and first.startswith("error: RuntimeError: sold out")
   assert domain.act(world, Turn(None, "", calls, None, True)) == ["2", "2"]
+
+
+def test_a_wrong_number_of_results_later_tells_the_model_once_a_call(build, capsys):
+  code = SHOP.replace("for _ in turn.tool_calls]", "for _ in turn.tool_calls[:1]]")
+  domain = build(code + "def score(row, completion):\n  return 1.0\n", environment="Shop")
+  calls = (ToolCall("add", {}), ToolCall("add", {}))
+  found = domain.act(domain.start(ROW), Turn(None, "", calls, None, True))
+  assert len(found) == 2 and all("act returned list of length 1 ['2'] for 2 calls" in text for text in found)
+  assert "must be one text a call" in capsys.readouterr().err
+
+
+def test_an_environment_that_hangs_later_tells_the_model_or_masks_the_episode(build):
+  code = SHOP.replace("    world[", "    while turn.content: pass\n    world[", 1)
+  code = code.replace("    return {", "    while row.get('sold'): pass\n    return {", 1)
+  domain = build(code + "def score(row, completion):\n  return 1.0\n", environment="Shop", limit_s=0.05)
+  (said_,) = domain.act(domain.start(ROW), Turn(None, "now", (ToolCall("add", {}),), None, True))
+  assert said_.startswith("error: TookTooLong: did not return within 0.05 s")
+  assert "did not return within 0.05 s" in domain.start(ROW | {"sold": True}).reason
 
 
 def test_a_world_that_is_a_part_of_the_row_is_not_shared_between_episodes(build):

@@ -12,12 +12,13 @@ An environment is a class that is made without arguments:
   class Shop:
     max_turns = 4                    # Assistant turns of one episode at most; 8 unless it says so.
     def start(self, row): ...        # -> a fresh world for one episode, any object
-    def act(self, world, turn): ...  # -> the results of turn.tool_calls, a list of texts; None ends the episode
+    def act(self, world, turn): ...  # -> the results of turn.tool_calls, as many texts; None ends the episode
+
+A call of one of these functions that takes longer than `limit_s` is ended, and counts as failed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import numbers
 import sys
@@ -35,6 +36,8 @@ from nemocascade.verifiers.verdict import NONFINITE, Completion, Row, Verdict, g
 
 ONE, BATCH = ("row", "completion"), ("rows", "completions")
 MAX_TURNS = 8  # Of an environment that does not say.
+LIMIT_S = 60.0  # Seconds that one call of a user's function may take, unless the config says otherwise.
+HANGS = 3  # After this many calls at the limit, the rest of a batch is masked without a call.
 TRIALS = ("", "A trial answer.")
 
 
@@ -45,21 +48,24 @@ class OwnReward:
   is named on stderr.
   """
 
-  def __init__(self, function: Callable, *, batched: bool, where: str):
+  def __init__(self, function: Callable, *, batched: bool, where: str, limit_s: float = LIMIT_S):
     """
     Args:
       where: "FIELD='FILE.py:NAME'", for the message.
+      limit_s: seconds that one call of the function may take.
     """
-    self.function, self.batched, self._where = function, batched, where
-    self._told = False
+    self.function, self.batched, self._where, self._limit_s = function, batched, where, limit_s
+    self._told, self._hung = False, 0  # _hung: calls of this batch that were ended at the limit.
 
   def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     rows, completions = list(rows), list(completions)
+    self._hung = 0
     if self.batched:
       verdicts = self._all(rows, completions)
     else:
       verdicts = [guarded(self._one, *pair) for pair in zip(rows, completions, strict=True)]
-    wrong = next((verdict for verdict in verdicts if verdict.cause in ("error", NONFINITE)), None)
+    failed = lambda verdict: verdict.cause in ("error", NONFINITE) or verdict.reason.startswith(FAILED)
+    wrong = next(filter(failed, verdicts), None)
     if wrong and not self._told:
       self._told = True
       print(
@@ -73,22 +79,28 @@ class OwnReward:
     if not self.batched:
       return [self._score(*pair) for pair in zip(rows, completions, strict=True)]
     copies = {id(row): copy.deepcopy(row) for row in rows}  # Completions of one row still share it.
-    found = self.function([copies[id(row)] for row in rows], list(map(copy.copy, completions)))
+    found = self._call([copies[id(row)] for row in rows], list(map(copy.copy, completions)))
     unordered = isinstance(found, str | bytes | bytearray | Mapping | Set)
     if not hasattr(found, "__len__") or unordered or len(found) != len(completions):
       raise TypeError(f"returned {_shown(found)} for {len(completions)} completions: must be a list of as many numbers")
     return list(found)
 
   def _one(self, row: Row, completion: Completion) -> Verdict:
+    if self._hung >= HANGS:
+      return no_verdict("time", f"{FAILED}: {self._hung} calls before it took over {self._limit_s:g} s")
     try:
       return as_verdict(self._score(row, completion))
     except limited.NoAnswer:  # Of a verifier of the library that the function calls.
       raise
     except (Exception, SystemExit) as error:
+      self._hung += isinstance(error, own_code.TookTooLong)
       return _failed(error)
 
   def _score(self, row: Row, completion: Completion) -> Any:
-    return self.function(copy.deepcopy(row), copy.copy(completion))
+    return self._call(copy.deepcopy(row), copy.copy(completion))
+
+  def _call(self, *arguments: Any) -> Any:
+    return own_code.call(self.function, *arguments, limit_s=self._limit_s)
 
   def _all(self, rows: list[Row], completions: list[Completion]) -> list[Verdict]:
     try:
@@ -97,8 +109,12 @@ class OwnReward:
       return [_failed(error)] * len(completions)
 
 
+FAILED = "the reward failed"
+
+
 def _failed(error: BaseException) -> Verdict:
-  return no_verdict("error", f"the reward failed: {own_code.raised(error)}")
+  cause = "time" if isinstance(error, own_code.TookTooLong) else "error"
+  return no_verdict(cause, f"{FAILED}: {own_code.raised(error)}")
 
 
 def as_verdict(score: object) -> Verdict:
@@ -115,8 +131,8 @@ def as_verdict(score: object) -> Verdict:
   return Verdict(float(score), f"score {float(score):g}")
 
 
-def load_reward(spec: str, *, field: str) -> OwnReward:
-  """The reward function that `FILE.py:NAME` names.
+def load_reward(spec: str, *, field: str, limit_s: float = LIMIT_S) -> OwnReward:
+  """The reward function that `FILE.py:NAME` names; a call of it may take `limit_s` seconds.
 
   Raises:
     UserError: it cannot be loaded, or its parameters are neither (row, completion) nor (rows, completions).
@@ -128,7 +144,7 @@ def load_reward(spec: str, *, field: str) -> OwnReward:
       f"{field}={spec!r}: its parameters are ({', '.join(own_code.parameters(function))}); they must be"
       " (row, completion) for one completion, or (rows, completions) for a batch"
     )
-  return OwnReward(function, batched=names == BATCH, where=f"{field}={spec!r}")
+  return OwnReward(function, batched=names == BATCH, where=f"{field}={spec!r}", limit_s=limit_s)
 
 
 class OwnEnvironment:
@@ -138,40 +154,55 @@ class OwnEnvironment:
   failure of `act` is named on stderr too.
   """
 
-  def __init__(self, inner: Any, *, where: str):
+  def __init__(self, inner: Any, *, where: str, limit_s: float = LIMIT_S):
     """
     Args:
       where: "FIELD='FILE.py:CLASS'", for the message.
+      limit_s: seconds that one call of a method may take.
     """
-    self.inner, self._where, self._told = inner, where, False
+    self._inner, self._where, self._limit_s, self._told = inner, where, limit_s, False
     self.max_turns = getattr(inner, "max_turns", MAX_TURNS)
 
   def start(self, row: Row) -> object:
     try:
-      return self.inner.start(copy.deepcopy(row))
+      return self.try_start(row)
     except (Exception, SystemExit) as error:
       return NotStarted(f"the environment failed to start: {own_code.raised(error)}")
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
     try:
-      return _texts(self.inner.act(world, turn))
+      return self.try_act(world, turn)
     except (Exception, SystemExit) as error:
       said = own_code.raised(error)
       if not self._told:
         self._told = True
         print(f"warning: {self._where}: {said}; the model gets such errors as results of its calls", file=sys.stderr)
-      return [f"error: {said}"] * max(1, len(turn.tool_calls))
+      return [f"error: {said}"] * len(turn.tool_calls) or None
+
+  def try_start(self, row: Row) -> object:
+    """A fresh world from the class itself. What it raises passes."""
+    return own_code.call(self._inner.start, copy.deepcopy(row), limit_s=self._limit_s)
+
+  def try_act(self, world: object, turn: Turn) -> list[str] | None:
+    """What the class itself answers. What it raises passes, and WrongResults."""
+    found = own_code.call(self._inner.act, world, turn, limit_s=self._limit_s)
+    if found is None:
+      return None
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+      raise WrongResults(f"act returned {_shown(found)}: must be a list of texts, or None")
+    if not found or len(found) != len(turn.tool_calls):
+      raise WrongResults(
+        f"act returned {_shown(found)} for {len(turn.tool_calls)} calls: must be one text a call, or None"
+      )
+    return found
 
 
-def _texts(found: object) -> list[str] | None:
-  """What `act` returned, if it is what it must be; raises TypeError otherwise."""
-  if found is not None and not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
-    raise TypeError(f"act returned {_shown(found)}: must be a list of texts, or None")
-  return found
+class WrongResults(TypeError):
+  """`act` returned something else than None or one text for each call."""
 
 
-def load_environment(spec: str, *, field: str) -> Environment:
-  """An instance of the class that `FILE.py:NAME` names.
+def load_environment(spec: str, *, field: str, limit_s: float = LIMIT_S) -> Environment:
+  """An instance of the class that `FILE.py:NAME` names; a call of its methods may take `limit_s` seconds.
 
   Raises:
     UserError: it cannot be loaded or made without arguments, or lacks start(row) or act(world, turn).
@@ -188,7 +219,7 @@ def load_environment(spec: str, *, field: str) -> Environment:
   turns = getattr(inner, "max_turns", MAX_TURNS)
   if not isinstance(turns, int) or isinstance(turns, bool) or turns < 1:
     raise UserError(f"{field}={spec!r}: max_turns={turns!r}: must be a whole number of at least 1")
-  return OwnEnvironment(inner, where=f"{field}={spec!r}")
+  return OwnEnvironment(inner, where=f"{field}={spec!r}", limit_s=limit_s)
 
 
 def try_environment(domain: Domain, row: Row, spec: str, *, field: str, place: str) -> None:
@@ -202,15 +233,18 @@ def try_environment(domain: Domain, row: Row, spec: str, *, field: str, place: s
   Raises:
     UserError: it raises, or returns what it must not; the message names file, class and row.
   """
-  assert isinstance(domain.environment, OwnEnvironment)
+  environment = domain.environment
+  assert isinstance(environment, OwnEnvironment)
   name = next((tool.get("function", tool).get("name") for tool in prompt_tools(row)), "no_such_tool")
-  inner = domain.environment.inner
   try:
-    _texts(inner.act(inner.start(copy.deepcopy(row)), Turn(None, "done", (), None, True)))
-    world, found = inner.start(copy.deepcopy(row)), None
-    with contextlib.suppress(LookupError, TypeError, ValueError):
-      found = inner.act(world, Turn(None, "", (ToolCall(str(name), {}),), None, True))
-    _texts(found)
+    environment.try_act(environment.try_start(row), Turn(None, "done", (), None, True))
+    world = environment.try_start(row)
+    try:
+      environment.try_act(world, Turn(None, "", (ToolCall(str(name), {}),), None, True))
+    except WrongResults:
+      raise
+    except (LookupError, TypeError, ValueError):
+      pass
   except (Exception, SystemExit) as error:
     raise UserError(f"{field}={spec!r}: on the row of {place}: {own_code.raised(error)}") from error
 

@@ -205,6 +205,14 @@ class FileRows:
     """Row i to train on, in the files' order."""
     return self._row(self.training, i)
 
+  def spread(self, count: int) -> list[tuple[Row, str]]:
+    """(row, where it stands) of `count` rows to train on and as many held-out ones, taken evenly over the files."""
+    return [
+      (self._row(rows, i), rows.place(i))
+      for rows in (self.training, self.held)
+      for i in sorted({n * len(rows) // count for n in range(count)})
+    ]
+
   def _row(self, rows: Index, i: int) -> Row:
     row = released_form(rows.read(int(i)))
     agent = agent_of(row)

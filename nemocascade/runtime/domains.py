@@ -23,6 +23,8 @@ from nemocascade.generated import registry as generated
 from nemocascade.generated.generator import GeneratedRows, Generator
 from nemocascade.verifiers.verdict import Row
 
+TRIALS = 4  # Rows to train on, and held-out rows, that a user's own functions are tried on.
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -37,6 +39,7 @@ class Entry:
   max_turns: int | None = None
   min_pass_rate: float = 0.0
   max_pass_rate: float = 1.0
+  limit_s: float = own.LIMIT_S
 
   @property
   def field(self) -> str:
@@ -130,7 +133,7 @@ def that_need(c: ConfigDict, what: str, among: Container[str] | None = None) -> 
 
 
 def build(c: ConfigDict, *, sandbox: object = None, names: Container[str] | None = None) -> dict[str, Domain]:
-  """Builds the config's domains: indexes their files, and tries a user's own functions on the first row.
+  """Builds the config's domains: indexes their files, and tries a user's own functions on some rows.
 
   Args:
     sandbox: runs untrusted code, for the domains that `that_need` it.
@@ -178,21 +181,29 @@ def _own_parts(entry: Entry) -> tuple[Verify | None, Environment | None]:
   """The user's own verifier and environment, each None if the entry names a built-in one."""
   verify, environment = None, None
   if own_code.is_own(entry.judged_by):
-    verify = own.load_reward(entry.judged_by, field=f"{entry.field}.verify")
+    verify = own.load_reward(entry.judged_by, field=f"{entry.field}.verify", limit_s=entry.limit_s)
   if own_code.is_own(entry.environment):
-    environment = own.load_environment(entry.environment, field=f"{entry.field}.environment")
+    field = f"{entry.field}.environment"
+    environment = own.load_environment(entry.environment, field=field, limit_s=entry.limit_s)
   return verify, environment
 
 
 def _try_own_parts(entry: Entry, domain: Domain) -> None:
-  row = domain.rows.train(0, 0)
-  place = f"{entry.rows}"
-  if isinstance(domain.rows, FileRows):
-    row, place = domain.rows.in_file_order(0), domain.rows.training.place(0)
-  if own_code.is_own(entry.environment):
-    own.try_environment(domain, row, entry.environment, field=f"{entry.field}.environment", place=place)
-  if own_code.is_own(entry.judged_by):
-    own.try_reward(domain, row, entry.judged_by, field=f"{entry.field}.verify", place=place)
+  """Tries a user's own functions on rows from all over the domain's rows, those held out too."""
+  own_reward, own_environment = own_code.is_own(entry.judged_by), own_code.is_own(entry.environment)
+  if not own_reward and not own_environment:
+    return
+  rows = domain.rows
+  if isinstance(rows, FileRows):
+    trials = rows.spread(TRIALS)
+  else:
+    trials = [(rows.train(0, i), entry.rows) for i in range(TRIALS)]
+    trials += [(row, entry.rows) for row in rows.heldout(0, 0, TRIALS)]
+  for row, place in trials:
+    if own_environment:
+      own.try_environment(domain, row, entry.environment, field=f"{entry.field}.environment", place=place)
+    if own_reward:
+      own.try_reward(domain, row, entry.judged_by, field=f"{entry.field}.verify", place=place)
 
 
 def _file_rows(entry: Entry) -> FileRows:
