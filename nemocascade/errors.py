@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class StageStopped(Exception):
-  """A stage was stopped because training went wrong. The message has the stage, the step and a remedy.
+  """A stage was stopped because training or its data went wrong. The message says where, and a remedy if there is one.
 
   It is one line. Commands print it and exit with 1.
   """

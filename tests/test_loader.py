@@ -12,7 +12,7 @@ from nemocascade.data.documents import Document, fitted, to_documents
 from nemocascade.data.loader import Loader
 from nemocascade.data.row_files import open_rows
 from nemocascade.data.tokenizer import train_sentencepiece
-from nemocascade.errors import UserError
+from nemocascade.errors import StageStopped, UserError
 
 TOKENIZER = train_sentencepiece(["sum of 1 2 is 3"] * 9, vocab_size=500, phrases=(*chat.PHRASES, "step "))
 
@@ -304,7 +304,7 @@ def test_long_documents_are_counted_by_the_loader(loader):
   batch = next(batches)
   assert batches.counts.long == sum(len(d.tokens_T) > shortest for d in DOCUMENTS) > 0
   assert (batch.segment_ids_BT == 1).all()
-  with pytest.raises(UserError, match="no document fits into a row of 3 tokens: 60 conversations were read"):
+  with pytest.raises(StageStopped, match="no document fits into a row of 3 tokens: 60 conversations were read"):
     next(loader(T=3))
 
 
@@ -324,14 +324,14 @@ def test_bad_rows_are_skipped_named_and_counted(loader, tmp_path):
 def test_too_many_bad_rows_stop_the_run(loader, tmp_path, look_ahead):
   rows = open_rows(str(write(tmp_path / "bad.jsonl", [BAD, *EXAMPLES[:9]] * 6)), tmp_path)
   with pytest.raises(
-    UserError, match=r"conversations are bad, more than max_bad_share=0.05; such as .*bad.jsonl, line"
+    StageStopped, match=r"conversations are bad, more than max_bad_share=0.05; such as .*bad.jsonl, line"
   ):
     take(loader(rows, max_bad_share=0.05, look_ahead=look_ahead), 40)
 
 
 def test_an_error_in_a_process_is_raised_where_its_batch_would_be_given(loader, tmp_path):
   rows = open_rows(str(write(tmp_path / "bad.jsonl", [BAD] * 9)), tmp_path)
-  with pytest.raises(UserError, match="9 of 9 conversations are bad"):
+  with pytest.raises(StageStopped, match="9 of 9 conversations are bad"):
     next(loader(rows, workers=1))
 
 

@@ -9,6 +9,7 @@ import pytest
 from array_record.python import array_record_module
 
 from nemocascade.data import blend as blend_lib
+from nemocascade.data import reading
 from nemocascade.data.blend import WINDOW, Blend, Source, counts
 from nemocascade.data.row_files import first_rows, open_rows
 from nemocascade.data.sources import write_demonstrations
@@ -78,6 +79,22 @@ def test_fields_that_parquet_adds_to_an_object_are_left_out(tmp_path):
   """The schema of a file has the parameters of all its tools."""
   rows = open_rows(parquet(tmp_path), tmp_path / "index")
   assert list(rows[7]["tools"][0]["function"]["parameters"]["properties"]) == ["p7"]
+
+
+@pytest.mark.parametrize("make", [jsonl, parquet, array_record])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_cut_short_is_a_failure_of_the_run_and_no_bad_row(tmp_path, make, workers):
+  (tmp_path / "rows").mkdir()
+  rows = open_rows(make(tmp_path / "rows"), tmp_path)
+  file = rows.files[-1]
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  reader = reading.start(reading.Reader((rows,), None, 64, "drop"), workers)
+  try:
+    with pytest.raises(OSError, match="the file was changed while the run reads it") as error:  # Exit code 1.
+      list(reader.read([(0, len(rows) - 1)]))
+  finally:
+    reader.close()
+  assert error.value.filename == str(file)
 
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 20])

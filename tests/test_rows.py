@@ -252,6 +252,27 @@ def test_a_heldout_file_that_shares_prompts_with_training_is_refused(tmp_path):
   assert f"{tmp_path}/a.jsonl, line 8" in said and "\n" not in said
 
 
+@pytest.mark.parametrize("heldout", [False, True])
+def test_a_prompt_that_one_domain_trains_on_and_another_is_scored_on_is_refused(tmp_path, heldout):
+  others = [asked(300 + i, expected_answer="1") for i in range(40)]
+  first = {"rows": str(write(tmp_path / "a.jsonl", ROWS)), "verify": "math"}
+  second = {"rows": str(write(tmp_path / "b.jsonl", others)), "verify": "math"}
+  entries = {"one": first, "two": second}
+  built = domains.build(config(**entries))  # What they hold out by the hash, neither trains on.
+  if heldout:
+    second["heldout"] = str(write(tmp_path / "held.jsonl", [asked(200, expected_answer="1"), ROWS[7]]))
+    field, shared = "domains.two.heldout: 1 of its 2", ROWS[7]
+    entries["one"] |= {"heldout": str(write(tmp_path / "other.jsonl", [asked(201, expected_answer="1")]))}
+  else:  # The first trains on all its rows, one of which the second holds out by its hash.
+    shared = built["two"].rows.heldout(0, 0, 1)[0]
+    write(tmp_path / "a.jsonl", [*ROWS, {key: shared[key] for key in ("responses_create_params", "expected_answer")}])
+    entries["one"] |= {"heldout": str(write(tmp_path / "other.jsonl", [asked(201, expected_answer="1")]))}
+    field = "domains.two.rows, held out by the hash: 1 of its"
+  with pytest.raises(UserError) as error:
+    domains.build(config(**entries))
+  assert str(error.value).startswith(field) and "prompts are in domains.one.rows too" in str(error.value)
+
+
 @pytest.mark.parametrize(
   "lines, said",
   [
@@ -283,7 +304,11 @@ def test_a_glob_that_finds_nothing_is_named(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
   domain = maths(tmp_path / "a.jsonl", ROWS)
   write(tmp_path / "a.jsonl", [asked(900 + i) for i in range(60)])
-  with pytest.raises(UserError, match="a.jsonl, line .*: the file was changed"):
+  with pytest.raises(OSError, match="the file was changed") as error:  # A failure of the run: exit code 1.
+    domain.rows.train(0, 0)
+  assert "a.jsonl, line " in error.value.filename
+  (tmp_path / "a.jsonl").unlink()
+  with pytest.raises(OSError, match="No such file .*a.jsonl, line "):
     domain.rows.train(0, 0)
 
 

@@ -43,7 +43,11 @@ class Reader:
   long_documents: str  # One of documents.LONG.
 
   def __call__(self, items: Sequence[tuple[int, int]]) -> list[Read]:
-    """Reads rows given as (source, row); those of a source are read in the order of its files."""
+    """Reads rows given as (source, row); those of a source are read in the order of its files.
+
+    Raises:
+      OSError: a row is bad because its file has changed since it was opened.
+    """
     read = {item: self._read(*item) for item in sorted(set(items))}
     return [read[item] for item in items]
 
@@ -52,6 +56,7 @@ class Reader:
       documents, long = fitted(to_documents(self.rows[source][row], self.tokenizer), self.T, self.long_documents)
       return Read(tuple(documents), long)
     except UserError as error:
+      self.rows[source].check_unchanged()
       return Read(bad=f"{self.rows[source].place(row)}: {error}")
 
 
@@ -143,6 +148,8 @@ def serve() -> None:
       task = channel.recv()
       try:
         reply = reader(task)
+      except OSError as error:
+        reply = error
       except Exception as error:  # noqa: BLE001  Raised again in the other process.
         reply = RuntimeError(f"{type(error).__name__}: {error}")
       channel.send(reply)

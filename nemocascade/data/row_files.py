@@ -4,6 +4,7 @@ An object of these classes can be pickled: a copy opens its files again. Memory 
 JSONL files are found by byte offsets in an index file, which is read through a memory map.
 """
 
+import errno
 import functools
 import glob
 import hashlib
@@ -33,10 +34,12 @@ class RowFiles(Sequence):
 
   Attributes:
     files: paths, in the order of their rows.
+    sizes: of the files when they were opened, in bytes.
     groups: None, or the cumulative numbers of rows that are cheap to read together, int64.
   """
 
   files: list[Path]
+  sizes: list[int]
   groups: np.ndarray | None = None
 
   def __getitem__(self, place: int) -> dict[str, Any]:
@@ -46,6 +49,12 @@ class RowFiles(Sequence):
   def place(self, number: int) -> str:
     """The file of a row and its place in it, for messages."""
     raise NotImplementedError
+
+  def check_unchanged(self) -> None:
+    """Raises OSError if a file does not have the size that it was opened with."""
+    for file, size in zip(self.files, self.sizes, strict=True):
+      if not file.is_file() or file.stat().st_size != size:
+        raise OSError(errno.EIO, f"the file was changed while the run reads it; it had {size} bytes", str(file))
 
   def identity(self) -> list:
     """JSON that changes if rows are added, removed or replaced, but not if the files move.
@@ -133,8 +142,8 @@ class JsonLines(RowFiles):
 
   def __init__(self, files: Sequence[Path], index: Path):
     self.files = list(files)
-    sizes = [_size(file) for file in self.files]
-    self._starts = np.cumsum([0, *sizes])  # Of the files, laid end to end.
+    self.sizes = [_size(file) for file in self.files]
+    self._starts = np.cumsum([0, *self.sizes])  # Of the files, laid end to end.
     stamp = json.dumps([[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files])
     self._index = index / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.offsets"
     if not self._index.exists():
@@ -210,6 +219,7 @@ class ParquetRows(RowFiles):
 
   def __init__(self, files: Sequence[Path]):
     self.files = list(files)
+    self.sizes = [_size(file) for file in self.files]
     sizes, self._of = [], []  # Rows of each group; (file, group in it).
     for number, file in enumerate(self.files):
       metadata = self._open(number)
@@ -274,6 +284,7 @@ class ArrayRecords(RowFiles):
 
   def __init__(self, files: Sequence[Path]):
     self.files = list(files)
+    self.sizes = [_size(file) for file in self.files]
     self._ends = np.cumsum([reader.num_records() for reader in self._readers])
     if not len(self):
       raise UserError(f"{self.files[0]}: holds no rows, or is no array_record file")
@@ -314,6 +325,7 @@ class TfdsRows(RowFiles):
   def __init__(self, directory: Path):
     self._directory = directory
     self.files = self._dataset.files
+    self.sizes = [_size(file) for file in self.files]
 
   def __getstate__(self) -> dict:
     return {name: value for name, value in self.__dict__.items() if name != "_dataset"}

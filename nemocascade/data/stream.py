@@ -11,7 +11,7 @@ from nemocascade.data import packing
 from nemocascade.data.blend import Blend
 from nemocascade.data.documents import Document
 from nemocascade.data.reading import Read
-from nemocascade.errors import UserError
+from nemocascade.errors import StageStopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,9 @@ class Stream:
     self._rows = [[documents[i][2] for i in rows[r]] for r in self._order(start, len(rows))]
 
   def _after(self, following: Start, start: Start) -> Start:
-    """The start after a block without rows. Raises UserError if that block was a whole epoch."""
+    """The start after a block without rows. Raises StageStopped if that block was a whole epoch."""
     if following.epoch > start.epoch and start.position == self._number and not start.carried:
-      raise UserError(
+      raise StageStopped(
         f"no document fits into a row of {self._settings.T} tokens: {following.counts.rows} conversations were read,"
         f" {following.counts.bad} of them are bad, and {following.counts.long} documents are longer than a row"
       )
@@ -192,7 +192,7 @@ class Stream:
 
   def _check(self, counts: Counts) -> None:
     if counts.bad > self._settings.max_bad_share * counts.rows:
-      raise UserError(
+      raise StageStopped(
         f"{counts.bad} of {counts.rows} conversations are bad, more than max_bad_share={self._settings.max_bad_share};"
         f" such as {self._last_bad}"
       )

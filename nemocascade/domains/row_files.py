@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import errno
 import functools
 import glob
 import hashlib
@@ -65,16 +66,16 @@ class Index:
     """Row i as its file has it.
 
     Raises:
-      UserError: the file has changed since it was indexed.
+      OSError: the file has changed since it was indexed, or cannot be read.
     """
     try:
       with open(self.files[self.file_N[i]], "rb") as file:
         file.seek(self.offset_N[i])
         line = file.readline()
     except OSError as error:
-      raise UserError(f"{self.place(i)}: {error.strerror or error}") from error
+      raise OSError(error.errno, error.strerror, self.place(i)) from error
     if _sum(line) != self.sum_N[i]:
-      raise UserError(f"{self.place(i)}: the file was changed while the run reads it")
+      raise OSError(errno.EIO, "the file was changed while the run reads it", self.place(i))
     return json.loads(line)
 
   def summary(self) -> str:
@@ -241,7 +242,7 @@ def open_rows(
     training, held = everything, index(find(heldout, f"{field}.heldout"), left_out_of_heldout)
     if not len(held):
       raise UserError(f"{field}.heldout={heldout!r}: no row is left: {held.summary() or 'the files are empty'}")
-    _check_apart(training, held, field)
+    check_apart(training, held, f"{field}.rows", f"{field}.heldout")
   else:
     first_byte_N = everything.digest_N.view(np.uint8).reshape(-1, 16)[:, 0]
     held_N = np.array([split_of_digest(bytes([byte])) == "heldout" for byte in range(256)])[first_byte_N]
@@ -254,14 +255,14 @@ def open_rows(
   return FileRows(name, training, held)
 
 
-def _check_apart(training: Index, held: Index, field: str) -> None:
-  """Raises UserError if a prompt is both trained on and held out."""
-  of_training = {digest.tobytes(): i for i, digest in reversed(list(enumerate(training.digest_N)))}
-  shared = [i for i, digest in enumerate(held.digest_N) if digest.tobytes() in of_training]
-  if shared:
-    first = of_training[held.digest_N[shared[0]].tobytes()]
+def check_apart(training: Index, held: Index, training_field: str, held_field: str) -> None:
+  """Raises UserError if a prompt of `held` is one of `training` too. The fields are those of the files, for messages."""
+  trained_N, held_N = (np.ascontiguousarray(index.digest_N).view("S16").ravel() for index in (training, held))
+  shared = np.flatnonzero(np.isin(held_N, trained_N))
+  if len(shared):
+    first = np.flatnonzero(trained_N == held_N[shared[0]])[0]
     raise UserError(
-      f"{field}.heldout: {len(shared)} of its {len(held)} prompts are in {field}.rows too, such as that of"
+      f"{held_field}: {len(shared)} of its {len(held)} prompts are in {training_field} too, such as that of"
       f" {held.place(shared[0])}, which is that of {training.place(first)}; remove them from one"
     )
 

@@ -17,7 +17,7 @@ from nemocascade.domains import own
 from nemocascade.domains.agents import AGENTS, UNSUPPORTED
 from nemocascade.domains.domain import Domain, Environment, Rows, Verify
 from nemocascade.domains.registry import DOMAINS, ENVIRONMENTS, BuiltIn
-from nemocascade.domains.row_files import FileRows, agent_of, open_rows
+from nemocascade.domains.row_files import FileRows, agent_of, check_apart, open_rows
 from nemocascade.errors import UserError, nearest, unknown
 from nemocascade.generated import registry as generated
 from nemocascade.generated.generator import GeneratedRows, Generator
@@ -148,7 +148,19 @@ def build(c: ConfigDict, *, sandbox: object = None, names: Container[str] | None
   check(c)
   generators_ = generators(c)
   wanted = {name: entry for name, entry in entries(c).items() if names is None or name in names}
-  return {name: _build(entry, generators_, sandbox) for name, entry in wanted.items()}
+  built = {name: _build(entry, generators_, sandbox) for name, entry in wanted.items()}
+  _check_apart(wanted, built)
+  return built
+
+
+def _check_apart(found: Mapping[str, Entry], built: Mapping[str, Domain]) -> None:
+  """Raises UserError if a domain is scored on a prompt that another one trains on. Generated rows are not compared."""
+  files = {name: domain.rows for name, domain in built.items() if isinstance(domain.rows, FileRows)}
+  for name, held in files.items():
+    field = f"{found[name].field}.heldout" if found[name].heldout else f"{found[name].field}.rows, held out by the hash"
+    for other, training in files.items():
+      if other != name:
+        check_apart(training.training, held.held, f"{found[other].field}.rows", field)
 
 
 def with_judge(c: ConfigDict, domains: Mapping[str, Domain], judge: object) -> dict[str, Domain]:
