@@ -45,6 +45,44 @@ def test_a_bad_schema_gives_no_verdict_and_fetches_nothing(schema):
   assert (verdict.masked, verdict.cause) == (True, "row")
 
 
+LOOP = {"$ref": "#/$defs/x"}
+ENDLESS = {  # Schemas that refer to themselves without end, and an object that reaches the end of none of them.
+  "itself": {"$ref": "#"},
+  "by two steps": {"$defs": {"x": {"$ref": "#/$defs/y"}, "y": LOOP}, **LOOP},
+  "among branches": {"$defs": {"x": {"anyOf": [{"type": "null"}, LOOP]}}, **LOOP},
+  "in a property": {"$defs": {"x": {"allOf": [LOOP]}}, "type": "object", "properties": {"name": LOOP}},
+}
+
+
+@pytest.mark.parametrize("schema", ENDLESS)
+@pytest.mark.parametrize("kind, text", [("json", '{"name": "Ann"}'), ("yaml", "name: Ann"), ("xml", "<name>Ann</name>"),
+                                        ("toml", 'name = "Ann"'), ("tool", "Ann")])  # fmt: skip
+def test_a_schema_without_an_end_gives_no_verdict(schema, kind, text):
+  row = {"schema_str": json.dumps(ENDLESS[schema])}
+  if kind == "tool":
+    verdict = judge(row | {"response_mode": "tool_call"}, "", ToolCall("f", {"name": text}))
+  else:
+    verdict = judge(row | {"schema_type": kind}, text)
+  assert (verdict.masked, verdict.cause) == (True, "row") and "refers to itself without end" in verdict.reason
+
+
+def test_a_text_that_is_nested_too_deep_is_wrong_under_a_schema_that_ends():
+  tree = {"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}}
+  of_tool = tree | {"properties": {"a": {"$ref": "#/$defs/t"}}}
+  tree |= {"$ref": "#/$defs/t"}
+  deep = "[" * 900 + "]" * 900
+  assert judge({"schema_str": json.dumps(tree)}, "[[[], []]]") == Verdict(1.0, "valid")
+  for verdict in (
+    judge({"schema_str": json.dumps(tree)}, deep),
+    judge(
+      {"schema_str": json.dumps(of_tool), "response_mode": "tool_call"},
+      "",
+      ToolCall("f", {"a": deep}),
+    ),
+  ):
+    assert (verdict.reward, verdict.masked, verdict.reason) == (0.0, False, "invalid nested too deep")
+
+
 def test_an_array_whose_items_take_too_long_to_compare_masks_the_sample(monkeypatch):
   monkeypatch.setattr(limited.call, "__kwdefaults__", {"limit_s": 1.0})
   row = {**ROW, "schema_str": json.dumps({"type": "array", "uniqueItems": True})}

@@ -22,21 +22,29 @@ Schema = Any  # A JSON schema: a dict or a bool.
 Fits = Callable[[Any, Schema], bool]  # Whether a value is valid under a part of the schema.
 
 
-def parse(kind: str, text: str, schema: Schema, fits: Fits) -> Any:
-  """Parses the text.
+def parse(kind: str, text: str) -> Any:
+  """Parses the text; the values of XML and CSV are strings.
 
   Args:
     kind: one of FORMATS.
-    schema: gives the types of XML and CSV values, which are strings in the text.
-    fits: chooses among the branches of a union in `schema`.
 
   Raises:
     ValueError, or another exception of the parser: the text is not valid in this format.
   """
   if not text.strip():
     raise ValueError("empty")
-  value = {"json": load_json, "yaml": _yaml, "xml": xmltodict.parse, "toml": tomllib.loads,
-           "csv": _csv}[kind](text)  # fmt: skip
+  return {"json": load_json, "yaml": _yaml, "xml": xmltodict.parse, "toml": tomllib.loads, "csv": _csv}[kind](text)
+
+
+def typed(kind: str, value: Any, schema: Schema, fits: Fits) -> Any:
+  """The value that `parse` returned, with the types that the schema gives to the strings of XML and CSV.
+
+  Args:
+    fits: chooses among the branches of a union in `schema`.
+
+  Raises:
+    ValueError: a number is not finite.
+  """
   if kind == "xml":
     value = _typed_xml(value, schema, schema, fits)
   elif kind == "csv":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jsonschema
@@ -20,6 +20,7 @@ from nemocascade.verifiers import formats
 # {"valid": ""}, {"invalid": reason}, or {"row": reason} if the schema is bad.
 Answer = dict[str, str]
 
+LEVELS = 16  # Every schema that ends can check a value of this depth within Python's recursion limit.
 LITERALS = {"True": True, "False": False, "None": None}  # As the chat template prints them.
 # A branch describes only a part of an object. Forbidding other properties in a branch would forbid
 # the object.
@@ -33,14 +34,12 @@ def check_text(schema_str: str, kind: str, text: str) -> Answer:
     validator = _validator(schema_str)
   except _BAD_SCHEMA as error:
     return {"row": f"schema: {error}"}
-  fits = lambda value, part: validator.evolve(schema=part).is_valid(value)
   try:
-    value = formats.parse(kind, text, validator.schema, fits)
-  except referencing.exceptions.Unresolvable as error:
-    return {"row": f"schema: {error}"}
+    value = formats.parse(kind, text)
   except Exception as error:  # noqa: BLE001  Text on which a parser raises is not in its format.
     return {"invalid": f"not {kind}: {type(error).__name__}: {error}"}
-  return _checked(validator, value)
+  fits = lambda value, part: validator.evolve(schema=part).is_valid(value)
+  return _checked(lambda value: (validator, formats.typed(kind, value, validator.schema, fits)), value)
 
 
 def check_arguments(schema_str: str, arguments: Mapping[str, Any], key: str | None) -> Answer:
@@ -55,17 +54,16 @@ def check_arguments(schema_str: str, arguments: Mapping[str, Any], key: str | No
     validator = _validator(schema_str)
   except _BAD_SCHEMA as error:
     return {"row": f"schema: {error}"}
-  try:
+
+  def typed(readings: Mapping[str, list]) -> tuple[Any, Any]:
     if key:
-      return _checked(validator, _read(arguments[key], validator))
-    schema = validator.schema if isinstance(validator.schema, dict) else {}
-    fields = schema.get("properties", {})
-    value = {name: _read(text, validator.evolve(schema=fields.get(name, True))) for name, text in arguments.items()}
-  except referencing.exceptions.Unresolvable as error:
-    return {"row": f"schema: {error}"}
-  except (ValueError, RecursionError) as error:
-    return {"invalid": str(error)}
-  return _checked(validator, value)
+      return validator, _chosen(readings[key], validator)
+    fields = validator.schema.get("properties", {}) if isinstance(validator.schema, dict) else {}
+    part = lambda name: validator.evolve(schema=fields.get(name, True))
+    return validator, {name: _chosen(said, part(name)) for name, said in readings.items()}
+
+  wanted = {key: arguments[key]} if key else arguments
+  return _checked(typed, {name: _readings(text) for name, text in wanted.items()})
 
 
 _BAD_SCHEMA = (
@@ -105,22 +103,49 @@ def _strict(schema: Any) -> Any:
   return strict
 
 
-def _checked(validator: Any, value: Any) -> Answer:
+def _checked(typed: Callable[[Any], tuple[Any, Any]], value: Any) -> Answer:
+  """Whether a value is valid.
+
+  Args:
+    typed: the value as it was read -> (validator, the value with the types of the schema).
+  """
   try:
+    return _first_error(typed, value)
+  except RecursionError:
+    pass
+  try:  # The value is nested too deep, unless its outer levels alone are too deep for the schema.
+    _first_error(typed, _outer(value, LEVELS))
+  except RecursionError:
+    return {"row": "schema: it refers to itself without end"}
+  return {"invalid": "nested too deep"}
+
+
+def _first_error(typed: Callable[[Any], tuple[Any, Any]], value: Any) -> Answer:
+  try:
+    validator, value = typed(value)
     error = next(validator.iter_errors(value), None)
   except referencing.exceptions.Unresolvable as unresolved:
     return {"row": f"schema: {unresolved}"}
   except RecursionError:
-    return {"invalid": "nested too deep"}
-  except (TypeError, ValueError, AttributeError) as odd:  # E.g. YAML keys that are not strings.
+    raise
+  except Exception as odd:  # noqa: BLE001  E.g. YAML keys that are not strings, or a number that is not finite.
     return {"invalid": f"{type(odd).__name__}: {odd}"}
   return {"valid": ""} if error is None else {"invalid": f"at {error.json_path}: {error.message}"}
 
 
-def _read(text: Any, validator: Any) -> Any:
-  """Reads an argument as JSON, as a literal, or as text: the first valid reading, else the first."""
+def _outer(value: Any, levels: int) -> Any:
+  """The value without the content of objects and lists that are more than `levels` deep."""
+  if isinstance(value, dict):
+    return {key: _outer(part, levels - 1) for key, part in value.items()} if levels else {}
+  if isinstance(value, list):
+    return [_outer(part, levels - 1) for part in value] if levels else []
+  return value
+
+
+def _readings(text: Any) -> list:
+  """What an argument may mean: a value of JSON, a literal, and the text itself."""
   if not isinstance(text, str):
-    return text
+    return [text]
   said = []
   try:
     said.append(formats.load_json(text))
@@ -128,5 +153,9 @@ def _read(text: Any, validator: Any) -> Any:
     pass
   if text in LITERALS:
     said.append(LITERALS[text])
-  said.append(text)
-  return next((value for value in said if validator.is_valid(value)), said[0])
+  return [*said, text]
+
+
+def _chosen(readings: list, validator: Any) -> Any:
+  """The first valid reading, else the first."""
+  return next((value for value in readings if validator.is_valid(value)), readings[0])
