@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from nemocascade.data.sources import Demonstrations, json_object
+from nemocascade.data.tool_format import without_nulls
 from nemocascade.errors import UserError, listed
 from nemocascade.state_files import whole
 
@@ -270,13 +271,6 @@ class ParquetRows(RowFiles):
       return pyarrow.parquet.ParquetFile(self.files[number])
     except Exception as error:
       raise UserError(f"{self.files[number]}: not a Parquet file, or damaged") from error
-
-
-def without_nulls(value: Any) -> Any:
-  """The value without null fields of objects. Parquet gives an object the fields of all rows' objects."""
-  if isinstance(value, dict):
-    return {key: without_nulls(part) for key, part in value.items() if part is not None}
-  return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 class ArrayRecords(RowFiles):

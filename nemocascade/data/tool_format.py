@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nemocascade.data.pieces import Piece, mark
 from nemocascade.errors import UserError
@@ -56,13 +57,13 @@ class ToolCall:
 
 
 def tools_section(tools: Sequence[Mapping]) -> list[Piece]:
-  """The part of the system turn that lists the tools.
+  """The part of the system turn that lists the tools. A field that is null counts as absent.
 
   Raises:
     UserError: a tool is not an object or has no name.
   """
   text = _HEAD
-  for place, tool in enumerate(tools):
+  for place, tool in enumerate(map(without_nulls, tools)):
     tool = tool.get("function", tool) if isinstance(tool, Mapping) else tool
     if not isinstance(tool, Mapping) or "name" not in tool:
       raise UserError(f"tool {place} has no name")
@@ -94,6 +95,13 @@ def tools_section(tools: Sequence[Mapping]) -> list[Piece]:
     Piece(text), Piece(_TAIL), call, Piece(_EXAMPLE), call_end,
     Piece(_REMINDER), call, call_end, Piece(_REMINDER_END),
   ]  # fmt: skip
+
+
+def without_nulls(value: Any) -> Any:
+  """The value without null fields of objects. Files give an object the fields of all rows' objects, Parquet always."""
+  if isinstance(value, Mapping):
+    return {key: without_nulls(part) for key, part in value.items() if part is not None}
+  return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def calls(tool_calls: Sequence[Mapping], *, learned: bool) -> list[Piece]:
