@@ -4,6 +4,7 @@ import json
 
 import chats
 import pytest
+import tiny_checkpoint
 import tokenizer_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from transformers_folders import random_model, save
 from experiments import convert
 from nemocascade.data import chat
 from nemocascade.data.chat_template import FILE, jinja
+from nemocascade.data.tokenizer import IM_END
 
 TOOLS = [  # In the form that transformers expects.
   tool if "function" in tool else {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
@@ -153,3 +155,19 @@ def test_an_export_holds_the_template_and_transformers_finds_it(tmp_path):
   convert.run(str(tmp_path / "again"), f"hf:{tmp_path / 'out2'}")
   assert not (tmp_path / "out2" / FILE).exists()
   assert theirs(AutoTokenizer.from_pretrained(tmp_path / "out2"), messages) == "own"
+
+
+def test_an_export_of_a_trained_tokenizer_encodes_in_transformers_what_we_encode(tmp_path):
+  """A run without init_from trains a SentencePiece model, and its checkpoints have no words of transformers' own."""
+  checkpoint = tiny_checkpoint.make(tmp_path / "stage")
+  convert.run(checkpoint, f"hf:{tmp_path / 'out'}")
+  words = AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert (words.eos_token_id, words.pad_token_id, words.bos_token_id) == (IM_END, 0, 1)
+  messages = [
+    {"role": "user", "content": "the  cat\né 12"},
+    {"role": "assistant", "content": "on", "reasoning_content": "of 7", "tool_calls": [
+      {"type": "function", "function": {"name": "python", "arguments": {"code": "print(1)"}}}]},
+  ]  # fmt: skip
+  ours = chat.tokenize(chat.render(messages, tools=TOOLS), tiny_checkpoint.TOKENIZER)[0]
+  assert words.apply_chat_template(messages, tools=TOOLS, return_dict=False) == ours
+  assert words.decode(ours) == chat.text_of(chat.render(messages, tools=TOOLS))

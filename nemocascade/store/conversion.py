@@ -20,6 +20,7 @@ import numpy as np
 
 from nemocascade.config import ModelConfig
 from nemocascade.data import chat_template
+from nemocascade.data.tokenizer import TOKENIZERS
 from nemocascade.errors import UserError
 from nemocascade.model.hybrid import init_params
 from nemocascade.state_files import check_shape, parsed, read_state, read_text
@@ -256,9 +257,9 @@ def _write_their_files(model: Path, config: ModelConfig, target: Path) -> None:
 
 
 def _write_template(target: Path) -> None:
-  """Adds the chat template, and the words that transformers needs of a tokenizer.json, where the folder lacks them."""
+  """Adds the chat template, and the words that transformers needs of a tokenizer, where the folder lacks them."""
   words = target / "tokenizer_config.json"
-  if (target / "tokenizer.json").exists() and not words.exists():
+  if any((target / kind.file_name).exists() for kind in TOKENIZERS) and not words.exists():
     _write_json(words, TOKENIZER)
   own = words.exists() and "chat_template" in parsed(read_text(words, remedy=AGAIN), words, remedy=AGAIN)
   if not own and not (target / chat_template.FILE).exists():
