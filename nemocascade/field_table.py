@@ -88,7 +88,9 @@ SHARED = (
     ),
     "tokenizer.path": text("tokenizer.json, tokenizer.model or a folder with one; if empty, one is trained."),
     "tokenizer.vocab_size": whole("Vocabulary size of a tokenizer that is trained."),
-    "tokenizer.conversations": whole("Demonstrations of each domain that a tokenizer is trained on.", 0),
+    "tokenizer.conversations": whole(
+      "Conversations of each source, and demonstrations or prompts of each domain, that a tokenizer is trained on.", 0
+    ),
     "domains": section("Name -> what the domain is composed of."),
     "domains.*.rows": text("Its prompts: generated:NAME, or a path or glob of JSON lines.", empty=False),
     "domains.*.heldout": text(

@@ -189,6 +189,41 @@ def test_two_hosts_read_their_own_rows_and_save_the_state_of_all(tmp_path):
   two_processes.assert_both_say("the same", TWO_HOSTS, str(tmp_path))
 
 
+def talk(text):
+  return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+
+
+@pytest.mark.parametrize("place", ["source", "stage", "prompts"])
+def test_a_tokenizer_is_trained_on_the_texts_of_ones_own_files(tmp_path, place):
+  word = "xylophone"
+  c = config(math=dict(path="generated:math", count=60))
+  with c.unlocked():
+    c.tokenizer.conversations = 40
+    if place == "prompts":
+      rows = write(tmp_path / "rows.jsonl", [{"prompt": f"{word} {i}?", "expected_answer": "1"} for i in range(40)])
+      c.domains.mine = dict(rows=rows, verify="math")
+    else:
+      rows = write(tmp_path / "chats.jsonl", [*(talk(f"{word} {i}") for i in range(40)), BAD])
+      c.sources = dict(mine=dict(path=rows), math=c.sources.math)
+    if place == "stage":
+      c = ConfigDict(c.to_dict() | {"stages": {"sft": {"sources": c.sources.to_dict()}}})
+      del c.sources
+  tokenizer = parts.build(c, tmp_path / "run").text.tokenizer
+  assert len(tokenizer.encode(word)) <= 2
+  assert tokenizer.decode(tokenizer.encode(f"{word} é")) == f"{word} é"
+
+
+def test_a_tokenizer_is_trained_on_texts_with_more_characters_than_it_has_room_for(tmp_path):
+  c = config(
+    mine=dict(path=write(tmp_path / "chats.jsonl", [talk(chr(0x4E00 + i) * 2 + " river") for i in range(2000)]))
+  )
+  with c.unlocked():
+    c.tokenizer.conversations = 2000
+  tokenizer = parts.build(c, tmp_path / "run", domains=()).text.tokenizer
+  assert tokenizer.vocab_size <= c.tokenizer.vocab_size and len(tokenizer.encode(" river")) == 1
+  assert tokenizer.decode(tokenizer.encode("一川 river")) == "一川 river"
+
+
 def test_sft_reads_no_rows_of_the_domains(tmp_path):
   """Only stages that draw prompts build domains: SFT needs neither their files nor the sandbox."""
   c = config(math=dict(path="generated:math", count=60))

@@ -1,13 +1,15 @@
 """Turns a row of a conversation into tokenized documents that fit into packed rows."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nemocascade.data import chat
+from nemocascade.data.pieces import Piece
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError, listed, short
 
@@ -33,15 +35,33 @@ def to_documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]
   Raises:
     UserError: the messages or tools have another form, the roles are out of order, or no token can be trained on.
   """
+  with _rendering():
+    documents = []
+    for pieces, context in _sequences(row):
+      before, _ = chat.tokenize(pieces[:context], tokenizer)
+      tokens, loss_mask = chat.tokenize(pieces[context:], tokenizer)
+      documents.append(Document(np.array(before + tokens, np.int32), np.array([False] * len(before) + loss_mask)))
+    return documents
+
+
+def texts_of(row: Mapping[str, Any]) -> list[str]:
+  """The texts between the special tokens of a conversation, for training a tokenizer. Raises UserError as above."""
+  with _rendering():
+    return [piece.text for pieces, context in _sequences(row) for piece in pieces[context:] if not piece.special]
+
+
+@contextlib.contextmanager
+def _rendering() -> Iterator[None]:
+  """Turns what rendering raises into a UserError."""
   try:
-    return _documents(row, tokenizer)
+    yield
   except RecursionError as error:
     raise UserError("is nested too deep") from error
   except (AttributeError, LookupError, TypeError, ValueError) as error:  # A value of a type that has no text.
     raise UserError(f"cannot be rendered ({type(error).__name__}: {short(str(error))})") from error
 
 
-def _documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]:
+def _sequences(row: Mapping[str, Any]) -> list[tuple[list[Piece], int]]:
   messages, tools = (_decoded(row.get(key)) for key in ("messages", "tools"))
   _check_depth([messages, tools])
   if not messages:
@@ -50,14 +70,10 @@ def _documents(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Document]:
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
       raise UserError(f"{key} must be a list of objects")
   check_order(messages)
-  documents = []
-  for pieces, context in chat.training_sequences(messages, tools=tools):
-    before, _ = chat.tokenize(pieces[:context], tokenizer)
-    tokens, loss_mask = chat.tokenize(pieces[context:], tokenizer)
-    documents.append(Document(np.array(before + tokens, np.int32), np.array([False] * len(before) + loss_mask)))
-  if not documents:
+  sequences = chat.training_sequences(messages, tools=tools)
+  if not sequences:
     raise UserError("has nothing to learn: no assistant turn")
-  return documents
+  return sequences
 
 
 def check_order(messages: Sequence[Mapping]) -> None:

@@ -1,6 +1,7 @@
 """Lossless tokenizers. Plain text never encodes to a special token, even if it spells one."""
 
 import abc
+import collections
 import hashlib
 import io
 import json
@@ -244,7 +245,7 @@ def train_sentencepiece(
   for phrase in phrases:
     if not phrase or _SPACE in phrase or phrase in SPECIAL_NAMES:
       raise UserError(f"tokenizer phrase {phrase!r}: must be plain text, not empty or special")
-  lines = _lines(texts, phrases)
+  lines = _without_rare(_lines(texts, phrases), max(ALPHABET, (vocab_size - 256 - len(phrases)) // 2))
   if not any(" " in line for line in lines):
     phrases.append(" ")  # SentencePiece would otherwise write a space as the bytes of U+2581, and read them as U+2581.
   floor = len(SPECIAL_NAMES) + len(phrases) + 256  # Special tokens, phrases, bytes.
@@ -274,6 +275,23 @@ def _lines(texts: Iterable[str], phrases: Iterable[str]) -> list[str]:
   if not lines:
     raise UserError("tokenizer: no text to learn from")
   return lines
+
+
+ALPHABET = 128  # Characters that a vocabulary must have room for.
+
+
+def _without_rare(lines: list[str], most: int) -> list[str]:
+  """The lines, cut at all but their `most` commonest characters.
+
+  SentencePiece needs a piece for every character that it sees, and real text has thousands. Rare characters are
+  written in bytes.
+  """
+  counts = collections.Counter(character for line in lines for character in line)
+  if len(counts) <= most:
+    return lines
+  kept = {character for character, _ in counts.most_common(most)}
+  cut = re.compile("|".join(map(re.escape, sorted(counts.keys() - kept))))
+  return [part for line in lines for part in cut.split(line) if part.strip()]
 
 
 def _whole(text: str) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from nemocascade.data import blend as blend_lib
 from nemocascade.data import sources as dataset_files
 from nemocascade.data.blend import Blend, Source
-from nemocascade.data.documents import to_documents
+from nemocascade.data.documents import texts_of, to_documents
 from nemocascade.data.row_files import first_rows, open_rows
 from nemocascade.data.stream import Counts
 from nemocascade.data.tokenizer import Tokenizer
@@ -69,6 +69,24 @@ def check_first(c: ConfigDict, tokenizer: Tokenizer) -> None:
       f"row_tokens={c.row_tokens}: conversations have {min(lengths)} to {max(lengths)} tokens; give at least that,"
       " or long_documents=split"
     )
+
+
+def texts(c: ConfigDict, count: int) -> list[str]:
+  """The texts of the first `count` conversations of each source in files; bad ones have none.
+
+  Raises:
+    UserError: a source cannot be read.
+  """
+  found = []
+  for name, source in c.sources.items():
+    if _generated(source.path):
+      continue
+    with _named(name, source):
+      rows = first_rows(source.path, count)
+    for _, row in rows:
+      with contextlib.suppress(UserError):
+        found += [] if isinstance(row, UserError) else texts_of(row)
+  return found
 
 
 def open_blend(c: ConfigDict, folder: Path, stage: str) -> Blend:

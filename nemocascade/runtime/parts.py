@@ -56,7 +56,7 @@ def build(
   """
   programs = Programs(ModelConfig.from_fields(c.model.to_dict()), mesh or make_mesh(**c.mesh))
   built = build_domains(c, domains)
-  text = Text(tokenizer) if tokenizer else text_of(c, workdir)
+  text = Text(tokenizer) if tokenizer else text_of(c, workdir, built)
   if text.tokenizer and text.tokenizer.vocab_size > programs.config.vocab_size:
     raise UserError(
       f"model.vocab_size={programs.config.vocab_size} is smaller than the tokenizer's"

@@ -1,6 +1,7 @@
 """How a run turns text into tokens: its tokenizer, and rows of prompts with answers."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ from ml_collections import ConfigDict
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from nemocascade.domains.domain import Domain
+from nemocascade.domains.row_files import FileRows
+from nemocascade.domains.rows import prompt_messages, prompt_tools
 from nemocascade.errors import UserError
 from nemocascade.generated.generator import demonstrations
-from nemocascade.runtime import loading
+from nemocascade.runtime import conversations, loading
 from nemocascade.runtime.domains import generators
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.store import hf
@@ -36,27 +40,43 @@ class Text:
     return Text(load_tokenizer(self.unwritten))
 
 
-def text_of(c: ConfigDict, workdir: Path) -> Text:
+def text_of(c: ConfigDict, workdir: Path, domains: Mapping[str, Domain]) -> Text:
   """The config's tokenizer; else the work directory's; else a new one, not yet written to disk.
 
-  Without domains there is no tokenizer.
+  Without domains and sources there is no tokenizer.
+
+  Args:
+    domains: those that the run has built; a new tokenizer is trained on the prompts of their files too.
   """
-  if not c.domains:
+  if not c.domains and not _with_sources(c):
     return Text(None)
   if c.tokenizer.path:
     return Text(load_tokenizer(c.tokenizer.path))
   path = Path(workdir) / "tokenizer" / "tokenizer.model"
-  return Text(load_tokenizer(path)) if path.exists() else Text(_train(c), path)
+  return Text(load_tokenizer(path)) if path.exists() else Text(_train(c, domains), path)
 
 
-def _train(c: ConfigDict) -> Tokenizer:
+def _train(c: ConfigDict, domains: Mapping[str, Domain]) -> Tokenizer:
   texts, phrases = [], list(chat.PHRASES)
   for generator in generators(c).values():
     phrases += [phrase for phrase in generator.phrases if phrase not in phrases]
     for example in demonstrations(generator, c.seed, 0, c.tokenizer.conversations):
       pieces = chat.render(example["messages"], tools=example["tools"] or None, enable_thinking=example["thinking"])
       texts += [piece.text for piece in pieces if not piece.special]
+  for section in _with_sources(c):
+    texts += conversations.texts(section, c.tokenizer.conversations)
+  for domain in domains.values():
+    if isinstance(domain.rows, FileRows):
+      for i in range(min(len(domain.rows.training), c.tokenizer.conversations)):
+        row = domain.rows.in_file_order(i)
+        pieces = chat.render(prompt_messages(row), tools=prompt_tools(row) or None)
+        texts += [piece.text for piece in pieces if not piece.special]
   return train_sentencepiece(texts, vocab_size=c.tokenizer.vocab_size, phrases=tuple(phrases))
+
+
+def _with_sources(c: ConfigDict) -> list[ConfigDict]:
+  """The SFT stages of a config: itself, or those of its stages that have sources."""
+  return [section for section in [c, *c.get("stages", {}).values()] if section.get("sources")]
 
 
 def own_tokenizer(c: ConfigDict, stage_dir: Path, init_from: str) -> Tokenizer | None:
