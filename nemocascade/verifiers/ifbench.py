@@ -1,8 +1,7 @@
 """Checkers of IFBench's instructions (arXiv 2507.02833) on counts, words and sentences.
 
-Each rule is that of the reference implementation, even where it is odd. Three instructions are
-missing because no package provides their tagger or word list: ratio:stop_words, words:start_verb,
-words:odd_even_syllables.
+Each rule is that of the reference implementation, even where it is odd. words:start_verb is missing,
+because no package has the data of its part-of-speech tagger.
 """
 
 from __future__ import annotations
@@ -89,6 +88,24 @@ def punctuation(text: str) -> bool:
   return all(mark in rest for mark in ".,!?;:")
 
 
+# Those of NLTK's English list without an apostrophe: words are runs of letters and digits.
+_STOP_WORDS = frozenset(
+  "i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it "
+  "its itself they them their theirs themselves what which who whom this that these those am is are was were be been "
+  "being have has had having do does did doing a an the and but if or because as until while of at by for with about "
+  "against between into through during before after above below to from up down in out on off over under again further "
+  "then once here there when where why how all any both each few more most other some such no nor not only own same so "
+  "than too very s t can will just don should now d ll m o re ve y ain aren couldn didn doesn hadn hasn haven isn ma "
+  "mightn mustn needn shan shouldn wasn weren won wouldn".split()
+)
+
+
+def stop_words(text: str, *, percentage: int) -> bool:
+  """Stop words are at most this percentage of the words."""
+  words = sentences.words(text)
+  return bool(words) and 100 * sum(word.lower() in _STOP_WORDS for word in words) <= percentage * len(words)
+
+
 def overlap(text: str, *, reference_text: str, percentage: int) -> bool:
   """The percentage of the text's trigrams found in the reference is within 2 points of the target."""
   ours, theirs = (
@@ -162,6 +179,14 @@ def words_japanese(text: str, *, N: int) -> bool:
   """Every N-th word contains a Japanese character, unless it is a number."""
   nth = [word.strip(EDGES) for word in text.split()[N - 1 :: N]]
   return all(re.search("[\u3040-\u30ff\u4e00-\u9fff]", w) for w in nth if w and not w.isdigit())
+
+
+def odd_even_syllables(text: str) -> bool:
+  """Words with an odd and with an even number of syllables alternate."""
+  import syllapy  # Reads its dictionary when it is imported.
+
+  odd = [syllapy.count(word) % 2 for word in bare_words(text.lower())]
+  return all(a != b for a, b in itertools.pairwise(odd))
 
 
 def last_first(text: str) -> bool:

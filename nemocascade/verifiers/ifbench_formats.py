@@ -1,7 +1,6 @@
 """Checkers of IFBench's instructions (arXiv 2507.02833) on formats, repeats and fixed tasks.
 
-Each rule is that of the reference implementation, even where it is odd. Missing: format:emoji, which
-needs a list of emoji, and custom:mcq_count_length, custom:csv_special_character, custom:csv_quotes.
+Each rule is that of the reference implementation, even where it is odd.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import itertools
 import re
 import string
 import unicodedata
+from collections.abc import Sequence
 
 from nemocascade.verifiers import sentences
 from nemocascade.verifiers.ifbench import EDGES, NO_MARKS, bare_words, rises
@@ -129,6 +129,16 @@ def title_case(text: str) -> bool:
   return not any(word[0].islower() and (len(word) == 1 or word[1:].islower() or word[1:].isupper()) for word in words)
 
 
+def emojis(text: str) -> bool:
+  """Every sentence ends in an emoji, or the next one begins with it. One more character may follow the emoji."""
+  from emoji import is_emoji
+
+  bare = [sentence.translate(NO_MARKS).strip() for sentence in sentences.punkt(text)]
+  ends = [any(map(is_emoji, sentence[-2:])) for sentence in bare]
+  begins = [any(map(is_emoji, sentence[:1])) for sentence in bare[1:]]
+  return all(bare) and all(end or begin for end, begin in zip(ends, [*begins, False], strict=True))
+
+
 def output_template(text: str) -> bool:
   return all(part in text for part in ("My Answer:", "My Conclusion:", "Future Outlook:"))
 
@@ -191,6 +201,57 @@ def csv_city(text: str, **_: object) -> bool:
   return (
     len(rows) == 8 and rows[0] == ["ID", "Country", "City", "Year", "Count"] and all(len(row) == 5 for row in rows[1:])
   )
+
+
+def csv_special_character(text: str, **_: object) -> bool:
+  """14 rows of products. The rows up to the first that has a mark in a quoted field have five fields."""
+  rows = _quoted_rows(text, ("ProductID", "Category", "Brand", "Price", "Stock"), ",", r",[ \t]*")
+  for row in rows[1:] if len(rows) == 15 else ():
+    if len(row) != 5:
+      return False
+    if any(_quoted_mark(field) for field in row):
+      return True
+  return False
+
+
+def _quoted_mark(field: str) -> bool:
+  """Whether the first line of a field begins with a quotation mark, and a mark stands before its last one."""
+  line = field.split("\n", 1)[0]
+  return line.startswith('"') and bool(re.search(r"[^\w\s]", line[1 : max(1, line.rfind('"'))]))
+
+
+def csv_quotes(text: str, **_: object) -> bool:
+  """Three rows of students, separated by tabs, in which every field is quoted, those of the header too."""
+  rows = _quoted_rows(text, ("StudentID", "Subject", "Grade", "Semester", "Score"), "\t", r"\t *")
+  quoted = lambda field: field.strip()[:1] == field.strip()[-1:] == '"'
+  return len(rows) == 4 and all(len(row) == 5 and all(map(quoted, row)) for row in rows)
+
+
+def _quoted_rows(text: str, names: Sequence[str], delimiter: str, between: str) -> list[list[str]]:
+  """The rows, whose fields keep their quotation marks; none if the first line does not name the columns.
+
+  Args:
+    between: pattern of what stands between two names, each of which may be quoted.
+  """
+  header = between.join(f'(?:{name}|"{name}")' for name in names)
+  if not re.fullmatch(header, text.split("\n", 1)[0].strip()):
+    return []
+  return list(csv.reader(io.StringIO(text.replace('"', '"""')), delimiter=delimiter))
+
+
+def mcq_count_length(text: str, **_: object) -> bool:
+  """Four questions, each longer than the one before and with five options, and nothing in front of them."""
+  questions = list(filter(None, map(str.strip, re.split(r"Question \d+[.|):;]?\s*", text))))
+  if not text.startswith("Question") or len(questions) != 4:
+    return False
+  lengths = []
+  for question in questions:
+    lines = [line.strip() for line in question.split("\n")]
+    options = [bool(re.match(r"[A-Ea-e][.|)]\s*\w", line)) for line in lines]
+    if sum(options) != 5:
+      return False
+    lengths.append(len(" ".join(lines[: options.index(True)]).strip()))
+  return rises(lengths)
 
 
 def date_format_list(text: str, **_: object) -> bool:

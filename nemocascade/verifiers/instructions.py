@@ -35,8 +35,11 @@ CHECKERS: dict[str, ifeval.Checker] = {
   "count:words_japanese": ifbench.words_japanese,
   "custom:character_reverse": ifbench_formats.character_reverse,
   "custom:csv_city": ifbench_formats.csv_city,
+  "custom:csv_quotes": ifbench_formats.csv_quotes,
+  "custom:csv_special_character": ifbench_formats.csv_special_character,
   "custom:date_format_list": ifbench_formats.date_format_list,
   "custom:european_capitals_sort": ifbench_formats.european_capitals,
+  "custom:mcq_count_length": ifbench_formats.mcq_count_length,
   "custom:multiples": ifbench_formats.multiples,
   "custom:reverse_newline": ifbench_formats.reverse_newline,
   "custom:sentence_alphabet": ifbench_formats.sentence_alphabet,
@@ -54,6 +57,7 @@ CHECKERS: dict[str, ifeval.Checker] = {
   "detectable_format:title": ifeval.title,
   "first_word:first_word_answer": ifeval.first_word_answer,
   "first_word:first_word_sent": ifeval.first_word_sent,
+  "format:emoji": ifbench_formats.emojis,
   "format:line_indent": ifbench_formats.line_indent,
   "format:list": ifbench_formats.separated_list,
   "format:newline": ifbench_formats.newline,
@@ -97,6 +101,7 @@ CHECKERS: dict[str, ifeval.Checker] = {
   "ratio:sentence_balance": ifbench.sentence_balance,
   "ratio:sentence_type": ifbench.sentence_type,
   "ratio:sentence_words": ifbench.sentence_words,
+  "ratio:stop_words": ifbench.stop_words,
   "repeat:repeat_change": ifbench_formats.repeat_change,
   "repeat:repeat_simple": ifbench_formats.repeat_simple,
   "repeat:repeat_span": ifbench_formats.repeat_span,
@@ -110,6 +115,7 @@ CHECKERS: dict[str, ifeval.Checker] = {
   "words:keywords_specific_position": ifbench.keywords_specific_position,
   "words:last_first": ifbench.last_first,
   "words:no_consecutive": ifbench.no_consecutive,
+  "words:odd_even_syllables": ifbench.odd_even_syllables,
   "words:palindrome": ifbench.palindromes,
   "words:paragraph_last_first": ifbench.paragraph_last_first,
   "words:prime_lengths": ifbench.prime_lengths,
@@ -120,8 +126,10 @@ CHECKERS: dict[str, ifeval.Checker] = {
 
 
 def prepare() -> None:
-  """Loads the tokenizers in advance. `limited` calls this once per process, before its clock starts."""
+  """Loads tokenizers and word lists in advance. `limited` calls this once per process, before its clock starts."""
   sentences.tokens("Ready.")
+  ifbench.odd_even_syllables("Ready.")
+  ifbench_formats.emojis("Ready.")
 
 
 def check(text: str, names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
