@@ -194,6 +194,17 @@ def put(c: ConfigDict, **fields: Any) -> ConfigDict:
   return c
 
 
+def follow_rollout(c: ConfigDict) -> None:
+  """Makes the packed rows of an RL stage follow its rollout: a row holds the longest completion, and each gets a row.
+
+  They are references: a change of the rollout's sizes, also on the command line, changes them too.
+  """
+  pieces = c.packing.get_ref("pieces")
+  completions = c.rollout.get_ref("prompts") * c.rollout.get_ref("completions")
+  c.packing.rows = (completions + pieces - 1) // pieces * pieces
+  c.packing.row_tokens = c.rollout.get_ref("total_tokens")
+
+
 def shrink_rl(c: ConfigDict) -> None:
   """Changes an RL stage to its `:smoke` form: the same code path in a few seconds."""
   c.rollout.update(prompts=8, completions=8)

@@ -1,6 +1,7 @@
 """A field that configs share is written once: in configs/recipe.py, or in the base of its scale."""
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 
 from configs import recipe
 from configs.nano_30b import rl as nano
+from configs.tiny import cascade
 from configs.tiny import rl as tiny
 from nemocascade import field_table
+from nemocascade.runtime import checks, config_file
 from nemocascade.runtime.objective import SLOTS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -128,3 +131,21 @@ def test_what_two_scales_of_a_stage_have_in_common_is_the_recipe(stage):
   ours, small, large = of(recipe.rl(stage)), of(tiny.fields(stage)), of(nano.get_config(stage))
   for name in small.keys() & large.keys():
     assert small[name] != large[name] or ours.get(name) == small[name], name
+
+
+@pytest.mark.parametrize("name", sorted(recipe.STAGES))
+def test_lengths_and_rows_of_a_stage_on_its_own_follow_the_length_of_its_prompts(name):
+  c = importlib.import_module(f"configs.tiny.{name}").get_config().lock()
+  before = c.rollout.total_tokens
+  assert c.packing.row_tokens == before and c.packing.rows == c.rollout.prompts * c.rollout.completions
+  config_file.change(c, [("rollout.prompt_tokens", str(3 * c.rollout.prompt_tokens)), ("rollout.prompts", "5")])
+  assert c.rollout.total_tokens == c.packing.row_tokens == 3 * before
+  assert 0 <= c.packing.rows - 5 * c.rollout.completions < c.packing.pieces == 8 and c.packing.rows % 8 == 0
+  c.init_from, c.judge, c.teachers = "CKPT", "CKPT", dict.fromkeys(c.mixture, "CKPT")
+  checks.check_rl(c)
+
+
+def test_the_stages_of_a_cascade_share_one_shape_of_rows():
+  c = cascade.get_config()
+  shapes = {(s.packing.rows, s.packing.row_tokens) for s in c.stages.values() if s.kind == "rl"}
+  assert shapes == {(128, 272)}

@@ -73,4 +73,6 @@ def stage(arg: str, **fields) -> ConfigDict:
   """The shared fields, updated with one stage's own. `get_config` of a stage file returns it."""
   c = get_config(arg)
   c.update(ConfigDict(fields))
+  if fields.get("kind") == "rl":
+    recipe.follow_rollout(c)
   return c

@@ -3,6 +3,8 @@
 No other domain is mixed in; the Cascade 2 report (arXiv 2603.19220, section 4.6) found that others hurt.
 """
 
+from fractions import Fraction
+
 from ml_collections import ConfigDict
 
 from configs.tiny import base, rl
@@ -10,7 +12,8 @@ from configs.tiny import base, rl
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields("long_context_rl")
-  c.rollout.update(prompts=16, prompt_tokens=240, total_tokens=272)
+  c.rollout.update(prompts=16, prompt_tokens=240)
+  rl.total_tokens(c, Fraction(272, 240))
   c.steps = 24
   c.optimizer.peak_lr = 6e-4  # As in RLHF; a higher rate lowers the other domains' scores.
   if arg == "smoke":

@@ -14,7 +14,8 @@ def stage(arg: str = "") -> ConfigDict:
   c = rl.fields("mopd")
   c.mixture = dict(math=0.1, instruction=0.3, stem=0.1, structured=0.1, tools=0.1, preference=0.3)
   # The signal is per token, so a group adds nothing.
-  c.rollout.update(prompts=256, completions=1, total_tokens=rl.SEVERAL_TURNS)
+  c.rollout.update(prompts=256, completions=1)
+  rl.several_turns(c)
   c.teachers = dict.fromkeys(c.mixture, "best")
   c.steps = 48
   c.optimizer.update(peak_lr=2e-3, **recipe.ANNEALED)

@@ -69,7 +69,7 @@ def mixed(arg: str) -> ConfigDict:
   """GRPO on the same mixture. The reward is the verdict; the judge gives that of preferences."""
   c = rl.fields()
   c.mixture = ConfigDict(MIXTURE)
-  c.rollout.total_tokens = rl.SEVERAL_TURNS
+  rl.several_turns(c)
   if arg == "smoke":
     rl.shrink(c)
   return ended(c, arg)

@@ -12,7 +12,7 @@ from configs.tiny import base, rl
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields("multi_domain_rl")
   c.mixture = dict(stem=0.25, tools=0.2, structured=0.2, math=0.35)
-  c.rollout.total_tokens = rl.SEVERAL_TURNS
+  rl.several_turns(c)
   c.steps = 48
   c.optimizer.peak_lr = 1.2e-3  # This rate lowers the other domains' scores; MOPD restores them.
   if arg == "smoke":

@@ -3,11 +3,13 @@
 This file is not a stage itself: each stage file changes these fields.
 """
 
+from fractions import Fraction
+
 from ml_collections import ConfigDict
 
 from configs import recipe
 
-SEVERAL_TURNS = 112  # `rollout.total_tokens` of conversations with several turns.
+SEVERAL_TURNS = 112  # Least `rollout.total_tokens` of conversations with several turns.
 # Stages that sample a second batch where the first has too few groups whose verdicts differ.
 REFILLED = ("if_rl", "long_context_rl", "code_rl", "swe_rl", "swe_agentic_rl")
 
@@ -19,9 +21,11 @@ def fields(stage: str = "") -> ConfigDict:
     prompts=32,  # Per step.
     completions=8,  # Per prompt.
     prompt_tokens=48,
-    total_tokens=80,  # Prompt, completion and tool responses.
   )
-  c.packing.update(  # The training batch. One shape for all stages of the cascade: one compilation.
+  total_tokens(c, Fraction(80, 48))
+  # The training batch. One shape for all stages of the cascade: one compilation. That of a stage on its own
+  # follows its rollout (base.stage).
+  c.packing.update(
     rows=128,
     row_tokens=272,
     pieces=8,  # The batch is processed in this many parts, in turn. Empty parts are skipped.
@@ -49,7 +53,22 @@ def fields(stage: str = "") -> ConfigDict:
   return c
 
 
+def total_tokens(c: ConfigDict, prompts: Fraction) -> None:
+  """Makes `rollout.total_tokens`, of prompt, completion and tool responses, this multiple of `rollout.prompt_tokens`.
+
+  It is a reference: a tokenizer that needs more tokens for a prompt needs more for an answer too, so a change of
+  prompt_tokens alone gives room for both.
+  """
+  c.rollout.total_tokens = c.rollout.get_ref("prompt_tokens") * prompts.numerator // prompts.denominator
+
+
+def several_turns(c: ConfigDict) -> None:
+  """Gives room for conversations with several turns."""
+  total_tokens(c, Fraction(SEVERAL_TURNS, 48))
+
+
 def shrink(c: ConfigDict) -> None:
   """Changes `c` to the `:smoke` form of its stage: the same code path in a few seconds."""
   recipe.shrink_rl(c)
-  c.rollout.total_tokens = max(c.rollout.total_tokens, SEVERAL_TURNS)  # Equal shapes share compiled programs.
+  if c.rollout.total_tokens < SEVERAL_TURNS:  # Equal shapes share compiled programs.
+    several_turns(c)

@@ -12,7 +12,7 @@ from configs.tiny import base, rl
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields("swe_agentic_rl")
-  c.rollout.total_tokens = rl.SEVERAL_TURNS
+  rl.several_turns(c)
   c.overlong = recipe.STAGES["code_rl"]["overlong"]  # This stage filters as Code RL does.
   c.steps = 12  # The score stops rising within ten.
   c.optimizer.peak_lr = 4e-4

@@ -83,6 +83,7 @@ def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, 
     field_check.check(c)
     take_model(c)
     config_file.change(c, changes)  # A field of the command line counts more than a checkpoint's.
+    c = c.copy_and_resolve_references().lock()
   if wanted:
     _help(c, {"config": (CONFIG, None)} | known if config else known)
     return None

@@ -94,5 +94,5 @@ class Mixture:
       lengths.append(len(tokens))
     raise UserError(
       f"rollout.prompt_tokens={self._limit}: the prompts of domain {name!r} have {min(lengths)} to {max(lengths)} tokens"
-      f" ({TRIES} tried); raise it, and rollout.total_tokens and packing with it"
+      f" ({TRIES} tried); give --config.rollout.prompt_tokens={max(lengths)} (in configs/tiny all other lengths follow)"
     )
