@@ -299,3 +299,6 @@ OWN = {
 WHOLE = {kind: SEED | SHARED | own for kind, own in OWN.items()}
 # An ablation has `seeds` instead of `seed`.
 WHOLE["ablation"]["seed"] = dataclasses.replace(SEED["seed"], optional=True)
+# Kind of config -> the sections that its command does not read; --help leaves them out. All that it takes from the
+# domains is the text that a new tokenizer is trained on.
+UNREAD = dict.fromkeys(("sft", "reward_model"), ("domains", "evaluation", "sandbox"))

@@ -22,7 +22,7 @@ from nemocascade import field_check
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.field_table import BALANCE, MODEL, RL, STAGE, WHOLE
-from nemocascade.runtime import config_file, objective
+from nemocascade.runtime import config_file, launch, objective
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 
@@ -179,6 +179,17 @@ def test_help_lists_the_fields_of_the_config():
   )  # fmt: skip
   assert "  steps = 7\n      Steps of the stage. A whole number of at least 1." in done.stdout
   assert "  rollout.top_p = 1.0\n" in done.stdout and "One of none, grpo, " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["sft", "reward_model"])
+def test_help_leaves_out_what_a_stage_does_not_read(command, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", [command, f"--config={ROOT}/configs/tiny/{command}.py", "--help"])
+  with pytest.raises(SystemExit):
+    launch.launch(lambda *_: None, several=True)
+  said = capsys.readouterr().out
+  assert "  row_tokens = " in said and "  tokenizer.path = " in said
+  assert not any(line.startswith(("  domains.", "  evaluation.", "  sandbox.")) for line in said.splitlines())
+  assert said.splitlines()[-1].startswith("Not listed: domains, evaluation, sandbox.")
 
 
 def test_a_domain_without_a_prompt_that_fits_is_refused_before_anything_is_written(tmp_path):

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from nemocascade import field_check, fields, host_memory
 from nemocascade.errors import StageStopped, UserError, nearest
+from nemocascade.field_table import UNREAD
 from nemocascade.fields import Field
 from nemocascade.runtime import config_file, hosts
 from nemocascade.runtime.start_model import take_model
@@ -176,8 +177,14 @@ def _help(c: ConfigDict | None, known: dict[str, tuple[Field, object]]) -> None:
   if c is None:
     return
   print("\nFields of the config, set by --config.NAME=VALUE:")
+  unread = UNREAD.get(field_check.kind_of(c.to_dict()), ())
   for name, value, field in field_check.described(c):
-    print(f"  {name} = {fields.shown(value)}\n      {field.help} {field.allowed()[:1].upper()}{field.allowed()[1:]}.")
+    if name.split(".")[0] not in unread:
+      print(f"  {name} = {fields.shown(value)}\n      {field.help} {field.allowed()[:1].upper()}{field.allowed()[1:]}.")
+  if unread:
+    print(
+      f"\nNot listed: {', '.join(unread)}. This stage does not read them, but a new tokenizer is trained on the domains."
+    )
 
 
 def _one_line(error: BaseException) -> str:
