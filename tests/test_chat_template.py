@@ -73,6 +73,23 @@ def test_without_arguments_the_defaults_are_the_same(words):
   assert theirs(words, messages) == chat.text_of(chat.render(messages))
 
 
+inner = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6) | text,
+  lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=4), part, max_size=3),
+  max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(max_size=4), inner, max_size=3), st.booleans(), st.sampled_from([None, 2, (",", ":")]))
+def test_arguments_as_json_text_are_rendered_as_the_object(words, arguments, ascii_, layout):
+  """OpenAI's form has the arguments of a call as JSON text."""
+  layout = {"separators": layout} if isinstance(layout, tuple) else {"indent": layout}
+  said = json.dumps(arguments, ensure_ascii=ascii_, **layout)
+  message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": said}}]}
+  assert theirs(words, [message]) == chat.text_of(chat.render([message]))
+
+
 schema = st.recursive(
   st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1, 1) | text,
   lambda inner: st.lists(inner, max_size=2) | st.dictionaries(name | st.sampled_from(["description", "type"]), inner, max_size=3),
@@ -130,10 +147,10 @@ def test_no_null_is_shown_to_the_model():
 def test_what_the_template_does_not_take_is_an_error(words):
   from jinja2 import TemplateError
 
-  bad = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-  for message in (bad, {"role": "asistant", "content": ""}):
+  calls = lambda arguments: {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+  for message in (*map(calls, ("[1]", "x", '{"a": 1', '"a"', [1])), {"role": "asistant", "content": ""}):
     with pytest.raises(TemplateError, match="must be an object|unknown role"):
-      theirs(words, [message])
+      theirs(words, [{"content": ""} | message])
 
 
 def test_an_export_holds_the_template_and_transformers_finds_it(tmp_path):

@@ -1,7 +1,8 @@
 """The chat template as a Jinja text, for Hugging Face folders: transformers renders with it what `chat.render` renders.
 
-Two inputs that `chat.render` takes are not in it: arguments of a tool call as a JSON string, which raise an
-error (transformers gives an object), and unknown template arguments, which transformers ignores.
+Jinja cannot read JSON, so the template reads the arguments of a tool call that are JSON text itself, sign by sign.
+It takes for granted that they are JSON. Unknown template arguments are an error of `chat.render`; transformers ignores
+them.
 """
 
 import json
@@ -82,16 +83,101 @@ _TEMPLATE = """\
   {{- '\\n</parameters>' ~ others(tool, ['type', 'name', 'description', 'parameters']) ~ '\\n</function>' -}}
 {%- endmacro -%}
 
+{%- macro unescaped(token) -%}
+  {%- set ns = namespace(out='', escape=false, hex=none, high=0) -%}
+  {%- for sign in token[1:-1] -%}
+    {%- if ns.hex is not none -%}
+      {%- set ns.hex = ns.hex ~ sign -%}
+      {%- if ns.hex | length == 4 -%}
+        {%- set code = ns.hex | int(0, 16) -%}
+        {%- set ns.hex = none -%}
+        {%- if 55296 <= code < 56320 -%}
+          {%- set ns.high = 1024 * (code - 55296) + 9216 -%}
+        {%- else -%}
+          {%- set ns.out = ns.out ~ ('%c' | format(code + ns.high)) -%}
+          {%- set ns.high = 0 -%}
+        {%- endif -%}
+      {%- endif -%}
+    {%- elif ns.escape -%}
+      {%- set ns.escape = false -%}
+      {%- if sign == 'u' -%}
+        {%- set ns.hex = '' -%}
+      {%- else -%}
+        {%- set ns.out = ns.out ~ {'n': '\\n', 't': '\\t', 'r': '\\r', 'b': '\\b', 'f': '\\f'}.get(sign, sign) -%}
+      {%- endif -%}
+    {%- elif sign == '\\\\' -%}
+      {%- set ns.escape = true -%}
+    {%- else -%}
+      {%- set ns.out = ns.out ~ sign -%}
+    {%- endif -%}
+  {%- endfor -%}
+  {{- ns.out -}}
+{%- endmacro -%}
+
+{%- macro spelt(token, inside) -%}
+  {%- if token[:1] == '"' -%}
+    {{- unescaped(token) | tojson if inside else unescaped(token) -}}
+  {%- elif token in ['true', 'false', 'null'] -%}
+    {{- token if inside else {'true': 'True', 'false': 'False', 'null': 'None'}[token] -}}
+  {%- elif token -%}
+    {{- token | float | string if '.' in token or 'e' in token or 'E' in token else token | int | string -}}
+  {%- endif -%}
+{%- endmacro -%}
+
+{%- macro given_as_text(arguments, name) -%}
+  {%- set ns = namespace(depth=0, string=false, escape=false, token='', nested='', key=none, out='') -%}
+  {%- for sign in arguments -%}
+    {%- if ns.string -%}
+      {%- set ns.token = ns.token ~ sign -%}
+      {%- if ns.escape -%}{%- set ns.escape = false -%}
+      {%- elif sign == '\\\\' -%}{%- set ns.escape = true -%}
+      {%- elif sign == '"' -%}{%- set ns.string = false -%}
+      {%- endif -%}
+    {%- elif sign == '"' -%}
+      {%- set ns.string = true -%}
+      {%- set ns.token = sign -%}
+    {%- elif sign in '{[' -%}
+      {%- set ns.nested = ns.nested ~ (sign if ns.depth else '') -%}
+      {%- set ns.depth = ns.depth + 1 -%}
+    {%- elif sign in '}],:' -%}
+      {%- if ns.depth > 1 -%}
+        {%- set ns.nested = ns.nested ~ spelt(ns.token, true) ~ sign ~ (' ' if sign in ',:' else '') -%}
+        {%- set ns.depth = ns.depth - (1 if sign in '}]' else 0) -%}
+      {%- elif sign == ':' -%}
+        {%- set ns.key = unescaped(ns.token) -%}
+      {%- else -%}
+        {%- if ns.key is not none -%}
+          {%- set said = ns.nested if ns.nested else spelt(ns.token, false) -%}
+          {%- set ns.out = ns.out ~ '<parameter=' ~ ns.key ~ '>\\n' ~ said ~ '\\n</parameter>\\n' -%}
+        {%- endif -%}
+        {%- set ns.key = none -%}
+        {%- set ns.nested = '' -%}
+        {%- set ns.depth = ns.depth - (1 if sign in '}]' else 0) -%}
+      {%- endif -%}
+      {%- set ns.token = '' -%}
+    {%- elif sign.strip() -%}
+      {%- set ns.token = ns.token ~ sign -%}
+    {%- endif -%}
+  {%- endfor -%}
+  {%- if ns.depth or ns.string or ns.token or arguments.strip()[:1] != '{' -%}
+    {{- raise_exception('arguments of tool call ' ~ name ~ ' must be an object, or one as JSON text') -}}
+  {%- endif -%}
+  {{- ns.out -}}
+{%- endmacro -%}
+
 {%- macro call(given) -%}
   {%- set call = given['function'] if 'function' in given else given -%}
   {{- '<tool_call>\\n<function=' ~ call['name'] ~ '>\\n' -}}
   {%- set arguments = call['arguments'] if 'arguments' in call and call['arguments'] else {} -%}
-  {%- if arguments is not mapping -%}
-    {{- raise_exception('arguments of tool call ' ~ call['name'] ~ ' must be an object, not text') -}}
+  {%- if arguments is string -%}
+    {{- given_as_text(arguments, call['name']) -}}
+  {%- elif arguments is mapping -%}
+    {%- for key in arguments -%}
+      {{- '<parameter=' ~ key ~ '>\\n' ~ value(arguments[key]) ~ '\\n</parameter>\\n' -}}
+    {%- endfor -%}
+  {%- else -%}
+    {{- raise_exception('arguments of tool call ' ~ call['name'] ~ ' must be an object, or one as JSON text') -}}
   {%- endif -%}
-  {%- for key in arguments -%}
-    {{- '<parameter=' ~ key ~ '>\\n' ~ value(arguments[key]) ~ '\\n</parameter>\\n' -}}
-  {%- endfor -%}
   {{- '</function>\\n</tool_call>\\n' -}}
 {%- endmacro -%}
 
