@@ -202,7 +202,7 @@ def follow_rollout(c: ConfigDict) -> None:
   pieces = c.packing.get_ref("pieces")
   completions = c.rollout.get_ref("prompts") * c.rollout.get_ref("completions")
   c.packing.rows = (completions + pieces - 1) // pieces * pieces
-  c.packing.row_tokens = c.rollout.get_ref("total_tokens")
+  c.packing.row_tokens = c.rollout.get_ref("total_tokens") + 0  # One of its own: setting it leaves total_tokens.
 
 
 def shrink_rl(c: ConfigDict) -> None:

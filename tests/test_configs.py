@@ -12,6 +12,7 @@ from configs.nano_30b import rl as nano
 from configs.tiny import cascade
 from configs.tiny import rl as tiny
 from nemocascade import field_table
+from nemocascade.errors import UserError
 from nemocascade.runtime import checks, config_file
 from nemocascade.runtime.objective import SLOTS
 
@@ -143,6 +144,10 @@ def test_lengths_and_rows_of_a_stage_on_its_own_follow_the_length_of_its_prompts
   assert 0 <= c.packing.rows - 5 * c.rollout.completions < c.packing.pieces == 8 and c.packing.rows % 8 == 0
   c.init_from, c.judge, c.teachers = "CKPT", "CKPT", dict.fromkeys(c.mixture, "CKPT")
   checks.check_rl(c)
+  config_file.change(c, [("packing.row_tokens", "9"), ("packing.rows", "9"), ("rollout.total_tokens", "7")])
+  assert (c.packing.row_tokens, c.packing.rows, c.rollout.total_tokens, c.rollout.prompts) == (9, 9, 7, 5)
+  with pytest.raises(UserError):
+    checks.check_rl(c)
 
 
 def test_the_stages_of_a_cascade_share_one_shape_of_rows():

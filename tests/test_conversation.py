@@ -93,6 +93,30 @@ def test_other_tools_are_told_in_a_history_taken_in_anew():
   assert c.prefills == 2 and c.tokens + NEWLINE == rendered(c, tools=TOOLS)
 
 
+@pytest.mark.parametrize("when", ["before the results", "after the results", "after the question"])
+def test_other_tools_may_be_offered_at_any_time(when):
+  c = Scripted(thinking=True, tools=TOOLS)
+  others = [{"type": "function", "function": {"name": "g"}}, *TOOLS]
+  if when == "after the question":
+    c.ask("the cat")
+    c.offer(others)
+    c.to_say.append(spell("12\n", THINK_END, "\n", *CALL))
+    list(c.answer())
+  else:
+    say(c, "the cat", "12\n", THINK_END, "\n", *CALL)
+  for offered in (when == "before the results", when == "after the results"):
+    if offered:
+      c.offer(others)
+    if not c.messages[-1]["role"] == "tool":
+      c.respond(["sat"])
+  c.to_say.append(spell("7\n", THINK_END, "\nthe mat", IM_END))
+  list(c.answer())
+  assert [m["role"] for m in c.messages] == ["user", "assistant", "tool", "assistant"]
+  assert c.tokens + NEWLINE == rendered(c, tools=others) and "12" in TOKENIZER.decode(c.tokens)
+  say(c, "on", "7\n", THINK_END, "\nthe mat", IM_END)  # A question removes the thoughts before it.
+  assert c.tokens + NEWLINE == rendered(c, tools=others)
+
+
 def test_thinking_may_change_between_questions():
   c = Scripted(thinking=False)
   say(c, "the cat", "sat", IM_END)

@@ -69,9 +69,14 @@ class Conversation:
     self._has_thoughts = False  # Whether `tokens` hold thoughts that the next user message would remove.
 
   def offer(self, tools: Sequence[dict[str, Any]]) -> None:
-    """Replaces the tools. They are part of the system turn, so the next message prefills the history again."""
+    """Replaces the tools. They are part of the system turn, so the history is prefilled again.
+
+    That waits for the next message, unless there is one that has no answer yet. Raises UserError like `ask`.
+    """
     self.tools = list(tools)
     self._forget()
+    if self.messages and self.messages[-1]["role"] != "assistant":
+      self._begin(self.messages)
 
   def ask(self, text: str) -> None:
     """Adds the user's next message.
@@ -88,8 +93,12 @@ class Conversation:
 
   def respond(self, results: Sequence[str]) -> None:
     """Adds the results of the last answer's calls, in their order. Raises UserError like `ask`."""
-    self._add(chat.tool_response(results, enable_thinking=self.thinking))
-    self.messages += [{"role": "tool", "content": result} for result in results]
+    messages = [{"role": "tool", "content": result} for result in results]
+    if self._d is None:  # Other tools have been offered since.
+      self._begin([*self.messages, *messages])
+    else:
+      self._add(chat.tool_response(results, enable_thinking=self.thinking))
+    self.messages += messages
 
   def answer(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Delta]:
     """Samples the next turn and yields its deltas; `turn` and `messages` are updated at the end.
@@ -126,7 +135,10 @@ class Conversation:
     )
     self._take_in(chat.tokenize(pieces, self.tokenizer)[0])
     self._owed = []
-    self._has_thoughts = not self.truncate_history_thinking and self._has_thoughts
+    roles = [message["role"] for message in messages]
+    question = len(roles) - 1 - roles[::-1].index("user") if "user" in roles else 0
+    shown = messages[question:] if self.truncate_history_thinking else messages
+    self._has_thoughts = any((message.get("reasoning_content") or "").strip() for message in shown)
 
   def _add(self, pieces: Sequence[chat.Piece]) -> None:
     given = self._owed + chat.tokenize(pieces, self.tokenizer)[0]
