@@ -9,6 +9,7 @@ directory. Run the same command again to resume.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -55,7 +56,8 @@ def batches(c: ConfigDict, stage_dir: Path, p: Parts) -> loader.Loader:
   return loader.Loader(
     blend, p.text.tokenizer, T=c.row_tokens, B=c.rows, seed=c.seed, look_ahead=c.look_ahead, streams=c.streams,
     long_documents=c.long_documents, max_bad_share=c.max_bad_share, workers=c.data_workers,
-    own=own_rows(p.programs.mesh, c.rows), on_bad=conversations.BadRows(stage_dir), gather=hosts.gather,
+    own=own_rows(p.programs.mesh, c.rows), on_bad=conversations.BadRows(stage_dir),
+    gather=functools.partial(hosts.exchange, what="positions in the data"),
   )  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
       if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
         finish(step, pending, to_save=state)
         pending = None
-        tokens, own = tokens + sum(hosts.gather(own)), 0
+        tokens, own = tokens + sum(hosts.exchange(own, "tokens")), 0
         parts = {"iterator": data.get_state(), "tokens": tokens, "supervisor": supervisor.record()}
         store.save(step + 1, state, parts)
         supervisor.end(store.path_of(step + 1))

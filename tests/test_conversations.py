@@ -158,7 +158,7 @@ def test_the_blend_of_the_report_has_26_million_conversations():
 
 
 TWO_HOSTS = """
-import json, pathlib
+import functools, pathlib
 import numpy as np
 import test_loader as t
 from nemocascade import mesh
@@ -171,7 +171,8 @@ rows = open_rows(str(folder / "rows.jsonl"), folder)
 B = 16
 grid = mesh.make_mesh(data=-1, expert=1)
 make = lambda **more: Loader(t.blend_of(rows), t.TOKENIZER, T=t.T, B=B, seed=0, look_ahead=4 * t.SMALL, streams=4, **more)
-whole, own = make(), make(own=mesh.own_rows(grid, B), gather=hosts.gather)
+exchange = functools.partial(hosts.exchange, what="positions")
+whole, own = make(), make(own=mesh.own_rows(grid, B), gather=exchange)
 assert len(own.own) == 8 and len(own._streams) == 2
 for _ in range(3):
   expected = next(whole)

@@ -47,8 +47,12 @@ def first_alone(make: Callable[[], object]) -> None:
     multihost_utils.sync_global_devices("first_alone")
 
 
-def gather(value: Any) -> list[Any]:
-  """The JSON values of all processes, in their order. All of them must call it."""
+def exchange(value: Any, what: str) -> list[Any]:
+  """The JSON values of all processes, in their order. All processes must call it, in the same order of calls.
+
+  Args:
+    what: names the exchange, for errors; the same in every process.
+  """
   if jax.process_count() == 1:
     return [value]
   from jax.experimental import multihost_utils
