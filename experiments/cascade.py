@@ -21,7 +21,7 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
-from nemocascade.runtime import domains, loading, objective, parts
+from nemocascade.runtime import domains, loading, objective, parts, termination
 from nemocascade.runtime.checks import check_evaluation, judged
 from nemocascade.runtime.heldout import Heldout, draw_heldout
 from nemocascade.runtime.hosts import refuse_several
@@ -158,6 +158,8 @@ def run(c: ConfigDict, workdir: Path) -> Record:
   for name in c.order:
     p = finish_stage(c, workdir, p, heldout, record, name)
     pages.write(workdir)
+    if termination.stopping():
+      raise termination.terminated(record.checkpoint(name))
   tqdm.write(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 

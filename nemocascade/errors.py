@@ -15,6 +15,16 @@ class StageStopped(Exception):
   """
 
 
+class Terminated(Exception):
+  """The run was asked to stop by SIGTERM, and has saved. Commands print it and exit with TERMINATED."""
+
+
+# Exit codes. After the last two, the same command resumes.
+FAILURE, BAD_REQUEST, INTERRUPTED = 1, 2, 130
+LOST = 69  # Another process of the run has died, hangs, or did not come.
+TERMINATED = 75  # SIGTERM.
+
+
 def nearest(name: object, choices: Iterable[object]) -> str | None:
   """The choice most similar to the name, or None if none is similar."""
   near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1)

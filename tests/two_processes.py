@@ -14,11 +14,14 @@ import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, index, here, *arguments = sys.argv[1:]
-jax.distributed.initialize(address, num_processes=2, process_id=int(index))
+from nemocascade.runtime import hosts
+hosts.join(f"{address},2,{index}")
 assert jax.device_count() == 8 and jax.local_device_count() == 4
 sys.path.append(here)
+"""
+END = """
+hosts.leave()
 """
 
 
@@ -30,15 +33,16 @@ def assert_both_say(said: str, script: str, *arguments: str) -> None:
   environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", BEGIN + script, address, str(i), str(HERE), *arguments],
+      [sys.executable, "-c", BEGIN + script + END, address, str(i), str(HERE), *arguments],
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )
     for i in range(2)
   ]  # fmt: skip
   try:
-    for process in processes:
-      out, error = process.communicate(timeout=240)
-      assert process.returncode == 0, error[-2000:]
+    ended = [process.communicate(timeout=240) for process in processes]
+    errors = "\n".join(error[-2000:] for _, error in ended)
+    for process, (out, _) in zip(processes, ended):
+      assert process.returncode == 0, errors
       assert out.strip().endswith(said)
   finally:
     for process in processes:

@@ -1,5 +1,7 @@
 """Starts a command: parses flags, reads the config, prints errors in one line, sets the exit code."""
 
+import dataclasses
+import json
 import os
 import sys
 import tempfile
@@ -10,11 +12,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from nemocascade import field_check, fields, host_memory
-from nemocascade.errors import StageStopped, UserError, nearest
+from nemocascade import errors, field_check, fields, host_memory
+from nemocascade.errors import StageStopped, Terminated, UserError, nearest
 from nemocascade.field_table import UNREAD
 from nemocascade.fields import Field
-from nemocascade.runtime import config_file, hosts
+from nemocascade.runtime import config_file, hosts, same_start, termination
+from nemocascade.runtime.ending import NotAdmitted, end
 from nemocascade.runtime.start_model import take_model
 
 LONGEST = 199  # Most characters of an error line. --debug prints the whole error.
@@ -22,9 +25,21 @@ LONGEST = 199  # Most characters of an error line. --debug prints the whole erro
 # Flags that many commands share.
 CONFIG = fields.text("The config file, with an argument after a colon; --config.NAME=VALUE changes a field.")
 WORKDIR = fields.text("Where the run is written, and resumed from.")
-DISTRIBUTED = fields.text("To run in several processes: 'auto' on a TPU pod, or HOST:PORT,PROCESSES,INDEX.")
 MESH = fields.text("Devices that share the model, as data:1,expert:8; -1 takes those that are left.")
 DEBUG = fields.flag("Show the traceback of an error.")
+# Name -> (field, default) of the flags of commands that run in several processes.
+SEVERAL: dict[str, tuple[Field, object]] = {
+  "distributed": (
+    fields.text("To run in several processes: 'auto' on a TPU pod or under Slurm, or HOST:PORT,PROCESSES,INDEX."), "",
+  ),
+  "connect_s": (fields.number("Seconds until all processes must have connected.", above=0), hosts.CONNECT_S),
+  "wait_s": (fields.number("Seconds that the processes of an exchange wait for the last one.", above=0), hosts.WAIT_S),
+  "grace_s": (
+    fields.number("Seconds from SIGTERM to the end of a step; then the run ends without saving.", above=0),
+    termination.GRACE_S,
+  ),
+  "check_hosts": (fields.flag("Compare the decisions of all processes, to find where they part."), False),
+}  # fmt: skip
 
 
 def launch(
@@ -42,37 +57,75 @@ def launch(
   """
   host_memory.keep()
   debug = "--debug" in sys.argv
+  own = SEVERAL if several or (config and workdir) else {}
   try:
-    request = _request(sys.argv[1:], config, workdir, positional, extra)
+    if own:
+      _meet(sys.argv[1:], several)
+    request = _request(sys.argv[1:], config, workdir, positional, extra | own)
     if request is not None:
-      first, arguments, distributed = request
-      if distributed and not several:
-        raise UserError(
-          f"--distributed={distributed}: must be empty: this command runs in one process, since verdicts and"
-          " tools' results are not shared between processes yet"
-        )
-      if distributed:
-        hosts.join(distributed)
+      first, arguments, flags = request
+      settings = {name: arguments.pop(name) for name in own}
+      if settings.get("distributed"):
+        _begin_together(settings, first[0] if config else None, flags)
       run(*first, **arguments)
+    hosts.leave()
+  except NotAdmitted as error:
+    end(error.ending)
   except UserError as error:
-    _report(error, 2, debug)
+    _report(error, errors.BAD_REQUEST, debug)
   except KeyboardInterrupt:
-    print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-    sys.exit(130)
+    _report(
+      KeyboardInterrupt("interrupted: the same command goes on from the last checkpoint"), errors.INTERRUPTED, debug
+    )
+  except Terminated as error:
+    _report(error, errors.TERMINATED, debug)
   except Exception as error:  # A failure rather than a wrong request.
-    _report(error, 1, debug)
+    _report(error, errors.FAILURE, debug)
   sys.exit(0)
+
+
+def _meet(argv: Sequence[str], several: bool) -> None:
+  """Connects to the other processes if there are any: before anything that can fail in one of them alone.
+
+  Raises UserError if there are, and the command runs in one process.
+  """
+  told = {}
+  for name in ("distributed", "connect_s", "grace_s"):
+    field, told[name] = SEVERAL[name]
+    for i, word in enumerate(argv):
+      flag, equals, value = word.lstrip("-").partition("=")
+      if flag == name and word.startswith("-"):
+        told[name] = field.parse(f"--{name}", value if equals else next(iter(argv[i + 1 :]), ""))
+        field.check(f"--{name}", told[name])
+  if told["distributed"] and not several:
+    raise UserError(
+      f"--distributed={told['distributed']}: must be empty: this command runs in one process, since verdicts and"
+      " tools' results are not shared between processes yet"
+    )
+  termination.listen(told["grace_s"])
+  if told["distributed"]:
+    hosts.connect(told["distributed"], told["connect_s"], told["grace_s"])
+
+
+def _begin_together(settings: dict, c: ConfigDict | None, flags: dict) -> None:
+  """Compares the processes and starts JAX. Raises UserError if they differ."""
+  hosts.configure(wait_s=settings["wait_s"], check=settings["check_hosts"])
+  same_start.check(
+    None if c is None else json.loads(c.to_json_best_effort()),
+    {name: value for name, value in flags.items() if name != "distributed"},
+  )
+  hosts.start_jax()
 
 
 def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict):
   """Parses the command line; prints the help if asked for.
 
   Returns:
-    (positional arguments of `run`, keyword arguments of `run`, --distributed), or None after help
+    (positional arguments of `run`, keyword arguments by the names of `extra`, all flags), or None after help
   """
   known = dict(extra)
   if config and workdir:
-    known |= {"workdir": (WORKDIR, None), "distributed": (DISTRIBUTED, "")}
+    known = {"workdir": (WORKDIR, None)} | known
   known["debug"] = (DEBUG, False)
   named, changes, others = config_file.split(argv) if config else (None, [], list(argv))
   wanted = [word for word in others if word in ("--help", "-h", "-help", "--helpshort")]
@@ -97,7 +150,7 @@ def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, 
   if config and workdir:
     first.append(_workdir(found["workdir"]))
   arguments |= {name: found[name] for name in extra}
-  return first, arguments, found.get("distributed", "")
+  return first, arguments, found
 
 
 def _parse(argv: Sequence[str], known: dict[str, tuple[Field, object]], more: Sequence[str]):
@@ -194,10 +247,17 @@ def _one_line(error: BaseException) -> str:
 
 
 def _report(error: BaseException, code: int, debug: bool) -> None:
+  """Prints the error and exits. In several processes, all exit with what the hub decides (`hosts.fail`)."""
+  kind = "" if isinstance(error, (UserError, StageStopped, OSError)) else f"{type(error).__name__}: "
+  line, rest = f"error: {kind}{_one_line(error)}", " ... (--debug: all of it)"
+  if isinstance(error, (KeyboardInterrupt, Terminated)):
+    line = _one_line(error)
+  elif len(line) > LONGEST:
+    line = line[: LONGEST - len(rest)] + rest
   if debug:
     traceback.print_exception(error)
-  else:
-    kind = "" if isinstance(error, (UserError, StageStopped, OSError)) else f"{type(error).__name__}: "
-    line, rest = f"error: {kind}{_one_line(error)}", " ... (--debug: all of it)"
-    print(line if len(line) <= LONGEST else line[: LONGEST - len(rest)] + rest, file=sys.stderr)
+  if ending := hosts.fail(line, code, user=isinstance(error, UserError)):
+    end(dataclasses.replace(ending, line=line) if ending.cause == hosts.index() else ending)
+  if not debug:
+    print(line, file=sys.stderr)
   sys.exit(code)

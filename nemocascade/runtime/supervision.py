@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from nemocascade.errors import StageStopped
 from nemocascade.report.metrics import MetricsWriter
-from nemocascade.runtime import guards
+from nemocascade.runtime import guards, termination
 from nemocascade.step.update import SKIPPED
 from nemocascade.types import TrainState
 
@@ -21,7 +21,7 @@ class Supervisor:
   """Writes each step's metrics and applies the guards to them.
 
   Attributes:
-    stopping: whether a guard has asked to end the stage. The loop then saves a checkpoint and calls `end`.
+    stopping: whether a guard or SIGTERM has asked to end the stage. The loop then saves a checkpoint and calls `end`.
   """
 
   def __init__(self, c: ConfigDict, stage_dir: Path, record: Mapping[str, Any], *, without: Iterable[str] = ()):
@@ -43,6 +43,8 @@ class Supervisor:
     self._warned = list(record.get("warned", ()))
     self._nonfinite = record.get("nonfinite", 0)  # Updates in a row that were not applied.
     self._stop = self._line = ""  # The guard that asked to end the stage, and its message.
+    self._terminated = False
+    termination.saves_at_steps()
     for finding in guards.standing(self._histories, self._settings):
       if finding.action == "stop":
         raise StageStopped(
@@ -51,7 +53,7 @@ class Supervisor:
 
   @property
   def stopping(self) -> bool:
-    return bool(self._stop)
+    return bool(self._stop) or self._terminated
 
   def record(self) -> dict[str, Any]:
     """The guards' state as plain JSON, for the stage's checkpoints."""
@@ -78,6 +80,7 @@ class Supervisor:
     self._histories, findings, flags = guards.observe(self._histories, metrics | room, self._settings)
     writer.write(step, metrics | flags)
     self._react(step, findings)
+    self._terminated = termination.stopping() or self._terminated
     for refused in skipped:
       self._nonfinite = self._nonfinite + 1 if refused else 0
       if self._nonfinite >= self._max_nonfinite:
@@ -87,11 +90,16 @@ class Supervisor:
         )
 
   def end(self, checkpoint: Path) -> None:
-    """Raises StageStopped if a guard asked to end the stage. The message names the saved `checkpoint`."""
+    """Raises StageStopped if a guard asked to end the stage, Terminated if SIGTERM did.
+
+    The message names the saved `checkpoint`.
+    """
     if self._stop in guards.AT_ONCE:
       raise StageStopped(f"{self._line}; the same command goes on from {checkpoint}")
     if self._stop:
       raise StageStopped(f"{self._line}; to go on: another --workdir with init_from={checkpoint}")
+    if self._terminated:
+      raise termination.terminated(checkpoint)
 
   def _react(self, step: int, findings: list[guards.Finding]) -> None:
     for finding in findings:

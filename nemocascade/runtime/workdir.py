@@ -67,8 +67,8 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
   written = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")
   before = written["config"]
   fields = json.loads(c.to_json_best_effort())
-  if difference := _difference(before, fields):
-    name, there, here = difference
+  if found := difference(before, fields):
+    name, there, here = found
     raise UserError(
       f"--workdir {path.parent} belongs to another config: {name} is {there!r} in its config.json and {here!r} here;"
       " choose another --workdir"
@@ -82,13 +82,13 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
       )
 
 
-def _difference(there, here, name: str = "config"):
+def difference(there, here, name: str = "config"):
   """(dotted field, value there, value here) of the first difference of two JSON values, or None."""
   if isinstance(there, dict) and isinstance(here, dict):
     for key in sorted(there.keys() | here.keys()):
       if key not in there or key not in here:
         return f"{name}.{key}", there.get(key, "absent"), here.get(key, "absent")
-      if found := _difference(there[key], here[key], f"{name}.{key}"):
+      if found := difference(there[key], here[key], f"{name}.{key}"):
         return found
     return None
   return None if there == here else (name, there, here)
