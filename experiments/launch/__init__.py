@@ -1,0 +1,1 @@
+"""Starts the very same command on every host of a cluster: TPU VMs, GKE, Slurm."""
