@@ -185,7 +185,7 @@ def stage_differences(whole: Path, other: Path) -> list[str]:
 
 def lines_of(stage: Path) -> list[dict]:
   lines = map(json.loads, (stage / "metrics.jsonl").read_text().splitlines())
-  return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+  return [{k: v for k, v in line.items() if not k.startswith(("time/", "exchange/"))} for line in lines]
 
 
 def arrays_of(folder: Path) -> dict[str, tuple]:
