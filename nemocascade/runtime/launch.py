@@ -20,6 +20,7 @@ from nemocascade.runtime import config_file, hosts, same_start, termination
 from nemocascade.runtime.ending import NotAdmitted, end
 from nemocascade.runtime.start_model import take_model
 
+HELP = ("--help", "-h", "-help", "--helpshort")
 LONGEST = 199  # Most characters of an error line. --debug prints the whole error.
 
 # Flags that many commands share.
@@ -59,7 +60,7 @@ def launch(
   debug = "--debug" in sys.argv
   own = SEVERAL if several or (config and workdir) else {}
   try:
-    if own:
+    if own and not set(HELP) & set(sys.argv):
       _meet(sys.argv[1:], several)
     request = _request(sys.argv[1:], config, workdir, positional, extra | own)
     if request is not None:
@@ -128,7 +129,7 @@ def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, 
     known = {"workdir": (WORKDIR, None)} | known
   known["debug"] = (DEBUG, False)
   named, changes, others = config_file.split(argv) if config else (None, [], list(argv))
-  wanted = [word for word in others if word in ("--help", "-h", "-help", "--helpshort")]
+  wanted = [word for word in others if word in HELP]
   found, left = _parse([word for word in others if word not in wanted], known, ["config"] if config else [])
   c = None
   if named is not None:
