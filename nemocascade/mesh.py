@@ -144,6 +144,17 @@ def own_rows(mesh: Mesh, count: int) -> list[int]:
   return sorted({row for index in index_of.values() if index is not None for row in range(count)[index[0]]})
 
 
+def owners(mesh: Mesh, count: int) -> np.ndarray:
+  """The owner of each of `count` rows: the lowest index of the processes whose devices hold it; int array [count].
+
+  It follows from the sharding `rows(mesh, count)` alone, so all processes get the same.
+  """
+  owner = np.full(count, np.iinfo(np.int32).max, np.int32)
+  for device, index in rows(mesh, count).devices_indices_map((count,)).items():
+    owner[index[0]] = np.minimum(owner[index[0]], device.process_index)
+  return owner
+
+
 def whole(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that is replicated on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -199,6 +210,54 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
   tree = jax.tree.map(np.asarray, tree)
   put = lambda a, place: jax.make_array_from_callback(a.shape, place, lambda index: a[index])
   return jax.tree.map(put, tree, first_rows(tree, mesh))
+
+
+def read_own(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+  """Copies the rows that this process holds to the host; no other process takes part.
+
+  Args:
+    array: sharded along its first dimension only, or replicated.
+
+  Returns:
+    (rows, values): the indices of the rows in rising order, each once, and their values [len(rows), ...].
+    The rows are own_rows(mesh, count) if the sharding is `rows(mesh, count)`.
+  """
+  first: dict[int, jax.Array] = {}  # Start of a shard -> its values; devices may hold the same rows.
+  for shard in array.addressable_shards:
+    first.setdefault(shard.index[0].start or 0, shard.data)
+  starts = sorted(first)
+  values = [np.asarray(first[start]) for start in starts]
+  held = [np.arange(start, start + len(part)) for start, part in zip(starts, values, strict=True)]
+  return np.concatenate(held), np.concatenate(values)
+
+
+def put_own(tree: Any, mesh: Mesh, count: int) -> Any:
+  """Puts rows on the mesh of which each process has only its own; read_own is the inverse.
+
+  Args:
+    tree: host arrays [len(own_rows(mesh, count)), ...] with the rows of own_rows in that order. A row that
+      several processes hold must be the same in all of them.
+
+  Returns:
+    a tree of global arrays [count, ...], sharded by `rows(mesh, count)`.
+
+  Raises:
+    ValueError: an array has another number of rows.
+  """
+  own, place = np.asarray(own_rows(mesh, count), int), rows(mesh, count)
+
+  def put(values):
+    if len(values) != len(own):
+      raise ValueError(f"{len(values)} rows, but this process holds {len(own)} of {count}")
+
+    def part(index):
+      start, stop, _ = index[0].indices(count)
+      first = np.searchsorted(own, start)
+      return values[first : first + stop - start]
+
+    return jax.make_array_from_callback((count, *values.shape[1:]), place, part)
+
+  return jax.tree.map(lambda a: put(np.asarray(a)), tree)
 
 
 def check_rows(what: str, count: int, mesh: Mesh) -> None:

@@ -180,6 +180,11 @@ for _ in range(3):
   for shard in placed.addressable_shards:
     np.testing.assert_array_equal(shard.data, expected.tokens_BT[shard.index])
 assert own.get_state() == whole.get_state()
+assert mesh.owners(grid, B).tolist() == [0] * 8 + [1] * 8 and mesh.owners(grid, 3).tolist() == [0] * 3
+held, values = mesh.read_own(placed)
+assert held.tolist() == mesh.own_rows(grid, B) == [*range(8 * int(index), 8 * int(index) + 8)]
+for shard in mesh.put_own(values + 1, grid, B).addressable_shards:
+  np.testing.assert_array_equal(shard.data, expected.tokens_BT[shard.index] + 1)
 print("the same")
 """
 

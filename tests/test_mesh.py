@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
-from nemocascade.mesh import BATCH, RULES, make_mesh, rows, shardings
+from nemocascade.mesh import BATCH, RULES, make_mesh, owners, put_own, put_rows, read_own, rows, shardings
 from nemocascade.model.hybrid import init_params, logical_axes
 
 CONFIG = ModelConfig(
@@ -89,6 +89,20 @@ def test_rows_lie_over_as_many_devices_as_divide_them(count, spec):
   expected = PartitionSpec(axes) if axes else PartitionSpec()
   got = rows(make_mesh(2, 4), count)
   assert got.is_equivalent_to(jax.sharding.NamedSharding(got.mesh, expected), 1)
+
+
+@pytest.mark.parametrize("count", [16, 4, 3])  # Over all devices, over one axis, and replicated.
+def test_a_process_reads_its_rows_once_and_puts_them_back(count):
+  mesh, values = make_mesh(2, 4), np.arange(5 * count).reshape(count, 5)
+  held, read = read_own(put_rows(values, mesh))
+  np.testing.assert_array_equal(held, np.arange(count))
+  np.testing.assert_array_equal(read, values)
+  back = put_own({"a": read + 1}, mesh, count)["a"]
+  assert back.sharding == rows(mesh, count)
+  np.testing.assert_array_equal(back, values + 1)
+  assert owners(mesh, count).tolist() == [0] * count
+  with pytest.raises(ValueError, match=f"1 rows, but this process holds {count} of {count}"):
+    put_own(values[:1], mesh, count)
 
 
 def test_every_parameter_of_the_model_has_a_place_and_keeps_its_value():
