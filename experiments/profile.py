@@ -32,7 +32,6 @@ from nemocascade.report.metrics import progress
 from nemocascade.rollout import episode, rewards
 from nemocascade.runtime import domains, parts
 from nemocascade.runtime.checks import check_lengths
-from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.sharing import own
 from nemocascade.runtime.start import trained_parts
@@ -49,7 +48,6 @@ def run(
   """Prints a table and writes the rows. Returns domain -> {fate: prompts}, for the fates of FATES."""
   check(c, "rl")
   check_lengths("rollout", c.rollout.prompt_tokens, c.rollout.total_tokens)
-  refuse_several("profile")
   p, params = _load(c, checkpoint, judge)
   names = [name for name in p.domains if c.mixture.get(name) and isinstance(p.domains[name].rows, FileRows)]
   if not names:
@@ -125,7 +123,9 @@ def _measured(
       tokenizer=tokenizer, G=completions, temperature=np.float32(r.temperature), top_p=r.top_p,
     )  # fmt: skip
 
-  judge = functools.partial(rewards.judge, domains=p.domains)
+  def judge(samples, count):
+    return rewards.judge(samples, p.domains, prompts=count)
+
   bar = progress(len(fits), initial=len(done.found), desc=name)
   for found in difficulty.measure(
     Rows(), collect, judge, start=len(done.found), batch=r.prompts, solved=solved

@@ -11,6 +11,7 @@ the equation of each choice.
 """
 
 import dataclasses
+import functools
 import time
 import zlib
 from pathlib import Path
@@ -20,11 +21,10 @@ from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import Phases
-from nemocascade.runtime import parts, signals
+from nemocascade.runtime import hosts, parts, signals
 from nemocascade.runtime.checks import check_rl as check
 from nemocascade.runtime.checks import judged
 from nemocascade.runtime.heldout import draw_heldout
-from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.learner import arrange, learn
 from nemocascade.runtime.logbook import Logbook, Watch
@@ -54,7 +54,6 @@ def run(
   Raises:
     StageStopped: a guard ended the stage, or too many updates in a row were not finite.
   """
-  refuse_several("RL")
   began = time.time()
   tx, _ = program(c, p.programs)
   state, resumed, store = start(c, stage_dir, p, tx, init_from)
@@ -74,11 +73,12 @@ def run(
       rows = arrange(c, rollout)
       phases.end("advantage")
       state, metrics, skipped = learn(state, rows, sources)
+      hosts.decided([rows.empty, *map(float, skipped)], "skipped updates")
       phases.end("update")
-      metrics |= masked | sampled.metrics | phases.metrics | {"rollout/skipped": rows.empty}
+      metrics |= masked | sampled.metrics | phases.metrics | hosts.spent() | {"rollout/skipped": rows.empty}
       scored = signals.scored_tokens(sampled.samples, wanted)
       spent = (spent + sampled.spent).plus(scored=scored, trained=rows.tokens * c.updates)
-      lines = sample_lines(sampled, rollout, c.samples)
+      lines = functools.partial(sample_lines, sampled, rollout, c.samples)
       if book.record(step, state, metrics, skipped, spent, lines, mixture.get_state()):
         break
   store.wait()
@@ -108,7 +108,6 @@ def check_prompts(c: ConfigDict, p: Parts) -> None:
 
 def main(c: ConfigDict, workdir: Path) -> None:
   check(c)
-  refuse_several("RL")
   if c.init_from in ("", "previous"):
     raise UserError(
       f"init_from={c.init_from!r}: names no checkpoint; give --config.init_from=CKPT (a checkpoint directory)"
@@ -135,4 +134,4 @@ def main(c: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-  launch(main)
+  launch(main, several=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import samples_of
 from test_episode import TALK, TOKENIZER
 from test_episode import run as collected
 from test_policy_gradient import TX, rollout, score, state
@@ -21,11 +22,10 @@ from nemocascade.domains.preference import make_verify
 from nemocascade.errors import UserError
 from nemocascade.evaluate.suites import score_verdicts
 from nemocascade.rollout import rewards as scoring
-from nemocascade.rollout.episode import Samples
 from nemocascade.step import loss
 from nemocascade.step.policy_gradient import policy_gradient_step
 from nemocascade.step.rows import to_rows
-from nemocascade.verifiers.judge import BradleyTerryJudge, batch_rewards
+from nemocascade.verifiers.judge import BradleyTerryJudge, answer_of, batch_rewards
 from nemocascade.verifiers.verdict import NONFINITE, Verdict
 
 CASES = json.loads((Path(__file__).parent / "cases" / "policy.json").read_text())
@@ -140,12 +140,7 @@ def test_a_step_is_finite_in_all_it_says_and_does(ratio, correction):
 
 
 def samples(rewards_G, limit=8):
-  shape = (1, len(rewards_G), 8)
-  return Samples(
-    rows=[{}], domains=["echo"], tokens_QGT=np.zeros(shape, np.int32), segment_ids_QGT=np.ones(shape, np.int32),
-    loss_mask_QGT=np.ones(shape, bool), behaviour_logprobs_QGT=np.zeros(shape, np.float32),
-    limit_QG=np.full(shape[:2], limit, np.int32), completions=[[said("x") for _ in rewards_G]],
-  )  # fmt: skip
+  return samples_of([[said("x") for _ in rewards_G]], rows=[{}], limit=limit, T=8)
 
 
 @rows_of("nonfinite_rewards")
@@ -185,7 +180,9 @@ def test_an_answer_that_the_reward_model_gives_no_number_is_as_if_it_had_not_pla
   def rewards(*answers):
     ones = np.ones((1, len(answers)), int)
     told = dict(think_tokens_QG=ones, answer_tokens_QG=ones)
-    return batch_rewards(judge, [[{"role": "user", "content": "?"}]], [[said(x) for x in answers]], **told)[0]
+    return batch_rewards(judge, [[{"role": "user", "content": "?"}]], [[answer_of(said(x)) for x in answers]], **told)[
+      0
+    ]
 
   got = rewards("a", "bad", "b", "c")
   assert np.isnan(got[1])

@@ -14,8 +14,10 @@ from nemocascade.data.tokenizer import IM_END, train_sentencepiece
 from nemocascade.domains.domain import Domain, one_by_one
 from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import UserError
+from nemocascade.rollout import samples as samples_file
 from nemocascade.rollout.engine import Engine
-from nemocascade.rollout.episode import Samples, collect
+from nemocascade.rollout.episode import collect
+from nemocascade.rollout.samples import Samples
 from nemocascade.verifiers.verdict import Verdict
 
 P, T, G = 200, 400, 3
@@ -136,12 +138,14 @@ def test_tokens_and_mask_are_those_of_the_rendered_conversation(thinking):
   wanted = [conversation(r, a, thinking) for r, a in zip(rows, answers, strict=True)]
   samples = run([tokens for tokens, _ in wanted], rows, thinking=thinking)
   assert samples.tokens_QGT.shape == (2, G, T) and samples.domains == ["counter", "talk"]
+  assert samples.finished_QG.all() and (samples.sampled_QG == samples.loss_mask_QGT.sum(-1)).all()
   for q, (tokens, loss_mask) in enumerate(wanted):
     end = np.flatnonzero(loss_mask)[-1] + 1  # The newline after the last turn is never sampled.
     for g in range(G):
       assert samples.tokens_QGT[q, g, :end].tolist() == tokens[:end]
       assert samples.loss_mask_QGT[q, g, :end].tolist() == loss_mask[:end]
       assert samples.segment_ids_QGT[q, g].tolist() == [1] * end + [0] * (T - end)
+      assert samples.length_QG[q, g] == end
       assert not samples.tokens_QGT[q, g, end:].any()
       assert not samples.loss_mask_QGT[q, g, end:].any()
       assert not samples.behaviour_logprobs_QGT[q, g][~samples.loss_mask_QGT[q, g]].any()
@@ -214,12 +218,23 @@ def test_a_prompt_that_does_not_fit_is_refused():
     run([[]], [make_prompt("talk", "one two " * P)], thinking=True)
 
 
-def test_take_and_concatenate_are_each_others_inverse():
+def test_prompts_of_several_parts_are_picked_in_any_order(monkeypatch):
+  monkeypatch.setattr(samples_file, "WIDTH", 96)  # Less than T, and no divisor of it.
   rows, answers = [COUNTER, TALK], [CALLS, SAYS]
   scripts = [conversation(r, a, True)[0] for r, a in zip(rows, answers, strict=True)]
-  samples = run(scripts, rows, thinking=True)
-  again = Samples.concatenate([samples.take([0]), samples.take([1])])
+  first, second = run(scripts, rows, thinking=True), run(scripts[::-1], rows[::-1], thinking=True, completion_tokens=3)
+  places = [(1, 1), (0, 0)]
+  picked = Samples.pick([first, second], places)
   for field in dataclasses.fields(Samples):
-    got, expected = getattr(again, field.name), getattr(samples, field.name)
-    assert np.array_equal(got, expected) if isinstance(got, np.ndarray) else got == expected
-  assert samples.take([1, 0]).domains == ["talk", "counter"]
+    for q, (i, place) in enumerate(places):
+      value, part = getattr(picked, field.name), getattr((first, second)[i], field.name)
+      assert (value is None and part is None) or np.array_equal(value[q], part[place])
+  assert picked.domains == ["counter", "counter"] and picked.tokens_QGT.sharding == first.tokens_QGT.sharding
+
+
+def test_the_text_of_a_completion_shows_what_the_tools_answered():
+  tokens, _ = conversation(COUNTER, CALLS, True)
+  ((one, *_),) = run([tokens], [COUNTER], thinking=True).completions
+  assert one.results == (("sum is 1",), ("sum is 2",))
+  said = [one.text.index(words) for words in ("sum is 1", "so", "sum is 2", "done")]
+  assert said == sorted(said)

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from sampled import samples_of
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains.rows import make_prompt
 from nemocascade.evaluate.suites import evaluate, mean_interval, score_verdicts
-from nemocascade.rollout.episode import Samples
 from nemocascade.verifiers.verdict import Completion, Verdict
 
 
@@ -14,18 +14,14 @@ def verdicts(*rewards):
   return [Verdict(r or 0.0, "", masked=r is None) for r in rewards]
 
 
-def samples_of(rows, G=2):
+def numbered(rows, G=2):
   """A completion has as many sampled tokens as the number of its row, and is unfinished if that is odd."""
   n_Q = np.array([row["number"] for row in rows])
   mask_QGT = np.arange(16)[None, None] < np.broadcast_to(n_Q[:, None, None], (len(rows), G, 1))
   turn = lambda n: Turn(reasoning=None, content=str(n), tool_calls=(), error=None, finished=n % 2 == 0)  # noqa: E731
-  return Samples(
-    rows=list(rows), domains=[row["agent_ref"]["name"] for row in rows],
-    tokens_QGT=mask_QGT.astype(np.int32), segment_ids_QGT=mask_QGT.astype(np.int32), loss_mask_QGT=mask_QGT,
-    behaviour_logprobs_QGT=np.zeros(mask_QGT.shape, np.float32),
-    limit_QG=np.full(mask_QGT.shape[:2], 16, np.int32),
-    completions=[[Completion((turn(n),)) for _ in range(G)] for n in n_Q],
-  )  # fmt: skip
+  completions = [[Completion((turn(n),)) for _ in range(G)] for n in n_Q]
+  domains = [row["agent_ref"]["name"] for row in rows]
+  return samples_of(completions, rows=list(rows), domains=domains, mask_QGT=mask_QGT, T=16)
 
 
 def test_a_mean_is_over_prompts_and_what_has_no_verdict_is_in_none():
@@ -61,11 +57,11 @@ def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
   def collect(chunk, index):
     assert len(chunk) == batch  # All calls have one compiled shape.
     asked.append((index, len(chunk)))
-    return samples_of(chunk)
+    return numbered(chunk)
 
-  def judge(samples):
-    judged.extend(row["responses_create_params"]["input"][0]["content"] for row in samples.rows)
-    return [verdicts(float(row["number"] == 1), 0.0) for row in samples.rows]
+  def judge(samples, count):
+    judged.extend(row["responses_create_params"]["input"][0]["content"] for row in samples.rows[:count])
+    return [verdicts(float(row["number"] == 1), 0.0) for row in samples.rows[:count]]
 
   scores = evaluate(rows, collect, judge, batch=batch)
   assert len(judged) == len(set(judged)) == 8  # Rows that only fill up the last batch are not judged.

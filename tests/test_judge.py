@@ -40,7 +40,7 @@ class Table:
 def rewards(judge, answers, think=None, answer=None, **settings):
   G = len(answers)
   return judges.group_rewards(
-    judge, PROMPT, [said(a) if isinstance(a, str) else a for a in answers],
+    judge, PROMPT, [judges.answer_of(said(a) if isinstance(a, str) else a) for a in answers],
     think_tokens_G=[7] * G if think is None else think,
     answer_tokens_G=[7] * G if answer is None else answer, **settings,
   )  # fmt: skip
@@ -71,7 +71,7 @@ def test_each_answer_is_scored_once_and_all_matches_in_one_call():
   others = [{"role": "user", "content": "Another."}]
   judges.batch_rewards(
     judges.BradleyTerryJudge(reward_fn), [PROMPT, others],
-    [[said("a"), said("bb"), said("a")], [said("a"), said("bb"), said("ccc")]],
+    [["a", "bb", "a"], ["a", "bb", "ccc"]],
     think_tokens_QG=np.ones((2, 3), int), answer_tokens_QG=np.ones((2, 3), int),
   )  # fmt: skip
   (call,) = calls

@@ -170,7 +170,7 @@ def test_real_rows_are_compared_in_groups():
   by_length = judge.BradleyTerryJudge(lambda prompts, answers: np.array([len(a) for a in answers]))
   rewards_QG = judge.batch_rewards(
     by_length, [prompt_messages(row) for row in rows],
-    [[said("short"), said("rather long")] for _ in rows],
+    [["short", "rather long"] for _ in rows],
     think_tokens_QG=np.ones((len(rows), 2), int), answer_tokens_QG=np.ones((len(rows), 2), int),
     bonus=0.0,
   )  # fmt: skip

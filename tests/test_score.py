@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
+from sampled import samples_of
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains.domain import Domain
 from nemocascade.rollout import rewards
-from nemocascade.rollout.episode import Samples
 from nemocascade.verifiers.verdict import Completion, Verdict
 
 T = 4
@@ -33,18 +34,9 @@ def samples(contents_QG, *, names=None, finished=True):
     [Completion((Turn(None, str(content), finished=bool(end)),)) for content, end in zip(contents, ends, strict=True)]
     for contents, ends in zip(contents_QG, finished_QG, strict=True)
   ]
-  Q, G = np.shape(contents_QG)
-  tokens_QGT = np.arange(Q * G * T, dtype=np.int32).reshape(Q, G, T)
-  return Samples(
-    rows=list(range(Q)),
-    domains=names or ["echo"] * Q,
-    tokens_QGT=tokens_QGT,
-    segment_ids_QGT=np.ones_like(tokens_QGT),
-    loss_mask_QGT=np.broadcast_to(np.arange(T) >= 1, tokens_QGT.shape),
-    behaviour_logprobs_QGT=np.zeros(tokens_QGT.shape, np.float32),
-    limit_QG=np.full((Q, G), T, np.int32),
-    completions=completions,
-  )
+  tokens_QGT = np.arange(finished_QG.size * T, dtype=np.int32).reshape(*finished_QG.shape, T)
+  mask_QGT = np.broadcast_to(np.arange(T) >= 1, tokens_QGT.shape)
+  return samples_of(completions, domains=names, tokens_QGT=tokens_QGT, mask_QGT=mask_QGT)
 
 
 def judged(contents_QG, **fields):
@@ -60,6 +52,35 @@ def test_every_completion_gets_its_own_verdict_and_a_domain_is_asked_once():
   assert [len(domains[name].verify.calls) for name in domains] == [1, 1, 0]
   rows, completions = domains["a"].verify.calls[0]
   assert rows == [0, 0, 2, 2] and [c.content for c in completions] == ["1", "2", "5", "6"]
+
+
+class Heard(Exception):
+  """Ends a process after what it has said in an exchange."""
+
+
+def test_each_process_judges_its_own_completions_and_gets_all_verdicts():
+  s, said, asked = samples([[1, 2], [3, 4], [5, 6]], names=["a", "b", "a"]), [], {}
+  parts = []
+  for i in range(2):
+    own = [[c if (q + g) % 2 == i else None for g, c in enumerate(group)] for q, group in enumerate(s.completions)]
+    parts.append(dataclasses.replace(s, completions=own))
+  parts.append(dataclasses.replace(s, completions=[[None] * 2] * 3))  # A third process has none.
+
+  def tell(value, what):
+    said.append(json.loads(json.dumps(value)))
+    raise Heard(what)
+
+  for part in parts:
+    echoes = {name: Echo() for name in "ab"}
+    domains = {name: Domain(name, None, echo) for name, echo in echoes.items()}
+    with pytest.raises(Heard, match="verdicts"):
+      rewards.judge(part, domains, exchange=tell)
+    for name, echo in echoes.items():
+      asked.setdefault(name, []).append([c.content for c in echo.calls[0][1]])
+  assert asked == {"a": [["1", "5"], ["2", "6"], []], "b": [["4"], ["3"], []]}
+  for part in parts:
+    verdicts = rewards.judge(part, {name: Domain(name, None, Echo()) for name in "ab"}, exchange=lambda *_: said)
+    assert [[v.reward for v in group] for group in verdicts] == [[1, 2], [3, 4], [5, 6]]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +119,14 @@ def test_masked_samples_are_counted_by_their_cause():
   }  # fmt: skip
 
 
+def test_masked_samples_of_groups_that_are_not_kept_are_counted_too():
+  none, mixed = judged([[9, 9], [9, 9]]), judged([[1, 0], [0, 1]])
+  s, verdicts = rewards.refill([none, mixed])
+  assert not any(v.masked for group in verdicts for v in group)
+  _, counts = rewards.to_rollout(s, verdicts, judged=none[1] + mixed[1])
+  assert counts["rollout/masked"] == counts["rollout/masked_other"] == 0.5 and counts["rollout/verdict"] == 0.5
+
+
 def test_a_batch_without_any_verdict_still_counts():
   s, verdicts = judged([[9, 9]])
   rollout, counts = rewards.to_rollout(s, verdicts, overlong=rewards.keep)
@@ -128,12 +157,7 @@ def test_the_soft_penalty_grows_with_every_token_of_the_last_few():
   # The limit is 10 and the last 4 tokens are penalised: up to 6 lose 0, 8 lose 0.5, 10 lose 1; unfinished lose 1.
   s, verdicts = judged([[1, 1, 1, 0, 1]], finished=[[True, True, True, True, False]])
   lengths_G = np.array([5, 6, 8, 10, 3])
-  s = dataclasses.replace(
-    s,
-    tokens_QGT=np.zeros((1, 5, 10), np.int32),
-    segment_ids_QGT=(np.arange(10) < lengths_G[:, None])[None].astype(np.int32),
-    limit_QG=np.full((1, 5), 10, np.int32),
-  )
+  s = samples_of(s.completions, length_QG=lengths_G[None], T=10)
   rollout, _ = rewards.to_rollout(s, verdicts, overlong=functools.partial(rewards.soft, tokens=4))
   np.testing.assert_allclose(rollout.rewards_QG, [[1, 1, 0.5, -1, 0]])
   assert rollout.rewards_QG.dtype == np.float32 and rollout.valid_QG.all()
@@ -141,7 +165,7 @@ def test_the_soft_penalty_grows_with_every_token_of_the_last_few():
 
 def test_dynamic_filtering_is_of_raw_verdicts_though_the_soft_penalty_parts_them():
   s, verdicts = judged([[1, 1]], finished=[[True, False]])
-  s.segment_ids_QGT[0, 0, 1:] = 0
+  s.length_QG[0, 0] = 1
   rollout, _ = rewards.to_rollout(s, verdicts, overlong=functools.partial(rewards.soft, tokens=2))
   assert rollout.rewards_QG[0, 0] != rollout.rewards_QG[0, 1]
   assert not rewards.dynamic_filter(rollout, verdicts).valid_QG.any()
@@ -170,13 +194,13 @@ def test_dynamic_filtering_does_not_bring_back_what_was_left_out():
 
 def test_refill_takes_informative_groups_first_in_order_and_keeps_the_shape():
   first, second = judged([[1, 1], [1, 0], [0, 0]]), judged([[0, 1], [1, 1], [1, 0]])
-  s, verdicts = rewards.refill([first, second], 3)
+  s, verdicts = rewards.refill([first, second])
   assert [c.content for group in s.completions for c in group] == list("100110")
   assert [[v.reward for v in group] for group in verdicts] == [[1, 0], [0, 1], [1, 0]]
   np.testing.assert_array_equal(s.tokens_QGT[0], first[0].tokens_QGT[1])
 
 
 def test_refill_fills_up_with_uninformative_groups_when_there_are_too_few():
-  s, verdicts = rewards.refill([judged([[1, 1], [1, 0], [0, 0]])], 3)
+  s, verdicts = rewards.refill([judged([[1, 1], [1, 0], [0, 0]])])
   assert s.tokens_QGT.shape[0] == 3
   assert [[v.reward for v in group] for group in verdicts] == [[1, 0], [1, 1], [0, 0]]

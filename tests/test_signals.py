@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from sampled import samples_of
 
 from configs.tiny import if_rl
 from nemocascade.data.chat import Turn
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import Phases
-from nemocascade.rollout.episode import Samples
 from nemocascade.runtime import signals
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.sampler import Sampled
@@ -64,19 +64,15 @@ class Down:
 def samples():
   """Two prompts with two finished completions of one and two words; three tokens each."""
   say = lambda text: Completion((Turn(None, text, finished=True),))
-  shape = (2, 2, 3)
-  return Samples(
-    rows=[{"responses_create_params": {"input": "talk"}}] * 2, domains=["preference"] * 2,
-    tokens_QGT=np.zeros(shape, np.int32), segment_ids_QGT=np.ones(shape, np.int32),
-    loss_mask_QGT=np.ones(shape, bool), behaviour_logprobs_QGT=np.zeros(shape, np.float32),
-    limit_QG=np.full(shape[:2], 9, np.int32), completions=[[say("one"), say("one two")]] * 2,
-  )  # fmt: skip
+  rows = [{"responses_create_params": {"input": "talk"}}] * 2
+  return samples_of([[say("one"), say("one two")]] * 2, rows=rows, domains=["preference"] * 2, limit=9, T=3)
 
 
 def annotated(judge):
   c = if_rl.get_config("smoke")
   c.update(NONE | {"reward": "pairwise", "dynamic_filtering": False, "overlong": "keep"})
-  sampled = Sampled(samples(), [[no_verdict("row", "no judge")] * 2] * 2, rounds=1, too_long=0, spent=Spent())
+  verdicts = [[no_verdict("row", "no judge")] * 2] * 2
+  sampled = Sampled(samples(), verdicts, verdicts, rounds=1, too_long=0, spent=Spent())
   s = Sources(c, None, Words(), np.float32(1), judge, None, None, None)
   return signals.annotate(sampled, signals.wanted(c), s, Phases())
 
@@ -103,7 +99,7 @@ def test_a_new_signal_needs_its_entry_alone_to_reach_an_advantage():
   c.update(NONE | {"dynamic_filtering": False})
   surprise = Signal("surprise", lambda c: True, lambda s, samples: {"surprise_QGT": samples.behaviour_logprobs_QGT - 1})
   verdicts = [[Verdict(1.0, "")] * 2] * 2
-  sampled, s = Sampled(samples(), verdicts, 1, 0, Spent()), Sources(c, None, None, 1, None, None, None, None)
+  sampled, s = Sampled(samples(), verdicts, verdicts, 1, 0, Spent()), Sources(c, None, None, 1, None, None, None, None)
   rollout, _ = signals.annotate(sampled, [surprise], s, Phases())
   advantages_QGT = jax.jit(lambda r: r.signals["surprise_QGT"] * r.rewards_QG[..., None])(rollout)
   np.testing.assert_array_equal(advantages_QGT, -1)

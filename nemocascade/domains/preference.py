@@ -16,7 +16,7 @@ def make_verify(judge: Judge | None = None) -> Verify:
   """A Verify that gives reward 1 where the judge prefers the answer to the reference; masked without a judge."""
 
   def verify(rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
-    """Reward 1 iff the judge prefers the answer to the row's reference. Calls the judge once."""
+    """Reward 1 iff the judge prefers the answer to the row's reference. Calls the judge once, even without a match."""
     verdicts: list[Verdict | None] = []
     matches = []
     for row, completion in zip(rows, completions, strict=True):
@@ -30,7 +30,7 @@ def make_verify(judge: Judge | None = None) -> Verify:
       else:
         verdicts.append(None)
         matches.append(Match(prompt_messages(row), answer, reference))
-    if matches:
+    if judge is not None:
       try:
         compared = iter(judge.compare_many(matches))
       except Exception as error:  # A failure of the judge leaves all answers without a verdict.

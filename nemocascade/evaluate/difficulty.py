@@ -7,7 +7,7 @@ drops the prompts that all of them solve, and drops 90% of those that none solve
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from nemocascade.rollout.episode import Samples
+from nemocascade.rollout.samples import Samples
 from nemocascade.verifiers.verdict import Row, Verdict
 
 FATES = ("kept", "solved", "unsolved", "unjudged", "too long")  # What becomes of a prompt; all but kept are dropped.
@@ -33,7 +33,7 @@ class Difficulty:
 def measure(
   rows: Sequence[Row],
   collect: Callable[[list[Row], int], Samples],
-  judge: Callable[[Samples], list[list[Verdict]]],
+  judge: Callable[[Samples, int], list[list[Verdict]]],
   *,
   start: int,
   batch: int,
@@ -43,13 +43,14 @@ def measure(
 
   Args:
     collect: (rows, index) -> Samples of exactly `batch` rows; `index` is the number of the first. The last batch is
-      filled up with copies of its last row, whose samples are dropped.
+      filled up with copies of its last row, whose samples do not count.
+    judge: (Samples, count) -> verdicts[q][g] of the first `count` rows.
     solved: the least reward of a completion that solves its prompt.
   """
   for first in range(start, len(rows), batch):
     chunk = [rows[i] for i in range(first, min(first + batch, len(rows)))]
     padded = chunk + [chunk[-1]] * (batch - len(chunk))
-    verdicts = judge(collect(padded, first).take(range(len(chunk))))
+    verdicts = judge(collect(padded, first), len(chunk))
     yield [of_verdicts(group, solved) for group in verdicts]
 
 

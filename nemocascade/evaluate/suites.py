@@ -1,12 +1,13 @@
 """Held-out scores of each domain: avg@k with its 95% interval, and pass@k."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nemocascade.rollout.episode import Samples
+from nemocascade.rollout.samples import Samples
 from nemocascade.verifiers.verdict import Row, Verdict
 
 
@@ -42,12 +43,8 @@ def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
   return max(0.0, p - half), min(1.0, p + half)
 
 
-def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], samples: Samples | None = None):
-  """The DomainScore of verdicts[q][g].
-
-  Args:
-    samples: the samples of the same prompts; without them `tokens` and `unfinished` are 0.
-  """
+def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], *, unfinished: int = 0, tokens: int = 0) -> DomainScore:
+  """The DomainScore of verdicts[q][g]; `unfinished` and `tokens` are its fields."""
   means, best = [], []
   for verdicts_G in verdicts_QG:
     rewards = [v.reward for v in verdicts_G if not v.masked]
@@ -62,15 +59,15 @@ def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], samples: Samples | 
     best=float(np.mean(best)) if best else 0.0,
     prompts=len(means),
     masked=sum(v.masked for verdicts_G in verdicts_QG for v in verdicts_G),
-    unfinished=sum(not c.finished for group in samples.completions for c in group) if samples else 0,
-    tokens=int(samples.loss_mask_QGT.sum()) if samples else 0,
+    unfinished=unfinished,
+    tokens=tokens,
   )
 
 
 def evaluate(
   rows: dict[str, list[Row]],
   collect: Callable[[list[Row], int], Samples],
-  judge: Callable[[Samples], list[list[Verdict]]],
+  judge: Callable[[Samples, int], list[list[Verdict]]],
   *,
   batch: int,
 ) -> dict[str, DomainScore]:
@@ -79,20 +76,24 @@ def evaluate(
   Args:
     rows: domain -> its rows.
     collect: (rows, index) -> Samples of exactly `batch` rows; `index` is the number of the first row. The last
-      batch is filled up with copies of its last row, whose samples are dropped.
-    judge: Samples -> verdicts[q][g].
+      batch is filled up with copies of its last row, whose samples do not count.
+    judge: (Samples, count) -> verdicts[q][g] of the first `count` rows.
     batch: rows that are sampled together.
   """
   flat = [(name, row) for name, domain_rows in rows.items() for row in domain_rows]
   verdicts: dict[str, list] = {name: [] for name in rows}
-  parts: dict[str, list[Samples]] = {name: [] for name in rows}
+  unfinished, tokens = collections.Counter(), collections.Counter()
   for start in range(0, len(flat), batch):
     chunk = flat[start : start + batch]
     padded = [row for _, row in chunk] + [chunk[-1][1]] * (batch - len(chunk))
-    samples = collect(padded, start).take(range(len(chunk)))
-    judged = judge(samples)
-    for name in {name for name, _ in chunk}:
-      picked = [i for i, (other, _) in enumerate(chunk) if other == name]
-      verdicts[name] += [judged[i] for i in picked]
-      parts[name].append(samples.take(picked))
-  return {name: score_verdicts(verdicts[name], Samples.concatenate(parts[name])) for name in rows if rows[name]}
+    samples = collect(padded, start)
+    for q, verdicts_G in enumerate(judge(samples, len(chunk))):
+      name = chunk[q][0]
+      verdicts[name].append(verdicts_G)
+      unfinished[name] += int((~samples.finished_QG[q]).sum())
+      tokens[name] += int(samples.sampled_QG[q].sum())
+  return {
+    name: score_verdicts(verdicts[name], unfinished=unfinished[name], tokens=tokens[name])
+    for name in rows
+    if rows[name]
+  }

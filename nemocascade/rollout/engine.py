@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from nemocascade.errors import UserError
-from nemocascade.mesh import by_rows, constrain_batch, make_mesh, whole
+from nemocascade.mesh import by_rows, constrain_batch, make_mesh, own_rows, put_own, read_own, whole
 from nemocascade.rollout.sampling import row_keys, sample
 from nemocascade.types import Params
 
@@ -41,6 +41,9 @@ class Engine:
   JAX compiles a program again if its arguments have another sharding or none. So parameters and rows are put to
   their shardings before each call; this copies only what is not there yet.
 
+  In several processes all of them make the same calls with the same arguments; only the tokens given to `extend`
+  differ. A process reads the rows of its own devices alone (mesh.read_own).
+
   Args:
     prefill_fn: (params, tokens_BP, length_B, capacity) -> (logits_BV, state).
     step_fn: (params, state, tokens_B, active_B) -> (state, logits_BV).
@@ -53,6 +56,7 @@ class Engine:
 
   Attributes:
     start_fn, decode_fn: the two jitted programs.
+    mesh: the mesh of the rows.
 
   Raises:
     UserError: not 0 < prompt_tokens < total_tokens.
@@ -73,9 +77,9 @@ class Engine:
     if not 0 < prompt_tokens < total_tokens:
       raise UserError(f"{prompt_tokens=} must be positive and less than {total_tokens=}")
     self.P, self.T, self.stop_ids = prompt_tokens, total_tokens, tuple(stop_ids)
-    self._mesh = mesh or make_mesh(1, 1)
-    self._params_places = params_places or whole(self._mesh)
-    place_fn = functools.partial(constrain_batch, mesh=self._mesh)
+    self.mesh = mesh or make_mesh(1, 1)
+    self._params_places = params_places or whole(self.mesh)
+    place_fn = functools.partial(constrain_batch, mesh=self.mesh)
     self.start_fn = jax.jit(functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=(3, 4))
     self.decode_fn = jax.jit(functools.partial(_decode, step_fn, place_fn, self.stop_ids), donate_argnums=1)
 
@@ -105,8 +109,11 @@ class Engine:
     return jax.device_put(params, self._params_places)
 
   def decode(self, params: Params, d: Decoding, key: jax.Array, temperature: float, top_p: float):
-    """Decodes every row until it stops or meets its limit. `d` is donated; its arrays may be numpy arrays."""
-    d = jax.device_put(d, by_rows(d, d.known_B.shape[0], self._mesh))
+    """Decodes every row until it stops or meets its limit. `d` is donated.
+
+    Arrays of `d` may be numpy arrays of all rows, the same in every process.
+    """
+    d = jax.tree.map(_put, d, by_rows(d, d.known_B.shape[0], self.mesh))
     return self.decode_fn(self._placed(params), d, key, np.float32(temperature), np.float32(top_p))
 
   def extend(self, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
@@ -115,16 +122,30 @@ class Engine:
     A row is left unchanged if its limit does not leave room for the tokens and one more.
 
     Args:
-      given: row number -> tokens.
+      given: row number -> tokens; only rows of this process's devices. A row that several processes hold gets the
+        same tokens in all of them.
     """
-    tokens_BT, known_B = np.array(d.tokens_BT), np.array(d.known_B)
-    done_B, limit_B = np.array(d.done_B), np.asarray(d.limit_B)
+    B = d.known_B.shape[0]
+    own = own_rows(self.mesh, B)
+    tokens_BT, known_B, done_B, limit_B = (
+      a[own] if isinstance(a, np.ndarray) else read_own(a)[1] for a in (d.tokens_BT, d.known_B, d.done_B, d.limit_B)
+    )
+    place = {b: i for i, b in enumerate(own)}
     for b, tokens in given.items():
-      end = known_B[b] + len(tokens)
-      if end < limit_B[b]:
-        tokens_BT[b, known_B[b] : end] = tokens
-        known_B[b], done_B[b] = end, False
+      i = place[b]
+      end = known_B[i] + len(tokens)
+      if end < limit_B[i]:
+        tokens_BT[i, known_B[i] : end] = tokens
+        known_B[i], done_B[i] = end, False
+    tokens_BT, known_B, done_B = put_own((tokens_BT, known_B, done_B), self.mesh, B)
     return d.replace(tokens_BT=tokens_BT, known_B=known_B, done_B=done_B)
+
+
+def _put(array: jax.Array | np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+  """The array on the mesh. A numpy array has all rows in every process; each process copies those of its devices."""
+  if isinstance(array, jax.Array):
+    return jax.device_put(array, place)
+  return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def _start(prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q, G: int, drawn: bool) -> Decoding:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from nemocascade.domains.domain import Domain, NotStarted
-from nemocascade.rollout.episode import Samples
+from nemocascade.rollout.exchange import Exchange, alone, merge
+from nemocascade.rollout.samples import Samples
 from nemocascade.types import Rollout
 from nemocascade.verifiers.verdict import Completion, Verdict, no_verdict
 
 Verdicts = list[list[Verdict]]  # [Q][G]
+LONGEST = 200  # Characters of a verdict's reason that other processes get.
 
 # Rules for completions that met the sampler's limit:
 # (rewards_QG; finished_QG, bool; room_QG, tokens left to the limit) -> (rewards_QG, kept_QG, bool).
@@ -47,20 +49,45 @@ def soft(rewards_QG, finished_QG, room_QG, *, tokens: int = 16):
 OVERLONG = {"zero": zero, "filter": drop, "keep": keep, "soft": soft}
 
 
-def judge(samples: Samples, domains: Mapping[str, Domain]) -> Verdicts:
-  """The verdict of each completion. A domain's `verify` gets all of its completions in one call.
+def judge(
+  samples: Samples, domains: Mapping[str, Domain], *, prompts: int | None = None, exchange: Exchange = alone
+) -> Verdicts:
+  """The verdict of each completion, in every process.
 
-  The verdict is masked if the episode's environment could not start.
+  A process judges the completions that it has. A domain's `verify` gets all of them in one call; it is called in
+  every process, with empty lists where the process has none, because a judge may be a model that all processes
+  run together. The verdict is masked if the episode's environment could not start.
+
+  Args:
+    prompts: judges only this many prompts, the first ones; None judges all.
+    exchange: connects the processes.
   """
-  verdicts: Verdicts = [[] for _ in samples.rows]
-  for name in dict.fromkeys(samples.domains):
-    q = [i for i, other in enumerate(samples.domains) if other == name]
-    rows = [samples.rows[i] for i in q for _ in samples.completions[i]]
-    completions = [c for i in q for c in samples.completions[i]]
-    flat = iter(domains[name].verify(rows, completions))
-    for i in q:
-      verdicts[i] = [_if_started(completion, next(flat)) for completion in samples.completions[i]]
-  return verdicts
+  Q = len(samples.rows) if prompts is None else prompts
+  found = []
+  for name in dict.fromkeys(samples.domains[:Q]):
+    own = [
+      (q, g, completion)
+      for q in range(Q)
+      if samples.domains[q] == name
+      for g, completion in enumerate(samples.completions[q])
+      if completion is not None
+    ]
+    completions = [completion for *_, completion in own]
+    verdicts = domains[name].verify([samples.rows[q] for q, *_ in own], completions)
+    for (q, g, completion), verdict in zip(own, verdicts, strict=True):
+      found.append(to_item(q, g, _if_started(completion, verdict)))
+  return from_items(merge(found, exchange, "verdicts"), (Q, len(samples.completions[0])))
+
+
+def to_item(q: int, g: int, verdict: Verdict) -> list:
+  """The verdict of completion (q, g) as a JSON value, for an exchange."""
+  return [q, g, float(verdict.reward), verdict.reason[:LONGEST], verdict.masked, verdict.cause]
+
+
+def from_items(items: Sequence[list], shape: tuple[int, int]) -> Verdicts:
+  """The verdicts [Q][G] of items of `to_item`; `shape` is (Q, G)."""
+  verdict = {(q, g): Verdict(*fields) for q, g, *fields in items}
+  return [[verdict[q, g] for g in range(shape[1])] for q in range(shape[0])]
 
 
 def _if_started(completion: Completion, verdict: Verdict) -> Verdict:
@@ -69,8 +96,9 @@ def _if_started(completion: Completion, verdict: Verdict) -> Verdict:
 
 
 def to_rollout(
-  samples: Samples, verdicts: Verdicts, *, overlong: Callable = keep, compared: Verdicts | None = None
-) -> tuple[Rollout, dict[str, float]]:
+  samples: Samples, verdicts: Verdicts, *, overlong: Callable = keep, compared: Verdicts | None = None,
+  judged: Verdicts | None = None,
+) -> tuple[Rollout, dict[str, float]]:  # fmt: skip
   """Returns the Rollout that a step trains on, and metrics "rollout/<name>" of what was left out.
 
   Args:
@@ -78,20 +106,23 @@ def to_rollout(
     compared: verdicts whose rewards and masks are used instead, from judges that compare the completions of a
       group. Then a masked verdict of `verdicts` does not leave out its sample, because it only says that the row
       has no verdict of its own.
+    judged: all verdicts that the step has cost, those of groups that were not kept included; by default `verdicts`.
+      The metrics of masked samples count them all: a group without verdicts has none that differ, so it is not kept.
   """
-  finished_QG = np.array([[c.finished for c in group] for group in samples.completions])
+  finished_QG = samples.finished_QG
   verdict_QG, masked_verdict_QG = _arrays(verdicts)
   rewards_QG, masked_QG = (verdict_QG, masked_verdict_QG) if compared is None else _arrays(compared)
-  causes = collections.Counter(v.cause or "other" for group in compared or verdicts for v in group if v.masked)
-  room_QG = samples.limit_QG - (samples.segment_ids_QGT > 0).sum(-1)
+  counted = [v for group in compared or judged or verdicts for v in group]
+  causes = collections.Counter(v.cause or "other" for v in counted if v.masked)
+  room_QG = samples.limit_QG - samples.length_QG
   rewards_QG, kept_QG = overlong(rewards_QG, finished_QG, room_QG)
   valid_QG = ~masked_QG & kept_QG
   counts = {
-    "rollout/masked": float(masked_QG.mean()),
-    **{f"rollout/masked_{cause}": n / masked_QG.size for cause, n in sorted(causes.items()) if n},
+    "rollout/masked": causes.total() / len(counted),
+    **{f"rollout/masked_{cause}": n / len(counted) for cause, n in sorted(causes.items())},
     "rollout/unfinished": float(1 - finished_QG.mean()),
     "rollout/verdict": float(verdict_QG[~masked_verdict_QG].mean()) if not masked_verdict_QG.all() else 0.0,
-    "rollout/tokens": float(samples.loss_mask_QGT.sum(-1).mean()),
+    "rollout/tokens": float(samples.sampled_QG.mean()),
     "rollout/groups_with_signal": float(np.mean([bool(i) for i in _signal(verdicts)])),
   }
   rollout = Rollout(
@@ -122,16 +153,15 @@ def informative(verdicts: Sequence[Verdicts]) -> list[list[int]]:
   return [[q for q, yes in enumerate(_signal(round_)) if yes] for round_ in verdicts]
 
 
-def refill(rounds: Sequence[tuple[Samples, Verdicts]], prompts: int) -> tuple[Samples, Verdicts]:
-  """The first `prompts` groups of all rounds whose verdicts differ, filled up with other groups if too few.
+def refill(rounds: Sequence[tuple[Samples, Verdicts]]) -> tuple[Samples, Verdicts]:
+  """The first groups of all rounds whose verdicts differ, filled up with other groups if too few.
 
-  The result always has the same shape. `dynamic_filter` then masks the groups that were filled up.
+  The result always has as many groups as a round. `dynamic_filter` then masks the groups that were filled up.
   """
-  samples = Samples.concatenate([s for s, _ in rounds])
-  verdicts = [group for _, round_ in rounds for group in round_]
-  signal = _signal(verdicts)
-  order = sorted(range(len(verdicts)), key=lambda q: not signal[q])[:prompts]
-  return samples.take(order), [verdicts[q] for q in order]
+  verdicts = {(i, q): group for i, (_, round_) in enumerate(rounds) for q, group in enumerate(round_)}
+  signal = dict(zip(verdicts, _signal(list(verdicts.values())), strict=True))
+  order = sorted(verdicts, key=lambda place: not signal[place])[: len(rounds[0][1])]
+  return Samples.pick([samples for samples, _ in rounds], order), [verdicts[place] for place in order]
 
 
 def dynamic_filter(rollout: Rollout, verdicts: Verdicts) -> Rollout:

@@ -1,7 +1,6 @@
 """Held-out rows of every domain, and a model's scores on them."""
 
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError
 from nemocascade.evaluate import suites
 from nemocascade.rollout import episode, rewards
+from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.parts import Parts
 from nemocascade.types import Params
 from nemocascade.verifiers.verdict import Row
@@ -47,10 +47,13 @@ class Heldout:
       def collect(rows, index, P=P, T=T):
         return episode.collect(
           parts.programs.engine(P, T), params, jax.random.fold_in(key, index), rows, parts.domains,
-          tokenizer=parts.text.tokenizer, G=completions, temperature=temperature,
+          tokenizer=parts.text.tokenizer, G=completions, temperature=temperature, exchange=exchange,
         )  # fmt: skip
 
-      scores |= suites.evaluate(rows, collect, functools.partial(rewards.judge, domains=parts.domains), batch=batch)
+      def judge(samples, count):
+        return rewards.judge(samples, parts.domains, prompts=count, exchange=exchange)
+
+      scores |= suites.evaluate(rows, collect, judge, batch=batch)
     return {name: scores[name] for name in self.rows}
 
 
@@ -91,7 +94,7 @@ def _rows_of(c: ConfigDict, domain: Domain, name: str, tokenizer) -> list[Row]:
         f"domain {name!r} has only {len(fits)} held-out prompts{others}: lower evaluation.prompts"
         f"{f', or raise evaluation.{field}' if too_long else ''}"
       )
-  if too_long:
+  if too_long and jax.process_index() == 0:
     print(
       f"domain {name!r}: left out {len(too_long)} held-out prompts of more than"
       f" evaluation.{field}={e[field]} tokens; the longest has {max(too_long.values())}",

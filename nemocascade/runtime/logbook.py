@@ -52,7 +52,7 @@ class Logbook:
 
   def record(
     self, step: int, state: TrainState, metrics: Mapping[str, float], skipped: Sequence[float], spent: Spent,
-    samples: list[dict], mixture: Mapping[str, Any],
+    samples: Callable[[], list[dict]], mixture: Mapping[str, Any],
   ) -> bool:  # fmt: skip
     """Writes a finished step. Returns whether the stage ends here.
 
@@ -60,7 +60,7 @@ class Logbook:
       state: after the step.
       skipped: for each update, whether it was skipped as not finite.
       spent: of the stage so far.
-      samples: lines for samples.jsonl.
+      samples: makes the lines for samples.jsonl; called if they are due, in every process.
       mixture: the position in the prompts, for the checkpoint.
 
     Raises:
@@ -71,7 +71,7 @@ class Logbook:
     supervisor.write(self._writer, step, metrics, skipped=skipped, to_save=state if due else None)
     ended = self._watch(step + 1, state.params, spent) or step + 1 == c.steps
     if step % c.samples_every == 0 or ended:
-      self._writer.write_samples(step, samples)
+      self._writer.write_samples(step, samples())
     self._bar.update(1, reward=metrics["reward/mean"], tokens=spent.sampled)
     if due or ended or supervisor.stopping:
       parts = {"mixture": mixture, "spent": dataclasses.asdict(spent), "supervisor": supervisor.record()}

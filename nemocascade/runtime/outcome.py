@@ -5,7 +5,7 @@ import sys
 
 import jax
 
-from nemocascade.rollout.episode import Samples
+from nemocascade.rollout.samples import Samples
 from nemocascade.types import Params
 
 
@@ -25,8 +25,8 @@ class Spent:
     return self.plus(**dataclasses.asdict(other))
 
   def plus_rollout(self, samples: Samples) -> "Spent":
-    given_QG = ((samples.segment_ids_QGT > 0) & ~samples.loss_mask_QGT).sum(-1)
-    return self.plus(sampled=int(samples.loss_mask_QGT.sum()), prefilled=int(given_QG[:, 0].sum()))
+    given_Q = (samples.length_QG - samples.sampled_QG)[:, 0]
+    return self.plus(sampled=int(samples.sampled_QG.sum()), prefilled=int(given_Q.sum()))
 
   def flops(self, matmul_params: int) -> int:
     """FLOPs: 2 per parameter and token forward, 6 with the backward pass.

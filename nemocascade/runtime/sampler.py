@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 from nemocascade.domains.rows import prompt_messages
 from nemocascade.report.metrics import Phases
 from nemocascade.rollout import episode, rewards
-from nemocascade.rollout.episode import Samples
+from nemocascade.rollout.exchange import merge
+from nemocascade.rollout.samples import Samples
+from nemocascade.runtime.hosts import decided, exchange
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
@@ -21,6 +23,7 @@ class Sampled:
   """The samples of a step and their verdicts.
 
   Attributes:
+    judged: the verdicts of all rounds, those of groups that were not kept included.
     rounds: batches that were sampled.
     too_long: prompts that were skipped because they are too long.
     spent: tokens that all rounds have cost.
@@ -28,6 +31,7 @@ class Sampled:
 
   samples: Samples
   verdicts: rewards.Verdicts
+  judged: rewards.Verdicts
   rounds: int
   too_long: int
   spent: Spent
@@ -51,33 +55,47 @@ def sample(
   r, rounds, too_long, spent = c.rollout, [], 0, Spent()
   for round_ in range(c.refill_rounds):
     rows, prompts, left_out = mixture.draw(r.prompts)
+    decided(prompts, "drawn prompts")
     too_long += left_out
     samples = episode.collect(
       parts.programs.engine(r.prompt_tokens, r.total_tokens), params, jax.random.fold_in(key, step * 100 + round_),
       rows, parts.domains, tokenizer=parts.text.tokenizer, G=r.completions, prompts=prompts,
       completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
-      temperature=np.float32(r.temperature), top_p=r.top_p,
+      temperature=np.float32(r.temperature), top_p=r.top_p, exchange=exchange,
     )  # fmt: skip
+    decided([samples.length_QG.tolist(), samples.sampled_QG.tolist(), samples.finished_QG.tolist()], "ends of episodes")
     phases.end("rollout")
-    rounds.append((samples, rewards.judge(samples, parts.domains)))
+    verdicts = rewards.judge(samples, parts.domains, exchange=exchange)
+    decided([[dataclasses.astuple(verdict) for verdict in group] for group in verdicts], "verdicts")
+    rounds.append((samples, verdicts))
     phases.end("verdict")
     spent = spent.plus_rollout(samples)
     if not c.dynamic_filtering or sum(map(len, rewards.informative([v for _, v in rounds]))) >= r.prompts:
       break
-  samples, verdicts = rewards.refill(rounds, r.prompts) if c.dynamic_filtering else rounds[0]
-  return Sampled(samples, verdicts, len(rounds), too_long, spent)
+  decided(len(rounds), "rounds")
+  judged = [group for _, verdicts in rounds for group in verdicts]
+  samples, verdicts = rewards.refill(rounds) if c.dynamic_filtering else rounds[0]
+  return Sampled(samples, verdicts, judged, len(rounds), too_long, spent)
 
 
 def sample_lines(sampled: Sampled, rollout: Rollout, count: int) -> list[dict]:
-  """Lines of samples.jsonl: the first completion of up to `count` prompts, spread over the batch."""
+  """Lines of samples.jsonl: the first completion of up to `count` prompts, spread over the batch.
+
+  A line has the last message of the user and the whole completion, with calls and their results. The processes
+  exchange these completions: all of them call it.
+  """
   samples, lines = sampled.samples, []
-  for q in np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).astype(int):
+  places = np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).astype(int).tolist()
+  own = ([q, one.text] for q in places if (one := samples.completions[q][0]) is not None)
+  text = dict(merge(own, exchange, "texts of samples"))
+  for q in places:
     verdict = sampled.verdicts[q][0]
+    said = [message["content"] for message in prompt_messages(samples.rows[q]) if message["role"] == "user"]
     lines.append(
       {
         "domain": samples.domains[q],
-        "prompt": prompt_messages(samples.rows[q])[-1]["content"],
-        "completion": samples.completions[q][0].text,
+        "prompt": said[-1] if said else "",
+        "completion": text[q],
         "reward": float(rollout.rewards_QG[q][0]),
         "verdict": verdict.reward,
         "reason": verdict.reason,

@@ -12,21 +12,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.domains.rows import prompt_messages
-from nemocascade.errors import UserError
 from nemocascade.report.metrics import Phases
 from nemocascade.rollout import rewards
-from nemocascade.rollout.episode import Samples
+from nemocascade.rollout.samples import Samples
 from nemocascade.runtime import loading
+from nemocascade.runtime.judge import compared
 from nemocascade.runtime.objective import chosen, needs, taught, topk
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.sampler import Sampled
 from nemocascade.runtime.teachers import Teachers
 from nemocascade.types import Params, Rollout
-from nemocascade.verifiers import judge as judge_lib
 from nemocascade.verifiers.judge import Judge
-from nemocascade.verifiers.verdict import Verdict, no_verdict
 
 # Rows that a teacher or reference scores at a time; at least one per device. A constant number, so that one
 # compiled program serves any part of a batch.
@@ -116,7 +113,7 @@ def wanted(c: ConfigDict) -> list[Signal]:
 
 def scored_tokens(samples: Samples, signals: Sequence[Signal]) -> int:
   """Tokens that teachers and reference read to give these signals."""
-  return int((samples.segment_ids_QGT > 0).sum()) * sum(signal.phase == "score" for signal in signals)
+  return int(samples.length_QG.sum()) * sum(signal.phase == "score" for signal in signals)
 
 
 def open_sources(c: ConfigDict, parts: Parts, teachers: Teachers | None, init_from: str) -> Sources:
@@ -145,7 +142,11 @@ def annotate(sampled: Sampled, signals: Sequence[Signal], s: Sources, phases: Ph
     found |= signal.read(s, samples)
     phases.end(signal.phase)
   rollout, counts = rewards.to_rollout(
-    samples, sampled.verdicts, overlong=chosen(s.c, "overlong"), compared=found.pop("compared", None)
+    samples,
+    sampled.verdicts,
+    overlong=chosen(s.c, "overlong"),
+    compared=found.pop("compared", None),
+    judged=sampled.judged,
   )
   if s.c.dynamic_filtering:
     rollout = rewards.dynamic_filter(rollout, sampled.verdicts)
@@ -157,29 +158,6 @@ def annotate(sampled: Sampled, signals: Sequence[Signal], s: Sources, phases: Ph
     counts |= uniform_share(rollout, samples.domains, s.programs.config.vocab_size, s.heads_ZDV)
   phases.end("score")
   return rollout, counts
-
-
-def compared(judge: Judge, tokenizer: Tokenizer, samples: Samples) -> rewards.Verdicts:
-  """Verdicts of a judge that compares the answers of each group in pairs, with length control.
-
-  See Nemotron-Cascade 2 (arXiv 2603.19220, section 4.5) and NeMo-Gym's `genrm_compare`. If the judge fails, all
-  samples are masked.
-  """
-  count = lambda text: len(tokenizer.encode(text or ""))  # noqa: E731
-  try:
-    rewards_QG = judge_lib.batch_rewards(
-      judge,
-      [prompt_messages(row) for row in samples.rows],
-      samples.completions,
-      think_tokens_QG=[[count(c.reasoning) for c in group] for group in samples.completions],
-      answer_tokens_QG=[[count(c.content) for c in group] for group in samples.completions],
-    )
-  except UserError:
-    raise
-  except Exception as error:  # noqa: BLE001  A failure of the judge leaves all samples without a verdict.
-    failed = no_verdict("error", f"judge failed: {type(error).__name__}: {error}")
-    return [[failed for _ in group] for group in samples.completions]
-  return [[Verdict(float(reward), "compared in pairs") for reward in group] for group in rewards_QG]
 
 
 def scored_rows(programs: Programs) -> int:
@@ -198,7 +176,7 @@ def over_rows(programs: Programs, program: Callable, samples: Samples, q: list[i
     Each array as [len(q), G, T, ...].
   """
   parts = (samples.tokens_QGT, samples.segment_ids_QGT, samples.loss_mask_QGT)
-  rows = [a_QGT[q].reshape(-1, a_QGT.shape[-1]) for a_QGT in parts]
+  rows = [np.asarray(a_QGT)[q].reshape(-1, a_QGT.shape[-1]) for a_QGT in parts]
   found, B = [], scored_rows(programs)
   for i in range(0, len(rows[0]), B):
     n = len(rows[0][i : i + B])

@@ -75,16 +75,15 @@ class BradleyTerryJudge:
   The scores are 1 + 4p and 5 - 4p and the ranking is 6 - 5p, so equal rewards give 3, 3 and 3.5.
   If a reward is not finite, all matches of that answer have NaN scores.
 
-  `reward_fn(prompts, answers) -> rewards [len(answers)]` is called once per list of matches. Each
-  distinct (prompt, answer) is passed once, even if it is in several matches.
+  `reward_fn(prompts, answers) -> rewards [len(answers)]` is called once per list of matches, even for an empty
+  one: the processes of a run may have to call it together. Each distinct (prompt, answer) is passed once, even if
+  it is in several matches.
   """
 
   def __init__(self, reward_fn: Callable[[list[Prompt], list[str]], np.ndarray]):
     self._reward_fn = reward_fn
 
   def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
-    if not answers:
-      return np.zeros(0)
     rewards = np.asarray(self._reward_fn(list(prompts), list(answers)), np.float64)
     if rewards.shape != (len(answers),):
       raise ValueError(f"{len(answers)} answers got rewards of shape {rewards.shape}")
@@ -287,7 +286,7 @@ def concise(base_G: np.ndarray, tokens_G: np.ndarray, present_G: np.ndarray, *, 
 def batch_rewards(
   judge: Judge,
   prompts: Sequence[Prompt],
-  completions_QG: Sequence[Sequence[Completion]],
+  answers_QG: Sequence[Sequence[str | None]],
   *,
   think_tokens_QG: Sequence[Sequence[int]],
   answer_tokens_QG: Sequence[Sequence[int]],
@@ -309,6 +308,7 @@ def batch_rewards(
   it gains nothing by being short. A completion without any finite score gets NaN, which masks it.
 
   Args:
+    answers_QG: the result of `answer_of` for each completion.
     think_tokens_QG: length of each completion's thoughts, in tokens.
     answer_tokens_QG: length of each completion's answer, in tokens.
     pairs: a key of PAIRINGS: "all_pairs" as in Nemotron-Cascade 2 (arXiv 2603.19220, section 4.5),
@@ -319,10 +319,9 @@ def batch_rewards(
   """
   if pairs not in PAIRINGS:
     raise errors.unknown("pairing", pairs, PAIRINGS)
-  for completions_G in completions_QG:
-    if len(completions_G) < 2:
-      raise errors.UserError(f"G = {len(completions_G)}: answers are compared, so a group needs 2")
-  answers_QG = [[answer_of(completion) for completion in completions_G] for completions_G in completions_QG]
+  for answers_G in answers_QG:
+    if len(answers_G) < 2:
+      raise errors.UserError(f"G = {len(answers_G)}: answers are compared, so a group needs 2")
   rewards_QG = []
   for q, base_G in enumerate(_base_scores_of_all(judge, prompts, answers_QG, PAIRINGS[pairs])):
     present_G = np.array([answer is not None for answer in answers_QG[q]])
@@ -365,7 +364,7 @@ def _base_scores_of_all(
 def group_rewards(
   judge: Judge,
   messages: Prompt,
-  completions_G: Sequence[Completion],
+  answers_G: Sequence[str | None],
   *,
   think_tokens_G: Sequence[int],
   answer_tokens_G: Sequence[int],
@@ -373,6 +372,6 @@ def group_rewards(
 ) -> np.ndarray:
   """`batch_rewards` of one group: float32 [G]."""
   return batch_rewards(
-    judge, [messages], [completions_G],
+    judge, [messages], [answers_G],
     think_tokens_QG=[think_tokens_G], answer_tokens_QG=[answer_tokens_G], **settings,
   )[0]  # fmt: skip

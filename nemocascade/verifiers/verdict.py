@@ -26,6 +26,7 @@ class Completion:
 
   turns: tuple[Turn, ...]
   world: object | None = None
+  results: tuple[tuple[str, ...], ...] = ()  # What the tools answered to the calls of each turn, from the first on.
 
   @property
   def content(self) -> str:
@@ -43,13 +44,16 @@ class Completion:
 
   @property
   def text(self) -> str:
-    """All turns with their thoughts and calls, for logs."""
+    """All turns with their thoughts, their calls and what the tools answered, for logs."""
     parts = []
-    for turn in self.turns:
+    for i, turn in enumerate(self.turns):
       if turn.reasoning is not None:
         parts.append(f"<think>\n{turn.reasoning}\n</think>\n")
       parts.append(turn.content)
       parts += [f"{call.name}({call.arguments})" for call in turn.tool_calls]
+      parts += [
+        f"\n<tool_response>\n{result}\n</tool_response>\n" for results in self.results[i : i + 1] for result in results
+      ]
     return "".join(parts)
 
 
