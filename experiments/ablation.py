@@ -29,7 +29,6 @@ from nemocascade.report.metrics import read_lines
 from nemocascade.runtime import loading, objective, parts
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.heldout import Heldout, draw_heldout
-from nemocascade.runtime.hosts import refuse_several
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
@@ -310,7 +309,6 @@ def publish(c: ConfigDict, workdir: Path, found: dict[int, OfSeed], rates: dict[
 def run(c: ConfigDict, workdir: Path) -> dict:
   """Runs what is left of the comparison; returns the content of ablation.json."""
   check(c)
-  refuse_several("a comparison")
   check_owner(c, workdir)
   own = preparation(c, seed=0)
   p = parts.build(own, workdir)

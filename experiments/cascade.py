@@ -24,7 +24,7 @@ from nemocascade.report.metrics import CompileCounter
 from nemocascade.runtime import domains, loading, objective, parts, termination
 from nemocascade.runtime.checks import check_evaluation, judged
 from nemocascade.runtime.heldout import Heldout, draw_heldout
-from nemocascade.runtime.hosts import refuse_several
+from nemocascade.runtime.hosts import exchange, first_alone
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.start import check_start
@@ -147,7 +147,6 @@ def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tupl
 def run(c: ConfigDict, workdir: Path) -> Record:
   """Runs what is left of the cascade; returns its record."""
   check(c)
-  refuse_several("a cascade")
   check_owner(c, workdir)
   p = parts.build(c, workdir)
   check_programs(c, p)
@@ -155,12 +154,13 @@ def run(c: ConfigDict, workdir: Path) -> Record:
   p = dataclasses.replace(p, text=claim(c, workdir, p.text))
   keep_compilations(workdir)
   record, began = Record.open(workdir), time.time()
+  record.stages, record.teachers = exchange([record.stages, record.teachers], "record of the cascade")[0]
   for name in c.order:
     p = finish_stage(c, workdir, p, heldout, record, name)
-    pages.write(workdir)
+    first_alone(lambda: pages.write(workdir))
     if termination.stopping():
       raise termination.terminated(record.checkpoint(name))
-  tqdm.write(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
+  say(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 
 
@@ -212,7 +212,13 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
     entry |= fields | seconds | {"probe": dataclasses.asdict(probe)}
   entry |= {"status": "done", "wall_s": entry["wall_s"] + time.time() - began}
   record.put(entry)
-  tqdm.write(summary(entry))
+  say(summary(entry))
+
+
+def say(line: str) -> None:
+  """Writes a line to the log; only in the first process."""
+  if jax.process_index() == 0:
+    tqdm.write(line)
 
 
 def summary(entry: dict) -> str:
@@ -230,4 +236,4 @@ def summary(entry: dict) -> str:
 
 
 if __name__ == "__main__":
-  launch(run)
+  launch(run, several=True)

@@ -10,8 +10,10 @@ only.
 import dataclasses
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
+from nemocascade.evaluate.suites import DomainScore
 from nemocascade.field_check import check
 from nemocascade.fields import number, text, whole
 from nemocascade.mesh import make_mesh, mesh_sizes
@@ -33,21 +35,27 @@ def run(
   check(c)
   check_evaluation(c, "--completions", completions)
   p, params = trained_parts(c, checkpoint, judge, make_mesh(**(mesh_sizes(mesh) if mesh else c.mesh)))
-  if not judge and (needing := domains.that_need(c, "judge")):
+  if not judge and (needing := domains.that_need(c, "judge")) and jax.process_index() == 0:
     print(f"no --judge: {', '.join(needing)} is masked")
   first_alone(lambda: own(workdir))
   heldout = draw_heldout(c, p.domains, p.text.tokenizer)
   scores = heldout.evaluate(p, params, temperature=temperature, completions=completions)
+  first_alone(lambda: _tell(scores, completions, workdir))
+  return scores
+
+
+def _tell(scores: dict[str, DomainScore], completions: int, workdir: Path) -> None:
+  """Prints the table and writes scores.json."""
   print(f"{'domain':14} {'avg@' + str(completions):>7}  {'95% interval':14} {'pass@' + str(completions):>7}  masked")
   for name, s in scores.items():
     print(f"{name:14} {s.mean:7.3f}  [{s.low:.3f}, {s.high:.3f}] {s.best:7.3f}  {s.masked}")
   write_json(workdir / "scores.json", {n: dataclasses.asdict(s) for n, s in scores.items()})
-  return scores
 
 
 if __name__ == "__main__":
   launch(
     run,
+    several=True,
     checkpoint=(text("The checkpoint to evaluate.", empty=False), ""),
     judge=(text("The reward model's checkpoint, for the preference domain."), ""),
     completions=(whole("Completions of each prompt: the k of avg@k and pass@k."), 1),

@@ -8,7 +8,8 @@ An output row adds {"tokens", "logprobs", "text", "finish_reason": "stop" | "len
 log-probability with which each was drawn, and their text without the stop token (null if the checkpoint has
 no tokenizer).
 
---mesh=data:1,expert:8 shares a model that is too large for one device among several.
+--mesh=data:1,expert:8 shares a model that is too large for one device among several. With --distributed these may be
+devices of several processes; the first one writes the output.
 """
 
 from collections import defaultdict
@@ -20,8 +21,10 @@ import numpy as np
 
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.fields import flag, number, text, whole
-from nemocascade.mesh import make_mesh, mesh_sizes
+from nemocascade.mesh import make_mesh, mesh_sizes, read_own
+from nemocascade.rollout.exchange import merge
 from nemocascade.runtime import json_rows as rows_lib
+from nemocascade.runtime.hosts import exchange, first_alone
 from nemocascade.runtime.launch import MESH, launch
 from nemocascade.runtime.parts import from_checkpoint
 from nemocascade.runtime.programs import Programs
@@ -37,7 +40,7 @@ def run(
   checkpoint: str, input: str, output: str, temperature: float, top_p: float, max_new_tokens: int,
   seed: int, thinking: bool, mesh: str = "data:1",
 ) -> None:  # fmt: skip
-  rows_lib.check_output(output)
+  first_alone(lambda: rows_lib.check_output(output))
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   prompts = rows_lib.tokens_of(
@@ -48,7 +51,7 @@ def run(
     programs, tokenizer, params, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
   )
   lines = [row | completion for (_, row), completion in zip(rows, completions, strict=True)]
-  rows_lib.write_rows(output, lines)
+  first_alone(lambda: rows_lib.write_rows(output, lines))
 
 
 def generate(
@@ -103,9 +106,12 @@ def complete(
       d = d.replace(row_id_B=np.array(filled, np.int32), limit_B=limit_B)
       d = engine.decode(params, d, key, temperature, top_p)
       drawn_BT = d.behaviour_logprobs_BT if d.drawn_logprobs_BT is None else d.drawn_logprobs_BT
-      d = jax.device_get((d.tokens_BT, drawn_BT, d.known_B))
-      for b, i in enumerate(part):
-        tokens, logprobs = (a_BT[b, len(prompts[i]) : int(d[2][b])].tolist() for a_BT in d[:2])
+      (own, known_B), (_, tokens_BT), (_, drawn_BT) = map(read_own, (d.known_B, d.tokens_BT, drawn_BT))
+      found = []
+      for place, b in enumerate(own[own < len(part)]):
+        new = slice(len(prompts[part[b]]), known_B[place])
+        found.append([part[b], tokens_BT[place, new].tolist(), drawn_BT[place, new].tolist()])
+      for i, tokens, logprobs in merge(found, exchange, "completions"):
         stopped = tokens[-1] in engine.stop_ids
         said = tokens[:-1] if stopped else tokens
         completions[i] = {
@@ -121,6 +127,7 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
+    several=True,
     checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
     input=(text("Prompts, JSON lines."), ""),
     output=(text("Completions, JSON lines."), ""),

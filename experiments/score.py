@@ -7,7 +7,8 @@ An input row is {"tokens": [...]} or {"messages": [...], "tools": [...]}; other 
 An output row adds "logprobs": [null, float, ...]. Entry t is log p(token t | the tokens before it). Rows of
 messages get their "tokens" too.
 
---mesh=data:1,expert:8 shares a model that is too large for one device among several.
+--mesh=data:1,expert:8 shares a model that is too large for one device among several. With --distributed these may be
+devices of several processes; the first one writes the output.
 """
 
 from collections import defaultdict
@@ -18,6 +19,7 @@ import numpy as np
 from nemocascade.fields import text
 from nemocascade.mesh import make_mesh, mesh_sizes
 from nemocascade.runtime import json_rows as rows_lib
+from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import MESH, launch
 from nemocascade.runtime.parts import from_checkpoint
 from nemocascade.runtime.programs import Programs
@@ -27,15 +29,13 @@ TOKENS = 1 << 14  # Tokens of a batch, padding included.
 
 
 def run(checkpoint: str, input: str, output: str, mesh: str = "data:1") -> None:
-  rows_lib.check_output(output)
+  first_alone(lambda: rows_lib.check_output(output))
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   documents = rows_lib.tokens_of(rows, tokenizer, path=input, vocab_size=programs.config.vocab_size)
   scored = zip(rows, documents, score(programs, params, documents), strict=True)
-  rows_lib.write_rows(
-    output,
-    [row | {"tokens": tokens, "logprobs": logprobs} for (_, row), tokens, logprobs in scored],
-  )
+  lines = [row | {"tokens": tokens, "logprobs": logprobs} for (_, row), tokens, logprobs in scored]
+  first_alone(lambda: rows_lib.write_rows(output, lines))
 
 
 def score(programs: Programs, params: Params, documents: Sequence[Sequence[int]]) -> list[list[float | None]]:
@@ -61,6 +61,7 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
+    several=True,
     checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
     input=(text("Rows, JSON lines."), ""),
     output=(text("Rows with their log-probabilities, JSON lines."), ""),

@@ -170,12 +170,3 @@ def fail(line: str, code: int, *, user: bool) -> Ending | None:
     user: whether it is a bad request.
   """
   return _run.link.fail(line, code, user) if _run.link is not None else None
-
-
-def refuse_several(what: str) -> None:
-  """Raises UserError if there is more than one process. `what` is the subject of the message."""
-  if jax.process_count() > 1:
-    raise UserError(
-      f"{what} runs in one process, and there are {jax.process_count()}: verdicts and tools' results"
-      " are not shared between processes yet"
-    )

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+import jax
+
 from nemocascade.errors import UserError, unknown
 from nemocascade.evaluate.suites import DomainScore
 from nemocascade.state_files import read_state, refused, write_json
@@ -97,7 +99,9 @@ class Record:
     return cls(path, value["stages"], value["teachers"])
 
   def save(self) -> None:
-    write_json(self.path, {"stages": self.stages, "teachers": self.teachers})
+    """Writes the file; only in the first process."""
+    if jax.process_index() == 0:
+      write_json(self.path, {"stages": self.stages, "teachers": self.teachers})
 
   def stage(self, name: str) -> dict | None:
     return next((entry for entry in self.stages if entry["name"] == name), None)
