@@ -200,15 +200,6 @@ def test_a_domain_without_a_prompt_that_fits_is_refused_before_anything_is_writt
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name, run", [("a cascade", cascade.run), ("RL", rl.main)])
-def test_more_processes_than_one_are_refused_before_anything_is_written(monkeypatch, tmp_path, name, run):
-  config = cascade_config if run is cascade.run else if_rl
-  monkeypatch.setattr("jax.process_count", lambda: 2)
-  with pytest.raises(UserError, match=f"{name} runs in one process, and there are 2"):
-    run(config.get_config("smoke"), tmp_path / "run")
-  assert not (tmp_path / "run").exists()
-
-
 def small(config) -> ConfigDict:
   """Config of a stage of one step on the preference domain only."""
   c = config.get_config("smoke")

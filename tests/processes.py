@@ -1,0 +1,139 @@
+"""Runs every stage of the smoke cascade in 1, 2 and 4 processes of one mesh of four devices, and compares them.
+
+  python tests/processes.py
+  python tests/processes.py --order=sft,if_rl,swe_agentic_rl --processes=2
+
+The cascade in one process comes first. Then each stage runs alone in several processes, from the same checkpoints:
+a difference of one stage does not reach the next. A line of the table says
+  - tokens: whether the first step sampled the same completions, or SFT and the reward model have equal losses,
+  - params: the largest difference of a parameter after the last step, relative to the largest value of its array,
+  - scores: whether the held-out scores of all domains are equal; rounding may turn a token of a trained model,
+  - record: the fields of the stage in cascade.json that differ, without scores, times and the probe,
+  - exchange: bytes and milliseconds a step, of process 0.
+The exit code is 1 if tokens differ, or a parameter by more than 1e-5.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from chaos import order_flags
+from linked import free_address
+from orbax.checkpoint import StandardCheckpointer
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/tiny/cascade.py:smoke"
+ORDER = "reward_model,sft,if_rl,multi_domain_rl,rlhf_teacher,mopd,rlhf,long_context_rl,code_rl,swe_rl,swe_agentic_rl"
+DEVICES, STEPS = 4, 4
+# Fields of cascade.json that vary by run, and those that `scores` compares.
+OF_PROCESS = ("wall_s", "train_s", "eval_s_after", "compilations", "probe", "checkpoint")
+SCORES = ("scores_", "greedy_", "of_prompts_")
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--processes", default="2,4", help="Numbers of processes to compare with one, by commas.")
+  parser.add_argument("--order", default=ORDER, help="The stages, by commas, in their order.")
+  parser.add_argument("--directory", default="", help="Where the runs are left; else they are removed.")
+  flags = parser.parse_args()
+  with tempfile.TemporaryDirectory() as temporary:
+    directory = Path(flags.directory or temporary).resolve()
+    return compare(directory, list(map(int, flags.processes.split(","))), flags.order)
+
+
+def compare(directory: Path, counts: list[int], order: str) -> int:
+  began = time.monotonic()
+  run(directory / "one", 1, order)
+  record = json.loads((directory / "one" / "cascade.json").read_text())
+  names = [entry["name"] for entry in record["stages"]]
+  print(f"{len(names)} stages in one process: {time.monotonic() - began:.0f} s", flush=True)
+  print(f"{'stage':18} {'processes':>9} {'tokens':>7} {'params':>8} {'scores':>7} {'exchange':>18}  {'s':>4}  record")
+  wrong = 0
+  for i, name in enumerate(names):
+    for count in counts:
+      workdir, began = directory / f"{name}_{count}", time.monotonic()
+      begin_with(workdir, directory / "one", record["stages"][:i])
+      run(workdir, count, ",".join(names[: i + 1]))
+      wrong += report(name, count, directory / "one", workdir, time.monotonic() - began)
+  print(f"{wrong or 'no'} differences")
+  return 1 if wrong else 0
+
+
+def begin_with(workdir: Path, one: Path, stages: list[dict]) -> None:
+  """Makes a work directory in which these stages are done; their checkpoints stay where they are."""
+  (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+  for path in (one / "tokenizer").iterdir():
+    (workdir / "tokenizer" / path.name).write_bytes(path.read_bytes())
+  (workdir / "cascade.json").write_text(json.dumps({"stages": stages, "teachers": {}}))
+
+
+def run(workdir: Path, count: int, order: str) -> None:
+  """Runs the cascade of these stages; exits this script if it fails."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  address, steps = free_address(), []
+  for name in order.split(","):
+    steps += [f"--config.stages.{name}.steps={STEPS}", f"--config.stages.{name}.save_every={STEPS}"]
+  command = [
+    sys.executable, "-m", "experiments.cascade", f"--config={CONFIG}", f"--workdir={workdir}", "--config.samples=1000",
+    "--config.mesh.data=2", "--config.mesh.expert=2", *order_flags(order), *steps,
+  ]  # fmt: skip
+  processes = [
+    subprocess.Popen(
+      command + ([f"--distributed={address},{count},{i}", "--check_hosts"] if count > 1 else []),
+      cwd=ROOT, stdout=subprocess.DEVNULL, stderr=(workdir / f"stderr_{i}").open("wb"),
+      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // count)},
+    )
+    for i in range(count)
+  ]  # fmt: skip
+  for i, process in enumerate(processes):
+    if process.wait():
+      sys.exit(f"{workdir}: process {i}: {(workdir / f'stderr_{i}').read_text(errors='replace')[-2000:]}")
+
+
+def report(name: str, count: int, one: Path, workdir: Path, seconds: float) -> int:
+  """Prints the line of a stage; returns the number of differences that should not be."""
+  entries = [
+    next(e for e in json.loads((d / "cascade.json").read_text())["stages"] if e["name"] == name) for d in (one, workdir)
+  ]
+  fields = [{k: v for k, v in e.items() if k not in OF_PROCESS} for e in entries]
+  differ = [k for k in fields[0].keys() | fields[1].keys() if fields[0].get(k) != fields[1].get(k)]
+  scores = [k for k in differ if k.startswith(SCORES)]
+  lines = [[json.loads(line) for line in (d / name / "metrics.jsonl").open()] for d in (one, workdir)]
+  same = first_step(one / name, lines[0]) == first_step(workdir / name, lines[1])
+  error = largest_difference(one / name, workdir / name)
+  spent = [(line.get("exchange/bytes", 0), line.get("exchange/ms", 0)) for line in lines[1]]
+  size, milliseconds = np.mean(spent, axis=0)
+  print(
+    f"{name:18} {count:9} {'same' if same else 'DIFFER':>7} {error:8.1e} {'differ' if scores else 'same':>7}"
+    f" {size:9.0f} B {milliseconds:4.0f} ms  {seconds:4.0f}  {', '.join(sorted(set(differ) - set(scores))) or 'same'}",
+    flush=True,
+  )
+  return int(not same) + int(not error <= 1e-5)
+
+
+def first_step(stage: Path, lines: list[dict]) -> object:
+  """What the first step sampled; of a stage that samples nothing, its loss to six digits."""
+  if "rollout/tokens" in lines[0]:
+    samples = [json.loads(line) for line in (stage / "samples.jsonl").open()]
+    return [s for s in samples if s["step"] == 0], lines[0]["rollout/tokens"], lines[0]["rollout/unfinished"]
+  return {name: f"{value:.6g}" for name, value in lines[0].items() if name.startswith("loss/")}
+
+
+def largest_difference(one: Path, other: Path) -> float:
+  """The largest difference of a parameter of the last checkpoints, relative to the largest value of its array."""
+  last = max(int(p.name) for p in (one / "checkpoints").iterdir() if p.name.isdecimal())
+  with StandardCheckpointer() as checkpointer:
+    a, b = (checkpointer.restore(stage / "checkpoints" / str(last) / "params") for stage in (one, other))
+  relative = jax.tree.map(lambda x, y: float(np.abs(np.subtract(x, y)).max() / max(np.abs(x).max(), 1e-30)), a, b)
+  return max(jax.tree.leaves(relative))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
