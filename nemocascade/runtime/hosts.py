@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 
-from nemocascade.errors import UserError
 from nemocascade.runtime import meeting, termination
 from nemocascade.runtime.ending import Ending
 from nemocascade.runtime.link import Link
