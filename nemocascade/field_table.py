@@ -255,7 +255,9 @@ RL = BALANCE | {
   "samples": whole("Completions written to samples.jsonl each time.", 0),
   "teachers": section("Domain -> 'best', a finished stage of the cascade, or a checkpoint."),
   "teachers.*": text("The teacher of this domain.", empty=False),
-  "teachers_in_memory": whole("Most teachers kept on the devices at a time."),
+  "teachers_in_memory": whole(
+    "Most teachers kept in the host's memory at a time; others are read again. One at a time is on the devices."
+  ),
 }
 
 CASCADE = {

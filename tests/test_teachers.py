@@ -91,17 +91,13 @@ def teachers(load=None, **fields):
 
 
 def test_one_checkpoint_is_in_memory_at_a_time():
-  class Table(dict):
-    """A dict that allows weak references."""
-
-  alive = weakref.WeakSet()
-  Table.__hash__ = object.__hash__
+  alive: list[weakref.ref] = []
 
   def load(checkpoint):
     gc.collect()
-    assert not alive, "the one before is still held"
-    made = Table(params(int(checkpoint)))
-    alive.add(made)
+    assert not any(table() is not None for table in alive), "the one before is still held"
+    made = params(int(checkpoint))
+    alive.append(weakref.ref(made["table"]))
     return made
 
   made = Teachers(load, score, vocab_size=V)
@@ -130,6 +126,18 @@ def test_as_many_checkpoints_stay_in_memory_as_are_allowed():
   for domain in ("math", "code", "stem", "code", "math"):
     made.params(domain)
   assert made.loads == 2
+
+
+def test_a_teacher_that_left_the_devices_comes_back_unchanged_and_is_not_read_again():
+  made = teachers(keep=2)
+  first = made.params("math")
+  assert made.params("stem") is first  # The same checkpoint stays.
+  made.params("code")
+  back = made.params("math")
+  assert back is not first and isinstance(back["table"], jax.Array) and made.loads == 2
+  np.testing.assert_array_equal(back["table"], params(1)["table"])
+  made.leave()
+  assert made.params("math") is not back and made.loads == 2
 
 
 def test_every_load_is_probed():

@@ -49,7 +49,7 @@ def fields(stage: str = "") -> ConfigDict:
   c.steps = 20  # Each stage file sets its own.
   c.samples_every = 5
   c.samples = 8  # Completions written to samples.jsonl every `samples_every` steps.
-  c.teachers_in_memory = 4  # Teacher checkpoints kept loaded. Others are loaded and probed on demand.
+  c.teachers_in_memory = 4  # Checkpoints kept in the host's memory. Others are read and probed on demand.
   return c
 
 

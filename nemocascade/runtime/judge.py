@@ -15,6 +15,7 @@ from nemocascade.rollout.samples import Samples
 from nemocascade.runtime import loading
 from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.swap import HostParams
 from nemocascade.runtime.text import answer_rows
 from nemocascade.verifiers.judge import BradleyTerryJudge, Judge, answer_of, batch_rewards
 from nemocascade.verifiers.verdict import Verdict, no_verdict
@@ -34,14 +35,14 @@ def load_judge(checkpoint: str, programs: Programs, tokenizer: Tokenizer, evalua
     UserError: it was trained with another tokenizer, or cannot be loaded.
   """
   loading.same_tokenizer("judge", checkpoint, tokenizer)
-  params = loading.load(checkpoint, programs.reward_template)
+  waiting = HostParams.of(loading.load(checkpoint, programs.reward_template))
   model = RewardModel(programs.config, programs.mesh)
   reward = programs.jitted(lambda params, *rows: model.apply({"params": params}, *rows))
   B, T = evaluation.batch + -evaluation.batch % programs.mesh.size, evaluation.prompt_tokens
   own = own_rows(programs.mesh, B)
 
   def read_rewards(prompts: list, answers: list[str]) -> np.ndarray:
-    out = np.zeros(len(answers), np.float32)
+    out, params = np.zeros(len(answers), np.float32), waiting.put()
     batches = max(exchange(-(-len(answers) // len(own)), "batches of the judge"))
     for start in range(0, batches * len(own), len(own)):
       part = slice(start, start + len(own))

@@ -12,6 +12,7 @@ from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError, unknown
 from nemocascade.runtime import loading
 from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.swap import HostParams
 from nemocascade.store.record import Record
 from nemocascade.types import Params, ScoreFn
 from nemocascade.verifiers.verdict import Row
@@ -113,7 +114,10 @@ def check_entropy(now: Probe, *, vocab_size: int, name: str) -> None:
 
 
 class Teachers:
-  """The teachers of all domains. At most `keep` checkpoints are in memory at a time."""
+  """The teachers of all domains, which take turns on the devices. The others wait in the host's memory (swap.py).
+
+  At most `keep` checkpoints are in the host's memory; others are read again when they are needed.
+  """
 
   def __init__(
     self,
@@ -129,10 +133,10 @@ class Teachers:
     """Starts without teachers; `register` adds them.
 
     Args:
-      load: checkpoint -> params.
+      load: checkpoint -> params, on the devices.
       score_fn: a jitted ScoreFn.
       tokenizer: fingerprint of the student's tokenizer.
-      keep: the most checkpoints in memory at a time.
+      keep: the most checkpoints in the host's memory at a time.
       tokens_BT: tokens for the probe of a teacher that was registered without one, taken at its first load.
       dtype: of the model's products; it selects the tolerance of probes.
     """
@@ -142,7 +146,8 @@ class Teachers:
     self._vocab_size, self._tokenizer, self._dtype = vocab_size, tokenizer, dtype
     self._teachers: dict[str, Teacher] = {}
     self._tokens_BT, self._probes = tokens_BT, {}  # Checkpoint -> probe.
-    self._keep, self._held = keep, {}  # Checkpoint -> params, in the order of loading.
+    self._keep, self._held = keep, {}  # Checkpoint -> HostParams, in the order of loading.
+    self._here: tuple[str, Params] | None = None  # The checkpoint that is on the devices, and its parameters there.
     self.loads = 0
 
   def register(self, teacher: Teacher) -> None:
@@ -179,25 +184,39 @@ class Teachers:
     return dict(sorted(places.items(), key=lambda item: (item[0] not in self._held, item[0])))
 
   def params(self, domain: str) -> Params:
-    """The parameters of the domain's teacher. If they must be loaded, the oldest others are dropped before.
+    """The parameters of the domain's teacher, on the devices; those of another teacher leave them.
+
+    If they must be loaded, the oldest others are dropped from the host's memory before.
 
     Raises:
       UserError: the domain has no teacher, or the loaded parameters fail the probe.
     """
     teacher = self.of(domain)
-    if teacher.checkpoint not in self._held:
-      while len(self._held) >= self._keep:
-        del self._held[next(iter(self._held))]
-      params = self._load(teacher.checkpoint)
-      self.loads += 1
-      self._check(teacher, params)
-      self._held[teacher.checkpoint] = params
-    return self._held[teacher.checkpoint]
+    if self._here is None or self._here[0] != teacher.checkpoint:
+      self.leave()
+      self._here = teacher.checkpoint, self._bring(teacher)
+    return self._here[1]
+
+  def leave(self) -> None:
+    """Removes the teacher that is on the devices from them; it still waits in the host's memory."""
+    self._here = None
+
+  def _bring(self, teacher: Teacher) -> Params:
+    if teacher.checkpoint in self._held:
+      return self._held[teacher.checkpoint].put()
+    while len(self._held) >= self._keep:
+      del self._held[next(iter(self._held))]
+    params = self._load(teacher.checkpoint)
+    self.loads += 1
+    self._check(teacher, params)
+    self._held[teacher.checkpoint] = HostParams.of(params)
+    return params
 
   def check(self) -> None:
     """Loads and probes every checkpoint once, so that a bad one is found before training."""
     for places in self.by_checkpoint(domains := list(self._teachers)).values():
       self.params(domains[places[0]])
+    self.leave()
 
   def _check(self, teacher: Teacher, params: Params) -> None:
     how = dict(vocab_size=self._vocab_size, name=f"of {teacher.domain!r}, {teacher.checkpoint}")
