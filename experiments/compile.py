@@ -33,6 +33,7 @@ from nemocascade.runtime import objective, signals
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.scoring import scored_rows
 from nemocascade.types import Batch, Prompts, Rollout
 
 GIB = 1 << 30
@@ -162,11 +163,11 @@ def _rl_programs(c: ConfigDict, programs: Programs) -> Iterator[Program]:
   yield "decode_step", decode, Spent(sampled=B), f"{fewer}, or {shorter}"
 
   if any(signal.phase == "score" for signal in signals.wanted(c)):
-    n = signals.scored_rows(programs)
+    n = scored_rows(programs)
     scored = _rows(programs, tuple(struct((n, r.total_tokens), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
     yield (
       "score",
-      lambda: programs.score.trace(programs.template, *scored, temperature=temperature),
+      lambda: programs.logprobs.trace(programs.template, *scored, temperature),
       Spent(scored=n * r.total_tokens),
       shorter,
     )

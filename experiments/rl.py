@@ -70,7 +70,7 @@ def run(
       phases = Phases()
       sampled = sample(c, p, mixture, state.params, key, step, phases)
       rollout, masked = annotate(sampled, wanted, sources, phases)
-      rows = arrange(c, rollout)
+      rows = arrange(rollout, sources)
       phases.end("advantage")
       state, metrics, skipped = learn(state, rows, sources)
       hosts.decided([rows.empty, *map(float, skipped)], "skipped updates")

@@ -203,12 +203,18 @@ def by_rows(tree: Any, B: int, mesh: Mesh) -> Any:
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-  """Puts host arrays on the mesh, sharded along their first dimension.
+  """Puts arrays on the mesh, sharded along their first dimension. Arrays that are there already stay.
 
-  Every process must have arrays of the whole shape. It copies only the rows of its own devices (own_rows).
+  Every process must have host arrays of the whole shape. It copies only the rows of its own devices (own_rows).
   """
-  tree = jax.tree.map(np.asarray, tree)
-  put = lambda a, place: jax.make_array_from_callback(a.shape, place, lambda index: a[index])
+
+  def put(a, place):
+    if isinstance(a, jax.Array) and a.sharding.device_set == place.device_set:
+      return jax.device_put(a, place)
+    a = np.asarray(a)
+    return jax.make_array_from_callback(a.shape, place, lambda index: a[index])
+
+  tree = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else np.asarray(a), tree)
   return jax.tree.map(put, tree, first_rows(tree, mesh))
 
 

@@ -27,16 +27,18 @@ from toy_policy import (
 
 from nemocascade.advantage import ADVANTAGES, grpo, mopd, none
 from nemocascade.data import packing
+from nemocascade.mesh import make_mesh
 from nemocascade.step import loss
 from nemocascade.step.policy_gradient import (
   policy_gradient_step,
   proximal_logprobs,
   rollout_metrics,
 )
-from nemocascade.step.rows import after_prompts, pack_rows, rows_needed, to_rows
+from nemocascade.step.rows import after_prompts, lengths_of, pack_rows, rows_needed, to_rows
 from nemocascade.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
+MESH = make_mesh(1, 1)
 
 
 def by_hand(r, coefficients_QGT, *, aggregation, kl_weight=0.0):
@@ -187,7 +189,7 @@ def test_packed_is_unpacked_and_empty_pieces_change_nothing(case, accumulate):
   advantage, aggregation = case.pop("advantage"), case.pop("aggregation", loss.token_mean)
   r = rollout(noise=0.5)
   rows, count = to_rows(r, advantage(r), aggregation)
-  packed = pack_rows(rows, B=9, T=2 * T + 1, accumulate=accumulate)
+  packed = pack_rows(rows, lengths_of(r, MESH), mesh=MESH, B=9, T=2 * T + 1, accumulate=accumulate)
   filled_B = packed["mask"].any(axis=1)
   assert packed["mask"].sum() == np.asarray(rows["mask"]).sum()
   assert filled_B.sum() < 9 and packed["segment_ids"].max() >= 2  # Some rows hold several documents.
@@ -204,7 +206,7 @@ def test_prompts_taken_in_once_teach_what_they_do_repeated(case, accumulate):
   # One group has no valid samples; another prompt is one token shorter.
   r = r.replace(valid_QG=r.valid_QG.at[1].set(False), loss_mask_QGT=r.loss_mask_QGT.at[2, :, 1].set(True))
   rows, count = to_rows(r, advantage(r), aggregation)
-  cut, prompts = after_prompts(rows, Q, P=2, T=4)
+  cut, prompts = after_prompts(rows, lengths_of(r, MESH), mesh=MESH, P=2, T=4)
   assert prompts.length_Q.tolist() == [2, 0, 1, 2] and cut["tokens"].shape == (Q * G, 4)
   assert cut["mask"].sum() == np.asarray(rows["mask"]).sum()
   got = gradient_of_rows(cut, count, prompts, **case, accumulate=accumulate)
@@ -214,12 +216,13 @@ def test_prompts_taken_in_once_teach_what_they_do_repeated(case, accumulate):
 def test_what_a_policy_says_of_its_samples_it_says_behind_a_prompt_taken_in_once():
   r = rollout()
   rows, _ = to_rows(r, grpo(r))
-  cut, prompts = after_prompts(rows, Q, P=2, T=3)
+  cut, prompts = after_prompts(rows, lengths_of(r, MESH), mesh=MESH, P=2, T=3)
   got_BT = proximal_logprobs(score, state().params, cut, prompts, accumulate=2, take_in_fn=take_in)
   # Each piece has every second sample of each prompt.
   got_BT = np.asarray(got_BT).reshape(cut["tokens"].shape)
   expected_BT = proximal_logprobs(score, state().params, rows, accumulate=1)[:, 2:]
-  np.testing.assert_allclose(got_BT[cut["mask"]], expected_BT[cut["mask"]], atol=1e-6)
+  learned_BT = np.asarray(cut["mask"])
+  np.testing.assert_allclose(got_BT[learned_BT], expected_BT[learned_BT], atol=1e-6)
 
 
 def test_a_prompt_or_what_follows_it_without_room_is_refused_with_the_numbers():
@@ -227,7 +230,7 @@ def test_a_prompt_or_what_follows_it_without_room_is_refused_with_the_numbers():
   rows, _ = to_rows(r, grpo(r))
   for P, N in ((1, 3), (2, 2)):
     with pytest.raises(ValueError, match=f"a prompt of 2 tokens and 3 behind it: there is room for {P} and {N}"):
-      after_prompts(rows, Q, P=P, T=N)
+      after_prompts(rows, lengths_of(r, MESH), mesh=MESH, P=P, T=N)
 
 
 def test_rows_needed_is_enough_for_any_lengths_and_for_the_longest_just_so():

@@ -296,11 +296,11 @@ def test_states_and_likeliest_tokens_are_those_of_each_prompts_own_teacher(stage
   teachers = gather(p.programs, p.text.tokenizer, of, 1, draw_heldout(c, p.domains, p.text.tokenizer).rows)
   expected = signals.teacher_logprobs(p.programs, teachers, samples, np.float32(1))
   heads = signals.teacher_heads(p.programs, teachers)
-  found = signals.teacher_states(p.programs, teachers, samples)
+  found = jax.device_get(signals.teacher_states(p.programs, teachers, samples))
   logits = np.einsum("QGTD,QDV->QGTV", found["teacher_states_QGTD"], heads[found["teacher_Q"]])
   logprobs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), samples.tokens_QGT[..., None], -1)[..., 0]
   np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)
-  top = signals.teacher_likeliest(p.programs, teachers, samples, 1024, np.float32(1))
+  top = jax.device_get(signals.teacher_likeliest(p.programs, teachers, samples, 1024, np.float32(1)))
   at = np.argmax(top["top_tokens_QGTK"] == samples.tokens_QGT[..., None], axis=-1)
   logprobs = np.take_along_axis(top["top_logprobs_QGTK"], at[..., None], -1)[..., 0]
   np.testing.assert_allclose(np.where(samples.loss_mask_QGT, logprobs, 0), expected, atol=1e-4)

@@ -12,7 +12,7 @@ from experiments import rl
 from nemocascade.advantage import mopd, mopd_clipped, mopd_outcome
 from nemocascade.report.metrics import read_lines
 from nemocascade.rollout import episode, rewards
-from nemocascade.runtime import objective, parts, signals
+from nemocascade.runtime import objective, parts, scoring, signals
 from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.start import save_model_files
 from nemocascade.runtime.teachers import Teacher, gather
@@ -81,7 +81,7 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_of_it(stage, adv
   samples, _ = taken(temperature, 1.0, p, start)
   verdicts = [[Verdict(1.0, "")] * 2 for _ in samples.rows]  # Equal rewards: mopd_outcome's GRPO term is 0.
   rollout, _ = rewards.to_rollout(samples, verdicts)
-  said = signals.teacher_logprobs(p.programs, teachers, samples, np.float32(temperature))
+  said = np.asarray(signals.teacher_logprobs(p.programs, teachers, samples, np.float32(temperature)))
   assert np.abs(said[samples.loss_mask_QGT]).mean() > 0.1
   advantages = advantage(jax.tree.map(jax.numpy.asarray, rollout.replace(teacher_logprobs_QGT=said)))
   np.testing.assert_allclose(np.asarray(advantages)[samples.loss_mask_QGT], 0.0, atol=2e-4)
@@ -112,7 +112,7 @@ def test_the_temperature_is_no_reason_to_compile_again(stage):
   fields = dict(advantage="mopd", kl_weight=0.1, updates=2, ratio="token_clip")
   line(stage, "first", 0.9, **fields)
   _, step_fn, proximal_fn = objective.step_program(changed(c, 0.9, **fields), p.programs)
-  programs = [step_fn, proximal_fn, p.programs.score, p.programs.engine(48, 112).decode_fn]
+  programs = [step_fn, proximal_fn, p.programs.logprobs, p.programs.engine(48, 112).decode_fn]
   before = [program._cache_size() for program in programs]
   line(stage, "second", 1.1, **fields)
   assert objective.step_program(changed(c, 1.1, **fields), p.programs)[1] is step_fn
@@ -124,7 +124,7 @@ def test_a_nucleus_is_scored_as_the_whole_distribution_and_weighed_by_what_was_c
   _, p, _, start, _ = stage
   samples, params = taken(0.8, 0.7, p, start)
   mask = samples.loss_mask_QGT
-  own = signals.score_rows(p.programs, params, samples, list(range(4)), np.float32(0.8))
+  own = np.asarray(scoring.score_rows(p.programs, params, samples, np.float32(0.8)))
   np.testing.assert_allclose(own[mask], samples.behaviour_logprobs_QGT[mask], atol=1e-4)
   cut = (samples.drawn_logprobs_QGT - samples.behaviour_logprobs_QGT)[mask]
   assert (cut >= -1e-5).all() and cut.max() > 0.1 and cut.max() < -np.log(0.7) + 1e-4

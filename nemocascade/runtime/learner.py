@@ -4,51 +4,56 @@ import dataclasses
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from nemocascade.runtime.objective import rows_program, settings, step_program
 from nemocascade.runtime.signals import Sources
-from nemocascade.step.rows import after_prompts, pack_rows
+from nemocascade.step.rows import Rows, after_prompts, lengths_of, pack_rows
 from nemocascade.step.update import SKIPPED
 from nemocascade.types import Metrics, Prompts, Rollout, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRows:
-  """The rows of a batch, on the host.
+  """The rows of a batch, on the devices.
 
   Attributes:
     rows: packed rows; with packing.shared_prompts what follows the prompts.
     prompts: the prompts, if they are shared.
     count: the loss's divisor.
+    tokens: tokens of one update's forward and backward pass; 0 if every sample was filtered out.
     metrics: of the rollout.
   """
 
-  rows: dict[str, np.ndarray]
+  rows: Rows
   prompts: Prompts | None
   count: jax.Array
+  tokens: int
   metrics: Metrics
 
   @property
   def empty(self) -> bool:
     """Whether no token is learned, because every sample was filtered out."""
-    return not self.rows["mask"].any()
-
-  @property
-  def tokens(self) -> int:
-    """Tokens of one update's forward and backward pass."""
-    return int((self.rows["segment_ids"] > 0).sum() + (self.prompts.length_Q.sum() if self.prompts else 0))
+    return not self.tokens
 
 
-def arrange(c: ConfigDict, rollout: Rollout) -> TrainingRows:
-  """Computes the advantages, and arranges the samples in rows for the training step."""
-  rows, count, metrics = rows_program(settings(c, "advantage", "aggregation"))(rollout)
-  p, prompts = c.packing, None
+def arrange(rollout: Rollout, s: Sources) -> TrainingRows:
+  """Computes the advantages, and arranges the samples in rows for the training step.
+
+  The host reads three numbers of each sample, and no array of tokens. Each device packs its own prompts' samples.
+  """
+  mesh, p, prompts = s.programs.mesh, s.c.packing, None
+  rollout = s.programs.put(rollout)
+  rows, count, metrics = rows_program(settings(s.c, "advantage", "aggregation"), mesh)(rollout)
+  lengths = lengths_of(rollout, mesh)
+  tokens_QG = np.where(lengths.taught_QG, lengths.length_QG, 0)
   if p.shared_prompts:
-    rows, prompts = after_prompts(rows, c.rollout.prompts, P=c.rollout.prompt_tokens, T=p.row_tokens)
+    rows, prompts = after_prompts(rows, lengths, mesh=mesh, P=s.c.rollout.prompt_tokens, T=p.row_tokens)
+    repeated = np.maximum(lengths.taught_QG.sum(axis=1) - 1, 0)  # Times that a prompt is not read again.
+    tokens = tokens_QG.sum() - (lengths.prompt_Q * repeated).sum()
   else:
-    rows = pack_rows(rows, B=p.rows, T=p.row_tokens, accumulate=p.pieces)
-  return TrainingRows(rows, prompts, count, metrics)
+    rows = pack_rows(rows, lengths, mesh=mesh, B=p.rows, T=p.row_tokens, accumulate=p.pieces)
+    tokens = tokens_QG.sum()
+  return TrainingRows(rows, prompts, count, int(tokens), metrics)
 
 
 def learn(state: TrainState, batch: TrainingRows, s: Sources) -> tuple[TrainState, dict[str, float], list[float]]:
@@ -61,11 +66,11 @@ def learn(state: TrainState, batch: TrainingRows, s: Sources) -> tuple[TrainStat
     state = state.replace(step=state.step + updates)
   else:
     _, step_fn, proximal_fn = step_program(s.c, s.programs)
-    rows, prompts, count = s.programs.put((batch.rows, batch.prompts, batch.count))
+    rows = dict(batch.rows)
     if updates > 1:
-      rows["proximal"] = proximal_fn(state.params, rows, prompts, s.temperature)
+      rows["proximal"] = proximal_fn(state.params, rows, batch.prompts, s.temperature)
     for _ in range(updates):
-      state, metrics = step_fn(state, rows, count, s.heads_ZDV, prompts, s.temperature)
+      state, metrics = step_fn(state, rows, batch.count, s.heads_ZDV, batch.prompts, s.temperature)
       skipped.append(metrics[SKIPPED])
     skipped = jax.device_get(skipped)
     metrics[SKIPPED] = sum(skipped)

@@ -6,9 +6,12 @@ import json
 from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nemocascade import advantage, own_code
+from nemocascade import mesh as mesh_lib
+from nemocascade.errors import UserError
 from nemocascade.mesh import check_rows
 from nemocascade.rollout import rewards
 from nemocascade.runtime.programs import Programs
@@ -16,12 +19,13 @@ from nemocascade.runtime.start import abstract_state, jit_step
 from nemocascade.step import loss
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
+from nemocascade.step.placement import holders
 from nemocascade.step.policy_gradient import (
   policy_gradient_step,
   proximal_logprobs,
   rollout_metrics,
 )
-from nemocascade.step.rows import to_rows
+from nemocascade.step.rows import rows_needed, to_rows
 
 SLOTS = dict(
   advantage=advantage.ADVANTAGES,
@@ -98,18 +102,23 @@ def chosen(c: ConfigDict, slot: str) -> Callable:
 
 
 @functools.cache
-def rows_program(fields: str):
+def rows_program(fields: str, mesh: Mesh | None = None):
   """The jitted function rollout -> (training rows, the loss's count, metrics).
 
   Args:
     fields: the result of `settings` for advantage and aggregation.
+    mesh: the rows are sharded over it like the rollout's prompts, so that no array moves.
   """
   c = ConfigDict(json.loads(fields))
   advantage_fn, aggregation = chosen(c, "advantage"), chosen(c, "aggregation")
 
   def rows(rollout):
     rows, count = to_rows(rollout, advantage_fn(rollout), aggregation)
-    return rows, count, rollout_metrics(rollout)
+    found = rows, count, rollout_metrics(rollout)
+    if mesh is None:
+      return found
+    held = mesh_lib.rows(mesh, len(rollout.tokens_QGT))
+    return jax.lax.with_sharding_constraint(found, (held, mesh_lib.whole(mesh), mesh_lib.whole(mesh)))
 
   return jax.jit(rows)
 
@@ -123,17 +132,36 @@ def step_program(c: ConfigDict, programs: Programs):
   """(abstract state, jitted step, jitted log-probabilities before the updates); made once by `programs`.
 
   Raises:
-    UserError: prompts or rows do not divide over the mesh.
+    UserError: prompts or rows do not divide over the mesh, or a device has too few rows for its prompts.
   """
-  if c.packing.shared_prompts:  # Prompts are sharded like rows.
-    check_rows("rollout.prompts", c.rollout.prompts, programs.mesh)
+  r, p, mesh = c.rollout, c.packing, programs.mesh
+  if p.shared_prompts:  # Prompts are sharded like rows.
+    check_rows("rollout.prompts", r.prompts, mesh)
+  check_rows("packing.rows / packing.pieces", p.rows // p.pieces, mesh)
+  if not p.shared_prompts:
+    check_room(c, mesh)
   fields = step_settings(c)
   return programs.once(("rl step", fields), lambda: _step_program(programs, fields))
 
 
+def check_room(c: ConfigDict, mesh: Mesh) -> None:
+  """Raises UserError unless the rows of each device hold the completions of its own prompts, whatever their lengths.
+
+  Completions stay on the device that sampled them, so that rows of other devices don't help.
+  """
+  r, p, shards = c.rollout, c.packing, len(holders(mesh, c.rollout.prompts))
+  completions, there = r.prompts * r.completions // shards, p.rows // shards
+  needed = rows_needed(completions, r.total_tokens, p.row_tokens)
+  if there < needed:
+    raise UserError(
+      f"packing.rows={p.rows}: must be at least {needed * shards} on {mesh.size} devices, which hold the prompts in"
+      f" {shards} parts: {completions} completions of {r.total_tokens} tokens need {needed} rows of {p.row_tokens},"
+      f" and a part has {there}"
+    )
+
+
 def _step_program(programs: Programs, fields: str):
   c = ConfigDict(json.loads(fields))
-  check_rows("packing.rows / packing.pieces", c.packing.rows // c.packing.pieces, programs.mesh)
   tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   balance = RouterBalance(**c.router_balance)
   take_in_fn = programs.take_in_fn

@@ -67,29 +67,40 @@ class Programs:
     return init_params(self.config, key)
 
   def put(self, tree: Any) -> Any:
-    """Puts rows on the mesh. Every process must have all the rows."""
+    """Puts rows on the mesh; those that are there stay. Every process must have all the rows of host arrays."""
     return mesh_lib.put_rows(tree, self.mesh)
-
-  # Jitted methods of the model. Their results are replicated.
 
   @functools.cached_property
   def model(self) -> Hybrid:
     return Hybrid(self.config, self.mesh)
 
+  # Jitted methods of the model whose results are sharded by rows, of which each device has equally many.
+
   @functools.cached_property
-  def score(self) -> Callable:
-    """`score_fn`, jitted."""
-    return self.jitted(self.score_fn)
+  def logprobs(self) -> Callable:
+    """(params, tokens_BT, segment_ids_BT, wanted_BT, temperature) -> logprobs_BT of the wanted tokens, 0 elsewhere."""
+    return self._by_rows(lambda *args: self.score_fn(*args[:4], temperature=args[4]).logprobs_BT)
 
   @functools.cached_property
   def states(self) -> Callable:
-    """(params, tokens_BT, segment_ids_BT) -> the result of Hybrid.states."""
-    return self.jitted(self._method("states"))
+    """(params, tokens_BT, segment_ids_BT) -> states_BTD of Hybrid.states."""
+    states = self._method("states")
+    return self._by_rows(lambda *args: states(*args)[0])
 
   @functools.cached_property
   def likeliest(self) -> Callable:
     """(params, tokens_BT, segment_ids_BT, wanted_BT, k, temperature) -> the result of Hybrid.likeliest."""
-    return self.jitted(self._method("likeliest"), static_argnums=4)
+    return self._by_rows(self._method("likeliest"), static_argnums=4)
+
+  def _by_rows(self, fn: Callable, **how: Any) -> Callable:
+    return jax.jit(fn, out_shardings=mesh_lib.rows(self.mesh, self.mesh.size), **how)
+
+  # Jitted methods of the model whose results are replicated.
+
+  @functools.cached_property
+  def score(self) -> Callable:
+    """`score_fn`, jitted."""
+    return self.jitted(self.score_fn)
 
   @functools.cached_property
   def head(self) -> Callable:

@@ -21,14 +21,12 @@ from nemocascade.runtime.objective import chosen, needs, taught, topk
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.sampler import Sampled
+from nemocascade.runtime.scoring import by_teachers, score_rows
+from nemocascade.runtime.swap import HostParams
 from nemocascade.runtime.teachers import Teachers
-from nemocascade.types import Params, Rollout
+from nemocascade.runtime.uniform import uniform_share
+from nemocascade.types import Rollout
 from nemocascade.verifiers.judge import Judge
-
-# Rows that a teacher or reference scores at a time; at least one per device. A constant number, so that one
-# compiled program serves any part of a batch.
-SCORED_ROWS = 64
-SEEN = 64  # Tokens per domain in `uniform_share`, where the teacher's logits must be computed.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Sources:
     c: the stage's config.
     temperature: fp32; sampler, trainer, teachers and reference all use softmax(logits / temperature).
     judge, teachers: None if no signal needs them.
-    reference: parameters of the policy that the KL is to; None without a KL.
+    reference: parameters of the policy that the KL is to, on the devices only while they score; None without a KL.
     heads_ZDV: the result of `teacher_heads`, if the teachers' states are a signal; else None.
   """
 
@@ -49,7 +47,7 @@ class Sources:
   temperature: np.float32
   judge: Judge | None
   teachers: Teachers | None
-  reference: Params | None
+  reference: HostParams | None
   heads_ZDV: jax.Array | None
 
 
@@ -59,8 +57,8 @@ class Signal:
 
   Attributes:
     wanted: config of the stage -> whether the stage needs the signal.
-    read: (Sources, Samples) -> {name: array [Q, ...]}. A name that is no field of Rollout goes to its `signals`.
-      "compared" has verdicts that replace the samples' own, see rewards.to_rollout.
+    read: (Sources, Samples) -> {name: array [Q, ...]}, on the devices if it has tokens. A name that is no field of
+      Rollout goes to its `signals`. "compared" has verdicts that replace the samples' own, see rewards.to_rollout.
     phase: "score" if `read` runs a language model over all samples, which counts as scored tokens; else "verdict".
   """
 
@@ -80,8 +78,8 @@ def _by_likeliest(c: ConfigDict) -> bool:
 
 
 def _reference(s: Sources, samples: Samples) -> dict:
-  everyone = list(range(len(samples.rows)))
-  return dict(reference_logprobs_QGT=score_rows(s.programs, s.reference, samples, everyone, s.temperature))
+  assert s.reference is not None  # open_sources loads it.
+  return dict(reference_logprobs_QGT=score_rows(s.programs, s.reference.put(), samples, s.temperature))
 
 
 SIGNALS = (
@@ -125,7 +123,7 @@ def open_sources(c: ConfigDict, parts: Parts, teachers: Teachers | None, init_fr
   programs = parts.programs
   return Sources(
     c, programs, parts.text.tokenizer, np.float32(c.rollout.temperature), parts.judge, teachers,
-    reference=loading.load(init_from, programs.template) if c.kl_weight else None,
+    reference=HostParams.of(loading.load(init_from, programs.template)) if c.kl_weight else None,
     heads_ZDV=teacher_heads(programs, teachers) if by_states(c) else None,
   )  # fmt: skip
 
@@ -155,68 +153,14 @@ def annotate(sampled: Sampled, signals: Sequence[Signal], s: Sources, phases: Ph
   own = {name: found.pop(name) for name in found.keys() - fields}
   rollout = rollout.replace(**found, signals=own)
   if taught(s.c):
-    counts |= uniform_share(rollout, samples.domains, s.programs.config.vocab_size, s.heads_ZDV)
+    counts |= uniform_share(rollout, samples.domains, s.programs.config.vocab_size, s.programs.mesh, s.heads_ZDV)
   phases.end("score")
   return rollout, counts
 
 
-def scored_rows(programs: Programs) -> int:
-  """Rows that a teacher or reference scores at a time."""
-  return max(SCORED_ROWS, programs.mesh.size)
-
-
-def over_rows(programs: Programs, program: Callable, samples: Samples, q: list[int]) -> tuple[np.ndarray, ...]:
-  """Applies `program` to the samples of the prompts `q`, `scored_rows` rows at a time.
-
-  Args:
-    program: (tokens_BT, segment_ids_BT, wanted_BT) -> tuple of arrays [B, T, ...].
-    q: indices of prompts.
-
-  Returns:
-    Each array as [len(q), G, T, ...].
-  """
-  parts = (samples.tokens_QGT, samples.segment_ids_QGT, samples.loss_mask_QGT)
-  rows = [np.asarray(a_QGT)[q].reshape(-1, a_QGT.shape[-1]) for a_QGT in parts]
-  found, B = [], scored_rows(programs)
-  for i in range(0, len(rows[0]), B):
-    n = len(rows[0][i : i + B])
-    piece = [np.pad(x[i : i + B], ((0, B - n), (0, 0))) for x in rows]
-    found.append([np.asarray(array)[:n] for array in program(*programs.put(piece))])
-  G = samples.tokens_QGT.shape[1]
-  whole = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-  return tuple(array.reshape(len(q), G, *array.shape[1:]) for array in whole)
-
-
-def score_rows(programs: Programs, params: Params, samples: Samples, q: list[int], temperature) -> np.ndarray:
-  """fp32 [len(q), G, T]: log-probabilities of the sampled tokens of the prompts `q`; 0 on other tokens."""
-  program = lambda *rows: (programs.score(params, *rows, temperature=temperature).logprobs_BT,)  # noqa: E731
-  return over_rows(programs, program, samples, q)[0]
-
-
-def by_teachers(programs: Programs, teachers: Teachers, samples: Samples, program: Callable) -> list[np.ndarray]:
-  """Applies `program` to all samples, each prompt with the parameters of its domain's teacher.
-
-  Each teacher checkpoint is loaded once.
-
-  Args:
-    program: (params, tokens_BT, segment_ids_BT, wanted_BT) -> tuple of arrays [B, T, ...].
-
-  Returns:
-    Each array as [Q, G, T, ...].
-  """
-  out = []
-  for q in teachers.by_checkpoint(samples.domains).values():
-    params = teachers.params(samples.domains[q[0]])
-    found = over_rows(programs, lambda *rows, params=params: program(params, *rows), samples, q)
-    out = out or [np.zeros((len(samples.rows), *array.shape[1:]), array.dtype) for array in found]
-    for whole, part in zip(out, found, strict=True):
-      whole[q] = part
-  return out
-
-
-def teacher_logprobs(programs: Programs, teachers: Teachers, samples: Samples, temperature) -> np.ndarray:
+def teacher_logprobs(programs: Programs, teachers: Teachers, samples: Samples, temperature) -> jax.Array:
   """fp32 logprobs_QGT of the sampled tokens under the teacher of each prompt's domain; 0 on other tokens."""
-  program = lambda *args: (programs.score(*args, temperature=temperature).logprobs_BT,)  # noqa: E731
+  program = lambda *args: (programs.logprobs(*args, temperature),)  # noqa: E731
   return by_teachers(programs, teachers, samples, program)[0]
 
 
@@ -228,7 +172,8 @@ def teacher_likeliest(programs: Programs, teachers: Teachers, samples: Samples, 
 
 def teacher_states(programs: Programs, teachers: Teachers, samples: Samples) -> dict:
   """The teacher's hidden states from which each token is predicted, as the fields teacher_* of a Rollout."""
-  (states,) = by_teachers(programs, teachers, samples, lambda params, *rows: programs.states(params, *rows[:2])[:1])
+  program = lambda params, *rows: (programs.states(params, *rows[:2]),)  # noqa: E731
+  (states,) = by_teachers(programs, teachers, samples, program)
   order = list(teachers.checkpoints())
   teacher_Q = np.array([order.index(teachers.of(name).checkpoint) for name in samples.domains], np.int32)
   return dict(teacher_states_QGTD=states, teacher_Q=teacher_Q)
@@ -236,40 +181,6 @@ def teacher_states(programs: Programs, teachers: Teachers, samples: Samples) -> 
 
 def teacher_heads(programs: Programs, teachers: Teachers) -> jax.Array:
   """heads_ZDV: the output matrices of all teacher checkpoints. `teacher_Q` indexes the first axis."""
-  return jnp.stack([programs.head(teachers.params(domain)) for domain in teachers.checkpoints().values()])
-
-
-def uniform_share(rollout: Rollout, domains: list[str], vocab_size: int, heads_ZDV: jax.Array | None = None) -> dict:
-  """{"teacher/uniform": share of learned tokens on which a teacher is nearly uniform}, or {} without tokens.
-
-  Nearly uniform means a log-probability within one nat of -log(vocab_size). It is that of the likeliest token
-  if the rollout has top tokens or teacher states, else that of the sampled token. With teacher states only
-  SEEN tokens per domain are judged. The result is the largest share of any domain.
-
-  Args:
-    domains: the domain of each prompt.
-    heads_ZDV: the result of `teacher_heads`; needed if the rollout has teacher states.
-  """
-  learned_QGT = np.asarray(rollout.loss_mask_QGT & rollout.valid_QG[..., None])
-  shares = []
-  for name in dict.fromkeys(domains):
-    q = [i for i, other in enumerate(domains) if other == name]
-    learned = learned_QGT[q]
-    if not learned.any():
-      continue
-    if rollout.teacher_states_QGTD is not None:
-      seen_ND = np.asarray(rollout.teacher_states_QGTD)[q][learned]
-      seen_ND = seen_ND[np.linspace(0, len(seen_ND) - 1, SEEN).astype(int)]  # May repeat tokens.
-      logprobs = np.asarray(_top_logprobs(seen_ND, heads_ZDV, int(rollout.teacher_Q[q[0]])))
-    elif rollout.top_logprobs_QGTK is not None:
-      logprobs = np.asarray(rollout.top_logprobs_QGTK)[q].max(-1)[learned]
-    else:
-      logprobs = np.asarray(rollout.teacher_logprobs_QGT)[q][learned]
-    shares.append(np.mean(np.abs(logprobs + np.log(vocab_size)) < 1.0))
-  return {"teacher/uniform": float(max(shares))} if shares else {}
-
-
-@jax.jit
-def _top_logprobs(x_ND, heads_ZDV, z):
-  logits_NV = jnp.einsum("ND,DV->NV", x_ND, heads_ZDV[z], preferred_element_type=jnp.float32)
-  return jnp.max(jax.nn.log_softmax(logits_NV), axis=-1)
+  heads = jnp.stack([programs.head(teachers.params(domain)) for domain in teachers.checkpoints().values()])
+  teachers.leave()
+  return heads

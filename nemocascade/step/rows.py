@@ -1,13 +1,15 @@
 """Turns a rollout into the rows of a policy-gradient step: unpacked, packed, or after shared prompts."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from nemocascade.data import packing
-from nemocascade.step import loss
+from nemocascade.mesh import put_rows
+from nemocascade.step import loss, placement
 from nemocascade.types import Prompts, Rollout
 
 # name -> [B, T, ...]. A document in a row is a prompt with one completion.
@@ -60,59 +62,65 @@ def rows_needed(documents: int, longest: int, T: int) -> int:
   return -(-documents // (T // longest))
 
 
-def pack_rows(rows: Rows, *, B: int, T: int, accumulate: int = 1) -> dict[str, np.ndarray]:
+class Lengths(NamedTuple):
+  """The documents of a rollout, on the host and the same in every process. A document is a row of `to_rows`."""
+
+  length_QG: np.ndarray  # int32; tokens.
+  taught_QG: np.ndarray  # bool; it has a learned token.
+  first_QG: np.ndarray  # int32; the place of its first learned token.
+
+  @property
+  def prompt_Q(self) -> np.ndarray:
+    """Tokens of each prompt: those before the first token that one of its samples learns; 0 if none learns."""
+    most = np.iinfo(np.int32).max
+    first_Q = np.where(self.taught_QG, self.first_QG, most).min(axis=1)
+    return np.where(self.taught_QG.any(axis=1), first_Q, 0).astype(np.int32)
+
+
+def lengths_of(r: Rollout, mesh: Mesh) -> Lengths:
+  """Measures the documents of a rollout on its devices and reads the result, three numbers for each."""
+  length_QG, learned_QG, first_QG = jax.device_get(
+    placement.measure(r.segment_ids_QGT, r.loss_mask_QGT, r.valid_QG, mesh=mesh)
+  )
+  return Lengths(length_QG, learned_QG > 0, first_QG)
+
+
+def pack_rows(rows: Rows, of: Lengths, *, mesh: Mesh, B: int, T: int, accumulate: int = 1) -> Rows:
   """Packs the documents that have a learned token into B rows of T tokens; all values are copied unchanged.
 
-  Rows are filled in the order in which a step with `accumulate` pieces reads them. So the empty rows fall into
-  the last pieces, which the step skips if they have no document.
+  Every device packs the documents of its own prompts. A step with `accumulate` pieces may skip its last ones, see
+  placement.plan_rows, which also lists the errors.
+
+  Args:
+    rows: those of to_rows, [Q * G, T'], sharded like the rollout.
   """
-  rows = {name: np.asarray(a) for name, a in rows.items()}
-  kept = np.flatnonzero(rows["mask"].any(axis=1))
-  lengths_N = (rows["segment_ids"][kept] > 0).sum(axis=1)
-  packed = {name: np.zeros((B, T, *a.shape[2:]), a.dtype) for name, a in rows.items()}
-  for i, documents in enumerate(packing.pack(lengths_N, capacity=T)):
-    b = i % (B // accumulate) * accumulate + i // (B // accumulate)
-    start = 0
-    for segment, n in enumerate(documents, start=1):
-      place = slice(start, start + lengths_N[n])
-      for name, a in rows.items():
-        packed[name][b, place] = a[kept[n], : lengths_N[n]]
-      packed["segment_ids"][b, place] = segment
-      start = place.stop
-  return packed
+  places = placement.plan_rows(mesh, of.length_QG, of.taught_QG, B=B, T=T, pieces=accumulate)
+  return placement.pack(rows, put_rows(places, mesh), mesh=mesh, Q=len(of.length_QG), B=B, T=T)
 
 
-def after_prompts(rows: Rows, Q: int, *, P: int, T: int) -> tuple[dict[str, np.ndarray], Prompts]:
+def after_prompts(rows: Rows, of: Lengths, *, mesh: Mesh, P: int, T: int) -> tuple[Rows, Prompts]:
   """Splits the G rows of each prompt into the shared prompt and the completions: (rows, Prompts).
 
   A prompt ends before the first token that one of its samples learns from. Rows keep their order; rows without
   a learned token become padding.
 
   Args:
-    rows: those of to_rows, [Q * G, T'].
-    Q: number of prompts.
+    rows: those of to_rows, [Q * G, T'], sharded like the rollout.
     P: most tokens of a prompt.
     T: tokens of a returned row.
 
   Raises:
-    ValueError: a prompt has more than P tokens, or a row has more than T tokens after its prompt.
+    ValueError: a prompt has more than P tokens, a row has more than T tokens after its prompt, or the prompts do
+      not divide over the devices.
   """
-  rows = {name: np.asarray(a) for name, a in rows.items()}
-  B, G = rows["mask"].shape[0], rows["mask"].shape[0] // Q
-  taught_B, first_B = np.any(rows["mask"], axis=1), np.argmax(rows["mask"], axis=1)
-  cut = {name: np.zeros((B, T, *a.shape[2:]), a.dtype) for name, a in rows.items()}
-  tokens_QP, length_Q = np.zeros((Q, P), np.int32), np.zeros(Q, np.int32)
-  lengths_B = (rows["segment_ids"] > 0).sum(axis=1)
-  for q in range(Q):
-    kept = [b for b in range(q * G, q * G + G) if taught_B[b]]
-    if not kept:
-      continue
-    n = min(first_B[b] for b in kept)
-    most = max(lengths_B[b] for b in kept)
-    if n > P or most - n > T:
-      raise ValueError(f"a prompt of {n} tokens and {most - n} behind it: there is room for {P} and {T}")
-    tokens_QP[q, :n], length_Q[q] = rows["tokens"][kept[0], :n], n
-    for b in kept:
-      for name, a in rows.items():
-        cut[name][b, : lengths_B[b] - n] = a[b, n : lengths_B[b]]
-  return cut, Prompts(tokens_QP, length_Q)
+  prompt_Q = of.prompt_Q
+  behind_Q = np.where(of.taught_QG, of.length_QG, 0).max(axis=1) - prompt_Q
+  for n, most in zip(prompt_Q, behind_Q, strict=True):
+    if n > P or most > T:
+      raise ValueError(f"a prompt of {n} tokens and {most} behind it: there is room for {P} and {T}")
+  completions, prompts = placement.plan_prompts(mesh, of.length_QG, of.taught_QG, prompt_Q)
+  Q, G = of.length_QG.shape
+  cut = placement.pack(rows, put_rows(completions, mesh), mesh=mesh, Q=Q, B=Q * G, T=T)
+  read = {name: rows[name] for name in ("tokens", "segment_ids")}
+  tokens_QP = placement.pack(read, put_rows(prompts, mesh), mesh=mesh, Q=Q, B=Q, T=P)["tokens"]
+  return cut, Prompts(tokens_QP, put_rows(prompt_Q, mesh))
