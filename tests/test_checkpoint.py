@@ -1,8 +1,12 @@
 """A saved state is restored bitwise; a damaged checkpoint is renamed or named in an error, and never used."""
 
+import asyncio
+import contextlib
 import errno
 import json
+import os
 import shutil
+import threading
 import time
 
 import chex
@@ -14,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
-from nemocascade.store import checksums
+from nemocascade.store import checkpoint, checksums
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 
@@ -56,6 +60,60 @@ def test_a_state_and_its_record_come_back_bitwise(tmp_path):
   restored, record = store.restore(template())
   chex.assert_trees_all_equal(restored, state(3))
   assert store.latest() == 7 and record == {"frontier": {"math": 12}}
+
+
+def test_a_state_that_is_donated_while_it_is_saved_is_saved_as_it_was(tmp_path, monkeypatch):
+  """The save writes nothing before the next step has donated the state, and changed it in place."""
+  create, donated = checkpoint._Summed.create, threading.Event()
+
+  async def late(self):
+    await asyncio.to_thread(donated.wait, 30)
+    return await create(self)
+
+  monkeypatch.setattr(checkpoint._Summed, "create", late)
+  step = jax.jit(lambda s: jax.tree.map(lambda x: x * 3 + 1, s), donate_argnums=0)
+  before = jax.tree.map(jnp.array, state(3))
+  with Store(tmp_path) as store:
+    store.start_save(3, first := state(3), given := {"at": [3]})
+    given["at"].append(4)
+    now = first
+    for _ in range(3):
+      now = step(now)
+    jax.block_until_ready(now)
+    assert first.params["a"].is_deleted() and store.latest() is None
+    donated.set()
+  found, record = Store(tmp_path).restore(template())
+  chex.assert_trees_all_equal(found, before)
+  assert record == {"at": [3]}
+
+
+def test_an_error_of_a_save_in_the_background_is_raised_at_the_next_check(tmp_path, monkeypatch):
+  store = saved(tmp_path, 1)
+
+  def full(folder):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checksums, "write", full)
+    store.start_save(2, state(2), {})  # Raises nothing.
+    with pytest.raises(OSError, match="No space left on device: .* MB are needed and .* MB are free") as error:
+      for _ in range(1000):
+        store.check()
+        time.sleep(0.01)
+  assert error.value.filename == str(tmp_path / "2")
+  store.check()  # Once.
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
+  store.save(2, state(2), {})
+  assert store.latest() == 2
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_a_save_is_on_disk_when_its_with_block_ends(tmp_path, error):
+  with pytest.raises(KeyError) if error else contextlib.nullcontext(), Store(tmp_path) as store:
+    store.start_save(1, state(1), {"at": 1})
+    if error:
+      raise error
+  assert Store(tmp_path).restore(template())[1] == {"at": 1}
 
 
 def test_only_the_newest_are_kept(tmp_path):

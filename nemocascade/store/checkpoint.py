@@ -1,9 +1,12 @@
 """Orbax checkpoints of a training state and a JSON record; the parameters can be loaded alone."""
 
 import asyncio
+import contextlib
+import copy
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,50 +62,93 @@ def _complete(folder: Path, final: Path) -> None:
 
 
 class Store:
-  """The checkpoints of one stage, in DIRECTORY/<step>; only the newest `keep` are kept."""
+  """The checkpoints of one stage, in DIRECTORY/<step>; only the newest `keep` are kept.
+
+  A `with` block of a store ends when its saves are on disk, however the block ends.
+  """
 
   def __init__(self, directory: str | Path, *, keep: int = 2):
     self.directory = Path(directory).resolve()
     self.directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True,
+      max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True,
       temporary_path_class=_Summed,
     )  # fmt: skip
     self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._saving: tuple[int, int] | None = None  # (step, bytes) of the save that runs in the background.
 
-  def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-    """Saves a checkpoint with its checksums under a temporary name and renames it; returns when that is done.
+  def start_save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
+    """Starts to save a checkpoint; returns when the state is copied to the host, and may be donated.
+
+    A thread writes it with its checksums under a temporary name, and renames it. Before this save, the previous one
+    is waited for.
 
     Args:
       record: JSON that the stage needs to resume (position in the data, prompt frontier, ...).
 
     Raises:
-      OSError: the checkpoint cannot be written, such as on a full disk; older ones are kept.
+      OSError: this checkpoint or the previous one cannot be written, such as on a full disk; older ones are kept.
     """
+    self.wait()
     # An earlier run saved this step, but the stage was restored from an older one.
     if step in self._manager.all_steps():
       self._manager.delete(step)
+    self._saving = step, _bytes(state)
+    with self._errors():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state.params),
+          rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+          record=ocp.args.JsonSave(copy.deepcopy(record)),  # The next steps may change it.
+        ),
+        force=True,
+      )
+
+  def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
+    """`start_save` and `wait`: the checkpoint is on disk when this returns."""
+    self.start_save(step, state, record)
+    self.wait()
+
+  def check(self) -> None:
+    """Raises the error of a save that has failed in the background, as `wait` does. It does not wait."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits until the started save is on disk.
+
+    Raises:
+      OSError: it cannot be written, such as on a full disk; older checkpoints are kept.
+    """
+    if self._saving is None:
+      return
+    with self._errors():
+      self._manager.wait_until_finished()
+    self._saving = None
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    """Gives errors of the save its path and size, and removes what it left."""
+    assert self._saving is not None
+    step, needed = self._saving
     try:
-      with named(self.path_of(step), needed=_bytes(state)):
-        self._manager.save(
-          step,
-          args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            record=ocp.args.JsonSave(record),
-          ),
-          force=True,
-        )
-        self._manager.wait_until_finished()
+      with named(self.path_of(step), needed=needed):
+        yield
     except OSError:
+      self._saving = None
       # Orbax's threads may still be writing. The next opening of the store removes what they leave.
       for partial in self.directory.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
         shutil.rmtree(partial, ignore_errors=True)
       raise
 
-  def wait(self) -> None:
-    """Waits until all saves are on disk."""
-    self._manager.wait_until_finished()
+  def __enter__(self) -> "Store":
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    # At the interpreter's end no thread can be started, and the save needs one: it would be lost.
+    with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+      self.wait()
 
   def latest(self) -> int | None:
     """The newest finished step; an unfinished save does not count."""
