@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from nemocascade.runtime.launch import launch
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.start import check_start
 from nemocascade.runtime.teachers import BEST, find, gather, probe_tokens, take_probe
+from nemocascade.runtime.watching import FLAGS, Watching
 from nemocascade.runtime.workdir import check_owner, claim, keep_compilations
 from nemocascade.store.record import Record, columns
 
@@ -144,14 +146,15 @@ def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tupl
   return fields, {"eval_s_after": time.time() - began}
 
 
-def run(c: ConfigDict, workdir: Path) -> Record:
+def run(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> Record:
   """Runs what is left of the cascade; returns its record."""
   check(c)
+  watching = Watching.of(wandb, trace)
   check_owner(c, workdir)
   p = parts.build(c, workdir)
   check_programs(c, p)
   heldout = draw_heldout(c, p.domains, p.text.tokenizer)
-  p = dataclasses.replace(p, text=claim(c, workdir, p.text))
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
   keep_compilations(workdir)
   record, began = Record.open(workdir), time.time()
   record.stages, record.teachers = exchange([record.stages, record.teachers], "record of the cascade")[0]
@@ -236,4 +239,4 @@ def summary(entry: dict) -> str:
 
 
 if __name__ == "__main__":
-  launch(run, several=True)
+  launch(run, several=True, **FLAGS)

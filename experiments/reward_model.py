@@ -18,18 +18,21 @@ from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
 from nemocascade.generated.preference import preference_pairs
 from nemocascade.model.reward import RewardModel, init_reward_params
-from nemocascade.report.metrics import MetricsWriter, progress
+from nemocascade.report.metrics import Phases, progress
 from nemocascade.runtime import loading, parts
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.outcome import Outcome, announce
+from nemocascade.runtime.meter import BETWEEN, Meter
+from nemocascade.runtime.outcome import Outcome, Spent, announce
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
 from nemocascade.runtime.supervision import Supervisor
 from nemocascade.runtime.text import answer_rows, own_tokenizer
+from nemocascade.runtime.watching import FLAGS, Watching
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.reward_model import reward_model_step
+from nemocascade.step.update import SKIPPED
 from nemocascade.types import Params
 
 
@@ -67,29 +70,33 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
     on_top_of,
   )
   first, supervisor = int(state.step), Supervisor(c, stage_dir, record.get("supervisor", {}))
+  meter, tokens = Meter(programs.config, record.get("meter", {})), 2 * c.pairs * c.row_tokens
   pairs = preference_pairs(c.seed, c.pairs * c.steps, "train")
   # Compiled before training, so that a failure to compile does not lose a trained stage.
   judge = programs.jitted(reward_fn).lower(state.params, *rows(pairs[: c.pairs])[0]).compile()
 
-  with MetricsWriter(stage_dir, start_step=first) as writer:
-    bar = progress(c.steps, initial=first, desc=stage_dir.name)
-    for step in range(first, c.steps):
+  with store, p.watching.writer(stage_dir, first, c) as writer:
+    bar, phases = progress(c.steps, initial=first, desc=stage_dir.name), Phases()
+    for step in p.watching.steps(range(first, c.steps), stage_dir):
+      store.check()
       state, metrics = step_fn(state, *rows(pairs[step * c.pairs : (step + 1) * c.pairs]))
       metrics = jax.device_get(metrics)
+      phases.end("step")
+      times, _ = meter.step(phases, Spent(trained=tokens), counts=not metrics[SKIPPED])
       if step + 1 == c.steps:
         metrics["heldout/accuracy"] = accuracy(
           judge, state.params, rows, preference_pairs(c.seed, c.heldout_pairs, "heldout"), c.pairs
         )
       bar.update(1, loss=float(metrics["loss/reward_model"]))
       due = (step + 1) % c.save_every == 0 or step + 1 == c.steps
-      supervisor.write(writer, step, metrics, to_save=state if due else None)
+      supervisor.write(writer, step, metrics | times, to_save=state if due else None)
       if due or supervisor.stopping:
-        store.save(step + 1, state, {"supervisor": supervisor.record()})
-        supervisor.end(store.path_of(step + 1))
+        store.start_save(step + 1, state, {"supervisor": supervisor.record(), "meter": meter.record()})
+        supervisor.end(store, step + 1)
+      phases.end(BETWEEN)
     bar.close()
-  store.wait()
-  tokens = 2 * c.steps * c.pairs * c.row_tokens
-  return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
+  supervisor.finish()
+  return Outcome(state.params, str(store.path_of(c.steps)), c.steps, c.steps * tokens, time.time() - began)
 
 
 def program(c: ConfigDict, programs: Programs):
@@ -114,15 +121,16 @@ def accuracy(reward, params, rows, pairs, batch: int) -> float:
   return float(np.mean(np.concatenate(right)))
 
 
-def main(c: ConfigDict, workdir: Path) -> None:
+def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None:
   check(c)
+  watching = Watching.of(wandb, trace)
   check_owner(c, workdir)
   p = parts.build(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from), domains=())
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)
-  p = dataclasses.replace(p, text=claim(c, workdir, p.text))
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
   announce(run(c, workdir / "reward_model", p, c.init_from))
 
 
 if __name__ == "__main__":
-  launch(main, several=True)
+  launch(main, several=True, **FLAGS)

@@ -20,7 +20,6 @@ import jax
 from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
-from nemocascade.report.metrics import Phases
 from nemocascade.runtime import hosts, parts, signals
 from nemocascade.runtime.checks import check_rl as check
 from nemocascade.runtime.checks import judged
@@ -37,6 +36,7 @@ from nemocascade.runtime.signals import annotate
 from nemocascade.runtime.start import check_start, start
 from nemocascade.runtime.teachers import Teachers, find, gather
 from nemocascade.runtime.text import own_tokenizer
+from nemocascade.runtime.watching import FLAGS, Watching
 from nemocascade.runtime.workdir import check_owner, claim
 
 
@@ -61,27 +61,25 @@ def run(
   spent = Spent(**resumed.get("spent", {}))
   sources, wanted = signals.open_sources(c, p, teachers, init_from), signals.wanted(c)
   mixture = prompts(c, p, resumed.get("mixture", {}))
-  book = Logbook(c, stage_dir, store, watch, first=first, supervisor=resumed.get("supervisor", {}), title=title)
+  book = Logbook(c, stage_dir, p, store, watch, first=first, record=resumed, title=title)
   # If the stage was killed after its last step, `watch` ends it here.
   ended, step = first > 0 and watch(first, state.params, spent), first - 1
 
   with book:
-    for step in range(first, first if ended else c.steps):
-      phases = Phases()
-      sampled = sample(c, p, mixture, state.params, key, step, phases)
-      rollout, masked = annotate(sampled, wanted, sources, phases)
+    for step in book.steps(first if ended else c.steps):
+      sampled = sample(c, p, mixture, state.params, key, step, book.phases)
+      rollout, masked = annotate(sampled, wanted, sources, book.phases)
       rows = arrange(rollout, sources)
-      phases.end("advantage")
+      book.phases.end("advantage")
       state, metrics, skipped = learn(state, rows, sources)
       hosts.decided([rows.empty, *map(float, skipped)], "skipped updates")
-      phases.end("update")
-      metrics |= masked | sampled.metrics | phases.metrics | hosts.spent() | {"rollout/skipped": rows.empty}
+      book.phases.end("update")
+      metrics |= masked | sampled.metrics | hosts.spent() | {"rollout/skipped": rows.empty}
       scored = signals.scored_tokens(sampled.samples, wanted)
       spent = (spent + sampled.spent).plus(scored=scored, trained=rows.tokens * c.updates)
       lines = functools.partial(sample_lines, sampled, rollout, c.samples)
       if book.record(step, state, metrics, skipped, spent, lines, mixture.get_state()):
         break
-  store.wait()
   return Outcome(state.params, str(store.path_of(step + 1)), step + 1, spent.sampled, time.time() - began)
 
 
@@ -106,8 +104,9 @@ def check_prompts(c: ConfigDict, p: Parts) -> None:
   prompts(c, p, {}).check()
 
 
-def main(c: ConfigDict, workdir: Path) -> None:
+def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None:
   check(c)
+  watching = Watching.of(wandb, trace)
   if c.init_from in ("", "previous"):
     raise UserError(
       f"init_from={c.init_from!r}: names no checkpoint; give --config.init_from=CKPT (a checkpoint directory)"
@@ -129,9 +128,9 @@ def main(c: ConfigDict, workdir: Path) -> None:
     p = parts.with_judge(c, p, c.judge)
   rows = draw_heldout(c, p.domains, tokenizer).rows if teachers else {}  # Teachers are probed with them.
   teachers = gather(programs, tokenizer, teachers, c.teachers_in_memory, rows)
-  p = dataclasses.replace(p, text=claim(c, workdir, p.text))
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
   announce(run(c, workdir / "rl", p, c.init_from, teachers))
 
 
 if __name__ == "__main__":
-  launch(main, several=True)
+  launch(main, several=True, **FLAGS)

@@ -20,19 +20,22 @@ from ml_collections import ConfigDict
 from nemocascade.data import loader
 from nemocascade.field_check import check as check_fields
 from nemocascade.mesh import check_rows, own_rows
-from nemocascade.report.metrics import MetricsWriter, progress
+from nemocascade.report.metrics import Phases, progress
 from nemocascade.runtime import conversations, hosts, parts
 from nemocascade.runtime.launch import launch
-from nemocascade.runtime.outcome import Outcome, announce
+from nemocascade.runtime.meter import BETWEEN, Meter
+from nemocascade.runtime.outcome import Outcome, Spent, announce
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
 from nemocascade.runtime.supervision import Supervisor
 from nemocascade.runtime.text import own_tokenizer
+from nemocascade.runtime.watching import FLAGS, Watching
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.sft import sft_step
+from nemocascade.step.update import SKIPPED
 
 
 def check(c: ConfigDict) -> None:
@@ -82,50 +85,60 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
   state, record, store = start(c, stage_dir, p, tx, init_from)
   first, tokens = int(state.step), record.get("tokens", 0)
   supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}))
-  with batches(c, stage_dir, p) as data, MetricsWriter(stage_dir, start_step=first) as writer:
+  meter = Meter(p.programs.config, record.get("meter", {}))
+  with store, batches(c, stage_dir, p) as data, p.watching.writer(stage_dir, first, c) as writer:
     if record.get("iterator"):
       data.set_state(record["iterator"])
-    bar = progress(c.steps, initial=first, desc=stage_dir.name)
+    bar, phases = progress(c.steps, initial=first, desc=stage_dir.name), Phases()
 
-    def finish(step: int, metrics, to_save=None) -> None:
-      """Waits for the step, and writes its metrics."""
+    def finish(step: int, metrics, own: int, to_save=None) -> int:
+      """Waits for the step, writes its metrics, and returns its tokens; `own` are those of this host."""
       metrics = jax.device_get(metrics)
-      bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens + own)
-      supervisor.write(writer, step, metrics, to_save=to_save)
+      phases.end("step")
+      times, sums = meter.step(phases, Spent(), counts=not metrics[SKIPPED], mine={"trained": own})
+      bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens + sums["trained"])
+      supervisor.write(writer, step, metrics | times, to_save=to_save)
+      phases.end(BETWEEN)
+      return sums["trained"]
 
-    pending, own = None, 0  # own: tokens of this host's rows since `tokens` was counted.
-    for step in range(first, c.steps):
+    pending = None  # The step that is dispatched, and not finished.
+    for step in p.watching.steps(range(first, c.steps), stage_dir):
+      store.check()
       batch = next(data)
+      phases.end("data")
       if step == 0:
         writer.write_samples(step, conversations.sample_lines(batch, data.own, p.text.tokenizer))
       state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
-      metrics |= conversations.metrics(data.counts, batch.segment_ids_BT[data.own])
-      own += int((batch.segment_ids_BT[data.own] > 0).sum())
+      segments_BT = batch.segment_ids_BT[data.own]
+      metrics |= conversations.metrics(data, segments_BT)
       if pending is not None:
-        finish(step - 1, pending)
-      pending = metrics
+        tokens += finish(*pending)
+      pending = step, metrics, int((segments_BT > 0).sum())
       if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
-        finish(step, pending, to_save=state)
+        tokens += finish(*pending, to_save=state)
         pending = None
-        tokens, own = tokens + sum(hosts.exchange(own, "tokens")), 0
-        parts = {"iterator": data.get_state(), "tokens": tokens, "supervisor": supervisor.record()}
-        store.save(step + 1, state, parts)
-        supervisor.end(store.path_of(step + 1))
+        parts = {
+          "iterator": data.get_state(), "tokens": tokens, "supervisor": supervisor.record(), "meter": meter.record(),
+        }  # fmt: skip
+        store.start_save(step + 1, state, parts)
+        supervisor.end(store, step + 1)
+        phases.end(BETWEEN)
     bar.close()
-  store.wait()
+  supervisor.finish()
   return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
 
 
-def main(c: ConfigDict, workdir: Path) -> None:
+def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None:
   check(c)
+  watching = Watching.of(wandb, trace)
   check_owner(c, workdir)
   p = parts.build(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from), domains=())
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)
   check_documents(c, p)
-  p = dataclasses.replace(p, text=claim(c, workdir, p.text))
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
   announce(run(c, workdir / "sft", p, c.init_from))
 
 
 if __name__ == "__main__":
-  launch(main, several=True)
+  launch(main, several=True, **FLAGS)

@@ -178,14 +178,19 @@ def stage_differences(whole: Path, other: Path) -> list[str]:
       of_a, of_b = arrays_of(a / part), arrays_of(b / part)
       names = [name for name in of_a.keys() | of_b.keys() if of_a.get(name) != of_b.get(name)]
       found += [f"checkpoint {step}: {part}/{name}" for name in sorted(names)]
-    if (a / "record" / "metadata").read_text() != (b / "record" / "metadata").read_text():
+    if saved_record(a) != saved_record(b):
       found.append(f"checkpoint {step}: record")
   return found
 
 
 def lines_of(stage: Path) -> list[dict]:
   lines = map(json.loads, (stage / "metrics.jsonl").read_text().splitlines())
-  return [{k: v for k, v in line.items() if not k.startswith(("time/", "exchange/"))} for line in lines]
+  return [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "exchange/"))} for line in lines]
+
+
+def saved_record(checkpoint: Path) -> dict:
+  """The record without the seconds that the steps took."""
+  return json.loads((checkpoint / "record" / "metadata").read_text()) | {"meter": None}
 
 
 def arrays_of(folder: Path) -> dict[str, tuple]:

@@ -67,6 +67,7 @@ class Loader:
     if blend.length < streams:
       raise UserError(f"streams={streams}: an epoch has only {blend.length} conversations; give at most that")
     self._T, self._B, self._each = T, B, B // streams
+    self._epoch = blend.length / streams  # Conversations of an epoch in a stream.
     self.own = sorted(range(B) if own is None else own)
     self._gather = gather
     self._fingerprint = _fingerprint(
@@ -95,6 +96,11 @@ class Loader:
   def counts(self) -> Counts:
     """Totals of the streams of this host, up to the blocks that the last batch came from."""
     return self._counts
+
+  @property
+  def epochs(self) -> float:
+    """How often this host's share of the conversations has been read, up to the same blocks."""
+    return self._counts.rows / (self._epoch * len(self._streams))
 
   def get_state(self) -> dict[str, Any]:
     """The position after the last batch, as JSON; the same on every host. All hosts must call it together."""

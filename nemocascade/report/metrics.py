@@ -10,17 +10,21 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 import jax
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from nemocascade.errors import UserError
+from nemocascade.report.wandb_run import WandbRun
 from nemocascade.state_files import check_shape, named, parsed, read_text, whole
 
 _numbers = itertools.count()  # Numbers the event files of this process.
@@ -38,8 +42,16 @@ class MetricsWriter:
   On resume, lines from `start_step` on are removed, because the stage writes them again.
   """
 
-  def __init__(self, directory: str | Path, *, start_step: int = 0):
+  def __init__(
+    self, directory: str | Path, *, start_step: int = 0, wandb: str = "", config: Mapping[str, Any] | None = None
+  ):
+    """
+    Args:
+      wandb: a project of Weights & Biases that the metrics are also sent to; "" for none.
+      config: the fields that the run has there.
+    """
     self._files: dict[str, IO[Any]] = {}
+    self._wandb: WandbRun | None = None
     if jax.process_index() > 0:
       return
     directory = Path(directory)
@@ -59,6 +71,8 @@ class MetricsWriter:
     self._event(file_version="brain.Event:2")
     # This event makes TensorBoard drop what an earlier process wrote from this step on.
     self._event(step=start_step, session_log=SessionLog(status=SessionLog.START))
+    if wandb:
+      self._wandb = WandbRun(wandb, directory, config or {})
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Writes a step's metrics, "part/quantity" -> number; metrics.jsonl has null for one that is not finite."""
@@ -69,11 +83,18 @@ class MetricsWriter:
     self._line("metrics", {"step": step} | finite)
     values = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
     self._event(step=step, summary=Summary(value=values))
+    if self._wandb:
+      self._wandb.write(step, numbers)
 
   def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-    """Writes samples of one step (prompt, completion, verdict, ...) to samples.jsonl, one line each."""
-    for sample in samples if self._files else ():
+    """Writes samples of one step (prompt, completion, verdict, ...) to samples.jsonl, one line each, and as texts
+    to TensorBoard."""
+    if not self._files:
+      return
+    for sample in samples:
       self._line("samples", {"step": step} | sample)
+    texts = [_text(f"samples/{i}", sample) for i, sample in enumerate(samples)]
+    self._event(step=step, summary=Summary(value=texts))
 
   def _line(self, name: str, value: dict[str, Any]) -> None:
     with named(Path(self._files[name].name)):
@@ -91,9 +112,19 @@ class MetricsWriter:
     return self
 
   def __exit__(self, *_) -> None:
+    if self._wandb:
+      self._wandb.close()
     for file in self._files.values():  # All data is flushed. After a write error, close() fails again.
       with contextlib.suppress(OSError):
         file.close()
+
+
+def _text(tag: str, sample: Mapping[str, Any]) -> Summary.Value:
+  """A sample for TensorBoard's page of texts: Markdown in which every field is a block of code."""
+  blocks = [f"**{name}**\n\n" + "".join(f"    {line}\n" for line in str(of).split("\n")) for name, of in sample.items()]
+  text = "\n".join(blocks).encode(errors="replace")  # A completion may contain lone surrogates.
+  of_texts = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+  return Summary.Value(tag=tag, metadata=of_texts, tensor=TensorProto(dtype=DT_STRING, string_val=[text]))
 
 
 def _dumps(value: Any) -> str:
@@ -140,7 +171,7 @@ def _drop_from(path: Path, step: int) -> None:
 
 
 class Phases:
-  """Measures the seconds of each phase of a step. Repeated phases add up."""
+  """Measures the seconds of each phase of the steps. Repeated phases add up."""
 
   def __init__(self):
     self.seconds: dict[str, float] = {}
@@ -152,10 +183,10 @@ class Phases:
     self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
     self._last = now
 
-  @property
-  def metrics(self) -> dict[str, float]:
-    """{"time/PHASE": seconds}."""
-    return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+  def take(self) -> dict[str, float]:
+    """The seconds of each phase since the last call. The next phase has begun when the last one ended."""
+    taken, self.seconds = self.seconds, {}
+    return taken
 
 
 class Progress:
@@ -215,14 +246,16 @@ _BUILT = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_hits"
 _lock = threading.Lock()
 _built: list[str] = []  # Names of all programs of this process, compiled or read from the cache.
+_built_s = 0.0  # Seconds that took.
 _read = 0
 
 
 def _on_duration(event: str, duration_secs: float, **of_event: str | int) -> None:
-  del duration_secs
+  global _built_s
   if event == _BUILT:
     with _lock:
       _built.append(str(of_event.get("fun_name", "")))
+      _built_s += duration_secs
 
 
 def _on_event(event: str, **_) -> None:
@@ -234,6 +267,11 @@ def _on_event(event: str, **_) -> None:
 
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
 jax.monitoring.register_event_listener(_on_event)
+
+
+def compile_seconds() -> float:
+  """Seconds in which this process has compiled programs so far, or read them from the persistent cache."""
+  return _built_s
 
 
 class CompileCounter:

@@ -123,6 +123,8 @@ def to_rollout(
     "rollout/unfinished": float(1 - finished_QG.mean()),
     "rollout/verdict": float(verdict_QG[~masked_verdict_QG].mean()) if not masked_verdict_QG.all() else 0.0,
     "rollout/tokens": float(samples.sampled_QG.mean()),
+    "rollout/tokens_median": float(np.median(samples.sampled_QG)),
+    "rollout/tokens_max": float(samples.sampled_QG.max()),
     "rollout/groups_with_signal": float(np.mean([bool(i) for i in _signal(verdicts)])),
   }
   rollout = Rollout(

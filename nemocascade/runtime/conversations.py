@@ -15,8 +15,8 @@ from nemocascade.data import blend as blend_lib
 from nemocascade.data import sources as dataset_files
 from nemocascade.data.blend import Blend, Source
 from nemocascade.data.documents import texts_of, to_documents
+from nemocascade.data.loader import Loader
 from nemocascade.data.row_files import first_rows, open_rows
-from nemocascade.data.stream import Counts
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError, unknown
 from nemocascade.generated.generator import demonstrations
@@ -114,15 +114,19 @@ def open_blend(c: ConfigDict, folder: Path, stage: str) -> Blend:
   return Blend([Source(name, part, counts[name]) for name, part in rows.items()], c.seed)
 
 
-def metrics(counts: Counts, segment_ids_BT: np.ndarray) -> dict[str, float]:
+def metrics(data: Loader, segment_ids_BT: np.ndarray) -> dict[str, float]:
   """The metrics of the data: counts of this host's streams since the beginning, and how full these rows are.
+
+  Args:
+    segment_ids_BT: this host's rows of a batch.
 
   The rows read are those of the blocks that the rows come from (`look_ahead`), not of the rows alone.
   """
   return {
-    "data/conversations": counts.rows,
-    "data/bad": counts.bad,
-    "data/long_documents": counts.long,
+    "data/epochs": data.epochs,
+    "data/conversations": data.counts.rows,
+    "data/bad": data.counts.bad,
+    "data/long_documents": data.counts.long,
     "data/fill": float((segment_ids_BT > 0).mean()),
   }
 

@@ -24,6 +24,9 @@ class Spent:
   def __add__(self, other: "Spent") -> "Spent":
     return self.plus(**dataclasses.asdict(other))
 
+  def minus(self, other: "Spent") -> "Spent":
+    return self.plus(**{name: -n for name, n in dataclasses.asdict(other).items()})
+
   def plus_rollout(self, samples: Samples) -> "Spent":
     given_Q = (samples.length_QG - samples.sampled_QG)[:, 0]
     return self.plus(sampled=int(samples.sampled_QG.sum()), prefilled=int(given_Q.sum()))

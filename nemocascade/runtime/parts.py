@@ -17,6 +17,7 @@ from nemocascade.runtime import loading
 from nemocascade.runtime.judge import load_judge
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.text import Text, text_of
+from nemocascade.runtime.watching import Watching
 from nemocascade.sandbox.sandbox import Sandbox
 from nemocascade.types import Params
 from nemocascade.verifiers.judge import Judge
@@ -28,12 +29,14 @@ class Parts:
 
   Attributes:
     judge: compares answers; None until there is a reward model.
+    watching: how the user watches the run.
   """
 
   programs: Programs
   text: Text
   domains: Mapping[str, Domain]
   judge: Judge | None = None
+  watching: Watching = Watching()
 
 
 def build(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
 from nemocascade.mesh import alike, placed, whole
-from nemocascade.runtime import loading, parts
+from nemocascade.runtime import loading, meter, parts
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
@@ -63,8 +64,11 @@ RECORD = {  # JSON schema of the record that a stage saves with its state.
         "histories": {"type": "object"},
         "warned": {"type": "array", "items": {"type": "string"}},
         "nonfinite": COUNT,
+        "applied": COUNT,
+        "steps": COUNTS,
       },
     },
+    "meter": meter.RECORD,
     "spent": {
       "type": "object",
       "properties": {field.name: COUNT for field in dataclasses.fields(Spent)},
@@ -132,6 +136,9 @@ def start(
     loading.same_tokenizer("--workdir", str(latest), tokenizer, remedy)
     state, record = store.restore(state)
     check_shape(record, RECORD, f"{latest}/record", remedy="restore another checkpoint")
+    if jax.process_index() == 0:
+      done = store.latest()  # Without those that were damaged.
+      print(f"{stage_dir.name}: goes on after {done} steps, from {store.path_of(done)}", file=sys.stderr)
     return loading.finite(state, f"{store.directory}, after {int(state.step)} updates"), record, store
   if init_from:
     loading.same_tokenizer("init_from", init_from, tokenizer)

@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 from nemocascade.errors import StageStopped
 from nemocascade.report.metrics import MetricsWriter
 from nemocascade.runtime import guards, termination
+from nemocascade.step.optimizer import host_schedule
 from nemocascade.step.update import SKIPPED
+from nemocascade.store.checkpoint import Store
 from nemocascade.types import TrainState
 
 
@@ -27,7 +29,7 @@ class Supervisor:
   def __init__(self, c: ConfigDict, stage_dir: Path, record: Mapping[str, Any], *, without: Iterable[str] = ()):
     """
     Args:
-      c: the stage's config; `guards` and `max_nonfinite` are read.
+      c: the stage's config; `guards`, `max_nonfinite`, `optimizer`, `steps` and `updates` are read.
       stage_dir: the stage's folder.
       record: the result of `record` in the checkpoint that the stage resumes from, or empty.
       without: guards to turn off for this stage.
@@ -42,6 +44,9 @@ class Supervisor:
     self._histories = guards.from_json(record.get("histories", {}))
     self._warned = list(record.get("warned", ()))
     self._nonfinite = record.get("nonfinite", 0)  # Updates in a row that were not applied.
+    self._learning_rate = host_schedule(c.optimizer, c.steps * c.get("updates", 1))
+    self._applied = record.get("applied", 0)  # Updates that were.
+    self._steps = {"learned": 0, "empty": 0, "refused": 0} | record.get("steps", {})
     self._stop = self._line = ""  # The guard that asked to end the stage, and its message.
     self._terminated = False
     termination.saves_at_steps()
@@ -57,17 +62,20 @@ class Supervisor:
 
   def record(self) -> dict[str, Any]:
     """The guards' state as plain JSON, for the stage's checkpoints."""
-    return {"histories": guards.to_json(self._histories), "warned": self._warned, "nonfinite": self._nonfinite}
+    return {
+      "histories": guards.to_json(self._histories), "warned": self._warned, "nonfinite": self._nonfinite,
+      "applied": self._applied, "steps": self._steps,
+    }  # fmt: skip
 
   def write(
     self, writer: MetricsWriter, step: int, metrics: Mapping[str, Any], *,
     skipped: Sequence[float] | None = None, to_save: TrainState | None = None,
   ) -> None:  # fmt: skip
-    """Writes the step's line of metrics, with the guards' flags, and reacts to guards that fire.
+    """Writes the step's line of metrics, with the learning rate and the guards' flags, and reacts to guards that fire.
 
     Args:
-      skipped: for each update of the step, whether it was skipped as not finite. By default the metric SKIPPED
-        of a single update.
+      skipped: for each update of the step, whether it was skipped as not finite; none if there was no token to
+        learn. By default the metric SKIPPED of a single update.
       to_save: the state, if a checkpoint follows this step: the room on the disk is then checked.
 
     Raises:
@@ -78,7 +86,11 @@ class Supervisor:
       skipped = [metrics[SKIPPED]] if SKIPPED in metrics else []
     room = {} if to_save is None else {"disk/checkpoints": room_for(to_save, self._dir)}
     self._histories, findings, flags = guards.observe(self._histories, metrics | room, self._settings)
-    writer.write(step, metrics | flags)
+    writer.write(step, metrics | {"optimizer/learning_rate": self._learning_rate(self._applied)} | flags)
+    applied = sum(not refused for refused in skipped)
+    self._applied += applied
+    empty = not skipped or metrics.get("tokens/learned") == 0
+    self._steps["empty" if empty else "learned" if applied else "refused"] += 1
     self._react(step, findings)
     self._terminated = termination.stopping() or self._terminated
     for refused in skipped:
@@ -89,17 +101,31 @@ class Supervisor:
           f" (max_nonfinite={self._max_nonfinite}); lower optimizer.peak_lr, and start in another --workdir"
         )
 
-  def end(self, checkpoint: Path) -> None:
-    """Raises StageStopped if a guard asked to end the stage, Terminated if SIGTERM did.
+  def end(self, store: Store, step: int) -> None:
+    """Raises StageStopped if a guard asked to end the stage, Terminated if SIGTERM did, when `step` is on disk.
 
-    The message names the saved `checkpoint`.
+    The message names the checkpoint.
     """
+    if not self._stop and not self._terminated:
+      return
+    store.wait()
+    checkpoint = store.path_of(step)
     if self._stop in guards.AT_ONCE:
       raise StageStopped(f"{self._line}; the same command goes on from {checkpoint}")
     if self._stop:
       raise StageStopped(f"{self._line}; to go on: another --workdir with init_from={checkpoint}")
-    if self._terminated:
-      raise termination.terminated(checkpoint)
+    raise termination.terminated(checkpoint)
+
+  def finish(self) -> None:
+    """Says on stderr, at the end of the stage, if none of its steps has learned anything, and why that may be."""
+    if self._steps["learned"] or jax.process_index():
+      return
+    empty, refused = self._steps["empty"], self._steps["refused"]
+    why = [
+      f"{empty} had no token to learn (verdicts that never differ within a group, samples that are left out, or rows"
+      " without an assistant's token: see rollout/ in metrics.jsonl)"
+    ] * bool(empty) + [f"{refused} had updates that were not finite (lower optimizer.peak_lr)"] * bool(refused)
+    print(f"warning: {self._dir.name}: no step changed what the model has learned: {'; '.join(why)}", file=sys.stderr)
 
   def _react(self, step: int, findings: list[guards.Finding]) -> None:
     for finding in findings:

@@ -2,9 +2,12 @@
 
 import functools
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nemocascade.errors import UserError
@@ -20,11 +23,11 @@ NEVER = ("e_score_correction_bias$",)
 NOT_DECAYED = ("bias$", "(^|/)norm(_f)?(/weight)?$", "(^|/)(A_log|D)$")
 
 
-# Decay after warm-up: (progress t in [0, 1], fraction at the end) -> fraction of the peak learning rate.
+# Decay after warm-up: (progress t in [0, 1], fraction at the end, jnp or np) -> fraction of the peak learning rate.
 SCHEDULES = dict(
-  constant=lambda t, final: jnp.ones_like(t),
-  linear=lambda t, final: 1.0 - (1.0 - final) * t,
-  cosine=lambda t, final: final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * t)),
+  constant=lambda t, final, xp: xp.ones_like(t),
+  linear=lambda t, final, xp: 1.0 - (1.0 - final) * t,
+  cosine=lambda t, final, xp: final + (1.0 - final) * 0.5 * (1.0 + xp.cos(xp.pi * t)),
 )
 
 
@@ -64,7 +67,7 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(clip.init, update)
 
 
-def make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, *, schedule: str):
+def make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, *, schedule: str, xp=jnp):
   """Linear warm-up from 1 / warmup_steps of the peak, then decay to `final_fraction` of the peak.
 
   The arguments may be traced arrays, so that a compiled step serves any values; optax's own schedules
@@ -72,15 +75,27 @@ def make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, *, schedul
 
   Args:
     schedule: a key of SCHEDULES.
+    xp: jnp, or np for numbers on the host.
   """
 
   def learning_rate(step):
-    warmup = (step + 1.0) / jnp.maximum(warmup_steps, 1.0)
-    after = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1.0)
-    decay = SCHEDULES[schedule](jnp.clip(after, 0.0, 1.0), final_fraction)
-    return peak_lr * jnp.where(step < warmup_steps, warmup, decay)
+    warmup = (step + 1.0) / xp.maximum(warmup_steps, 1.0)
+    after = (step - warmup_steps) / xp.maximum(total_steps - warmup_steps, 1.0)
+    decay = SCHEDULES[schedule](xp.clip(after, 0.0, 1.0), final_fraction, xp)
+    return peak_lr * xp.where(step < warmup_steps, warmup, decay)
 
   return learning_rate
+
+
+def host_schedule(c: Mapping[str, Any], total_steps: int) -> Callable[[int], float]:
+  """Updates done -> the learning rate of the next one, computed on the host.
+
+  Args:
+    c: the settings of make_optimizer, without total_steps.
+  """
+  names = ("peak_lr", "warmup_steps", "final_fraction", "schedule")
+  schedule = make_schedule(total_steps=total_steps, **{name: c[name] for name in names}, xp=np)
+  return lambda updates: float(schedule(updates))
 
 
 def make_optimizer(

@@ -86,7 +86,7 @@ def sft_step(
     grads = jax.tree.map(lambda g: g / learned.astype(g.dtype), grads)
     move = lambda params: balance.move(params, routing, add_to_bias)  # noqa: E731
     state, metrics = apply_gradients(state, tx, grads, loss := total / learned, move)
-    metrics |= {"loss/sft": loss, "tokens/learned": learned}
+    metrics |= {"loss/sft": loss, "tokens/learned": count}
     return state, metrics | routing_metrics(routing, real)
 
   return step
