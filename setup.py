@@ -1,4 +1,4 @@
-"""Installs the library nemocascade. Extras: test, tpu, cuda, hf, bench (see README.md)."""
+"""Installs the library nemocascade. Extras: test, tpu, cuda, gcs, hf, bench (see README.md)."""
 
 from setuptools import find_packages, setup
 
@@ -23,6 +23,7 @@ setup(
     "flax>=0.12.8,<0.14",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.14",
+    "etils[epath]>=1.13,<2",
     "grain>=0.2.18,<0.4",
     "sentencepiece>=0.2.1,<0.3",
     "tokenizers>=0.22,<1",
@@ -64,6 +65,7 @@ setup(
       "transformers>=5,<6",
       "trl>=1.16,<1.17",  # Its private loss method is compared with ours; hence the narrow range.
       "safetensors>=0.5,<1",
+      "fsspec>=2025.3",  # gcsfs is a file system of it; the tests have one in memory.
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
@@ -75,6 +77,7 @@ setup(
       "transformers>=5,<6",
       "safetensors>=0.5,<1",
     ],
+    "gcs": ["gcsfs>=2025.3,<2027", "google-cloud-storage>=3,<4"],  # Orbax asks the latter for a bucket's kind.
     "hf": ["torch>=2.9,<3", "transformers>=5,<6", "safetensors>=0.5,<1"],
   },
 )

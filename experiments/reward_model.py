@@ -133,4 +133,4 @@ def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None
 
 
 if __name__ == "__main__":
-  launch(main, several=True, **FLAGS)
+  launch(main, several=True, buckets=True, **FLAGS)

@@ -53,7 +53,7 @@ def check_documents(c: ConfigDict, p: Parts) -> None:
 
 def batches(c: ConfigDict, stage_dir: Path, p: Parts) -> loader.Loader:
   """The batches of the stage from its beginning. Bad conversations are named in bad_rows.jsonl."""
-  blend = conversations.open_blend(c, stage_dir.parent / "data", stage_dir.name)
+  blend = conversations.open_blend(c, stage_dir.parent, stage_dir.name)
   if jax.process_index() == 0:
     print(f"{stage_dir.name}: {conversations.described(blend)}", file=sys.stderr)
   return loader.Loader(
@@ -141,4 +141,4 @@ def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None
 
 
 if __name__ == "__main__":
-  launch(main, several=True, **FLAGS)
+  launch(main, several=True, buckets=True, **FLAGS)

@@ -1,19 +1,47 @@
-"""JSON state files of a run: atomic writes, and reads that validate against a JSON schema."""
+"""State files of a run, in a folder or a bucket: atomic writes, and reads that validate against a JSON schema."""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jsonschema
+from etils import epath
 
 from nemocascade.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BUCKET = "gs://"
+UPLOAD_S = 30.0  # Seconds after which an object that is appended to is uploaded again.
+
+
+def place(path: str | os.PathLike) -> Any:
+  """The path as an object with pathlib's methods: an epath.Path of a bucket (gs://), else a pathlib.Path.
+
+  pathlib.Path itself would take gs://bucket for a relative path.
+  """
+  said = os.fspath(path)
+  return epath.Path(said) if said.startswith(BUCKET) else Path(said)
+
+
+def on_bucket(path: str | os.PathLike) -> bool:
+  return os.fspath(path).startswith(BUCKET)
+
+
+def absolute(path: str | os.PathLike) -> Any:
+  """The absolute path, with links followed. Those of buckets are absolute."""
+  return place(path) if on_bucket(path) else Path(path).resolve()
+
+
+def stands(path: str | os.PathLike) -> bool:
+  """Whether there is something at this path, which may be a broken link."""
+  return place(path).exists() if on_bucket(path) else os.path.lexists(path)
 
 
 def read_state(path: str | Path, shape: dict, *, remedy: str) -> Any:
@@ -27,7 +55,7 @@ def read_state(path: str | Path, shape: dict, *, remedy: str) -> Any:
     UserError: the file is missing, not a regular file, not JSON, or does not match the schema. The message
       names the file, the place in it and the remedy.
   """
-  path = Path(path)
+  path = place(path)
   value = parsed(read_text(path, remedy=remedy), path, remedy=remedy)
   check_shape(value, shape, path, remedy=remedy)
   return value
@@ -88,7 +116,7 @@ def refused(where: str | Path, why: str, remedy: str) -> UserError:
 
 def write_json(path: str | Path, value: Any) -> None:
   """Writes a JSON file atomically: under a temporary name, with fsync, then renamed."""
-  path = Path(path)
+  path = place(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
     file.write(json.dumps(value, indent=1) + "\n")
@@ -98,7 +126,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-  """Context manager: a temporary path next to `path`, renamed to it at the end or removed on an error."""
+  """Context manager: a temporary path next to `path`, renamed to it at the end or removed on an error.
+
+  That of a bucket's object is a local file: an object is written whole or not at all.
+  """
+  if on_bucket(path):
+    with tempfile.TemporaryDirectory() as folder, named(path):
+      yield (local := Path(folder) / "object")
+      path.write_bytes(local.read_bytes())
+    return
   partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
     with named(path):
@@ -107,6 +143,42 @@ def whole(path: Path) -> Iterator[Path]:
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
+
+
+def append_to(path: str | os.PathLike, mode: str = "a") -> "IO[Any] | Appended":
+  """Opens a file, or an object of a bucket, to append to it; UTF-8. The mode is "a" or "ab"."""
+  return Appended(place(path)) if on_bucket(path) else Path(path).open(mode, encoding=None if "b" in mode else "utf-8")
+
+
+class Appended:
+  """An object of a bucket that is appended to. Objects can't be: all of it is kept, and uploaded now and then."""
+
+  def __init__(self, path: epath.Path):
+    self.name, self._path = str(path), path
+    self._data = bytearray(path.read_bytes() if path.exists() else b"")
+    self._uploaded, self._at = len(self._data), time.monotonic()
+
+  def write(self, data: str | bytes) -> None:
+    self._data += data.encode() if isinstance(data, str) else data
+
+  def flush(self) -> None:
+    """Uploads the object if it has not been for UPLOAD_S seconds."""
+    if time.monotonic() - self._at >= UPLOAD_S:
+      self.upload()
+
+  def upload(self) -> None:
+    if self._uploaded < len(self._data) or not self._data:
+      self._path.write_bytes(bytes(self._data))
+    self._uploaded, self._at = len(self._data), time.monotonic()
+
+  def close(self) -> None:
+    self.upload()
+
+  def __enter__(self) -> "Appended":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import sentencepiece
 import tokenizers
 
 from nemocascade.errors import UserError
-from nemocascade.state_files import whole
+from nemocascade.state_files import place, whole
 
 PAD, EOS = 0, 2
 IM_START, IM_END = 10, 11
@@ -85,7 +84,7 @@ class Tokenizer(abc.ABC):
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes the tokenizer's file to `path`, or to `path`/file_name if that is a folder; atomic."""
-    path = pathlib.Path(path)
+    path = place(path)
     path = path / self.file_name if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
@@ -188,7 +187,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   Raises:
     UserError: there is no such file, it is damaged, or its special tokens have other ids.
   """
-  path = pathlib.Path(path)
+  path = place(path)
   if path.is_dir():
     found = [path / kind.file_name for kind in TOKENIZERS if (path / kind.file_name).exists()]
     if not found:

@@ -25,7 +25,17 @@ from tqdm import tqdm
 
 from nemocascade.errors import UserError
 from nemocascade.report.wandb_run import WandbRun
-from nemocascade.state_files import check_shape, named, parsed, read_text, whole
+from nemocascade.state_files import (
+  Appended,
+  append_to,
+  check_shape,
+  named,
+  parsed,
+  place,
+  read_text,
+  stands,
+  whole,
+)
 
 _numbers = itertools.count()  # Numbers the event files of this process.
 # JSON schema of a line of metrics.jsonl and samples.jsonl.
@@ -50,11 +60,11 @@ class MetricsWriter:
       wandb: a project of Weights & Biases that the metrics are also sent to; "" for none.
       config: the fields that the run has there.
     """
-    self._files: dict[str, IO[Any]] = {}
+    self._files: dict[str, IO[Any] | Appended] = {}
     self._wandb: WandbRun | None = None
     if jax.process_index() > 0:
       return
-    directory = Path(directory)
+    directory = place(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = {name: directory / f"{name}.jsonl" for name in ("metrics", "samples")}
     for path in files.values():
@@ -64,10 +74,10 @@ class MetricsWriter:
       print(
         f"{files['metrics']} lacks steps {min(lost)} to {max(lost)}: the stage goes on without them", file=sys.stderr
       )
-    self._files = {name: path.open("a", encoding="utf-8") for name, path in files.items()}
+    self._files = {name: append_to(path) for name, path in files.items()}
     # TensorBoard finds its files by this pattern and reads them in the order of their names.
     name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-    self._files["events"] = (directory / name).open("wb")
+    self._files["events"] = append_to(directory / name, "ab")
     self._event(file_version="brain.Event:2")
     # This event makes TensorBoard drop what an earlier process wrote from this step on.
     self._event(step=start_step, session_log=SessionLog(status=SessionLog.START))
@@ -96,15 +106,21 @@ class MetricsWriter:
     texts = [_text(f"samples/{i}", sample) for i, sample in enumerate(samples)]
     self._event(step=step, summary=Summary(value=texts))
 
+  def upload(self) -> None:
+    """Uploads all of the files to the bucket, if they are in one; a file of a folder always has all lines."""
+    for file in self._files.values():
+      if isinstance(file, Appended):
+        file.upload()
+
   def _line(self, name: str, value: dict[str, Any]) -> None:
-    with named(Path(self._files[name].name)):
+    with named(place(self._files[name].name)):
       self._files[name].write(_dumps(value) + "\n")
       self._files[name].flush()
 
   def _event(self, **fields: Any) -> None:
     """Writes an event in this thread: TensorBoard's own writer has a thread, which dies if the disk is full."""
     file = self._files["events"]
-    with named(Path(file.name)):
+    with named(place(file.name)):
       RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
       file.flush()
 
@@ -141,8 +157,8 @@ def read_lines(path: str | Path, shape: dict = LINE) -> list[dict[str, Any]]:
   Raises:
     UserError: a line is not JSON or does not match the schema; the file and the line are named.
   """
-  path, lines = Path(path), []
-  if not os.path.lexists(path):
+  path, lines = place(path), []
+  if not stands(path):
     return []
   remedy = "remove the line, or the file"
   *whole, rest = read_text(path, remedy="remove it").split("\n")  # splitlines() would also split at U+2028.
@@ -163,7 +179,7 @@ def read_lines(path: str | Path, shape: dict = LINE) -> list[dict[str, Any]]:
 
 def _drop_from(path: Path, step: int) -> None:
   """Removes the lines of `step` and later steps."""
-  if not os.path.lexists(path):
+  if not stands(path):
     return
   kept = [line for line in read_lines(path) if line["step"] < step]
   with whole(path) as partial:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.errors import UserError
+from nemocascade.state_files import on_bucket
 
 
 def check(project: str) -> None:
@@ -24,7 +25,7 @@ class WandbRun:
     self._run = wandb.init(
       project=project, id=hashlib.sha256(str(directory).encode()).hexdigest()[:16], resume="allow",
       name=f"{directory.parent.name}/{directory.name}", group=directory.parent.name,
-      dir=str(directory), config=dict(config),
+      dir=None if on_bucket(directory) else str(directory), config=dict(config),
     )  # fmt: skip
     # The x axis. wandb's own step must not go back, and steps after a checkpoint are done again after a kill.
     self._run.define_metric("step")

@@ -1,8 +1,11 @@
 """The conversations that SFT learns from: `c.sources` checked, generated where asked for, and opened as a blend."""
 
 import contextlib
+import hashlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from nemocascade.generated.generator import demonstrations
 from nemocascade.generated.registry import GENERATORS, PREFIX, make
 from nemocascade.report.metrics import read_lines
 from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime.sharing import held
+from nemocascade.state_files import append_to, on_bucket
 from nemocascade.types import Batch
 
 SAMPLES = 8  # Documents that are written to samples.jsonl.
@@ -89,12 +94,23 @@ def texts(c: ConfigDict, count: int) -> list[str]:
   return found
 
 
-def open_blend(c: ConfigDict, folder: Path, stage: str) -> Blend:
-  """Opens the sources. Generated ones and indexes are written in `folder` at the first call, then read.
+def folder_of(workdir: Path) -> Path:
+  """The folder of the generated sources and the indexes of a run: in its work directory, or, if that is in a bucket,
+  a temporary one of this machine, which is made anew where it is lost."""
+  if not on_bucket(workdir):
+    return workdir / "data"
+  name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+  return Path(tempfile.gettempdir()) / f"nemocascade-{os.getuid()}" / name
+
+
+def open_blend(c: ConfigDict, workdir: Path, stage: str) -> Blend:
+  """Opens the sources. Generated ones and indexes are written in `folder_of` at the first call, then read.
 
   Raises:
     UserError: a source cannot be read.
   """
+
+  folder = folder_of(workdir)
 
   def open_all() -> dict:
     found = {}
@@ -108,8 +124,12 @@ def open_blend(c: ConfigDict, folder: Path, stage: str) -> Blend:
         found[name] = open_rows(str(path), folder / "index")
     return found
 
-  first_alone(open_all)  # The others find what the first one has written.
-  rows = open_all()
+  if on_bucket(workdir):
+    with held(folder, wait=True):  # Each machine has its own.
+      rows = open_all()
+  else:
+    first_alone(open_all)  # The others find what the first one has written.
+    rows = open_all()
   counts = blend_lib.counts({name: len(part) for name, part in rows.items()}, c.sources)
   return Blend([Source(name, part, counts[name]) for name, part in rows.items()], c.seed)
 
@@ -180,7 +200,7 @@ class BadRows:
     self._named.add(row)
     if len(self._named) <= SHOWN:
       print(f"skipped: {row}", file=sys.stderr)
-    with self._path.open("a", encoding="utf-8") as file:
+    with append_to(self._path) as file:
       file.write(json.dumps({"row": row}) + "\n")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import sys
 import tempfile
 import traceback
@@ -19,6 +20,7 @@ from nemocascade.fields import Field
 from nemocascade.runtime import config_file, hosts, same_start, termination
 from nemocascade.runtime.ending import NotAdmitted, end
 from nemocascade.runtime.start_model import take_model
+from nemocascade.state_files import on_bucket, place
 
 HELP = ("--help", "-h", "-help", "--helpshort")
 LONGEST = 199  # Most characters of an error line. --debug prints the whole error.
@@ -45,7 +47,7 @@ SEVERAL: dict[str, tuple[Field, object]] = {
 
 def launch(
   run: Callable[..., object], *, config: bool = True, workdir: bool = True, several: bool = False,
-  positional: str = "", **extra: tuple[Field, object],
+  buckets: bool = False, positional: str = "", **extra: tuple[Field, object],
 ) -> None:  # fmt: skip
   """Parses the command line and calls `run`; does not return.
 
@@ -53,6 +55,7 @@ def launch(
     run: called as run(config, workdir, **extra flags); without config or workdir if the command lacks them.
     config: whether the command takes --config and, with `workdir`, --workdir.
     several: whether the command may run in several processes. Otherwise --distributed is an error.
+    buckets: whether the work directory may be in a bucket (gs://).
     positional: the name of the one argument written without a flag, or "".
     **extra: further flags, name -> (field that parses and checks the value, default).
   """
@@ -62,7 +65,7 @@ def launch(
   try:
     if own and not set(HELP) & set(sys.argv):
       _meet(sys.argv[1:], several)
-    request = _request(sys.argv[1:], config, workdir, positional, extra | own)
+    request = _request(sys.argv[1:], config, workdir, positional, extra | own, buckets)
     if request is not None:
       first, arguments, flags = request
       settings = {name: arguments.pop(name) for name in own}
@@ -118,7 +121,7 @@ def _begin_together(settings: dict, c: ConfigDict | None, flags: dict) -> None:
   hosts.start_jax()
 
 
-def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict):
+def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict, buckets: bool):
   """Parses the command line; prints the help if asked for.
 
   Returns:
@@ -149,7 +152,7 @@ def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, 
     raise UserError("--config is missing: give a file of configs/, such as --config=configs/tiny/cascade.py")
   first = [c] if config else []
   if config and workdir:
-    first.append(_workdir(found["workdir"]))
+    first.append(_workdir(found["workdir"], buckets))
   arguments |= {name: found[name] for name in extra}
   return first, arguments, found
 
@@ -192,13 +195,32 @@ def _parse(argv: Sequence[str], known: dict[str, tuple[Field, object]], more: Se
   return found, left
 
 
-def _workdir(said: str | None) -> Path:
+def _workdir(said: str | None, buckets: bool) -> Path:
   """The absolute path of the work directory. Raises UserError if it is missing or not writable."""
   if said is None:
     raise UserError("--workdir is missing: give the folder that the run is written to")
   if not said:
     raise UserError("--workdir='': must be a folder, not empty")
-  return writable_folder("--workdir", said)
+  if not on_bucket(said):
+    return writable_folder("--workdir", said)
+  if not buckets:
+    raise UserError(
+      f"--workdir={config_file.shown_path(said)}: this command writes to a folder of this machine; give one"
+    )
+  return writable_bucket("--workdir", said)
+
+
+def writable_bucket(flag: str, said: str) -> Path:
+  """The path in a bucket. Raises UserError if nothing can be written there."""
+  trial = place(said) / f"trial.{socket.gethostname()}.{os.getpid()}"
+  try:  # The libraries of buckets raise errors of their own.
+    trial.write_bytes(b"trial")
+    trial.unlink()
+  except Exception as error:
+    how = "pip install 'nemocascade[gcs]'" if isinstance(error, ImportError) else "give another place"
+    why = " ".join(str(error).split())[:80] or type(error).__name__
+    raise UserError(f"{flag}={config_file.shown_path(said)}: cannot be written ({why}); {how}") from error
+  return place(said)
 
 
 def writable_folder(flag: str, said: str | Path) -> Path:

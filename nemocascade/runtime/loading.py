@@ -1,7 +1,6 @@
 """Opens a checkpoint, ours or a Hugging Face folder: its model config, tokenizer and parameters."""
 
 import dataclasses
-import os
 import types
 import typing
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from nemocascade.config import ModelConfig
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.errors import UserError
 from nemocascade.runtime.config_file import shown_path
-from nemocascade.state_files import read_state
+from nemocascade.state_files import absolute, on_bucket, place, read_state, stands
 from nemocascade.store import checkpoint as checkpoint_lib
 from nemocascade.store import checksums, hf
 from nemocascade.types import Params
@@ -58,7 +57,7 @@ def find(checkpoint: str, field: str = "--checkpoint") -> Found:
 
 def is_checkpoint(name: str) -> bool:
   """Whether `name` is hf:DIR or a checkpoint directory, rather than the name of a stage."""
-  return name.startswith(hf.PREFIX) or (Path(name) / "params").is_dir()
+  return name.startswith(hf.PREFIX) or (place(name) / "params").is_dir()
 
 
 def load(checkpoint: str, template: Params) -> Params:
@@ -104,9 +103,9 @@ def model_files(checkpoint: str, field: str = "--checkpoint") -> Path:
   Raises:
     UserError: this is no checkpoint of ours, or its files are damaged.
   """
-  path = Path(checkpoint).resolve()
+  path = absolute(checkpoint)
   for files in (path / "model", path.parent.parent / "model"):
-    if checkpoint and (path / "params").is_dir() and os.path.lexists(files / "config.json"):
+    if checkpoint and (path / "params").is_dir() and stands(files / "config.json"):
       check_files(files)
       return files
   raise UserError(f"{field}={shown_path(checkpoint)!r}: {_no_checkpoint(checkpoint, path)}")
@@ -117,6 +116,8 @@ def _no_checkpoint(given: str, path: Path) -> str:
   allowed = "give STAGE/checkpoints/STEP of a work directory, a converted one, or hf:DIR"
   if not path.exists():
     return f"there is no such folder; {allowed}"
+  if on_bucket(path):
+    return f"not a checkpoint of ours; {allowed}"
   if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
     return f"not a checkpoint of ours; give hf:{given} for a Hugging Face folder"
   saved = [found.parent for depth in ("", "*/", "*/*/") for found in path.glob(f"{depth}[0-9]*/params")]
@@ -205,4 +206,4 @@ def tokenizer_of(files: Path, config: ModelConfig):
 
 def has_tokenizer(files: Path) -> bool:
   """Whether the folder has a tokenizer."""
-  return any(os.path.lexists(files / name) for name in TOKENIZER_FILES)
+  return any(stands(files / name) for name in TOKENIZER_FILES)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from nemocascade.errors import UserError
+from nemocascade.state_files import on_bucket
 
 LOCK = "lock"
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -63,6 +64,9 @@ def own(directory: Path, *, shared: bool = False) -> None:
   Raises:
     UserError: another process writes there.
   """
+  if on_bucket(directory):
+    print(f"{directory}: a bucket has no locks: let no other run write there", file=sys.stderr)
+    return
   path = Path(directory).resolve() / LOCK
   if path in _owned:
     return

@@ -1,12 +1,12 @@
 """A run that starts from a checkpoint has the checkpoint's model, and the tokenizer of a Hugging Face folder."""
 
 import dataclasses
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from nemocascade.config import ModelConfig
 from nemocascade.runtime import loading
+from nemocascade.state_files import place
 from nemocascade.store import hf
 
 # How a run computes rather than what it computes: these fields stay those of the config.
@@ -42,7 +42,7 @@ def _starts(c: ConfigDict) -> list[str]:
 
 
 def _is_there(name: str) -> bool:
-  return loading.is_checkpoint(name) and Path(name.removeprefix(hf.PREFIX)).is_dir()
+  return loading.is_checkpoint(name) and place(name.removeprefix(hf.PREFIX)).is_dir()
 
 
 def _plain(value):

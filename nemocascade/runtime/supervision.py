@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from nemocascade.errors import StageStopped
 from nemocascade.report.metrics import MetricsWriter
 from nemocascade.runtime import guards, termination
+from nemocascade.state_files import on_bucket
 from nemocascade.step.optimizer import host_schedule
 from nemocascade.step.update import SKIPPED
 from nemocascade.store.checkpoint import Store
@@ -84,9 +85,11 @@ class Supervisor:
     metrics = {name: float(np.asarray(value)) for name, value in metrics.items()}
     if skipped is None:
       skipped = [metrics[SKIPPED]] if SKIPPED in metrics else []
-    room = {} if to_save is None else {"disk/checkpoints": room_for(to_save, self._dir)}
+    room = {} if to_save is None or on_bucket(self._dir) else {"disk/checkpoints": room_for(to_save, self._dir)}
     self._histories, findings, flags = guards.observe(self._histories, metrics | room, self._settings)
     writer.write(step, metrics | {"optimizer/learning_rate": self._learning_rate(self._applied)} | flags)
+    if to_save is not None:  # What a checkpoint follows must not be lost to a kill.
+      writer.upload()
     applied = sum(not refused for refused in skipped)
     self._applied += applied
     empty = not skipped or metrics.get("tokens/learned") == 0

@@ -17,6 +17,7 @@ from nemocascade.generated.generator import demonstrations
 from nemocascade.runtime import conversations, loading
 from nemocascade.runtime.domains import generators
 from nemocascade.runtime.hosts import first_alone
+from nemocascade.state_files import place
 from nemocascade.store import hf
 
 
@@ -52,7 +53,7 @@ def text_of(c: ConfigDict, workdir: Path, domains: Mapping[str, Domain]) -> Text
     return Text(None)
   if c.tokenizer.path:
     return Text(load_tokenizer(c.tokenizer.path))
-  path = Path(workdir) / "tokenizer" / "tokenizer.model"
+  path = place(workdir) / "tokenizer" / "tokenizer.model"
   return Text(load_tokenizer(path)) if path.exists() else Text(_train(c, domains), path)
 
 

@@ -1,7 +1,6 @@
 """Reserves a work directory for one config, and for one process at a time."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from nemocascade.errors import UserError
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.sharing import own
 from nemocascade.runtime.text import Text
-from nemocascade.state_files import read_state, write_json
+from nemocascade.state_files import place, read_state, stands, write_json
 
 CONFIG = {  # JSON schema of config.json.
   "type": "object",
@@ -39,7 +38,7 @@ def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False) -> 
   """
   check_owner(c, workdir)
   first_alone(lambda: own(workdir, shared=shared))
-  path = Path(workdir) / "config.json"
+  path = place(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
   content = {"config": fields, "versions": versions(), "own_code": own_versions(fields)}
   first_alone(lambda: path.exists() or write_json(path, content))
@@ -61,8 +60,8 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
     UserError: its config.json is damaged or differs, or a user's file that the config names has changed since;
       the message names the first differing field or file.
   """
-  path = Path(workdir) / "config.json"
-  if not os.path.lexists(path):
+  path = place(workdir) / "config.json"
+  if not stands(path):
     return
   written = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")
   before = written["config"]

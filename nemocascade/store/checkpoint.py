@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
 from nemocascade.errors import UserError, first_of
-from nemocascade.state_files import named
+from nemocascade.state_files import absolute, named, on_bucket
 from nemocascade.store import checksums
 from nemocascade.types import Params, TrainState
 
@@ -49,6 +49,16 @@ class _Summed(atomicity.AtomicRenameTemporaryPath):
     Path(whole).rename(final)
 
 
+class _SummedObjects(atomicity.CommitFileTemporaryPath):
+  """A checkpoint in a bucket, where folders are not renamed: it counts from its commit file on, written last."""
+
+  async def finalize(self) -> None:
+    final = self._final_path  # type: ignore[has-type]
+    if not final.parent.name.isdecimal():  # An item inside a checkpoint is in the folder of its step.
+      await asyncio.to_thread(_complete, final, final)
+    await super().finalize()
+
+
 def _complete(folder: Path, final: Path) -> None:
   """Adds the stage's model config and tokenizer to a checkpoint, so that it can be moved alone, and checksums.
 
@@ -57,7 +67,9 @@ def _complete(folder: Path, final: Path) -> None:
   """
   files = final.parent.parent / MODEL
   if files.is_dir():
-    shutil.copytree(files, folder / MODEL)
+    (folder / MODEL).mkdir()
+    for file in files.iterdir():
+      (folder / MODEL / file.name).write_bytes(file.read_bytes())
   checksums.write(folder)
 
 
@@ -68,11 +80,11 @@ class Store:
   """
 
   def __init__(self, directory: str | Path, *, keep: int = 2):
-    self.directory = Path(directory).resolve()
+    self.directory = absolute(directory)
     self.directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True,
-      temporary_path_class=_Summed,
+      temporary_path_class=_SummedObjects if on_bucket(self.directory) else _Summed,
     )  # fmt: skip
     self._manager = ocp.CheckpointManager(self.directory, options=options)
     self._saving: tuple[int, int] | None = None  # (step, bytes) of the save that runs in the background.
@@ -138,8 +150,9 @@ class Store:
     except OSError:
       self._saving = None
       # Orbax's threads may still be writing. The next opening of the store removes what they leave.
-      for partial in self.directory.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
-        shutil.rmtree(partial, ignore_errors=True)
+      if not on_bucket(self.directory):
+        for partial in self.directory.glob(f"{step}{atomicity.TMP_DIR_SUFFIX}*"):
+          shutil.rmtree(partial, ignore_errors=True)
       raise
 
   def __enter__(self) -> "Store":
@@ -156,6 +169,9 @@ class Store:
 
   def steps(self) -> list[int]:
     """All finished steps in ascending order, damaged ones included."""
+    if on_bucket(self.directory):  # The glob of a folder without objects is empty; its listing is an error.
+      whole = self.directory.glob(f"*/{atomicity.COMMIT_SUCCESS_FILE}")
+      return sorted(int(p.parent.name) for p in whole if p.parent.name.isdecimal())
     return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
 
   def path_of(self, step: int) -> Path:
@@ -230,7 +246,7 @@ def load_params(path: str | Path, template: Params) -> Params:
   Raises:
     UserError: there is no checkpoint, it is damaged, or shapes differ from the template's (all are named).
   """
-  path = Path(path).resolve()
+  path = absolute(path)
   check_params(path, template)
   try:
     checksums.verify(path, part="params")
@@ -242,7 +258,7 @@ def load_params(path: str | Path, template: Params) -> Params:
 
 def check_params(path: str | Path, template: Params) -> None:
   """Raises UserError if the checkpoint has no parameters or other shapes; no array is read."""
-  path = Path(path).resolve()
+  path = absolute(path)
   if not (path / "params").is_dir():
     raise UserError(f"checkpoint {path}: not found, or without parameters; give STAGE/checkpoints/STEP")
   try:

@@ -1,5 +1,9 @@
-"""Checksums of a folder's files: written before the folder is committed, verified before it is read."""
+"""Checksums of a folder's files: written before the folder is committed, verified before it is read.
 
+Those of a bucket's objects are the bucket's own, which it keeps with each object: no object is read for them.
+"""
+
+import base64
 import errno
 import json
 import os
@@ -9,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nemocascade.errors import UserError
-from nemocascade.state_files import read_state, whole
+from nemocascade.state_files import on_bucket, read_state, whole
 
-CHECKSUMS = "checksums.json"  # {file: [bytes, crc32 of each PIECE_BYTES of it]}
+CHECKSUMS = "checksums.json"  # {file: [bytes, crc32 of each PIECE_BYTES of it]}, or {object: [bytes, crc32c]}
+# Files of a checkpoint in a bucket that Orbax writes after the checksums.
+LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")
 PIECE_BYTES = 64 << 20  # Pieces of a large file are read in parallel.
 BLOCK_BYTES = 1 << 22
 THREADS = 16  # zlib and reads release the GIL, and network storage is faster with several reads at a time.
@@ -34,6 +40,10 @@ class Damage(ValueError):
 
 def write(folder: Path) -> None:
   """Writes checksums.json for all files of the folder; call it before the folder gets its final name."""
+  if on_bucket(folder):
+    with whole(folder / CHECKSUMS) as partial:
+      partial.write_text(json.dumps(_objects(folder)))
+    return
   names = sorted(_files(folder))
   sizes = [(folder / name).stat().st_size for name in names]
   sums = {name: [size] for name, size in zip(names, sizes, strict=True)}
@@ -64,7 +74,10 @@ def verify(folder: Path, part: str = "") -> None:
 def _verify(folder: Path, part: str) -> None:
   try:
     # Unlike `exists`, lstat raises different errors for a missing file and for an unreachable one.
-    os.lstat(folder / CHECKSUMS)
+    if not on_bucket(folder):
+      os.lstat(folder / CHECKSUMS)
+    elif not (folder / CHECKSUMS).exists():
+      raise FileNotFoundError
     sums = read_state(folder / CHECKSUMS, SHAPE, remedy="")
   except FileNotFoundError as error:
     raise Damage(f"{CHECKSUMS} is missing") from error
@@ -73,6 +86,8 @@ def _verify(folder: Path, part: str) -> None:
       raise error.__cause__ from error
     raise Damage(str(error).removeprefix(f"{folder}/")) from error
   wanted = {name: of for name, of in sums.items() if not part or name.startswith(part + "/")}
+  if on_bucket(folder):
+    return _compare(wanted, _objects(folder, part), part)
   for name in sorted(set(_files(folder, part)) - wanted.keys()):
     raise Damage(f"{name} is not one of its files")
   for name, (size, *crc32s) in wanted.items():
@@ -91,6 +106,35 @@ def _verify(folder: Path, part: str) -> None:
   for (name, crc32), (_, now) in zip(expected, found, strict=True):
     if now != crc32:
       raise Damage(f"{name} has changed since it was written")
+
+
+def _compare(wanted: dict[str, list[int]], found: dict[str, list[int]], part: str) -> None:
+  """Raises Damage if the objects are not those that were written."""
+  for name in sorted(found.keys() - wanted.keys()):
+    raise Damage(f"{name} is not one of its files")
+  if not wanted:
+    raise Damage(f"{CHECKSUMS} names no file{f' of {part}' if part else ''}")
+  for name, of in wanted.items():
+    if name not in found:
+      raise Damage(f"{name} is missing")
+    if found[name] != of:
+      raise Damage(f"{name} has changed since it was written")
+
+
+def _objects(folder, part: str = "") -> dict[str, list[int]]:
+  """Name relative to `folder` -> [bytes, crc32c], of all objects in it or in its part that checksums are of."""
+  import fsspec  # Only a run in a bucket needs it.
+
+  files = fsspec.filesystem("gcs")
+  files.invalidate_cache()
+  prefix = str(folder).removeprefix("gs://") + "/"
+  listed = files.find(prefix + part, detail=True)
+  names = {path.removeprefix("gs://").removeprefix(prefix): of for path, of in listed.items()}
+  return {
+    name: [of["size"], int.from_bytes(base64.b64decode(of["crc32c"]), "big")]
+    for name, of in sorted(names.items())
+    if name not in (CHECKSUMS, *LATER)
+  }
 
 
 def _files(folder: Path, part: str = "") -> Iterator[str]:

@@ -1,14 +1,13 @@
 """The record of a cascade, cascade.json: the state and scores of each stage, and the start of the next one."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import jax
 
 from nemocascade.errors import UserError, unknown
 from nemocascade.evaluate.suites import DomainScore
-from nemocascade.state_files import read_state, refused, write_json
+from nemocascade.state_files import place, read_state, refused, stands, write_json
 
 REMEDY = "remove it: finished stages are scored anew from their checkpoints"
 NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
@@ -90,8 +89,8 @@ class Record:
 
   @classmethod
   def open(cls, workdir: Path) -> "Record":
-    path = Path(workdir) / "cascade.json"
-    if not os.path.lexists(path):
+    path = place(workdir) / "cascade.json"
+    if not stands(path):
       return cls(path, [], {})
     value = read_state(path, SHAPE, remedy=REMEDY)
     if len({entry["name"] for entry in value["stages"]}) < len(value["stages"]):

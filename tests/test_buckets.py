@@ -1,0 +1,140 @@
+"""A run in a bucket (gs://): checkpoints, records, metrics and data of a stage, on a file system that is no POSIX path."""
+
+import json
+
+import buckets
+import chex
+import pytest
+import tiny_checkpoint
+from ml_collections import ConfigDict
+from test_checkpoint import state, template
+
+from configs import recipe
+from configs.tiny import sft as sft_config
+from experiments import sft
+from nemocascade import state_files
+from nemocascade.errors import UserError
+from nemocascade.report.metrics import MetricsWriter, read_lines
+from nemocascade.runtime import launch, loading
+from nemocascade.state_files import place, read_state, write_json
+from nemocascade.store import checksums
+from nemocascade.store.checkpoint import Store, load_params
+
+
+@pytest.fixture(scope="module")
+def bucket():
+  with pytest.MonkeyPatch.context() as patch, buckets.serving(patch):
+    yield "gs://mine"
+
+
+def objects(prefix: str) -> list[str]:
+  return sorted(name for name in buckets.OBJECTS if name.startswith(prefix))
+
+
+def test_a_state_comes_back_from_a_bucket_bitwise(bucket):
+  with Store(f"{bucket}/one") as store:
+    assert store.latest() is None
+    store.start_save(7, state(3), {"frontier": {"math": 12}})
+  store = Store(f"{bucket}/one")
+  found, record = store.restore(template())
+  chex.assert_trees_all_equal(found, state(3))
+  assert store.latest() == 7 and record == {"frontier": {"math": 12}}
+  chex.assert_trees_all_equal(load_params(f"{bucket}/one/7", template().params), state(3).params)
+
+
+def test_a_checkpoint_counts_from_its_commit_file_on_and_only_the_newest_are_kept(bucket):
+  store = Store(f"{bucket}/two")
+  for step in (1, 2, 3):
+    store.save(step, state(step), {"at": step})
+  assert store.steps() == [2, 3] and not objects("mine/two/1/")
+  del buckets.OBJECTS["mine/two/3/commit_success.txt"]  # As if killed while it was written.
+  store = Store(f"{bucket}/two")
+  assert store.latest() == 2 and store.restore(template())[1] == {"at": 2}
+  store.save(3, state(9), {"at": "again"})
+  assert Store(f"{bucket}/two").restore(template())[1] == {"at": "again"}
+
+
+@pytest.mark.parametrize("harm", ["changed", "lost", "added"])
+def test_an_object_that_is_not_as_it_was_written_is_noticed(bucket, harm, capsys):
+  store = Store(f"{bucket}/{harm}")
+  for step in (1, 2):
+    store.save(step, state(step), {"at": step})
+  (name, *_) = [name for name in objects(f"mine/{harm}/2/params/") if "/d/" in name]
+  if harm == "lost":
+    del buckets.OBJECTS[name]
+  else:
+    buckets.put(name + "x" * (harm == "added"), buckets.OBJECTS[name][0][:-1] + b"?")
+  with pytest.raises(UserError, match=f"checkpoint {bucket}/{harm}/2: can't be read"):
+    load_params(f"{bucket}/{harm}/2", template().params)
+  assert Store(f"{bucket}/{harm}").restore(template())[1] == {"at": 1}
+  assert f"checkpoint {bucket}/{harm}/2 is damaged" in capsys.readouterr().err
+  assert objects(f"mine/{harm}/damaged-2/")
+
+
+def test_state_files_are_objects(bucket):
+  path = place(f"{bucket}/files/a.json")
+  with pytest.raises(UserError, match="gs://mine/files/a.json is damaged: FileNotFoundError"):
+    read_state(path, {}, remedy="")
+  for value in ({"x": 1}, {"x": 2}):
+    write_json(path, value)
+    assert read_state(path, {}, remedy="") == value
+  assert objects("mine/files/") == ["mine/files/a.json"]
+
+
+def test_metrics_are_uploaded_now_and_then_and_resumed_steps_are_written_once(bucket, monkeypatch):
+  path = f"{bucket}/stage/metrics.jsonl"
+  with MetricsWriter(f"{bucket}/stage") as writer:
+    writer.write(0, {"loss/sft": 0})
+    assert not read_lines(path)  # An upload for every line would be too many.
+    writer.upload()
+    assert len(read_lines(path)) == 1
+    monkeypatch.setattr(state_files, "UPLOAD_S", 0.0)
+    writer.write(1, {"loss/sft": 1})
+    assert len(read_lines(path)) == 2
+  with MetricsWriter(f"{bucket}/stage", start_step=1) as writer:
+    writer.write(1, {"loss/sft": 5})
+  assert [(line["step"], line["loss/sft"]) for line in read_lines(path)] == [(0, 0), (1, 5)]
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_a_bucket_that_cannot_be_written_is_refused(bucket, takes):
+  with pytest.raises(UserError) as error:
+    launch._workdir(f"gs://{buckets.READ_ONLY}/run", takes)
+  said = "cannot be written .403: no storage.objects.create" if takes else "writes to a folder of this machine"
+  assert error.match(f"--workdir=gs://{buckets.READ_ONLY}/run: .*{said}")
+  if takes:
+    assert str(launch._workdir(f"{bucket}/run", takes)) == f"{bucket}/run" and not objects("mine/run")
+
+
+def test_sft_runs_in_a_bucket_and_resumes_there(bucket, capsys):
+  c = sft_config.get_config("smoke")
+  with c.unlocked():
+    c.steps, c.save_every, c.rows, c.row_tokens, c.look_ahead = 3, 1, 2, 256, 2048
+    c.domains, c.sources = recipe.generated("instruction"), recipe.conversations(instruction=40)
+    c.model, c.tokenizer.vocab_size, c.tokenizer.conversations = ConfigDict(tiny_checkpoint.MODEL), 600, 60
+    c.model.hybrid_override_pattern = "*"  # One block compiles fast.
+  workdir = place(f"{bucket}/sft_run")
+  sft.main(c, workdir)
+  made = f"{workdir}/sft/checkpoints/3"
+  assert f"checkpoint: {made}" in capsys.readouterr().err
+  before = read_lines(workdir / "sft" / "metrics.jsonl")
+  for name in objects("mine/sft_run/sft/checkpoints/3/"):
+    del buckets.OBJECTS[name]
+  sft.main(c, workdir)
+  assert f"sft: goes on after 2 steps, from {workdir}/sft/checkpoints/2" in capsys.readouterr().err
+  after = read_lines(workdir / "sft" / "metrics.jsonl")
+  assert [line["loss/sft"] for line in after] == [line["loss/sft"] for line in before]
+  found = loading.find(made)
+  assert found.tokenizer is not None and found.config.hidden_size == c.model.hidden_size
+  assert json.loads(buckets.OBJECTS["mine/sft_run/config.json"][0])["config"]["steps"] == 3
+  c.steps = 4
+  with pytest.raises(UserError, match=f"--workdir {workdir} belongs to another config: config.steps is 3"):
+    sft.main(c, workdir)
+
+
+def test_the_checksums_of_a_bucket_read_no_object(bucket, monkeypatch):
+  write_json(place(f"{bucket}/sums/a/b.json"), 1)
+  monkeypatch.setattr(checksums, "_crc32", None)
+  checksums.write(place(f"{bucket}/sums"))
+  checksums.verify(place(f"{bucket}/sums"))
+  assert json.loads(buckets.OBJECTS["mine/sums/checksums.json"][0]).keys() == {"a/b.json"}
