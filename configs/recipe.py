@@ -36,8 +36,9 @@ STAGES = dict(
   rlhf_teacher=dict(init_from="sft", **_RLHF),  # The preference teacher of MOPD (section 4.4).
   long_context_rl=dict(mixture=dict(long_context=1.0), overlong="filter"),  # Table 9. Section 4.6 does not filter.
   code_rl=dict(mixture=dict(code=1.0), overlong="filter"),
-  swe_rl=dict(mixture=dict(swe=1.0)),
-  swe_agentic_rl=dict(mixture=dict(swe_agentic=1.0)),
+  # Overlong filtering of the last two is not published; as in Nemotron-3-Super's open recipe of SWE RL.
+  swe_rl=dict(mixture=dict(swe=1.0), overlong="filter"),
+  swe_agentic_rl=dict(mixture=dict(swe_agentic=1.0), overlong="filter"),
 )  # fmt: skip
 
 # Comparisons of MOPD with several teachers: the domains trained or scored, the stage that every arm starts

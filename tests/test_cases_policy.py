@@ -13,7 +13,7 @@ from test_episode import run as collected
 from test_policy_gradient import TX, rollout, score, state
 from test_preference import said
 
-from configs.nano_30b import rl as nano_rl
+from configs.nano_30b import code_rl
 from configs.tiny import if_rl
 from experiments import rl
 from nemocascade.advantage import ADVANTAGES, grpo, mopd, mopd_clipped, needs_of, reinforce_pp
@@ -230,7 +230,7 @@ def test_a_success_is_a_full_verdict(case):
 
 @rows_of("truncated_sampling")
 def test_a_nucleus_without_a_correction_is_refused_with_the_bias_it_would_bring(case):
-  for c in (if_rl.get_config("smoke"), nano_rl.get_config("code_rl")):
+  for c in (if_rl.get_config("smoke"), code_rl.get_config()):
     c.rollout.top_p, c.correction = case["top_p"], case["correction"]
     if not case["refused"]:
       rl.check(c)
@@ -240,12 +240,6 @@ def test_a_nucleus_without_a_correction_is_refused_with_the_bias_it_would_bring(
     said_ = str(error.value)
     assert f"rollout.top_p={case['top_p']}" in said_ and "too much" in said_ and "icepop" in said_
     assert len(said_) < 200 and "\n" not in said_
-
-
-def test_every_published_stage_that_samples_a_nucleus_has_a_correction():
-  for stage in nano_rl.STAGES:
-    c = nano_rl.get_config(stage)
-    assert c.rollout.top_p == 1 or c.correction in ("tis", "icepop", "sequence_mask")
 
 
 def test_a_rollout_of_a_nucleus_carries_both_log_probabilities_to_the_step():

@@ -6,10 +6,10 @@ import json
 import jax
 import pytest
 
-from configs.nano_30b import meshes, mopd, rl, sft
+from configs.nano_30b import cascade as nano
+from configs.nano_30b import if_rl, meshes, sft
 from configs.tiny import cascade
 from experiments import compile as compile_lib
-from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 
 FIELDS = {"program", "topology", "chips", "tokens", "peak_gib", "argument_gib", "temp_gib", "flops", "compile_s"}
@@ -91,7 +91,7 @@ def test_a_step_behind_shared_prompts_takes_their_tokens_once(slice_of_cpus, mon
     return {"peak_gib": 1.0, "argument_gib": 1.0, "temp_gib": 0.0}
 
   monkeypatch.setattr(compile_lib, "measure", traced)
-  c = rl.get_config("smoke")
+  c = if_rl.get_config("smoke")
   c.mesh, c.updates, c.rollout.top_p, c.correction = dict(data=8, expert=1), 2, top_p, correction
   c.rollout.update(prompts=8, completions=4, prompt_tokens=32, total_tokens=80)
   c.packing.update(rows=32, row_tokens=48, pieces=2, shared_prompts=True)
@@ -101,7 +101,7 @@ def test_a_step_behind_shared_prompts_takes_their_tokens_once(slice_of_cpus, mon
 
 @without_libtpu
 def test_every_program_of_a_small_stage_compiles_for_a_real_slice(capsys):
-  for c in (sft.get_config("smoke"), rl.get_config("smoke")):
+  for c in (sft.get_config("smoke"), if_rl.get_config("smoke")):
     c.mesh.expert = 2
     lines = compile_lib.run(c, "v5e:2x2")
     assert all(0 < line["peak_gib"] < 16 and line["chips"] == 4 for line in lines)
@@ -118,34 +118,8 @@ def test_a_slice_that_the_compiler_does_not_know_is_refused():
 @pytest.mark.parametrize("name", meshes.SLICES)
 def test_every_slice_of_the_published_scale_is_filled(name):
   devices = meshes.DEVICES[name]
-  c = sft.get_config(name)
-  assert c.rows == devices and c.rows * c.row_tokens == 1 << 21
+  c = nano.get_config(name)
+  assert c.stages.sft.rows == devices
   assert devices % c.mesh.expert == 0 and c.model.n_routed_experts % c.mesh.expert == 0
-  for stage in (rl.get_config(name), mopd.get_config(name)):
+  for stage in (c.stages[name] for name in c.order if c.stages[name].kind == "rl"):
     assert stage.packing.rows // stage.packing.pieces == devices
-
-
-@pytest.mark.parametrize("stage", rl.STAGES)
-def test_every_stage_of_the_published_scale_is_one_that_runs(stage):
-  c = rl.get_config(stage)
-  compile_lib.rl.check(c)
-  ModelConfig.from_fields(c.model.to_dict())
-  assert set(c) == set(mopd.get_config())
-
-
-def test_the_published_stages_have_the_published_numbers():
-  """Nemotron-Cascade 2 report (arXiv 2603.19220): section 3.1 and tables 7 to 10; MOPD's rate is the text's 2e-6."""
-  c, m = sft.get_config(), mopd.get_config()
-  assert (c.rows, c.optimizer.peak_lr, c.optimizer.b2, c.optimizer.weight_decay) == (64, 5e-5, 0.98, 0.1)
-  assert (m.rollout.prompts, m.rollout.completions, m.steps, m.optimizer.peak_lr) == (128, 4, 52, 2e-6)
-  of = {name: rl.get_config(name) for name in rl.STAGES}
-  assert {n: s.steps for n, s in of.items() if not n.startswith("swe")} == {
-    "if_rl": 180, "multi_domain_rl": 70, "rlhf": 25, "long_context_rl": 30, "code_rl": 22,
-  }  # fmt: skip
-  assert all(s.optimizer.peak_lr == 3e-6 for s in of.values())
-  assert of["rlhf"].kl_weight == 0.03 and of["code_rl"].rollout.top_p == 0.95
-
-
-def test_a_misspelt_argument_is_answered_with_what_is_allowed():
-  with pytest.raises(UserError, match="'v6p:4x4'.*code_rl.*v6e:16x16"):
-    rl.get_config("v6p:4x4")

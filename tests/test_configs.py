@@ -120,7 +120,7 @@ def test_it_is_found_in_every_way_to_write_it(sources):
   assert not twice({"a": sources[0], "b": "c.evaluation.greedy = c.optimizer.eps"})
 
 
-@pytest.mark.parametrize("stage", nano.STAGES)
+@pytest.mark.parametrize("stage", recipe.STAGES)
 def test_what_two_scales_of_a_stage_have_in_common_is_the_recipe(stage):
   """Except numbers of CHOSEN, a value that both scales have is that of configs/recipe.py."""
   of = lambda c: {
@@ -129,7 +129,7 @@ def test_what_two_scales_of_a_stage_have_in_common_is_the_recipe(stage):
     for name, value in fields.to_dict().items()
     if not isinstance(value, dict) and name not in CHOSEN
   }
-  ours, small, large = of(recipe.rl(stage)), of(tiny.fields(stage)), of(nano.get_config(stage))
+  ours, small, large = of(recipe.rl(stage)), of(tiny.fields(stage)), of(nano.stage(stage, ""))
   for name in small.keys() & large.keys():
     assert small[name] != large[name] or ours.get(name) == small[name], name
 

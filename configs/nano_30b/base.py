@@ -1,9 +1,10 @@
-"""Fields that all stages at the published scale share: model, tokenizer, evaluation, sandbox.
+"""Fields that all stages at the published scale share: model, tokenizer, domains, evaluation, sandbox.
 
-Parameters and Adam's moments are fp32. The Cascade 2 report (arXiv 2603.19220) does not state their
-dtype. Near a weight of 0.02, bf16 values are 1.2e-4 apart, so updates of 5e-5 or 3e-6 would be lost.
-Parameters, moments and gradients take 16 bytes per parameter: 7.4 GiB per chip on 64 chips. Matrix
-products are bf16.
+The Cascade 2 report is arXiv 2603.19220; its sections and tables are named beside the numbers.
+
+Parameters and Adam's moments are fp32. The report does not state their dtype. Near a weight of 0.02, bf16
+values are 1.2e-4 apart, so updates of 5e-5 or 3e-6 would be lost. Parameters, moments and gradients take 16
+bytes per parameter: 7.4 GiB per chip on 64 chips. Matrix products are bf16.
 """
 
 from ml_collections import ConfigDict
@@ -30,15 +31,19 @@ ROWS = dict(
   swe=f"{DATA}/SWE-RL/*.jsonl",
   swe_agentic=f"{DATA}/SWE-RL/*.jsonl",
 )
+TURNS = dict(swe_agentic=200)  # Domain -> most turns of an episode (section 4.8). Those of `tools` are not published.
 
 
-def get_config(slice_: str, smoke: bool) -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+  slice_, smoke = meshes.words(arg)
   c = recipe.shared()
   c.update(model.get_config())
   c.model.param_dtype = "float32"
   c.mesh = meshes.mesh(slice_)
   if not smoke:
     c.domains = {name: dict(rows=rows) for name, rows in ROWS.items()}
+    for name, turns in TURNS.items():
+      c.domains[name].max_turns = turns
   c.tokenizer = dict(path=FOLDER, vocab_size=c.model.vocab_size, conversations=0)
   c.evaluation.update(
     prompts=128,
@@ -52,6 +57,13 @@ def get_config(slice_: str, smoke: bool) -> ConfigDict:
   c.sandbox = dict(workers=64)
   if smoke:
     shrink(c)
+  return c
+
+
+def stage(arg: str, fields: ConfigDict) -> ConfigDict:
+  """The shared fields, updated with one stage's own. `get_config` of a stage file returns it."""
+  c = get_config(arg)
+  c.update(fields)
   return c
 
 

@@ -47,10 +47,9 @@ BLEND = dict(
 )
 
 
-def get_config(arg: str = "") -> ConfigDict:
-  slice_, _, smoke = meshes.words(arg)
-  c = base.get_config(slice_, smoke)
-  c.update(recipe.sft())
+def stage(arg: str = "") -> ConfigDict:
+  slice_, smoke = meshes.words(arg)
+  c = recipe.sft()
   c.sources = {name: dict(path=f"{DATA}/{name}", count=count) for name, count in BLEND.items()}
   c.long_documents = "split"
   c.look_ahead = 2**25  # 340 MB on a host that runs all streams.
@@ -78,3 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.init_from = f"hf:{base.FOLDER}"
     c.data_workers = 16
   return c
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  return base.stage(arg, stage(arg))

@@ -6,14 +6,12 @@ This stage has temperature 1.0 and a constant rate.
 
 from ml_collections import ConfigDict
 
-from configs import recipe
 from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields("swe_agentic_rl")
   rl.several_turns(c)
-  c.overlong = recipe.STAGES["code_rl"]["overlong"]  # This stage filters as Code RL does.
   c.steps = 12  # The score stops rising within ten.
   c.optimizer.peak_lr = 4e-4
   if arg == "smoke":

@@ -6,13 +6,11 @@ tests give it: they are more reliable, and cheap at this size.
 
 from ml_collections import ConfigDict
 
-from configs import recipe
 from configs.tiny import base, rl
 
 
 def stage(arg: str = "") -> ConfigDict:
   c = rl.fields("swe_rl")
-  c.overlong = recipe.STAGES["code_rl"]["overlong"]  # This stage filters as Code RL does.
   c.steps = 16
   c.optimizer.peak_lr = 5e-4
   if arg == "smoke":
