@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import convert, gpu, kernels, loader, rl, schedules
+from experiments.bench import convert, gpu, kernels, loader, rl, schedules, verifiers
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
 
@@ -48,6 +48,17 @@ def test_the_input_of_sft_is_measured_against_the_tokenizer_alone_and_grain(monk
     assert list(line) == ["suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"]
     assert line["ratio"] == pytest.approx(line["ours"] / line["peer"]) and line["ours"] > 0
   assert lines[-1]["ours"] <= 1 and lines[-1]["peer"] <= 1
+
+
+def test_a_completion_is_parsed_and_verified_against_decoding_it(monkeypatch, capsys):
+  for name, value in dict(THOUGHT_TOKENS=200, REPEATS=1).items():
+    monkeypatch.setattr(verifiers, name, value)
+  monkeypatch.setattr(loader.corpus, "__defaults__", (50_000,))
+  monkeypatch.setattr(loader.train, "__defaults__", (400,))
+  bench.run("verifiers")
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [line["case"] for line in lines] == ["instruction", "math", "stem", "structured"]
+  assert all(line["ours"] > 0 and line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
 
 
 def test_the_routed_matmul_is_measured_against_ragged_dot(monkeypatch, capsys):

@@ -31,6 +31,7 @@ SUITES = {
   "kernels": "experiments.bench.kernels",
   "loader": "experiments.bench.loader",
   "rl": "experiments.bench.rl",
+  "verifiers": "experiments.bench.verifiers",
 }
 STATIC = "experiments.bench.schedules"  # The suite `kernels` with --static.
 
