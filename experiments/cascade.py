@@ -110,6 +110,8 @@ def check_programs(c: ConfigDict, p: Parts) -> None:
       KINDS[stage.kind].program(stage, p.programs)
       if stage.kind == "sft":
         sft.check_documents(stage, p)
+      if stage.kind == "reward_model":
+        reward_model.check_pairs(stage)
       given = {"init_from": stage.init_from}
       given |= {f"teachers.{domain}": teacher for domain, teacher in stage.get("teachers", {}).items()}
       for field, checkpoint in given.items():

@@ -1,4 +1,4 @@
-"""Trains the Bradley-Terry reward model that judges the preference domain, on generated pairs.
+"""Trains the Bradley-Terry reward model that judges the preference domain, on generated pairs or those of files.
 
   python -m experiments.reward_model --config=configs/tiny/reward_model.py --workdir=runs/judge
 
@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
-from nemocascade.generated.preference import preference_pairs
-from nemocascade.model.reward import RewardModel, init_reward_params
+from nemocascade.model.reward import init_reward_params
 from nemocascade.report.metrics import Phases, progress
 from nemocascade.runtime import loading, parts
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.meter import BETWEEN, Meter
 from nemocascade.runtime.outcome import Outcome, Spent, announce
+from nemocascade.runtime.pairs import open_pairs
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
@@ -47,18 +47,13 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
   """Trains to step c.steps. The last line of metrics.jsonl has the accuracy on held-out pairs."""
   began = time.time()
   programs = p.programs
-  model = RewardModel(programs.config, programs.mesh)
-
-  def reward_fn(params, tokens_BT, segment_ids_BT):
-    return model.apply({"params": params}, tokens_BT, segment_ids_BT)
 
   def rows(pairs):
     prompts, chosen, rejected = zip(*pairs, strict=True)
     sides = (answer_rows(p.text.tokenizer, prompts, side, len(pairs), c.row_tokens) for side in (chosen, rejected))
     return tuple(programs.put(side) for side in sides)
 
-  tx, state = program(c, programs)
-  step_fn = jit_step(reward_model_step(reward_fn, tx), state, programs.mesh)
+  tx, state, step_fn = program(c, programs)
   state, record, store = start(
     c,
     stage_dir,
@@ -71,22 +66,20 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
   )
   first, supervisor = int(state.step), Supervisor(c, stage_dir, record.get("supervisor", {}))
   meter, tokens = Meter(programs.config, record.get("meter", {})), 2 * c.pairs * c.row_tokens
-  pairs = preference_pairs(c.seed, c.pairs * c.steps, "train")
+  pairs = open_pairs(c.seed, c.pairs, **c.source)
   # Compiled before training, so that a failure to compile does not lose a trained stage.
-  judge = programs.jitted(reward_fn).lower(state.params, *rows(pairs[: c.pairs])[0]).compile()
+  judge = programs.reward.lower(state.params, *rows(pairs.train(0, c.pairs))[0]).compile()
 
   with store, p.watching.writer(stage_dir, first, c) as writer:
     bar, phases = progress(c.steps, initial=first, desc=stage_dir.name), Phases()
     for step in p.watching.steps(range(first, c.steps), stage_dir):
       store.check()
-      state, metrics = step_fn(state, *rows(pairs[step * c.pairs : (step + 1) * c.pairs]))
+      state, metrics = step_fn(state, *rows(pairs.train(step * c.pairs, c.pairs)))
       metrics = jax.device_get(metrics)
       phases.end("step")
       times, _ = meter.step(phases, Spent(trained=tokens), counts=not metrics[SKIPPED])
       if step + 1 == c.steps:
-        metrics["heldout/accuracy"] = accuracy(
-          judge, state.params, rows, preference_pairs(c.seed, c.heldout_pairs, "heldout"), c.pairs
-        )
+        metrics["heldout/accuracy"] = accuracy(judge, state.params, rows, pairs.heldout(c.heldout_pairs), c.pairs)
       bar.update(1, loss=float(metrics["loss/reward_model"]))
       due = (step + 1) % c.save_every == 0 or step + 1 == c.steps
       supervisor.write(writer, step, metrics | times, to_save=state if due else None)
@@ -99,10 +92,16 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
   return Outcome(state.params, str(store.path_of(c.steps)), c.steps, c.steps * tokens, time.time() - began)
 
 
+def check_pairs(c: ConfigDict) -> None:
+  """Raises UserError if files of `source` are missing or malformed, or have too few pairs."""
+  open_pairs(c.seed, c.pairs, **c.source)
+
+
 def program(c: ConfigDict, programs: Programs):
-  """(optimizer, abstract state) of the stage."""
+  """(optimizer, abstract state, jitted step) of the stage."""
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
-  return tx, abstract_state(tx, programs.reward_template, programs.mesh)
+  state = abstract_state(tx, programs.reward_template, programs.mesh)
+  return tx, state, jit_step(reward_model_step(programs.reward_fn, tx), state, programs.mesh)
 
 
 def on_top_of(checkpoint: str, template: Params) -> Params:
@@ -128,6 +127,7 @@ def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None
   p = parts.build(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from), domains=())
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)
+  check_pairs(c)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
   announce(run(c, workdir / "reward_model", p, c.init_from))
 

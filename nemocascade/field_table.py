@@ -202,6 +202,13 @@ SFT = BALANCE | {
 }
 
 REWARD_MODEL = {
+  "source.rows": text(
+    "Pairs of answers: generated:preference, or a path or glob of JSON lines with a prompt, `chosen` and `rejected`.",
+    empty=False,
+  ),
+  "source.heldout": text(
+    "Held-out pairs, a path or glob; empty holds one prompt of `rows` in 8 out, by its hash.", optional=True
+  ),
   "pairs": whole("Pairs of answers in a step."),
   "row_tokens": whole("Most tokens of prompt and answer together; longer ones are cut."),
   "heldout_pairs": whole("Held-out pairs that the accuracy is measured on; at least `pairs`."),

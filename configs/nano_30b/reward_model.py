@@ -19,6 +19,9 @@ from configs.tiny import reward_model as tiny
 def stage(arg: str = "") -> ConfigDict:
   c = recipe.reward_model()
   c.init_from = "sft"  # Cascade 1 starts from Qwen2.5-72B-Instruct.
+  c.source = dict(
+    rows="pairs/*.jsonl"
+  )  # 82K: HelpSteer2, HelpSteer3 without ties, and pairs made for Cascade 1. Not released.
   c.pairs = 256
   c.row_tokens = 4_096  # Prompt and final answer, without thoughts. The length is not published.
   c.heldout_pairs = 1_024
@@ -26,7 +29,8 @@ def stage(arg: str = "") -> ConfigDict:
   c.optimizer.update(peak_lr=2e-6, warmup_steps=0)  # The warm-up is not published.
   if meshes.words(arg)[1]:
     small = tiny.stage("smoke")
-    c.update(pairs=small.pairs, row_tokens=small.row_tokens, heldout_pairs=small.heldout_pairs, steps=4, save_every=2)
+    sizes = {name: small[name] for name in ("source", "pairs", "row_tokens", "heldout_pairs")}
+    c.update(steps=4, save_every=2, **sizes)
   return c
 
 

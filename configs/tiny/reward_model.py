@@ -14,6 +14,7 @@ from configs.tiny import base
 def stage(arg: str = "") -> ConfigDict:
   c = recipe.reward_model()
   c.init_from = ""
+  c.source = dict(rows="generated:preference")
   c.pairs = 64  # Per step.
   c.row_tokens = 64
   c.heldout_pairs = 512

@@ -177,15 +177,17 @@ def _spoilt(answer: Answer, rng: np.random.Generator) -> str:
       return dataclasses.replace(answer, steps=steps).text
 
 
-def preference_pairs(seed: int, count: int, split: str = "train") -> list[tuple[list[Message], str, str]]:
-  """Pairs (messages, chosen, rejected) for a reward model, on prompts of the split, without ties.
+def preference_pairs(
+  seed: int, count: int, split: str = "train", start: int = 0
+) -> list[tuple[list[Message], str, str]]:
+  """Pairs (messages, chosen, rejected), number `start` and on, on prompts of the split, without ties.
 
   One third of the pairs have two independent random answers, one third differ in one quality, and
   one third have the best answer and a random one. In SPOILT_SHARE of all pairs the second answer is
   a spoilt copy of the first.
   """
   pairs = []
-  for i, row in enumerate(generator.rows(Preference(), split, seed, 0, count)):
+  for i, row in enumerate(generator.rows(Preference(), split, seed, start, count), start):
     rng = make_rng(seed, "preference_pairs", split, i)
     prompt = prompt_messages(row)
     verb, thing = read_request(prompt)

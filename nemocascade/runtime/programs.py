@@ -18,7 +18,7 @@ from nemocascade.model.hybrid import (
   logical_axes,
   repeat_state,
 )
-from nemocascade.model.reward import init_reward_params, reward_axes
+from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
 from nemocascade.rollout.engine import Engine
 from nemocascade.step.balance import RouterBalance
 from nemocascade.types import Params, Scores
@@ -103,6 +103,11 @@ class Programs:
     return self.jitted(self.score_fn)
 
   @functools.cached_property
+  def reward(self) -> Callable:
+    """`reward_fn`, jitted."""
+    return self.jitted(self.reward_fn)
+
+  @functools.cached_property
   def head(self) -> Callable:
     """params -> head_DV."""
     return self.jitted(self._method("head"))
@@ -150,6 +155,10 @@ class Programs:
     model = Hybrid(dataclasses.replace(self.config, router_loss=True), self.mesh)
     rows = tokens_BT, segment_ids_BT, wanted_BT
     return self._apply(model, params, "score", *rows, distance, None, temperature)
+
+  def reward_fn(self, params, tokens_BT, segment_ids_BT):
+    """fp32 reward_B of rows of one document each, by the parameters of a reward model."""
+    return RewardModel(self.config, self.mesh).apply({"params": params}, tokens_BT, segment_ids_BT)
 
   def take_in_fn(self, params, prompts):
     """A TakeInFn (see types.py) of the model."""
