@@ -7,12 +7,19 @@ import jax
 import pytest
 
 from configs.nano_30b import cascade as nano
-from configs.nano_30b import if_rl, meshes, sft
-from configs.tiny import cascade
+from configs.nano_30b import if_rl, meshes, mopd, rlhf, sft
+from configs.tiny import grpo_vs_mopd
 from experiments import compile as compile_lib
+from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
+from nemocascade.mesh import make_mesh
+from nemocascade.runtime.footprint import footprint
+from nemocascade.runtime.programs import Programs
 
-FIELDS = {"program", "topology", "chips", "tokens", "peak_gib", "argument_gib", "temp_gib", "flops", "compile_s"}
+FIELDS = {
+  "stage", "program", "topology", "chips", "tokens", "peak_gib", "argument_gib", "temp_gib", "resident_gib", "host_gib",
+  "flops", "compile_s",
+}  # fmt: skip
 without_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
@@ -37,9 +44,17 @@ def test_without_the_compiler_it_is_said_how_to_get_it(monkeypatch):
     compile_lib.run(sft.get_config(), "v5p:4x4x4")
 
 
-def test_a_config_without_a_stage_is_refused():
-  with pytest.raises(UserError, match="unknown kind of stage to compile 'cascade'"):
-    compile_lib.run(cascade.get_config(), "v5p:4x4x4")
+@pytest.mark.parametrize(
+  "config, flags, said",
+  [
+    (grpo_vs_mopd, {}, "unknown kind of config to compile 'ablation'"),
+    (sft, {"stages": "sft"}, "--stages=sft: must be empty: this config is of one stage"),
+    (nano, {"stages": "sft,mopt"}, "unknown stage in --stages 'mopt': did you mean 'mopd'"),
+  ],
+)
+def test_what_there_is_not_to_compile_is_refused(config, flags, said):
+  with pytest.raises(UserError, match=said):
+    compile_lib.run(config.get_config("smoke"), "v5p:4x4x4", **flags)
 
 
 @pytest.fixture(autouse=True)
@@ -77,36 +92,97 @@ def test_a_program_is_a_line_and_one_that_does_not_fit_is_said_with_what_to_chan
   c = sft.get_config("smoke")
   c.model.hybrid_override_pattern = "*EM"  # The scan needs temporaries that a rounded number shows.
   with pytest.raises(UserError, match="sft_step needs .* fewer rows or shorter ones than rows=8"):
-    compile_lib.run(c, "v5e:2x4")
+    compile_lib.run(c, "v5e:2x4", programs="sft_step")
   line = json.loads(capsys.readouterr().out)
   assert line.keys() == FIELDS
   assert (line["program"], line["chips"], line["tokens"]) == ("sft_step", 8, 8 * 256)
   assert line["peak_gib"] >= line["temp_gib"] > 0
 
 
-@pytest.mark.parametrize("top_p, correction", [(1.0, "none"), (0.95, "icepop")])
-def test_a_step_behind_shared_prompts_takes_their_tokens_once(slice_of_cpus, monkeypatch, top_p, correction):
-  def traced(trace):
-    assert trace().jaxpr.eqns
+@pytest.fixture
+def traced(slice_of_cpus, monkeypatch):
+  """Programs are traced and not compiled. Returns the traced programs."""
+  found = []
+
+  def measure(trace):
+    found.append(trace())
+    assert found[-1].jaxpr.eqns
     return {"peak_gib": 1.0, "argument_gib": 1.0, "temp_gib": 0.0}
 
-  monkeypatch.setattr(compile_lib, "measure", traced)
+  monkeypatch.setattr(compile_lib, "measure", measure)
+  return found
+
+
+@pytest.mark.parametrize("top_p, correction", [(1.0, "none"), (0.95, "icepop")])
+def test_a_step_behind_shared_prompts_takes_their_tokens_once(traced, top_p, correction):
   c = if_rl.get_config("smoke")
   c.mesh, c.updates, c.rollout.top_p, c.correction = dict(data=8, expert=1), 2, top_p, correction
   c.rollout.update(prompts=8, completions=4, prompt_tokens=32, total_tokens=80)
   c.packing.update(rows=32, row_tokens=48, pieces=2, shared_prompts=True)
-  lines = {line["program"]: line for line in compile_lib.run(c, "v5e:2x4")}
+  lines = {line["program"]: line for line in compile_lib.run(c, "v5e:2x4", programs="proximal_logprobs,rl_step")}
   assert lines["rl_step"]["tokens"] == lines["proximal_logprobs"]["tokens"] == 32 * 48 + 8 * 32
+
+
+ROLLOUT = ["prefill", "decode_step"]
+EVALUATION = [f"{length}evaluation_{name}" for length in ("", "long_") for name in ROLLOUT]
+PROGRAMS = {  # Stage of the cascade -> its programs, without those of the evaluation.
+  "sft": ["sft_step"],
+  "reward_model": ["reward_step", "judge"],
+  **dict.fromkeys(("if_rl", "multi_domain_rl", "long_context_rl", "code_rl"), [*ROLLOUT, "rl_step"]),
+  **dict.fromkeys(("swe_agentless_rl", "swe_agentic_rl"), [*ROLLOUT, "rl_step"]),
+  **dict.fromkeys(("rlhf_teacher", "mopd", "rlhf"), [*ROLLOUT, "score", "judge", "rl_step"]),
+}
+
+
+def test_every_program_of_every_stage_is_listed_and_equal_ones_are_compiled_once(traced, capsys):
+  c = nano.get_config("smoke")
+  lines = compile_lib.run(c, "v5e:2x4")
+  of = {name: [line["program"] for line in lines if line["stage"] == name] for name in c.order}
+  assert of == {name: own + EVALUATION * (name != "reward_model") for name, own in PROGRAMS.items()}
+  assert len(lines) == len(capsys.readouterr().out.splitlines())
+  # The steps of SFT, of the judge, with an advantage of groups, of teachers, with a KL, with a nucleus; two judges;
+  # two lengths of evaluation; three shapes of rollouts, of which one records the nucleus; one of scores.
+  assert len(traced) < len(lines) / 2
+  rlhf = {line["program"]: line for line in lines if line["stage"] == "rlhf"}
+  assert rlhf["score"]["resident_gib"] >= rlhf["prefill"]["resident_gib"] >= rlhf["rl_step"]["resident_gib"]
+
+
+@pytest.mark.parametrize("loss, program", [("reverse_kl", "teacher_states"), ("reverse_kl_topk", "teacher_likeliest")])
+def test_what_teachers_send_beside_log_probabilities_is_in_the_step(traced, loss, program):
+  c = mopd.get_config("smoke")
+  c.distillation, c.distillation_weight = loss, 1.0
+  lines = compile_lib.run(c, "v5e:2x4", programs=f"score,{program},rl_step")
+  assert [line["program"] for line in lines] == ["score", program, "rl_step"]
+
+
+def test_a_stage_holds_the_bytes_counted_by_hand():
+  """30B-A3B on 8 devices of one host: parameters of 4 bytes and two moments, each device with an eighth."""
+  c = nano.get_config()
+  programs = Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(data=1, expert=8))
+  of = {}
+  for name in ("sft", "mopd", "rlhf"):
+    stage = compile_lib.cascade.flat(c, name)
+    state, _ = compile_lib.PROGRAMS[stage.kind](stage, programs)
+    of[name] = footprint(stage, programs, state, devices=8)
+  params = 4 * 31_577_940_288
+  for held in of.values():
+    assert held.chip["params"] == pytest.approx(params / 8, rel=0.002)  # Small vectors are on every device.
+    assert held.host["saving"] == pytest.approx(3 * params, rel=0.002)
+  assert of["sft"].resident(("params", "moments")) == 0 and "teachers" not in of["sft"].host
+  assert of["mopd"].host["teachers"] == pytest.approx(3 * params, rel=0.002)  # SFT, RLHF's teacher, multi-domain RL.
+  assert of["mopd"].host["samples"] == 512 * 98_304 * 4
+  assert of["rlhf"].host["reference"] == pytest.approx(params, rel=0.002) and of["rlhf"].host["teachers"] == 0
 
 
 @without_libtpu
 def test_every_program_of_a_small_stage_compiles_for_a_real_slice(capsys):
-  for c in (sft.get_config("smoke"), if_rl.get_config("smoke")):
+  for config in (sft, rlhf):
+    c = config.get_config("smoke")
     c.mesh.expert = 2
-    lines = compile_lib.run(c, "v5e:2x2")
+    lines = compile_lib.run(c, "v5e:2x2", programs=",".join(set(PROGRAMS[config.__name__.split(".")[-1]])))
     assert all(0 < line["peak_gib"] < 16 and line["chips"] == 4 for line in lines)
-  assert [line["program"] for line in lines] == ["prefill", "decode_step", "rl_step"]
-  assert len(capsys.readouterr().out.splitlines()) == 4
+  assert [line["program"] for line in lines] == PROGRAMS["rlhf"]
+  assert len(capsys.readouterr().out.splitlines()) == 1 + len(PROGRAMS["rlhf"])
 
 
 @without_libtpu

@@ -8,7 +8,6 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError
 from nemocascade.mesh import own_rows, put_own
-from nemocascade.model.reward import RewardModel
 from nemocascade.rollout import rewards
 from nemocascade.rollout.exchange import merge
 from nemocascade.rollout.samples import Samples
@@ -36,8 +35,6 @@ def load_judge(checkpoint: str, programs: Programs, tokenizer: Tokenizer, evalua
   """
   loading.same_tokenizer("judge", checkpoint, tokenizer)
   waiting = HostParams.of(loading.load(checkpoint, programs.reward_template))
-  model = RewardModel(programs.config, programs.mesh)
-  reward = programs.jitted(lambda params, *rows: model.apply({"params": params}, *rows))
   B, T = evaluation.batch + -evaluation.batch % programs.mesh.size, evaluation.prompt_tokens
   own = own_rows(programs.mesh, B)
 
@@ -47,7 +44,7 @@ def load_judge(checkpoint: str, programs: Programs, tokenizer: Tokenizer, evalua
     for start in range(0, batches * len(own), len(own)):
       part = slice(start, start + len(own))
       rows = answer_rows(tokenizer, prompts[part], answers[part], len(own), T)
-      found_B = np.asarray(reward(params, *put_own(rows, programs.mesh, B)))
+      found_B = np.asarray(programs.reward(params, *put_own(rows, programs.mesh, B)))
       out[part] = found_B[own][: len(out[part])]
     return out
 

@@ -1,0 +1,72 @@
+"""What a stage holds on each chip beside the arguments of a program, and on each host: sizes from shapes alone."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from nemocascade.runtime import checks, objective
+from nemocascade.runtime.programs import Programs
+from nemocascade.types import TrainState
+
+TOKEN = 10  # Bytes of a token that SFT reads ahead: id, document, and its place in the order.
+SAMPLE = 4  # Bytes of a token of a completion that its process reads back.
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes that one device holds of a tree of shapes with shardings."""
+
+  def of(leaf) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    size = leaf.dtype.itemsize
+    for n in shape:
+      size *= n
+    return size
+
+  return sum(of(leaf) for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+  """The sizes of a stage, in bytes.
+
+  Attributes:
+    chip: what stays on a device while the stage runs -> bytes of a device.
+    host: what is in a host's memory -> bytes of a host.
+  """
+
+  chip: dict[str, int]
+  host: dict[str, int]
+
+  def resident(self, arguments: tuple[str, ...]) -> int:
+    """Bytes of a device that are not among the arguments of a program.
+
+    Args:
+      arguments: the names in `chip` of what the program is given.
+    """
+    return sum(size for name, size in self.chip.items() if name not in arguments)
+
+
+def footprint(c: ConfigDict, programs: Programs, state: TrainState, devices: int) -> Footprint:
+  """The footprint of a stage.
+
+  Args:
+    state: the stage's abstract state.
+    devices: of a host.
+  """
+  of_host = lambda tree: devices * device_bytes(tree)  # noqa: E731
+  chip = {"params": device_bytes(state.params), "moments": device_bytes(state.opt_state)}
+  host = {"saving": of_host(state)}  # A checkpoint is copied to the host before it is written.
+  if c.kind == "sft":
+    host["look_ahead"] = TOKEN * c.look_ahead * devices // programs.mesh.size
+  if c.kind == "rl":
+    r = c.rollout
+    host["samples"] = SAMPLE * r.prompts * r.completions * r.total_tokens * devices // programs.mesh.size
+    checkpoints = len(set(c.teachers.values())) if objective.taught(c) else 0
+    host["teachers"] = min(c.teachers_in_memory, checkpoints) * of_host(programs.template)
+    if c.kl_weight:
+      host["reference"] = of_host(programs.template)
+    if checks.judged(c, c):
+      chip["judge"] = device_bytes(programs.reward_template)
+  return Footprint(chip, host)
