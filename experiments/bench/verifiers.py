@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.bench import loader
 from nemocascade.data import chat
-from nemocascade.data.tokenizer import IM_END
+from nemocascade.data.tokenizer import IM_END, THINK_END
 from nemocascade.domains.registry import DOMAINS
 from nemocascade.verifiers.verdict import Completion, Row
 
@@ -53,7 +53,7 @@ def cases() -> Iterator[dict]:
   tokenizer = loader.train(text)
   thoughts = tokenizer.encode(text[: 6 * THOUGHT_TOKENS])[:THOUGHT_TOKENS]
   for name, (row, answer) in rows().items():
-    tokens = [*thoughts, *tokenizer.encode("\n</think>\n" + answer), IM_END]
+    tokens = [*thoughts, THINK_END, *tokenizer.encode("\n" + answer), IM_END]
     verify = DOMAINS[name].make_verify()
 
     def ours(tokens=tokens, verify=verify, row=row, name=name) -> None:
