@@ -26,7 +26,7 @@ from nemocascade.field_check import check as check_fields
 from nemocascade.model.size import matmul_params
 from nemocascade.report import comparison, pages
 from nemocascade.report.metrics import read_lines
-from nemocascade.runtime import loading, objective, parts
+from nemocascade.runtime import course, loading, objective, parts
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.heldout import Heldout, draw_heldout
 from nemocascade.runtime.launch import launch
@@ -108,9 +108,11 @@ def check(c: ConfigDict) -> None:
       raise unknown(f"teachers_of.{domain}", name, c.order)
   for name in c.arms:
     arm = arm_config(c, name, seed=0)
-    with cascade.inside(f"arms.{name}"):
+    with course.inside(f"arms.{name}"):
       rl.check(arm)
-      cascade.check_judge(c, arm, c.order)
+      course.check_judge(c, arm, c.order)
+      if arm.get("validation"):
+        raise UserError("validation: must be empty in a comparison, which scores its arms at `compared`'s steps")
     for domain, teacher in arm.teachers.items():
       if teacher not in c.order:
         raise unknown(f"arms.{name}.teachers.{domain}", teacher, c.order)
@@ -120,15 +122,18 @@ def check(c: ConfigDict) -> None:
 
 
 def preparation(c: ConfigDict, seed: int) -> ConfigDict:
-  """The config of the cascade that trains a seed's student and teachers."""
-  out = ConfigDict({name: value for name, value in c.items() if name not in OWN})
+  """The config of the cascade that trains a seed's student and teachers. It has no gates."""
+  out = ConfigDict({name: value for name, value in c.items() if name not in OWN}).copy_and_resolve_references()
   out.seed = seed
+  for stage in out.stages.values():
+    if "gates" in stage:
+      stage.gates = ConfigDict()
   return out
 
 
 def arm_config(c: ConfigDict, name: str, seed: int, **changes) -> ConfigDict:
   """The stage config of one arm: shared fields, the arm's own, then `changes` (dotted name -> value)."""
-  out = ConfigDict({k: v for k, v in c.items() if k not in (*OWN, "stages", "order", "side_line")})
+  out = ConfigDict({k: v for k, v in c.items() if k not in (*OWN, *course.OWN)})
   out.update(c.arms[name].copy_and_resolve_references())  # A copy: `changes` must not alter c.
   out.seed = seed
   out.update_from_flattened_dict(changes)
@@ -213,7 +218,7 @@ def run_arm(
     directory.mkdir(parents=True, exist_ok=True)
     teachers = None
     if objective.taught(arm):
-      teachers = gather(p.programs, p.text.tokenizer, find(arm, record), arm.teachers_in_memory, heldout.rows)
+      teachers = gather(p.programs, p.text.tokenizer, find(arm, record.stages), arm.teachers_in_memory, heldout.rows)
     watch = watcher(c, p, heldout, path, arm.steps)
     # All arms sample with the same random numbers: their key depends on the folder's name, here "rl".
     title = f"seed {arm.seed} {directory.name}"
@@ -314,7 +319,7 @@ def run(c: ConfigDict, workdir: Path) -> dict:
   p = parts.build(own, workdir)
   cascade.check_programs(own, p)
   for name in c.arms:
-    with cascade.inside(f"arms.{name}"):
+    with course.inside(f"arms.{name}"):
       arm = arm_config(c, name, seed=0)
       objective.program(arm, p.programs)
       rl.check_prompts(arm, p)

@@ -1,16 +1,19 @@
 """Runs the whole cascade: the stages in order, with a score of every domain before and after each.
 
   python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny
+  python -m experiments.cascade --config=configs/tiny/cascade.py --dry_run        # What it will compute and save.
+  python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny --show       # What it has done.
 
-Run the same command again to resume: finished stages are skipped, and an interrupted one continues from its
-last checkpoint.
+Run the same command again to resume: finished stages are skipped, and an interrupted one continues from its last
+checkpoint. A finished stage whose `steps` the config raises continues to them; --from=STAGE trains those anew that were
+made from its old checkpoint. docs/start.md describes gates, and how to run some of the stages.
 """
 
-import contextlib
 import dataclasses
+import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import jax
 from ml_collections import ConfigDict
@@ -18,22 +21,29 @@ from tqdm import tqdm
 
 from experiments import reward_model, rl, sft
 from nemocascade.config import ModelConfig
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import unknown
 from nemocascade.field_check import check as check_fields
+from nemocascade.fields import flag, text
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
-from nemocascade.runtime import domains, loading, objective, parts, termination
-from nemocascade.runtime.checks import check_evaluation, judged
+from nemocascade.report.tree import tree
+from nemocascade.runtime import course, domains, gates, lineage, loading, objective, parts, plan, termination
+from nemocascade.runtime.checks import check_evaluation
+from nemocascade.runtime.course import Choice, flat, inside
 from nemocascade.runtime.heldout import Heldout, draw_heldout
 from nemocascade.runtime.hosts import exchange, first_alone
 from nemocascade.runtime.launch import launch
+from nemocascade.runtime.outcome import Outcome
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.start import check_start
-from nemocascade.runtime.teachers import BEST, find, gather, probe_tokens, take_probe
+from nemocascade.runtime.teachers import find, gather, probe_tokens, take_probe
+from nemocascade.runtime.validation import Validation
 from nemocascade.runtime.watching import FLAGS, Watching
 from nemocascade.runtime.workdir import check_owner, claim, keep_compilations
+from nemocascade.store.kept import keep_step
 from nemocascade.store.record import Record, columns
 
+ALL = Choice()
 KINDS = {"sft": sft, "rl": rl, "reward_model": reward_model}
 
 
@@ -49,53 +59,13 @@ def check(c: ConfigDict) -> None:
       if name not in known:
         raise unknown(f"stage in {field}", name, known)
   check_evaluation(c, "evaluation.completions", c.evaluation.completions)
+  course.check_no_circle(c)
+  gates.check(c)
+  c = gates.with_all_insertions(c)
   for name in c.order:
     with inside(f"stages.{name}"):
       KINDS[c.stages[name].kind].check(flat(c, name))
-      _check_place(c, name)
-
-
-def _check_place(c: ConfigDict, name: str) -> None:
-  """Raises UserError if no earlier stage gives the stage its start, a teacher or the judge."""
-  stage, before = c.stages[name], c.order[: c.order.index(name)]
-  models = [n for n in before if c.stages[n].kind != "reward_model"]  # They save language models.
-  begin = stage.init_from
-  if stage.kind == "rl" and begin == "":
-    raise UserError("init_from='': an RL stage starts from a stage before it; give 'previous', or its name")
-  if stage.kind == "rl" and begin == "previous" and not set(main_line(c, name)) & set(models):
-    raise UserError(f"init_from='previous': no stage of the main line is before it; there are {sorted(models)}")
-  other = stage.kind == "sft" and loading.is_checkpoint(begin)  # For example a base model, hf:DIR.
-  if begin not in ("", "previous", *models) and not other:
-    raise unknown("init_from", begin, ["previous", *models])
-  if stage.kind == "rl":
-    for domain, teacher in stage.teachers.items():
-      if teacher not in (BEST, *models) and not loading.is_checkpoint(teacher):
-        raise unknown(f"teachers.{domain}", teacher, [BEST, *models])
-    check_judge(c, stage, before)
-
-
-def check_judge(c: ConfigDict, stage: ConfigDict, before: Sequence[str]) -> None:
-  """Raises UserError if an RL stage needs a judge, and no stage of `before` is a reward model."""
-  if stage.judge:
-    raise UserError(
-      f"judge={stage.judge!r}: must be empty in a cascade, where the stage of kind 'reward_model' is the judge"
-    )
-  if (why := judged(stage, c)) and not any(c.stages[n].kind == "reward_model" for n in before):
-    raise UserError(f"{why}: needs a judge, and no stage before it has kind='reward_model'; add one to `order`")
-
-
-@contextlib.contextmanager
-def inside(section: str):
-  """Prefixes the message of a UserError with the config section."""
-  try:
-    yield
-  except UserError as error:
-    raise UserError(f"{section}: {error}") from error
-
-
-def main_line(c: ConfigDict, name: str) -> list[str]:
-  """The stages before this one without c.side_line. The last of them is "previous"."""
-  return [n for n in c.order[: c.order.index(name)] if n not in c.side_line]
+      course.check_place(c, name)
 
 
 def check_programs(c: ConfigDict, p: Parts) -> None:
@@ -104,6 +74,7 @@ def check_programs(c: ConfigDict, p: Parts) -> None:
   Raises:
     UserError: a stage cannot run.
   """
+  c = gates.with_all_insertions(c)
   for name in c.order:
     stage = flat(c, name)
     with inside(f"stages.{name}"):
@@ -124,14 +95,6 @@ def check_programs(c: ConfigDict, p: Parts) -> None:
         rl.check_prompts(flat(c, name), p)
 
 
-def flat(c: ConfigDict, name: str) -> ConfigDict:
-  """A stage's config as its own file gives it: the shared fields, updated with its own."""
-  shared = {k: v for k, v in c.items() if k not in ("stages", "order", "side_line")}
-  stage = ConfigDict(shared)
-  stage.update(c.stages[name])
-  return stage
-
-
 def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tuple[dict, dict]:
   """Scores all held-out domains after the named stage.
 
@@ -148,62 +111,70 @@ def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tupl
   return fields, {"eval_s_after": time.time() - began}
 
 
-def run(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> Record:
-  """Runs what is left of the cascade; returns its record."""
+def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", trace: str = "") -> Record:
+  """Runs what is left of the chosen stages; returns the record of the cascade.
+
+  Raises:
+    StageStopped: a guard or a gate ended the cascade.
+  """
   check(c)
   watching = Watching.of(wandb, trace)
-  check_owner(c, workdir)
+  check_owner(c, workdir, may_grow=True)
+  anew = lineage.check_choice(c, course.open_record(workdir), choice)
   p = parts.build(c, workdir)
   check_programs(c, p)
   heldout = draw_heldout(c, p.domains, p.text.tokenizer)
-  p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
+  p = dataclasses.replace(p, text=claim(c, workdir, p.text, may_grow=True), watching=watching)
   keep_compilations(workdir)
-  record, began = Record.open(workdir), time.time()
+  record, began, passed = course.open_record(workdir), time.time(), []
   record.stages, record.teachers = exchange([record.stages, record.teachers], "record of the cascade")[0]
-  for name in c.order:
-    p = finish_stage(c, workdir, p, heldout, record, name)
-    first_alone(lambda: pages.write(workdir))
-    if termination.stopping():
-      raise termination.terminated(record.checkpoint(name))
+  lineage.set_aside(record, anew)
+  # Looked up after each stage, because a gate's decision may change those that follow.
+  while left := course.left(c, record, choice, passed):
+    now, name = course.decided(c, record), left[0]
+    if name in choice.of(now):
+      p = finish_stage(now, workdir, p, heldout, record, name)
+      first_alone(lambda: pages.write(workdir))
+      gates.obey(record.stage(name), left[1:])
+      if termination.stopping():
+        raise termination.terminated(record.checkpoint(name))
+    elif now.stages[name].kind == "reward_model" and record.is_done(name):
+      p = parts.with_judge(now, p, record.checkpoint(name))
+    passed.append(name)
   say(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 
 
 def finish_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: Record, name: str) -> Parts:
   """Runs a stage unless it is done. Returns the parts of the stages after it: a reward model becomes the judge."""
-  entry = record.stage(name)
-  if entry is None or entry["status"] != "done":
+  if not record.is_done(name) or lineage.is_grown(c, record, name):
     run_stage(c, workdir, p, heldout, record, name)
   return parts.with_judge(c, p, record.checkpoint(name)) if c.stages[name].kind == "reward_model" else p
 
 
 def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: Record, name: str) -> None:
-  """Trains one stage, scores it, and writes its entry."""
+  """Trains one stage, scores it, applies its gates, and writes its entry."""
   stage, began = flat(c, name), time.time()
-  init = record.start_of(name, stage.init_from, main_line(c, name))
-  previous = record.stage(name) or {}
-  entry = {
-    "name": name,
-    "kind": stage.kind,
-    "status": "running",
-    "start": init,
-    "domains": list(stage.get("mixture", {})),
-    "wall_s": previous.get("wall_s", 0.0),
-  }
-  if stage.kind == "rl":  # Scores before the stage: those of the stage that it starts from.
-    source = next(e for e in record.stages if e.get("checkpoint") == init)
-    for key in ("scores", "scores_intervals", "greedy", "greedy_intervals"):
-      if f"{key}_after" in source:
-        entry[f"{key}_before"] = source[f"{key}_after"]
+  before = record.stage(name) or {}
+  init = record.start_of(name, stage.init_from, course.main_line(c, name))
+  source = record.stage(record.made(init))
+  entry = lineage.begun(c, record, name, init) | {"wall_s": before.get("wall_s", 0.0)}
+  for key in ("scores", "scores_intervals", "greedy", "greedy_intervals"):
+    if source and f"{key}_after" in source:  # Scores before the stage: those of the stage that it starts from.
+      entry[f"{key}_before"] = source[f"{key}_after"]
+  if "checkpoint" in before:  # The stage gets more steps. Others may have started from its end so far.
+    end = int(Path(before["checkpoint"]).name)
+    first_alone(lambda: keep_step(workdir / name / "checkpoints", f"end_{end}", end))
+  teachers = None
+  if stage.kind == "rl" and objective.taught(stage):
+    found = find(stage, [e for e in map(record.stage, c.order[: c.order.index(name)]) if e is not None])
+    teachers = gather(p.programs, p.text.tokenizer, found, stage.teachers_in_memory, heldout.rows)
+    record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}
+    entry["teachers"] = record.teachers
   record.put(entry)
 
-  extra = {}
-  if stage.kind == "rl" and objective.taught(stage):
-    found = find(stage, record)
-    extra["teachers"] = gather(p.programs, p.text.tokenizer, found, stage.teachers_in_memory, heldout.rows)
-    record.teachers = {t.domain: {"checkpoint": t.checkpoint, "score": t.score, "stage": t.stage} for t in found}
   with CompileCounter() as compiled:
-    outcome = KINDS[stage.kind].run(stage, workdir / name, p, init, **extra)
+    outcome = train(stage, workdir / name, p, heldout, init, teachers)
   entry |= {
     "steps": outcome.steps,
     "checkpoint": outcome.checkpoint,
@@ -215,15 +186,27 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
     fields, seconds = scores(c, p, heldout, outcome.params, name)
     probe = take_probe(p.programs.score, outcome.params, probe_tokens(p.text.tokenizer, heldout.rows))
     entry |= fields | seconds | {"probe": dataclasses.asdict(probe)}
+    entry |= gates.judge(stage, entry, source) if source else {}
   entry |= {"status": "done", "wall_s": entry["wall_s"] + time.time() - began}
   record.put(entry)
   say(summary(entry))
+  if entry.get("decision") in ("warn", "mopd", "back"):
+    say(gates.line(entry), sys.stderr)
 
 
-def say(line: str) -> None:
-  """Writes a line to the log; only in the first process."""
+def train(stage: ConfigDict, stage_dir: Path, p: Parts, heldout: Heldout, init: str, teachers) -> Outcome:
+  """Trains a stage from the checkpoint `init`. With validation the outcome is that of its best checkpoint."""
+  if stage.kind == "reward_model":
+    return reward_model.run(stage, stage_dir, p, init)
+  validation = Validation(stage, stage_dir, p, heldout)
+  more = {"teachers": teachers} if stage.kind == "rl" else {}
+  return validation.handed_on(KINDS[stage.kind].run(stage, stage_dir, p, init, watch=validation, **more))
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+  """Writes a line, by default to stdout; only in the first process."""
   if jax.process_index() == 0:
-    tqdm.write(line)
+    tqdm.write(line, file=file)
 
 
 def summary(entry: dict) -> str:
@@ -240,5 +223,31 @@ def summary(entry: dict) -> str:
   )
 
 
+def main(c: ConfigDict, workdir: Path | None, **flags) -> None:
+  record = Record.open(workdir) if workdir else Record(Path(), [], {})
+  if flags["show"]:
+    print(tree(record))
+  elif flags["dry_run"]:
+    check(c)
+    compiled = plan.read_compiled(flags["compiled"])
+    print(plan.table(c, plan.plan(c, record), compiled))
+    if missing := plan.not_here(c):
+      print(f"not on this machine, and needed for the run: {', '.join(missing)}", file=sys.stderr)
+  else:
+    choice = Choice(flags["only"], flags["from"], flags["until"])
+    run(c, workdir, choice, wandb=flags["wandb"], trace=flags["trace"])
+
+
 if __name__ == "__main__":
-  launch(run, several=True, **FLAGS)
+  launch(
+    main,
+    several=True,
+    without_workdir=("dry_run",),
+    dry_run=(flag("Print the plan of all stages, computing and writing nothing."), False),
+    compiled=(text("For --dry_run: a file of what experiments.compile printed for this config."), ""),
+    show=(flag("Print the tree of the work directory's stages, with scores and gates' decisions."), False),
+    only=(text("Run this stage alone."), ""),
+    until=(text("Run the stages up to this one."), ""),
+    **{"from": (text("Run this stage and those after it; stages made from what is no more, anew."), "")},
+    **FLAGS,
+  )

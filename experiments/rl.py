@@ -20,10 +20,10 @@ import jax
 from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
-from nemocascade.runtime import hosts, parts, signals
+from nemocascade.runtime import hosts, parts, signals, validation
 from nemocascade.runtime.checks import check_rl as check
 from nemocascade.runtime.checks import judged
-from nemocascade.runtime.heldout import draw_heldout
+from nemocascade.runtime.heldout import Heldout, draw_heldout
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.learner import arrange, learn
 from nemocascade.runtime.logbook import Logbook, Watch
@@ -36,6 +36,7 @@ from nemocascade.runtime.signals import annotate
 from nemocascade.runtime.start import check_start, start
 from nemocascade.runtime.teachers import Teachers, find, gather
 from nemocascade.runtime.text import own_tokenizer
+from nemocascade.runtime.validation import Validation
 from nemocascade.runtime.watching import FLAGS, Watching
 from nemocascade.runtime.workdir import check_owner, claim
 
@@ -56,7 +57,7 @@ def run(
   """
   began = time.time()
   tx, _ = program(c, p.programs)
-  state, resumed, store = start(c, stage_dir, p, tx, init_from)
+  state, resumed, store = start(c, stage_dir, p, tx, init_from, teachers=teachers.by_domain() if teachers else None)
   first, key = int(state.step) // c.updates, jax.random.fold_in(jax.random.key(c.seed), _number(stage_dir.name))
   spent = Spent(**resumed.get("spent", {}))
   sources, wanted = signals.open_sources(c, p, teachers, init_from), signals.wanted(c)
@@ -126,10 +127,12 @@ def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None
   if c.judge:
     check_start("judge", c.judge, tokenizer, programs.reward_template)
     p = parts.with_judge(c, p, c.judge)
-  rows = draw_heldout(c, p.domains, tokenizer).rows if teachers else {}  # Teachers are probed with them.
-  teachers = gather(programs, tokenizer, teachers, c.teachers_in_memory, rows)
+  wanted = teachers or validation.settings(c).every  # Teachers are probed with held-out rows.
+  heldout = draw_heldout(c, p.domains, tokenizer) if wanted else Heldout({}, c.evaluation, c.seed)
+  teachers = gather(programs, tokenizer, teachers, c.teachers_in_memory, heldout.rows)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
-  announce(run(c, workdir / "rl", p, c.init_from, teachers))
+  watch = Validation(c, workdir / "rl", p, heldout)
+  announce(watch.handed_on(run(c, workdir / "rl", p, c.init_from, teachers, watch)))
 
 
 if __name__ == "__main__":

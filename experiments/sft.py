@@ -21,8 +21,10 @@ from nemocascade.data import loader
 from nemocascade.field_check import check as check_fields
 from nemocascade.mesh import check_rows, own_rows
 from nemocascade.report.metrics import Phases, progress
-from nemocascade.runtime import conversations, hosts, parts
+from nemocascade.runtime import conversations, hosts, parts, validation
+from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.launch import launch
+from nemocascade.runtime.logbook import Watch
 from nemocascade.runtime.meter import BETWEEN, Meter
 from nemocascade.runtime.outcome import Outcome, Spent, announce
 from nemocascade.runtime.parts import Parts
@@ -30,6 +32,7 @@ from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, check_start, jit_step, start
 from nemocascade.runtime.supervision import Supervisor
 from nemocascade.runtime.text import own_tokenizer
+from nemocascade.runtime.validation import Validation
 from nemocascade.runtime.watching import FLAGS, Watching
 from nemocascade.runtime.workdir import check_owner, claim
 from nemocascade.step.balance import RouterBalance
@@ -43,6 +46,7 @@ def check(c: ConfigDict) -> None:
   check_fields(c, "sft")
   RouterBalance(**c.router_balance)
   conversations.check(c)
+  validation.check(c)
   loader.check(T=c.row_tokens, B=c.rows, look_ahead=c.look_ahead, streams=c.streams)
 
 
@@ -74,8 +78,10 @@ def program(c: ConfigDict, programs: Programs):
   return tx, state, jit_step(step, state, programs.mesh)
 
 
-def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcome:
+def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Watch = lambda *_: False) -> Outcome:
   """Trains to step c.steps, from the stage's last checkpoint if there is one, else from `init_from`.
+
+  `watch` is called before every checkpoint; the stage ends where it returns True.
 
   Raises:
     StageStopped: a guard ended the stage, or too many updates in a row were not finite.
@@ -84,6 +90,8 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
   tx, _, step_fn = program(c, p.programs)
   state, record, store = start(c, stage_dir, p, tx, init_from)
   first, tokens = int(state.step), record.get("tokens", 0)
+  # If the stage was killed after its last step, `watch` ends it here.
+  ended, step = first > 0 and watch(first, state.params, Spent(trained=tokens)), first - 1
   supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}))
   meter = Meter(p.programs.config, record.get("meter", {}))
   with store, batches(c, stage_dir, p) as data, p.watching.writer(stage_dir, first, c) as writer:
@@ -102,7 +110,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
       return sums["trained"]
 
     pending = None  # The step that is dispatched, and not finished.
-    for step in p.watching.steps(range(first, c.steps), stage_dir):
+    for step in p.watching.steps(range(first, first if ended else c.steps), stage_dir):
       store.check()
       batch = next(data)
       phases.end("data")
@@ -120,24 +128,30 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
         parts = {
           "iterator": data.get_state(), "tokens": tokens, "supervisor": supervisor.record(), "meter": meter.record(),
         }  # fmt: skip
+        ended = watch(step + 1, state.params, Spent(trained=tokens))
         store.start_save(step + 1, state, parts)
         supervisor.end(store, step + 1)
         phases.end(BETWEEN)
+        if ended:
+          break
     bar.close()
   supervisor.finish()
-  return Outcome(state.params, str(store.path_of(c.steps)), c.steps, tokens, time.time() - began)
+  return Outcome(state.params, str(store.path_of(step + 1)), step + 1, tokens, time.time() - began)
 
 
 def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None:
   check(c)
   watching = Watching.of(wandb, trace)
   check_owner(c, workdir)
-  p = parts.build(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from), domains=())
+  scored = None if validation.settings(c).every else ()  # Domains that are built: all, or none.
+  p = parts.build(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from), domains=scored)
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)
   check_documents(c, p)
+  heldout = draw_heldout(c, p.domains, p.text.tokenizer)
   p = dataclasses.replace(p, text=claim(c, workdir, p.text), watching=watching)
-  announce(run(c, workdir / "sft", p, c.init_from))
+  watch = Validation(c, workdir / "sft", p, heldout)
+  announce(watch.handed_on(run(c, workdir / "sft", p, c.init_from, watch)))
 
 
 if __name__ == "__main__":

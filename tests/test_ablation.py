@@ -37,7 +37,8 @@ def trained(monkeypatch):
       {"name": name, "kind": c.stages[name].kind, "status": "done", "checkpoint": str(checkpoint), "steps": 1,
        "wall_s": 1.0, "train_s": 1.0, "tokens": 1, "compilations": 0, "domains": ["math"], "start": "",
        "probe": {"tokens": [[1, 2]], "logprobs": [[0.0, -1.0]], "entropy": 1.0},
-       "scores_after": {"math": 0.3}, "scores_intervals_after": {"math": [0.2, 0.4]}, "n_eval": {"math": 32}}
+       "scores_after": {"math": 0.3}, "scores_intervals_after": {"math": [0.2, 0.4]}, "n_eval": {"math": 32},
+       "prompt_scores_after": {"math": "0 1"}}
     )  # fmt: skip
 
   def run_arm(arm, directory, p, init, teachers, watch, title):

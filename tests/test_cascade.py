@@ -14,6 +14,8 @@ from refusals import assert_refused
 from configs.tiny import cascade as config
 from experiments import cascade
 from nemocascade.errors import UserError
+from nemocascade.report.tree import tree
+from nemocascade.store.record import Record
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = set(config.get_config("smoke").domains)
@@ -47,8 +49,23 @@ def test_every_stage_ends_with_a_score_for_every_domain(finished):
       assert set(stage.get("greedy_after", ())) == (DOMAINS if greedy else set())
 
 
+def test_the_record_says_what_made_each_checkpoint(finished):
+  workdir, _ = finished
+  record = Record.open(workdir)
+  mopd = record.stage("mopd")
+  assert mopd["parent"] == "multi_domain_rl" and set(mopd["teachers"]) == set(mopd["domains"])
+  saved = json.loads((Path(mopd["checkpoint"]) / "record" / "metadata").read_text())["lineage"]
+  assert saved["stage"] == "mopd" and saved["config"] == mopd["config"] and saved["commit"] == mopd["commit"]
+  assert saved["start"] == "multi_domain_rl/checkpoints/2"
+  assert saved["teachers"] == {d: t["checkpoint"].removeprefix(f"{workdir}/") for d, t in mopd["teachers"].items()}
+  assert record.stage("rlhf")["judge_stage"] == "reward_model"
+  drawn = tree(record)
+  assert all(f"─ {name}: " in drawn for name in config.get_config("smoke").order)
+
+
 def test_report_is_complete(finished):
   workdir, _ = finished
+  assert "What started from what" in (workdir / "report" / "index.html").read_text()
   assert (workdir / "report" / "index.html").stat().st_size > 10_000
   assert "<mark>" in (workdir / "report" / "index.html").read_text()  # What SFT learns.
 

@@ -1,29 +1,33 @@
 """The teachers that a config names are found; an unknown one is refused with the available ones."""
 
-from pathlib import Path
-
 import pytest
 from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
 from nemocascade.runtime.teachers import find
-from nemocascade.store.record import Record
+
+
+def stage(name, checkpoint, status="done", **shares):
+  """An entry of cascade.json. Of 32 prompts the first `shares` of each domain are solved."""
+  words = {domain: " ".join("1" if i < share * 32 else "0" for i in range(32)) for domain, share in shares.items()}
+  return {
+    "name": name, "status": status, "checkpoint": checkpoint, "scores_after": shares, "prompt_scores_after": words,
+  }  # fmt: skip
+
 
 STAGES = [
-  {"name": "sft", "status": "done", "checkpoint": "/run/sft/7", "scores_after": {"math": 0.5, "stem": 0.1}},
-  {"name": "if_rl", "status": "done", "checkpoint": "/run/if_rl/9", "scores_after": {"math": 0.4, "stem": 0.3}},
-  {"name": "mopd", "status": "running", "checkpoint": "/run/mopd/1", "scores_after": {"math": 0.9}},
+  stage("sft", "/run/sft/7", math=0.75, stem=0.125),
+  stage("if_rl", "/run/if_rl/9", math=0.25, stem=0.625),
+  stage("mopd", "/run/mopd/1", "running", math=1.0),
 ]
 
 
 def found(record=True, **teachers):
   c = ConfigDict({"teachers": teachers})
-  return [
-    (t.domain, t.checkpoint, t.stage) for t in find(c, Record(Path("cascade.json"), STAGES, {}) if record else None)
-  ]
+  return [(t.domain, t.checkpoint, t.stage) for t in find(c, STAGES if record else ())]
 
 
-def test_best_is_the_finished_stage_with_the_highest_score_of_that_domain():
+def test_best_is_the_finished_stage_that_is_clearly_better_in_that_domain():
   assert found(math="best", stem="best") == [("math", "/run/sft/7", "sft"), ("stem", "/run/if_rl/9", "if_rl")]
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from nemocascade.errors import UserError
-from nemocascade.step.optimizer import make_optimizer, make_schedule, path_name
+from nemocascade.step.optimizer import make_optimizer, make_schedule, new_state, path_name, with_schedule_of
 
 PARAMS = {
   "embedding": jnp.ones((3, 2)),
@@ -129,3 +129,16 @@ def test_a_bad_setting_is_named(fields, said):
 def test_a_frozen_pattern_that_matches_nothing_is_refused():
   with pytest.raises(UserError, match="/router"):
     optimizer(frozen=("/router$",)).init(PARAMS)
+
+
+def test_a_restored_state_takes_the_schedule_of_more_steps_and_keeps_its_moments():
+  params = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  short, long = (optimizer(total_steps=steps, schedule="linear", frozen=("bias$",)) for steps in (10, 20))
+  state = new_state(short, params)
+  _, moments = short.update(params, state.opt_state, params)
+  state = with_schedule_of(long, state.replace(opt_state=moments))
+  # At step 1 of 20 the rate is 0.95 of the peak; of 10 steps it were 0.9. Adam's second equal update has size 1.
+  updates, _ = long.update(params, state.opt_state, params)
+  np.testing.assert_allclose(updates["w"], -0.1 * 0.95, rtol=1e-5)
+  again = with_schedule_of(short, state)
+  jax.tree.map(np.testing.assert_array_equal, again.opt_state, moments)

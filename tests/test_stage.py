@@ -109,6 +109,36 @@ def test_sft_passes_over_a_bad_step_and_ends_after_so_many_in_a_row(assembled, f
   assert Store(root / "all" / "sft" / "checkpoints").latest() == 2
 
 
+def test_sft_asks_its_watcher_before_each_checkpoint_and_ends_where_it_says(assembled, fine):
+  c, p, root = assembled
+  asked = []
+
+  def watch(steps, params, spent):
+    assert not (root / "watched" / "sft" / "checkpoints" / str(steps)).exists() or len(asked) == 1
+    assert spent.trained > 0
+    asked.append(steps)
+    return True
+
+  for _ in range(2):  # The second run resumes after the last step of the first, and asks at once.
+    outcome = sft.run(c, root / "watched" / "sft", p, watch=watch)
+    assert (outcome.steps, Path(outcome.checkpoint).name) == (2, "2")
+  assert asked == [2, 2]
+  assert lines(root / "watched" / "sft") == fine[:2]
+
+
+def test_more_steps_go_on_from_the_last_checkpoint_whose_record_says_what_made_it(assembled, fine):
+  c, p, root = assembled
+  shutil.copytree(root / "fine", root / "more")
+  more = c.copy_and_resolve_references()
+  more.steps = 6
+  assert sft.run(more, root / "more" / "sft", p).steps == 6
+  assert lines(root / "more" / "sft")[:4] == fine and len(lines(root / "more" / "sft")) == 6
+  records = [Store(root / "more" / "sft" / "checkpoints").path_of(step) / "record" / "metadata" for step in (4, 6)]
+  before, after = (json.loads(record.read_text())["lineage"] for record in records)
+  assert before["stage"] == "sft" and before["start"] == "" and before["teachers"] == {}
+  assert after == before | {"config": after["config"]} and after["config"] != before["config"]
+
+
 def test_the_reward_model_does_too(assembled, monkeypatch):
   _, p, root = assembled
   c = judge_config.get_config("smoke")

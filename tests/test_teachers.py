@@ -33,24 +33,53 @@ def params(seed=0, scale=3.0):
   return {"table": scale * jax.random.normal(jax.random.key(seed), (V, V))}
 
 
-def stage(name, scores, status="done"):
-  return {"name": name, "status": status, "checkpoint": f"/run/{name}", "scores_after": scores}
+def stage(name, scores, status="done", solved=None, **more):
+  """An entry of cascade.json. Of 64 prompts the first ones are solved, or those in `solved`."""
+  words = {
+    d: " ".join("1" if i in (solved or range(round(64 * s))) else "0" for i in range(64)) for d, s in scores.items()
+  }
+  return {
+    "name": name, "status": status, "checkpoint": f"/run/{name}", "scores_after": scores, "prompt_scores_after": words,
+  } | more  # fmt: skip
 
 
-def test_each_domains_best_finished_stage_teaches_it_and_the_first_of_equals():
+def test_a_stage_that_is_clearly_better_teaches_its_domain_and_the_first_of_equals():
   best = best_checkpoints(
     [
       {"name": "reward_model", "status": "done", "checkpoint": "/run/reward_model"},
-      stage("sft", {"math": 0.3, "code": 0.4}),
-      stage("rl", {"math": 0.6, "code": 0.4}),
-      stage("rlhf", {"math": 0.5, "code": 0.1}),
-      stage("mopd", {"math": 0.9, "code": 0.9}, status="running"),
+      stage("sft", {"math": 0.25, "code": 0.5}),
+      stage("rl", {"math": 0.75, "code": 0.5}),
+      stage("rlhf", {"math": 0.5, "code": 0.25}),
+      stage("mopd", {"math": 1.0, "code": 1.0}, status="running"),
     ]
   )
   assert best == {
-    "math": Teacher("math", "/run/rl", 0.6, "rl"),
-    "code": Teacher("code", "/run/sft", 0.4, "sft"),
+    "math": Teacher("math", "/run/rl", 0.75, "rl"),
+    "code": Teacher("code", "/run/sft", 0.5, "sft"),
   }
+
+
+def test_a_higher_mean_by_noise_does_not_change_the_teacher():
+  """The later stage solves 2 prompts of 64 more; on 14 prompts the two differ."""
+  sft = stage("sft", {"math": 32 / 64}, solved=range(32))
+  noisy = stage("rl", {"math": 34 / 64}, solved=range(6, 40))
+  assert best_checkpoints([sft, noisy])["math"].stage == "sft"
+  # As many more prompts, but none that was solved before is lost: with 12 more this is no noise.
+  better = stage("rl", {"math": 44 / 64}, solved=range(44))
+  assert best_checkpoints([sft, better])["math"].stage == "rl"
+
+
+def test_a_teacher_is_compared_with_the_best_and_not_with_the_stage_before_it():
+  """Small gains that each could be noise add up to one that is none."""
+  line = [stage(f"s{i}", {"math": (20 + 4 * i) / 64}) for i in range(6)]
+  assert best_checkpoints(line[:2])["math"].stage == "s0"
+  assert best_checkpoints(line)["math"].stage == "s4"
+
+
+def test_a_stage_teaches_only_the_domains_that_it_names():
+  stages = [stage("sft", {"math": 0.25, "code": 0.25}), stage("rl", {"math": 0.9, "code": 0.9}, teaches=["code"])]
+  assert {domain: t.stage for domain, t in best_checkpoints(stages).items()} == {"math": "sft", "code": "rl"}
+  assert best_checkpoints([stages[1] | {"teaches": []}]) == {}
 
 
 def test_a_probe_survives_json():

@@ -1,4 +1,4 @@
-"""Statistics of paired runs: means and medians with bootstrap intervals, p-values, points of score curves."""
+"""Statistics of paired runs and paired scores: means, medians, intervals, p-values, points of score curves."""
 
 import itertools
 import math
@@ -67,6 +67,26 @@ def paired_p(differences_N: Numbers) -> float:
     signs[0] = 1.0
   means = np.abs(signs @ d_N)
   return float(np.mean(means >= means[0] * (1 - 1e-9)))
+
+
+def paired_interval(differences_N: Numbers, *, z: float = 1.959964) -> tuple[float, float]:
+  """95% interval (low, high) of the mean difference of two scores on the same prompts.
+
+  It is the interval of Agresti and Min for matched proportions (Statistics in Medicine 24:729, 2005): a normal interval
+  after two pseudo-prompts are added, half a prompt in each of the four cells: one prompt without a difference, and half
+  a prompt with +1 and with -1 each. So a few prompts that all agree give no interval of width 0, and one prompt decides
+  nothing. Differences of partial scores, such as 0.5, enter as they are.
+
+  Args:
+    differences_N: score minus score of each prompt, between -1 and 1; empty gives (-1, 1).
+  """
+  d_N = np.asarray(differences_N, np.float64)
+  if not len(d_N):
+    return -1.0, 1.0
+  n = len(d_N) + 2
+  centre = float(np.sum(d_N)) / n
+  half = z * math.sqrt((float(np.sum(d_N**2)) + 1.0) / n - centre**2) / math.sqrt(n)
+  return centre - half, centre + half
 
 
 def gap_closed(scores_N, students_N, teachers_N) -> np.ndarray:

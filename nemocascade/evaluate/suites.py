@@ -23,6 +23,9 @@ class DomainScore:
   masked: int  # Completions without a verdict; they are not in the mean.
   unfinished: int  # Completions that met the length limit.
   tokens: int  # Sampled tokens of all completions.
+  of_prompts: tuple[
+    float | None, ...
+  ] = ()  # Mean verdict of each prompt, in the prompts' order; None if all are masked.
 
 
 def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
@@ -45,12 +48,13 @@ def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
 
 def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], *, unfinished: int = 0, tokens: int = 0) -> DomainScore:
   """The DomainScore of verdicts[q][g]; `unfinished` and `tokens` are its fields."""
-  means, best = [], []
+  of_prompts, best = [], []
   for verdicts_G in verdicts_QG:
     rewards = [v.reward for v in verdicts_G if not v.masked]
+    of_prompts.append(float(np.mean(rewards)) if rewards else None)
     if rewards:
-      means.append(float(np.mean(rewards)))
       best.append(float(any(v.success for v in verdicts_G)))
+  means = [mean for mean in of_prompts if mean is not None]
   low, high = mean_interval(np.asarray(means))
   return DomainScore(
     mean=float(np.mean(means)) if means else 0.0,
@@ -61,6 +65,7 @@ def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], *, unfinished: int 
     masked=sum(v.masked for verdicts_G in verdicts_QG for v in verdicts_G),
     unfinished=unfinished,
     tokens=tokens,
+    of_prompts=tuple(of_prompts),
   )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from nemocascade.report.metrics import LINE, read_lines
+from nemocascade.report.tree import tree
 from nemocascade.state_files import whole
 from nemocascade.store.record import Record
 
@@ -55,8 +56,14 @@ def write(workdir: str | Path) -> Path:
       parts += ["<h2>Held-out scores, greedy</h2>", _picture(heat_map(greedy, "greedy"), out / "greedy.png")]
     parts += ["<h2>From SFT to the end</h2>", _first_and_last(scored, out / "first_and_last.csv")]
     _scores_csv(scored, out / "scores.csv")
-  if record.teachers and any(s["name"] == "mopd" for s in scored):
-    parts += ["<h2>MOPD: the gap to each teacher</h2>", _gaps(record, scored, out / "gaps.csv")]
+  if record.stages:
+    parts += ["<h2>What started from what</h2>", f"<pre>{html.escape(tree(record))}</pre>"]
+  if any(s.get("gates") for s in scored):
+    parts += ["<h2>Gates</h2>", _gates(scored, out / "gates.csv")]
+  for stage in scored:
+    if stage.get("teachers") and "scores_before" in stage:
+      title = f"{stage['name']}: the gap to each teacher"
+      parts += [f"<h2>{html.escape(title)}</h2>", _gaps(stage, out / f"gaps_{stage['name']}.csv")]
   curves = learning_curves(workdir, record.stages)
   if curves is not None:
     parts += ["<h2>Learning curves</h2>", _picture(curves, out / "curves.png")]
@@ -177,15 +184,23 @@ def _first_and_last(scored: list[dict], path: Path) -> str:
   return _table(path, header, rows)
 
 
-def _gaps(record: Record, scored: list[dict], path: Path) -> str:
-  mopd = next(s for s in scored if s["name"] == "mopd")
+def _gaps(stage: dict, path: Path) -> str:
   rows = []
-  for domain, teacher in record.teachers.items():
-    before, after = mopd["scores_before"][domain], mopd["scores_after"][domain]
+  for domain, teacher in stage["teachers"].items():
+    before, after = stage["scores_before"][domain], stage["scores_after"][domain]
     gap = teacher["score"] - before
     closed = f"{(after - before) / gap:.0%}" if gap > 0.02 else "none to close"
     rows.append([domain, teacher["stage"], f"{teacher['score']:.3f}", f"{before:.3f}", f"{after:.3f}", closed])
   return _table(path, ["domain", "teacher", "teacher's score", "before", "after", "gap closed"], rows)
+
+
+def _gates(scored: list[dict], path: Path) -> str:
+  rows = [
+    [s["name"], domain, f"{g['change']:+.3f}", "[{:+.3f}, {:+.3f}]".format(*g["interval"]), f"-{g['tolerance']:g}",
+     f"fired: {g['action']}" if g["fell"] else "passed", s["decision"]]
+    for s in scored for domain, g in s.get("gates", {}).items()
+  ]  # fmt: skip
+  return _table(path, ["stage", "domain", "change", "95%", "limit", "gate", "decision of the stage"], rows)
 
 
 def _scores_csv(scored: list[dict], path: Path) -> None:

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from nemocascade.domains.registry import DOMAINS
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
+from nemocascade.runtime import validation
 from nemocascade.runtime.domains import that_need
 from nemocascade.runtime.objective import needs, taught, topk
 from nemocascade.runtime.own_functions import check_functions
@@ -16,6 +17,7 @@ def check_rl(c: ConfigDict) -> None:
   """Raises UserError if an RL stage cannot run. Nothing is compiled."""
   check_fields(c, "rl")
   check_functions(c)
+  validation.check(c)
   for name in c.teachers:
     if name not in c.domains:
       raise unknown("domain in teachers", name, c.domains)

@@ -47,7 +47,7 @@ SEVERAL: dict[str, tuple[Field, object]] = {
 
 def launch(
   run: Callable[..., object], *, config: bool = True, workdir: bool = True, several: bool = False,
-  buckets: bool = False, positional: str = "", **extra: tuple[Field, object],
+  buckets: bool = False, positional: str = "", without_workdir: Sequence[str] = (), **extra: tuple[Field, object],
 ) -> None:  # fmt: skip
   """Parses the command line and calls `run`; does not return.
 
@@ -57,6 +57,7 @@ def launch(
     several: whether the command may run in several processes. Otherwise --distributed is an error.
     buckets: whether the work directory may be in a bucket (gs://).
     positional: the name of the one argument written without a flag, or "".
+    without_workdir: flags of `extra` with which --workdir may be left out; `run` then gets None.
     **extra: further flags, name -> (field that parses and checks the value, default).
   """
   host_memory.keep()
@@ -65,7 +66,7 @@ def launch(
   try:
     if own and not set(HELP) & set(sys.argv):
       _meet(sys.argv[1:], several)
-    request = _request(sys.argv[1:], config, workdir, positional, extra | own, buckets)
+    request = _request(sys.argv[1:], config, workdir, positional, extra | own, buckets, without_workdir)
     if request is not None:
       first, arguments, flags = request
       settings = {name: arguments.pop(name) for name in own}
@@ -121,7 +122,10 @@ def _begin_together(settings: dict, c: ConfigDict | None, flags: dict) -> None:
   hosts.start_jax()
 
 
-def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict, buckets: bool):
+def _request(
+  argv: Sequence[str], config: bool, workdir: bool, positional: str, extra: dict, buckets: bool,
+  without_workdir: Sequence[str],
+):  # fmt: skip
   """Parses the command line; prints the help if asked for.
 
   Returns:
@@ -152,7 +156,8 @@ def _request(argv: Sequence[str], config: bool, workdir: bool, positional: str, 
     raise UserError("--config is missing: give a file of configs/, such as --config=configs/tiny/cascade.py")
   first = [c] if config else []
   if config and workdir:
-    first.append(_workdir(found["workdir"], buckets))
+    spared = found["workdir"] is None and any(found[flag] for flag in without_workdir)
+    first.append(None if spared else _workdir(found["workdir"], buckets))
   arguments |= {name: found[name] for name in extra}
   return first, arguments, found
 

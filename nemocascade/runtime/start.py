@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
 from nemocascade.mesh import alike, placed, whole
-from nemocascade.runtime import loading, meter, parts
+from nemocascade.runtime import loading, meter, origin, parts
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.text import Text
 from nemocascade.state_files import check_shape, write_json
-from nemocascade.step.optimizer import new_state
+from nemocascade.step.optimizer import new_state, with_schedule_of
 from nemocascade.store import checksums
 from nemocascade.store.checkpoint import Store
 from nemocascade.types import Params, TrainState
@@ -49,6 +49,7 @@ RECORD = {  # JSON schema of the record that a stage saves with its state.
   "properties": {
     "iterator": {"type": "object"},
     "tokens": COUNT,
+    "lineage": origin.SHAPE,
     "mixture": {  # Mixture.get_state.
       "type": "object",
       "properties": {
@@ -109,7 +110,7 @@ def save_model_files(c: ConfigDict, stage_dir: Path, tokenizer: Tokenizer) -> No
 
 def start(
   c: ConfigDict, stage_dir: Path, parts: Parts, tx: optax.GradientTransformation, init_from: str, init_params=None,
-  template=None, load=loading.load,
+  template=None, load=loading.load, teachers: Mapping[str, str] | None = None,
 ) -> tuple[TrainState, dict, Store]:  # fmt: skip
   """(state to train from, record, checkpoint store). The state is the first of these that exists:
 
@@ -120,16 +121,19 @@ def start(
   Args:
     init_params, template: used instead of those of `parts.programs`, for another model.
     load: (checkpoint, template) -> its parameters.
+    teachers: domain -> checkpoint of its teacher.
 
   Raises:
-    UserError: the checkpoint cannot be read, has another tokenizer, or a value is not finite.
+    UserError: the checkpoint cannot be read, has another tokenizer, or a value is not finite; or the stage began with
+      other teachers.
   """
   programs, tokenizer = parts.programs, parts.text.tokenizer
   init_params, template = init_params or programs.fresh_params, template or programs.template
   state = abstract_state(tx, template, programs.mesh)
   # Each device computes only its own shards.
   make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
-  store = Store(stage_dir / "checkpoints")
+  made_from = origin.stamp(c, stage_dir, init_from, teachers or {})
+  store = Store(stage_dir / "checkpoints", stamp={"lineage": made_from})
   if store.latest() is not None:
     latest = store.path_of(store.latest())
     remedy = f"restore {stage_dir.parent / 'tokenizer'}, or choose another --workdir"
@@ -139,6 +143,8 @@ def start(
     if jax.process_index() == 0:
       done = store.latest()  # Without those that were damaged.
       print(f"{stage_dir.name}: goes on after {done} steps, from {store.path_of(done)}", file=sys.stderr)
+    origin.check_same_teachers(record.get("lineage", {}), made_from)
+    state = with_schedule_of(tx, state)  # The stage may have been given more steps.
     return loading.finite(state, f"{store.directory}, after {int(state.step)} updates"), record, store
   if init_from:
     loading.same_tokenizer("init_from", init_from, tokenizer)

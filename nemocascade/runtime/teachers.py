@@ -10,15 +10,16 @@ from ml_collections import ConfigDict
 
 from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError, unknown
+from nemocascade.evaluate.statistics import paired_interval
 from nemocascade.runtime import loading
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.swap import HostParams
-from nemocascade.store.record import Record
+from nemocascade.store.record import differences
 from nemocascade.types import Params, ScoreFn
 from nemocascade.verifiers.verdict import Row
 
-# A teacher's name in a config: the cascade's best checkpoint so far for the domain. Nemotron-Cascade 2 takes
-# its MOPD teachers from its own stages too (arXiv 2603.19220, section 4.4).
+# A teacher's name in a config: the cascade's best checkpoint so far for the domain, by `best_checkpoints`.
+# Nemotron-Cascade 2 takes its MOPD teachers from its own stages too (arXiv 2603.19220, section 4.4).
 BEST = "best"
 PROBE_ROWS, PROBE_TOKENS = 4, 16
 # dtype of products -> the largest mean |difference|, in nats a token, between a probe's log-probabilities at
@@ -51,19 +52,27 @@ class Teacher:
   tokenizer: str = ""  # The tokenizer's fingerprint; "" if unknown.
 
 
-def best_checkpoints(stages: list[dict]) -> dict[str, Teacher]:
-  """Domain -> the finished stage with the best held-out score at temperature 1; of equal ones the first.
+def best_checkpoints(stages: Sequence[dict]) -> dict[str, Teacher]:
+  """Domain -> the earliest finished stage that is as good as the best one, as far as the held-out prompts can tell.
+
+  Of the stages with scores of the domain (and, where a stage names the domains that it teaches, this one among them) the
+  one with the highest mean is compared with each earlier one, prompt by prompt. The teacher is the first stage for which
+  the 95% interval of the mean difference includes 0. The highest of several noisy means is too high by selection, and
+  changes with the noise; the earliest of equals has been trained least on other domains, and stays the teacher when a
+  later stage is as good by luck. (The highest lower end of an interval would choose like the highest mean: all
+  intervals are of the same prompts, and so about equally wide.)
 
   Args:
-    stages: entries of cascade.json.
+    stages: entries of cascade.json, in the order of the cascade.
   """
   best: dict[str, Teacher] = {}
-  for entry in stages:
-    if entry["status"] != "done":
-      continue
-    for domain, score in entry.get("scores_after", {}).items():
-      if domain not in best or score > best[domain].score:
-        best[domain] = of_stage(entry, domain)
+  done = [entry for entry in stages if entry["status"] == "done"]
+  for domain in dict.fromkeys(domain for entry in done for domain in entry.get("scores_after", {})):
+    able = [e for e in done if domain in e.get("scores_after", {}) and domain in e.get("teaches", (domain,))]
+    if able:
+      top = max(able, key=lambda entry: entry["scores_after"][domain])
+      equal = (e for e in able if e is top or paired_interval(differences(top, e, domain))[0] <= 0)
+      best[domain] = of_stage(next(equal), domain)
   return best
 
 
@@ -173,6 +182,10 @@ class Teachers:
     """Each teacher's checkpoint -> one domain that it teaches, sorted by checkpoint."""
     return dict(sorted((teacher.checkpoint, domain) for domain, teacher in self._teachers.items()))
 
+  def by_domain(self) -> dict[str, str]:
+    """Domain -> its teacher's checkpoint."""
+    return {domain: teacher.checkpoint for domain, teacher in self._teachers.items()}
+
   def by_checkpoint(self, domains: Iterable[str]) -> dict[str, list[int]]:
     """Checkpoint -> indices of the `domains` that it teaches.
 
@@ -229,14 +242,16 @@ class Teachers:
       self._probes[teacher.checkpoint] = probe
 
 
-def find(c: ConfigDict, record: Record | None = None) -> list[Teacher]:
+def find(c: ConfigDict, stages: Sequence[dict] = ()) -> list[Teacher]:
   """The teachers of `c.teachers`; each value is "best", the name of a finished stage, or a checkpoint.
+
+  Args:
+    stages: entries of cascade.json that may teach, in the order of the cascade.
 
   Raises:
     UserError: no such stage or checkpoint exists, or no finished stage has a score for a "best".
   """
-  stages = record.stages if record else []
-  best = best_checkpoints(stages)
+  best = best_checkpoints(stages) if BEST in c.teachers.values() else {}
   found = []
   for domain, name in c.teachers.items():
     stage = next((s for s in stages if s["name"] == name and s["status"] == "done"), None)

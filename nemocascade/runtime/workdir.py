@@ -25,24 +25,27 @@ CONFIG = {  # JSON schema of config.json.
 }
 
 
-def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False) -> Text:
+def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False, may_grow: bool = False) -> Text:
   """Reserves the work directory for this config and this process, and writes config.json and the tokenizer.
 
   Call it after all checks: it is the first call of a run that writes. Returns the text to go on with.
 
   Args:
     shared: other processes with the same config may use the directory too, each in its own part.
+    may_grow: as in check_owner; config.json then gets the new steps.
 
   Raises:
     UserError: the directory belongs to another config, or another process writes there.
   """
-  check_owner(c, workdir)
+  check_owner(c, workdir, may_grow=may_grow)
   first_alone(lambda: own(workdir, shared=shared))
   path = place(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
   content = {"config": fields, "versions": versions(), "own_code": own_versions(fields)}
   first_alone(lambda: path.exists() or write_json(path, content))
-  check_owner(c, workdir)  # Another process may have written it first.
+  check_owner(c, workdir, may_grow=may_grow)  # Another process may have written it first.
+  if may_grow:
+    first_alone(lambda: _rewrite(workdir, fields))
   return text.write()
 
 
@@ -53,8 +56,11 @@ def keep_compilations(workdir: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def check_owner(c: ConfigDict, workdir: Path) -> None:
+def check_owner(c: ConfigDict, workdir: Path, *, may_grow: bool = False) -> None:
   """Checks that the work directory is new, or belongs to this config.
+
+  Args:
+    may_grow: whether stages of a cascade may have more steps here than there.
 
   Raises:
     UserError: its config.json is damaged or differs, or a user's file that the config names has changed since;
@@ -63,9 +69,11 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
   path = place(workdir) / "config.json"
   if not stands(path):
     return
-  written = read_state(path, CONFIG, remedy="choose another --workdir, or remove it")
+  written = _written(workdir)
   before = written["config"]
   fields = json.loads(c.to_json_best_effort())
+  if may_grow:
+    _grow(before, fields)
   if found := difference(before, fields):
     name, there, here = found
     raise UserError(
@@ -79,6 +87,24 @@ def check_owner(c: ConfigDict, workdir: Path) -> None:
         f"--workdir {path.parent} was begun with another version of the file of {word!r}: restore that file, or"
         " choose another --workdir"
       )
+
+
+def _written(workdir: Path) -> dict:
+  return read_state(place(workdir) / "config.json", CONFIG, remedy="choose another --workdir, or remove it")
+
+
+def _rewrite(workdir: Path, fields: dict) -> None:
+  """Gives config.json the config `fields` if it has another."""
+  if (written := _written(workdir))["config"] != fields:
+    write_json(place(workdir) / "config.json", written | {"config": fields})
+
+
+def _grow(before: dict, now: dict) -> None:
+  """Changes `before` where a stage has more steps in `now`."""
+  for name, stage in before.get("stages", {}).items():
+    steps = now.get("stages", {}).get(name, {}).get("steps")
+    if isinstance(steps, int) and steps > stage.get("steps", steps):
+      stage["steps"] = steps
 
 
 def difference(there, here, name: str = "config"):

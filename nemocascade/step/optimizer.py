@@ -161,3 +161,16 @@ def make_optimizer(
 def new_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
   """A training state at step 0 with these parameters and a fresh optimizer state."""
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def with_schedule_of(tx: optax.GradientTransformation, state: TrainState) -> TrainState:
+  """The state with the schedule's numbers of `tx`, for one that was restored and whose config has changed since."""
+  # The numbers do not depend on the parameters' sizes. Their ranks select the weight decay.
+  empty = jax.tree.map(lambda p: jnp.zeros((0,) * jnp.ndim(p), p.dtype), state.params)
+  fresh = tx.init(empty)
+
+  def chosen(path, old, new):
+    of_schedule = any(getattr(key, "name", None) == "hyperparams" for key in path)
+    return jax.device_put(new, old.sharding) if of_schedule and hasattr(old, "sharding") else old
+
+  return state.replace(opt_state=jax.tree_util.tree_map_with_path(chosen, state.opt_state, fresh))

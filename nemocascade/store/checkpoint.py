@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from orbax.checkpoint.path import atomicity
 from nemocascade.errors import UserError, first_of
 from nemocascade.state_files import absolute, named, on_bucket
 from nemocascade.store import checksums
+from nemocascade.store.kept import NewestAndKept
 from nemocascade.types import Params, TrainState
 
 # Orbax logs every save. It raises its errors besides logging them.
@@ -74,20 +75,26 @@ def _complete(folder: Path, final: Path) -> None:
 
 
 class Store:
-  """The checkpoints of one stage, in DIRECTORY/<step>; only the newest `keep` are kept.
+  """The checkpoints of one stage, in DIRECTORY/<step>: the newest `keep`, and those that kept.json names (kept.py).
 
   A `with` block of a store ends when its saves are on disk, however the block ends.
   """
 
-  def __init__(self, directory: str | Path, *, keep: int = 2):
+  def __init__(self, directory: str | Path, *, keep: int = 2, stamp: Mapping[str, Any] | None = None):
+    """
+    Args:
+      stamp: JSON that is added to the record of every checkpoint that is saved, such as its lineage.
+    """
     self.directory = absolute(directory)
     self.directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True,
+      preservation_policy=NewestAndKept(self.directory, keep), enable_async_checkpointing=True,
+      cleanup_tmp_directories=True,
       temporary_path_class=_SummedObjects if on_bucket(self.directory) else _Summed,
     )  # fmt: skip
     self._manager = ocp.CheckpointManager(self.directory, options=options)
     self._saving: tuple[int, int] | None = None  # (step, bytes) of the save that runs in the background.
+    self._stamp = dict(stamp or {})
 
   def start_save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
     """Starts to save a checkpoint; returns when the state is copied to the host, and may be donated.
@@ -112,7 +119,7 @@ class Store:
         args=ocp.args.Composite(
           params=ocp.args.StandardSave(state.params),
           rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-          record=ocp.args.JsonSave(copy.deepcopy(record)),  # The next steps may change it.
+          record=ocp.args.JsonSave(copy.deepcopy(record) | self._stamp),  # The next steps may change it.
         ),
         force=True,
       )
