@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments import reward_model, rl, sft
 from nemocascade.config import ModelConfig
-from nemocascade.errors import unknown
+from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.fields import flag, text
 from nemocascade.report import pages
@@ -162,7 +162,7 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
   for key in ("scores", "scores_intervals", "greedy", "greedy_intervals"):
     if source and f"{key}_after" in source:  # Scores before the stage: those of the stage that it starts from.
       entry[f"{key}_before"] = source[f"{key}_after"]
-  if "checkpoint" in before:  # The stage gets more steps. Others may have started from its end so far.
+  if before.get("status") == "done":  # The stage gets more steps. Others may have started from its end so far.
     end = int(Path(before["checkpoint"]).name)
     first_alone(lambda: keep_step(workdir / name / "checkpoints", f"end_{end}", end))
   teachers = None
@@ -224,17 +224,21 @@ def summary(entry: dict) -> str:
 
 
 def main(c: ConfigDict, workdir: Path | None, **flags) -> None:
+  """Runs the chosen stages, or prints the plan or the tree. A plan needs no work directory."""
   record = Record.open(workdir) if workdir else Record(Path(), [], {})
+  choice = Choice(flags["only"], flags["from"], flags["until"])
+  if flags["compiled"] and not flags["dry_run"]:
+    raise UserError(f"--compiled={flags['compiled']}: is read for --dry_run; give that too")
   if flags["show"]:
     print(tree(record))
   elif flags["dry_run"]:
     check(c)
-    compiled = plan.read_compiled(flags["compiled"])
-    print(plan.table(c, plan.plan(c, record), compiled))
+    compiled, chosen = plan.read_compiled(flags["compiled"]), choice.of(gates.with_all_insertions(c))
+    print(plan.table(c, [line for line in plan.plan(c, record) if line.stage in chosen], compiled))
     if missing := plan.not_here(c):
       print(f"not on this machine, and needed for the run: {', '.join(missing)}", file=sys.stderr)
   else:
-    choice = Choice(flags["only"], flags["from"], flags["until"])
+    assert workdir is not None
     run(c, workdir, choice, wandb=flags["wandb"], trace=flags["trace"])
 
 

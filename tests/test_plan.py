@@ -103,6 +103,15 @@ def test_memory_is_that_of_the_last_compile(tmp_path, capsys):
     plan.read_compiled("none.jsonl")
 
 
+def test_a_plan_of_some_stages_has_only_these(capsys):
+  out = dry_run(config.get_config("smoke"), capsys, only="mopd").split("\n")
+  assert out[1].startswith("mopd ") and not out[2]
+  with pytest.raises(UserError, match="unknown stage in --only 'mopdd'"):
+    dry_run(config.get_config("smoke"), capsys, only="mopdd")
+  with pytest.raises(UserError, match="--compiled=x: is read for --dry_run"):
+    dry_run(config.get_config("smoke"), capsys, dry_run=False, compiled="x")
+
+
 def test_a_bad_field_of_any_stage_is_refused(capsys):
   c = config.get_config("smoke")
   c.stages.swe_agentic_rl.rollout.total_tokens = 3
