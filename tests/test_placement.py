@@ -41,47 +41,48 @@ def documents(Q, G, seed=0):
   return arrays, length_QG, kept_QG
 
 
-def assert_each_is_packed_once(mesh, arrays, kept_QG, batches, holder_of):
+def devices_of(array) -> list[set]:
+  """The devices that hold each entry of the first dimension."""
+  found = [set() for _ in range(len(array))]
+  for device, index in array.sharding.devices_indices_map(array.shape).items():
+    for i in range(len(array))[index[0]]:
+      found[i].add(device)
+  return found
+
+
+def assert_each_is_packed_once(placed, kept_QG, batches):
   """Asserts that the rows have each kept document once, whole and unchanged, on a device that holds it."""
-  found = []
+  found, of_prompt, arrays = [], devices_of(placed["tokens"]), jax.device_get(placed)
   for packed in batches:
-    packed = jax.device_get(packed)
-    own = len(packed["tokens"]) // mesh.size
+    of_row, packed = devices_of(packed["tokens"]), jax.device_get(packed)
     for b, segment_ids_T in enumerate(packed["segment_ids"]):
       assert (packed["tokens"][b][segment_ids_T == 0] == 0).all()
       for segment in range(1, segment_ids_T.max() + 1):
         (place,) = np.nonzero(segment_ids_T == segment)
         assert (np.diff(place) == 1).all()
         q, g, first = np.unravel_index(packed["tokens"][b, place[0]] - 1, arrays["tokens"].shape)
-        assert first == 0 and len(place) == (arrays["segment_ids"][q, g] > 0).sum() and b // own in holder_of[q]
+        assert first == 0 and len(place) == (arrays["segment_ids"][q, g] > 0).sum() and of_row[b] & of_prompt[q]
         for name in ("tokens", "mask", "states"):
           np.testing.assert_array_equal(packed[name][b, place], arrays[name][q, g, : len(place)])
         found.append((q, g))
   assert sorted(found) == [tuple(place) for place in np.argwhere(kept_QG)]
 
 
-@pytest.mark.parametrize("grid, Q", PLACES)
-def test_every_document_is_packed_once_whole_on_a_device_that_holds_it_and_comes_back(grid, Q):
+# With more pieces, a piece has fewer rows than there are devices, and devices share rows.
+@pytest.mark.parametrize("grid, Q, pieces", [(*place, 2) for place in PLACES] + [((2, 4), 8, 4), ((2, 4), 4, 8)])
+def test_every_document_is_packed_once_whole_on_a_device_that_holds_it_and_comes_back(grid, Q, pieces):
   mesh = make_mesh(*grid)
   arrays, length_QG, kept_QG = documents(Q, G := 16 // Q)
-  placed = put_rows(arrays, mesh)
-  devices = list(mesh.devices.flat)
-  holder_of = [set() for _ in range(Q)]
-  for device, index in rows(mesh, Q).devices_indices_map((Q,)).items():
-    for q in range(Q)[index[0]]:
-      holder_of[q].add(devices.index(device))
-  packed = pack_rows(
-    {name: a.reshape(Q * G, T, *a.shape[3:]) for name, a in placed.items()},
-    Lengths(length_QG, kept_QG, length_QG), mesh=mesh, B=16, T=T + 5, accumulate=2,
-  )  # fmt: skip
-  assert_each_is_packed_once(mesh, arrays, kept_QG, [packed], holder_of)
+  placed, of = put_rows(arrays, mesh), Lengths(length_QG, kept_QG, length_QG)
+  flat = {name: a.reshape(Q * G, T, *a.shape[3:]) for name, a in placed.items()}
+  assert_each_is_packed_once(placed, kept_QG, [pack_rows(flat, of, mesh=mesh, B=16, T=T + 5, accumulate=pieces)])
 
-  batches, back = [], put_rows(np.zeros((Q, G, T, 3), np.float32), mesh)
-  for places in placement.plan_batches(mesh, length_QG, kept_QG, B=8, T=T):
+  batches, back, B = [], put_rows(np.zeros((Q, G, T, 3), np.float32), mesh), 16 // pieces
+  for places in placement.plan_batches(mesh, length_QG, kept_QG, B=B, T=T):
     places = put_rows(places, mesh)
-    batches.append(placement.pack(placed, places, mesh=mesh, Q=Q, B=8, T=T))
+    batches.append(placement.pack(placed, places, mesh=mesh, Q=Q, B=B, T=T))
     back = placement.unpack(batches[-1]["states"], places, back, mesh=mesh)
-  assert_each_is_packed_once(mesh, arrays, kept_QG, batches, holder_of)
+  assert_each_is_packed_once(placed, kept_QG, batches)
   np.testing.assert_array_equal(back, arrays["states"] * kept_QG[..., None, None])
   assert back.sharding.is_equivalent_to(rows(mesh, Q), back.ndim)
 
@@ -108,10 +109,12 @@ def test_on_one_device_rows_are_filled_as_a_loop_over_documents_fills_them():
 def test_documents_without_room_are_refused():
   mesh = make_mesh(8, 1)
   length_QG, all_QG = np.full((8, 3), T), np.ones((8, 3), bool)
-  with pytest.raises(ValueError, match=f"documents of 1 devices need more than their 2 rows of {T} tokens"):
+  with pytest.raises(ValueError, match=f"documents of a device need more than its 2 rows of {T} tokens"):
     placement.plan_rows(mesh, length_QG, all_QG, B=16, T=T)
-  with pytest.raises(ValueError, match="12 rows in 1 pieces do not divide over 8 devices"):
-    placement.plan_rows(mesh, length_QG, all_QG, B=12, T=T)
+  with pytest.raises(ValueError, match="16 rows do not divide into 3 pieces"):
+    placement.plan_rows(mesh, length_QG, all_QG, B=16, T=T, pieces=3)
+  with pytest.raises(ValueError, match="4 prompts do not divide over 8 devices"):
+    placement.plan_prompts(mesh, length_QG[:4], all_QG[:4], np.ones(4, int))
 
 
 def test_too_few_rows_for_a_devices_prompts_are_refused_with_the_number_that_suffices():

@@ -16,10 +16,9 @@ from nemocascade.mesh import check_rows
 from nemocascade.rollout import rewards
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, jit_step
-from nemocascade.step import loss
+from nemocascade.step import loss, placement
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
-from nemocascade.step.placement import holders
 from nemocascade.step.policy_gradient import (
   policy_gradient_step,
   proximal_logprobs,
@@ -149,13 +148,14 @@ def check_room(c: ConfigDict, mesh: Mesh) -> None:
 
   Completions stay on the device that sampled them, so that rows of other devices don't help.
   """
-  r, p, shards = c.rollout, c.packing, len(holders(mesh, c.rollout.prompts))
-  completions, there = r.prompts * r.completions // shards, p.rows // shards
+  r, p = c.rollout, c.packing
+  parts = len(placement.parts(mesh, r.prompts, p.rows // p.pieces))
+  completions, there = r.prompts * r.completions // parts, p.rows // parts
   needed = rows_needed(completions, r.total_tokens, p.row_tokens)
   if there < needed:
     raise UserError(
-      f"packing.rows={p.rows}: must be at least {needed * shards} on {mesh.size} devices, which hold the prompts in"
-      f" {shards} parts: {completions} completions of {r.total_tokens} tokens need {needed} rows of {p.row_tokens},"
+      f"packing.rows={p.rows}: must be at least {needed * parts} on {mesh.size} devices, which pack their own prompts in"
+      f" {parts} parts: {completions} completions of {r.total_tokens} tokens need {needed} rows of {p.row_tokens},"
       f" and a part has {there}"
     )
 

@@ -74,7 +74,7 @@ class Programs:
   def model(self) -> Hybrid:
     return Hybrid(self.config, self.mesh)
 
-  # Jitted methods of the model whose results are sharded by rows, of which each device has equally many.
+  # Jitted methods of the model whose results are sharded by rows.
 
   @functools.cached_property
   def logprobs(self) -> Callable:
@@ -93,7 +93,11 @@ class Programs:
     return self._by_rows(self._method("likeliest"), static_argnums=4)
 
   def _by_rows(self, fn: Callable, **how: Any) -> Callable:
-    return jax.jit(fn, out_shardings=mesh_lib.rows(self.mesh, self.mesh.size), **how)
+    """`fn` of (params, tokens_BT, ...) jitted, with its results sharded by their B rows."""
+    cut = lambda params, tokens_BT, *args: jax.lax.with_sharding_constraint(
+      fn(params, tokens_BT, *args), mesh_lib.rows(self.mesh, len(tokens_BT))
+    )
+    return jax.jit(cut, **how)
 
   # Jitted methods of the model whose results are replicated.
 

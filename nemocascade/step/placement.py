@@ -2,7 +2,8 @@
 
 Documents are the entries [q, g] of arrays [Q, G, T, ...] that are sharded by `mesh.rows(mesh, Q)`. A document goes
 to a packed row of a device that holds it, so that no token moves to another device. Devices that hold the same
-documents divide them. Every process makes the same plan, because lengths are the same in all of them.
+documents divide them; only where devices share a row do they send each other their parts of it. Every process makes
+the same plan, because lengths are the same in all of them.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from nemocascade.data import packing
 from nemocascade.mesh import rows, whole
@@ -36,11 +37,26 @@ class Places(struct.PyTreeNode):
   segment_CN: Array  # The number of the document in its row: 1, 2, ...
 
 
-def holders(mesh: Mesh, Q: int) -> dict[range, list[int]]:
-  """The shards of Q groups: their range -> the devices that hold it, numbered in the mesh's order."""
-  index_of, found = rows(mesh, Q).devices_indices_map((Q,)), {}
+@functools.cache
+def holders(mesh: Mesh, count: int) -> dict[range, list[int]]:
+  """The shards of `count` rows: their range -> the devices that hold it, numbered in the mesh's order."""
+  index_of = rows(mesh, count).devices_indices_map((count,))
+  found: dict[range, list[int]] = {}
   for c, device in enumerate(mesh.devices.flat):
-    found.setdefault(range(Q)[index_of[device][0]], []).append(c)
+    found.setdefault(range(count)[index_of[device][0]], []).append(c)
+  return found
+
+
+@functools.cache
+def parts(mesh: Mesh, Q: int, B: int) -> dict[tuple[range, ...], list[list[int]]]:
+  """Which rows can take which groups: shards of Q groups -> the shards of B rows on the same devices, as devices.
+
+  On a device that has groups and rows of its own, that is one shard each.
+  """
+  found: dict[tuple[range, ...], list[list[int]]] = {}
+  for devices in holders(mesh, B).values():
+    groups = tuple(part for part, holding in holders(mesh, Q).items() if not set(holding).isdisjoint(devices))
+    found.setdefault(groups, []).append(devices)
   return found
 
 
@@ -57,32 +73,29 @@ def plan_rows(
     kept_QG: bool, the documents to pack.
 
   Raises:
-    ValueError: B / pieces is no multiple of the devices, or the documents of a device do not fit in its rows.
+    ValueError: `pieces` does not divide B, or the documents of a device do not fit in its rows.
   """
   own = _own_rows(mesh, B, pieces)
 
-  def deal(i: int, devices: int) -> tuple[int, int, int]:
-    piece, i = divmod(i, devices * own // pieces)
+  def deal(i: int, shards: int) -> tuple[int, int, int]:
+    piece, i = divmod(i, shards * own // pieces)
     if piece >= pieces:
-      raise ValueError(f"the documents of {devices} devices need more than their {devices * own} rows of {T} tokens")
-    return 0, i % devices, i // devices * pieces + piece
+      raise ValueError(f"the documents of a device need more than its {shards * own} rows of {T} tokens")
+    return 0, i % shards, i // shards * pieces + piece
 
-  (places,) = _places(mesh, length_QG, own, list(_packed(mesh, length_QG, kept_QG, T, deal)), batches=1)
+  placed = list(_packed(mesh, length_QG, kept_QG, B // pieces, T, deal))
+  (places,) = _places(mesh, length_QG, own, placed, batches=1)
   return places
 
 
 def plan_batches(mesh: Mesh, length_QG: np.ndarray, kept_QG: np.ndarray, *, B: int, T: int) -> list[Places]:
-  """Packs the documents in `kept_QG` into as many batches of B rows of T tokens as they need.
-
-  Raises:
-    ValueError: B is no multiple of the devices.
-  """
+  """Packs the documents in `kept_QG` into as many batches of B rows of T tokens as they need."""
   own = _own_rows(mesh, B, 1)
 
-  def deal(i: int, devices: int) -> tuple[int, int, int]:
-    return i // devices // own, i % devices, i // devices % own
+  def deal(i: int, shards: int) -> tuple[int, int, int]:
+    return i // shards // own, i % shards, i // shards % own
 
-  placed = list(_packed(mesh, length_QG, kept_QG, T, deal))
+  placed = list(_packed(mesh, length_QG, kept_QG, B, T, deal))
   return _places(mesh, length_QG, own, placed, batches=1 + max((entry[0] for entry in placed), default=-1))
 
 
@@ -101,7 +114,9 @@ def plan_prompts(
     ValueError: Q is no multiple of the devices.
   """
   Q, G = length_QG.shape
-  own = _own_rows(mesh, Q, 1)
+  if Q % mesh.size:
+    raise ValueError(f"{Q} prompts do not divide over {mesh.size} devices")
+  own = Q // mesh.size
   row_QG = np.arange(Q * G).reshape(Q, G) % (own * G)
   first_QG = kept_QG & (np.cumsum(kept_QG, axis=1) == 1)
   prompt_QG = np.broadcast_to(prompt_Q[:, None], (Q, G))
@@ -115,28 +130,33 @@ def plan_prompts(
 
 
 def _own_rows(mesh: Mesh, B: int, pieces: int) -> int:
-  """The rows of B that each device has."""
-  if B % (mesh.size * pieces):
-    raise ValueError(f"{B} rows in {pieces} pieces do not divide over {mesh.size} devices")
-  return B // mesh.size
+  """The rows of B that a device has. Those of each piece are sharded by `mesh.rows`."""
+  if B % pieces:
+    raise ValueError(f"{B} rows do not divide into {pieces} pieces")
+  return B // len(holders(mesh, B // pieces))
 
 
-def _packed(mesh: Mesh, length_QG, kept_QG, T: int, deal: Callable) -> Iterator[tuple[int, ...]]:
+def _packed(mesh: Mesh, length_QG, kept_QG, B: int, T: int, deal: Callable) -> Iterator[tuple[int, ...]]:
   """Yields (batch, device, document of the device, row, start, length, segment) of each document.
 
   Args:
-    deal: (a filled row's number among those of devices with the same documents, number of these devices) ->
-      (batch, which of the devices, its row).
+    B: rows that are sharded together.
+    deal: (a filled row's number among those of a part, number of the part's shards of rows) -> (batch, which of the
+      shards, its row).
   """
-  for groups, devices in holders(mesh, len(length_QG)).items():
-    length_N = length_QG[groups.start : groups.stop].ravel()
-    kept = np.flatnonzero(kept_QG[groups.start : groups.stop])
-    for i, row_of in enumerate(packing.pack(length_N[kept], capacity=T)):
-      batch, member, row = deal(i, len(devices))
+  Q, G = length_QG.shape
+  for groups, shards in parts(mesh, Q, B).items():
+    documents = np.concatenate([np.arange(part.start * G, part.stop * G) for part in groups])
+    kept = documents[kept_QG.ravel()[documents]]
+    for i, row_of in enumerate(packing.pack(length_QG.ravel()[kept], capacity=T)):
+      batch, shard, row = deal(i, len(shards))
       start = 0
       for segment, n in enumerate(kept[row_of], start=1):
-        yield batch, devices[member], n, row, start, length_N[n], segment
-        start += length_N[n]
+        part = next(part for part in groups if n // G in part)
+        device = next(c for c in shards[shard] if c in holders(mesh, Q)[part])
+        length = length_QG.ravel()[n]
+        yield batch, device, n - part.start * G, row, start, length, segment
+        start += length
 
 
 def _places(mesh: Mesh, length_QG, own: int, placed: list[tuple[int, ...]], batches: int) -> list[Places]:
@@ -163,31 +183,47 @@ def _targets(places: Places, T_document: int, own: int, T: int) -> jax.Array:
   return jnp.where(here_NT, row_N1 * T + start_N1 + t_NT, own * T)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "Q", "B", "T"))
-def pack(documents: Documents, places: Places, *, mesh: Mesh, Q: int, B: int, T: int) -> dict[str, jax.Array]:
-  """The packed rows, name -> [B, T, ...], sharded by `mesh.rows(mesh, B)`; all values are copied unchanged.
+def _absent(mesh: Mesh, spec: PartitionSpec) -> tuple[str, ...]:
+  """The mesh axes along which devices hold the same of an array with this spec."""
+  return tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in jax.tree.leaves(tuple(spec)))
+
+
+def _sum(a: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """The sum over devices, of which all but one have zeros."""
+  if not axes:
+    return a
+  return jax.lax.psum(a.astype(jnp.int32), axes).astype(bool) if a.dtype == bool else jax.lax.psum(a, axes)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "Q", "B", "T", "pieces"))
+def pack(
+  documents: Documents, places: Places, *, mesh: Mesh, Q: int, B: int, T: int, pieces: int = 1
+) -> dict[str, jax.Array]:  # fmt: skip
+  """The packed rows, name -> [B, T, ...], sharded by `mesh.rows(mesh, B // pieces)`; all values are copied unchanged.
 
   Only "segment_ids" are new. Tokens that no document fills are 0.
   """
   leading = documents["segment_ids"].ndim - 1
   documents = {name: a.reshape(Q, -1, *a.shape[leading:]) for name, a in documents.items()}
+  held, of_rows, own = rows(mesh, Q).spec, rows(mesh, B // pieces).spec, _own_rows(mesh, B, pieces)
 
-  def own(documents, places):
+  def of_device(documents, places):
     N, T_document = (shape := documents["segment_ids"].shape)[0] * shape[1], shape[2]
-    target_NT = _targets(places, T_document, B // mesh.size, T)
-    from_ = jnp.full((B // mesh.size * T,), N * T_document, jnp.int32)
+    target_NT = _targets(places, T_document, own, T)
+    from_ = jnp.full((own * T,), N * T_document, jnp.int32)
     from_ = from_.at[target_NT].set(jnp.arange(N * T_document).reshape(N, T_document), mode="drop")
 
     def copied(a, skipped):  # `skipped` leading dimensions of `a` are tokens of documents.
       a = a.reshape(-1, *a.shape[skipped:])
-      return jnp.take(a, from_, axis=0, mode="fill", fill_value=0).reshape(-1, T, *a.shape[1:])
+      a = jnp.take(a, from_, axis=0, mode="fill", fill_value=0).reshape(-1, T, *a.shape[1:])
+      return _sum(a, _absent(mesh, of_rows))
 
     packed = {name: copied(a, 3) for name, a in documents.items()}
     segment_NT = jnp.broadcast_to(places.segment_CN.reshape(N, 1), (N, T_document))
     return packed | {"segment_ids": copied(segment_NT, 2)}
 
-  specs = rows(mesh, Q).spec, rows(mesh, mesh.size).spec
-  return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows(mesh, B).spec, check_vma=False)(documents, places)
+  specs = held, rows(mesh, mesh.size).spec
+  return jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=of_rows, check_vma=False)(documents, places)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames="into")
@@ -198,23 +234,21 @@ def unpack(packed: Any, places: Places, into: Any, *, mesh: Mesh) -> Any:
     packed: a tree of arrays [B, T, ...].
     into: a matching tree of arrays [Q, G, T', ...]. They are donated.
   """
-  Q = jax.tree.leaves(into)[0].shape[0]
-  held = rows(mesh, Q).spec
-  # Devices that hold the same documents each have the values of some; the sum gives all to each.
-  others = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in jax.tree.leaves(tuple(held)))
+  held, of_rows = (rows(mesh, jax.tree.leaves(tree)[0].shape[0]).spec for tree in (into, packed))
 
-  def own(packed, places, into):
+  def of_device(packed, places, into):
     def back(values, into):
       own, T = values.shape[:2]
       target_NT = _targets(places, into.shape[2], own, T)
       flat = values.reshape(own * T, *values.shape[2:])
       found = jnp.take(flat, target_NT, axis=0, mode="fill", fill_value=0)
-      return into + (jax.lax.psum(found, others) if others else found).reshape(into.shape)
+      # Of devices that hold the same documents, each has the values of some.
+      return into + _sum(found, _absent(mesh, held)).reshape(into.shape)
 
     return jax.tree.map(back, packed, into)
 
-  cut = rows(mesh, mesh.size).spec
-  return jax.shard_map(own, mesh=mesh, in_specs=(cut, cut, held), out_specs=held, check_vma=False)(packed, places, into)
+  specs = of_rows, rows(mesh, mesh.size).spec, held
+  return jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=held, check_vma=False)(packed, places, into)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))

@@ -95,7 +95,9 @@ def pack_rows(rows: Rows, of: Lengths, *, mesh: Mesh, B: int, T: int, accumulate
     rows: those of to_rows, [Q * G, T'], sharded like the rollout.
   """
   places = placement.plan_rows(mesh, of.length_QG, of.taught_QG, B=B, T=T, pieces=accumulate)
-  return placement.pack(rows, put_rows(places, mesh), mesh=mesh, Q=len(of.length_QG), B=B, T=T)
+  return placement.pack(
+    rows, put_rows(places, mesh), mesh=mesh, Q=len(of.length_QG), B=B, T=T, pieces=accumulate
+  )  # fmt: skip
 
 
 def after_prompts(rows: Rows, of: Lengths, *, mesh: Mesh, P: int, T: int) -> tuple[Rows, Prompts]:
