@@ -8,12 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import test_episode as scripted
 from test_compilations import MICRO, P, T
 from two_processes import assert_all_say
 
 from configs.recipe import generated
 from configs.tiny import if_rl
 from experiments import rl
+from nemocascade.data.tokenizer import IM_END
 from nemocascade.domains.domain import Domain, one_by_one
 from nemocascade.domains.rows import make_prompt
 from nemocascade.generated.generator import GeneratedRows, Generator, assistant
@@ -21,6 +23,9 @@ from nemocascade.mesh import make_mesh, whole
 from nemocascade.model.reward import init_reward_params
 from nemocascade.report.metrics import read_lines
 from nemocascade.rollout import episode
+from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.episode import collect
+from nemocascade.rollout.samples import Samples
 from nemocascade.runtime import hosts, parts
 from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.judge import load_judge
@@ -104,7 +109,6 @@ def results(root: Path, mesh) -> dict[str, np.ndarray]:
   c, p = build(root, mesh)
   starts, found = [checkpoint(c, p, root, seed) for seed in (1, 2)], {}
   here = lambda tree: jax.device_get(jax.jit(lambda t: t, out_shardings=whole(mesh))(tree))  # noqa: E731
-  collect = episode.collect
 
   def see(*args, **how):
     samples = collect(*args, **how)
@@ -129,7 +133,28 @@ def results(root: Path, mesh) -> dict[str, np.ndarray]:
   scores = heldout.evaluate(p, outcome.params, temperature=1.0, completions=2)
   found["scores"] = np.array([dataclasses.astuple(score)[:8] for score in scores.values()])
   found["judged"] = judged(c, p, root)
+  found["shared"] = here(shared(mesh).tokens_QGT)
   return found
+
+
+def shared(mesh) -> Samples:
+  """Episodes with tools in six rows, which four devices do not divide: all devices hold all rows."""
+  mesh = make_mesh(data=4, of=mesh.devices.flatten())
+  rows, answers = [scripted.COUNTER, scripted.TALK], [scripted.CALLS, scripted.SAYS]
+  script_QT = np.full((2, scripted.T), IM_END, np.int32)
+  for script_T, row, said in zip(script_QT, rows, answers, strict=True):
+    tokens, _ = scripted.conversation(row, said, True)
+    script_T[: len(tokens)] = tokens
+  engine = Engine(
+    scripted.prefill, scripted.step, scripted.repeat, prompt_tokens=scripted.P, total_tokens=scripted.T, mesh=mesh
+  )
+  samples = collect(
+    engine, script_QT, jax.random.key(0), rows, scripted.domains(), tokenizer=scripted.TOKENIZER, G=3, temperature=0.0,
+    exchange=hosts.exchange,
+  )  # fmt: skip
+  mine = [c for group in samples.completions for c in group if c is not None]
+  assert len(mine) == (6 if jax.process_index() == 0 else 0) and samples.finished_QG.all()
+  return samples
 
 
 def judged(c, p, root) -> np.ndarray:
