@@ -105,7 +105,7 @@ def nothing_after_the_first_step(monkeypatch):
 
   The save at the end of a step marks its end. Tool answers and refilled batches first occur after that.
   """
-  save, saved = Store.save, []
+  save, saved = Store.start_save, []
   monkeypatch.setattr(Adding, "later", False)
 
   def count(store, *args):
@@ -114,7 +114,7 @@ def nothing_after_the_first_step(monkeypatch):
     saved.append(len(compiled.programs))
     Adding.later = True
 
-  monkeypatch.setattr(Store, "save", count)
+  monkeypatch.setattr(Store, "start_save", count)
   with CompileCounter() as compiled:
     yield
   assert len(saved) == 3 and saved[0] > 0

@@ -54,7 +54,7 @@ class _SummedObjects(atomicity.CommitFileTemporaryPath):
   """A checkpoint in a bucket, where folders are not renamed: it counts from its commit file on, written last."""
 
   async def finalize(self) -> None:
-    final = self._final_path  # type: ignore[has-type]
+    final = self._final_path
     if not final.parent.name.isdecimal():  # An item inside a checkpoint is in the folder of its step.
       await asyncio.to_thread(_complete, final, final)
     await super().finalize()
