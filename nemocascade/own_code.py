@@ -1,6 +1,5 @@
 """Functions and classes in a user's own Python file, named by a config as `FILE.py:NAME`."""
 
-import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -8,7 +7,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,38 +87,34 @@ def call(function: Callable, *arguments: Any, limit_s: float) -> Any:
   Raises:
     TookTooLong: at the limit. Whatever the function raises passes.
   """
-  with _alarm(limit_s):
-    return function(*arguments)
-
-
-class _Rings(BaseException):
-  """Raised inside of a user's function at its limit. No `except Exception` of that function catches it."""
-
-
-@contextlib.contextmanager
-def _alarm(limit_s: float) -> Iterator[None]:
   if math.isinf(limit_s) or threading.current_thread() is not threading.main_thread():
-    yield
-    return
+    return function(*arguments)
   running = [True]
 
   def ring(*_) -> None:
-    if running:  # Otherwise the function has returned, and the alarm is being put off.
+    if running:
       raise _Rings
 
   before = signal.signal(signal.SIGALRM, ring)
   signal.setitimer(signal.ITIMER_REAL, limit_s, AGAIN_S)
   try:
-    yield
+    try:
+      return function(*arguments)
+    finally:
+      running.clear()  # From here on the alarm does nothing.
   except _Rings as rings:
     raise TookTooLong(f"did not return within {limit_s:g} s").with_traceback(rings.__traceback__) from None
   finally:
-    running.clear()
+    running.clear()  # Again, in case that the alarm rang before the first one.
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 
 AGAIN_S = 1.0  # The alarm rings again after this time, in case that the function has caught the exception.
+
+
+class _Rings(BaseException):
+  """Raised inside of a user's function at its limit. No `except Exception` of that function catches it."""
 
 
 def raised(error: BaseException) -> str:
