@@ -13,6 +13,7 @@ from experiments import compile as compile_lib
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
+from nemocascade.runtime import course
 from nemocascade.runtime.footprint import footprint
 from nemocascade.runtime.programs import Programs
 
@@ -161,7 +162,7 @@ def test_a_stage_holds_the_bytes_counted_by_hand():
   programs = Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(data=1, expert=8))
   of = {}
   for name in ("sft", "mopd", "rlhf"):
-    stage = compile_lib.cascade.flat(c, name)
+    stage = course.flat(c, name)
     state, _ = compile_lib.PROGRAMS[stage.kind](stage, programs)
     of[name] = footprint(stage, programs, state, devices=8)
   params = 4 * 31_577_940_288

@@ -14,7 +14,7 @@ from experiments import cascade as command
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.size import active_params, count_params
-from nemocascade.runtime import parts
+from nemocascade.runtime import course, parts
 from nemocascade.store.hf_config import config_fields, model_config
 
 
@@ -147,7 +147,7 @@ def test_mopd_is_that_of_section_4_4(whole):
   assert (c.advantage, c.aggregation, c.correction) == ("mopd", "sequence_mean", "icepop")
   assert c.options.icepop.to_dict() == dict(low=0.5, high=2.0)
   assert (c.optimizer.peak_lr, c.optimizer.warmup_steps, c.optimizer.schedule) == (2e-6, 30, "constant")
-  assert c.init_from == "previous" and command.main_line(whole, "mopd")[-1] == "multi_domain_rl"
+  assert c.init_from == "previous" and course.main_line(whole, "mopd")[-1] == "multi_domain_rl"
   of = c.teachers.to_dict()
   assert of.pop("math") == "sft" and of.pop("preference") == "rlhf_teacher"
   assert set(of) == {"instruction", "stem", "structured", "tools"} and set(of.values()) == {"multi_domain_rl"}
@@ -223,7 +223,7 @@ def test_every_stage_is_a_file_whose_smoke_form_differs_in_sizes_alone(slice_):
     file = importlib.import_module(f"configs.nano_30b.{name}")
     alone, alone_small = file.get_config(slice_), file.get_config(f"{slice_},smoke")
     command.KINDS[alone.kind].check(alone)
-    assert alone == command.flat(c, name) and alone_small == command.flat(small, name)
+    assert alone == course.flat(c, name) and alone_small == course.flat(small, name)
     of = differing(alone.to_dict(), alone_small.to_dict())
     assert of <= SIZES | (OF_SFT if name == "sft" else set()), name
 

@@ -87,7 +87,8 @@ def evaluate(
   """
   flat = [(name, row) for name, domain_rows in rows.items() for row in domain_rows]
   verdicts: dict[str, list] = {name: [] for name in rows}
-  unfinished, tokens = collections.Counter(), collections.Counter()
+  unfinished: collections.Counter[str] = collections.Counter()
+  tokens: collections.Counter[str] = collections.Counter()
   for start in range(0, len(flat), batch):
     chunk = flat[start : start + batch]
     padded = [row for _, row in chunk] + [chunk[-1][1]] * (batch - len(chunk))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,11 @@ class Samples:
       parts: of Q prompts each.
       places: Q pairs of (index of the part, index of the prompt in it).
     """
-    values = {name: [getattr(parts[i], name)[q] for i, q in places] for name in ("rows", "domains", "completions")}
+    values: dict[str, Any] = {name: [getattr(parts[i], name)[q] for i, q in places] for name in ("rows", "domains", "completions")}
     for name in ("limit_QG", "length_QG", "sampled_QG", "finished_QG"):
       values[name] = np.stack([getattr(parts[i], name)[q] for i, q in places])
     names = [name for name in ARRAYS if getattr(parts[0], name) is not None]
-    arrays = [{name: getattr(part, name) for name in names} for part in parts]
+    arrays: list[dict[str, Any]] = [{name: getattr(part, name) for name in names} for part in parts]
     picked, of_prompt = arrays[0], arrays[0]["tokens_QGT"].sharding
     part_Q, place_Q = np.array(places, np.int32).T
     # One part after the other, so that any number of parts runs the same program.
@@ -88,7 +89,7 @@ def _replace(picked: dict, part: dict, place_Q, here_Q, of_prompt: Sharding) -> 
   return jax.lax.fori_loop(0, -(-T // width), body, picked)
 
 
-def by_groups(d: Decoding, Q: int, mesh: Mesh) -> dict[str, jax.Array | None]:
+def by_groups(d: Decoding, Q: int, mesh: Mesh) -> dict[str, Any]:
   """The arrays [Q, G, T] of Samples by name, from the decoding state of their Q * G rows."""
   return _by_groups(d.tokens_BT, d.sampled_BT, d.behaviour_logprobs_BT, d.drawn_logprobs_BT, d.known_B, Q=Q, mesh=mesh)
 
