@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments import reward_model, rl, sft
 from nemocascade.config import ModelConfig
-from nemocascade.errors import UserError, unknown
+from nemocascade.errors import UserError, listed, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.fields import flag, text
 from nemocascade.report import pages
@@ -236,7 +236,7 @@ def main(c: ConfigDict, workdir: Path | None, **flags) -> None:
     compiled, chosen = plan.read_compiled(flags["compiled"]), choice.of(gates.with_all_insertions(c))
     print(plan.table(c, [line for line in plan.plan(c, record) if line.stage in chosen], compiled))
     if missing := plan.not_here(c):
-      print(f"not on this machine, and needed for the run: {', '.join(missing)}", file=sys.stderr)
+      print(f"not on this machine, and needed for the run: {listed(missing)}", file=sys.stderr)
   else:
     assert workdir is not None
     run(c, workdir, choice, wandb=flags["wandb"], trace=flags["trace"])

@@ -32,6 +32,7 @@ from nemocascade.store.record import Record
 
 GIB = 1 << 30
 NEWEST = 2  # Checkpoints that a stage keeps (store/checkpoint.py), besides its best one.
+IF_GATE = "if a gate fires"  # Status of a stage that only a gate's decision inserts. Sums leave it out.
 COMPILED = {  # JSON schema of a line of experiments.compile that is read here.
   "type": "object",
   "required": ["stage", "program", "topology", "peak_gib"],
@@ -47,10 +48,10 @@ class Planned:
   """A line of the plan. Sizes are in bytes."""
 
   stage: str
-  status: str  # done, running, more steps, or to do; "if a gate fires" where only its decision inserts the stage.
+  status: str  # done, running, more steps, to do, or IF_GATE.
   kind: str
   start: str  # A stage, a checkpoint, or fresh.
-  domains: tuple[str, ...]
+  domains: tuple[str, ...]  # Of an SFT stage its sources.
   teachers: Mapping[str, str]
   gates: Mapping[str, str]  # Domain -> tolerance and action.
   steps: int
@@ -70,7 +71,7 @@ def plan(c: ConfigDict, record: Record) -> list[Planned]:
   lines = []
   for name in whole.order:
     line = _planned(now if name in now.order else whole, name, record, weights, size)
-    lines.append(line if name in now.order else dataclasses.replace(line, status="if a gate fires"))
+    lines.append(line if name in now.order else dataclasses.replace(line, status=IF_GATE))
   return lines
 
 
@@ -167,29 +168,15 @@ def read_compiled(path: str) -> dict[str, tuple[float, float | None, str]]:
 
 def table(c: ConfigDict, planned: Sequence[Planned], compiled: Mapping[str, tuple]) -> str:
   """The plan as text: a line for each stage, and sums below."""
-  header = [
-    "stage",
-    "status",
-    "kind",
-    "start",
-    "domains",
-    "steps",
-    "batch",
-    "rows",
-    "tokens",
-    "FLOPs",
-    "checkpoint",
-    "disk",
-  ]
+  header = "stage status kind start domains steps batch rows tokens FLOPs checkpoint disk".split()
   topology = next(iter(compiled.values()))[2] if compiled else ""
   header += [f"{topology} device", "host"] if compiled else []
   lines = [header]
   for p in planned:
     tokens = p.spent.sampled + p.spent.prefilled + p.spent.scored + p.spent.trained
-    lines.append(
-      [p.stage, p.status, p.kind, p.start, _several(p.domains), str(p.steps), p.batch, p.rows, _short(tokens),
-       _short(p.flops), _size(p.checkpoint), _size(p.disk)]
-    )  # fmt: skip
+    of = _several(p.domains, "sources" if p.kind == "sft" else "domains")
+    sizes = [_short(tokens), _short(p.flops), _size(p.checkpoint), _size(p.disk)]
+    lines.append([p.stage, p.status, p.kind, p.start, of, str(p.steps), p.batch, p.rows, *sizes])
     chip, host, _ = compiled.get(p.stage, (None, None, ""))
     lines[-1] += ["-" if gib is None else f"{gib:.1f} GiB" for gib in (chip, host)] if compiled else []
   widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -202,15 +189,16 @@ def table(c: ConfigDict, planned: Sequence[Planned], compiled: Mapping[str, tupl
 
 
 def _sums(c: ConfigDict, planned: Sequence[Planned]) -> Iterator[str]:
-  scored = sum(p.kind != "reward_model" for p in planned)
+  sure = [p for p in planned if p.status != IF_GATE]
+  scored = sum(p.kind != "reward_model" for p in sure)
   yield (
-    f"all stages: {_short(sum(p.flops for p in planned))} FLOPs;"
+    f"all stages: {_short(sum(p.flops for p in sure))} FLOPs;"
     f" held-out scores after {scored} stages: at most {_short(scored * heldout_tokens(c))} sampled tokens"
   )
   yield "tokens are those sampled, prefilled, scored and trained on, each row and completion at its greatest length"
   most = max(p.checkpoint for p in planned)
   yield (
-    f"the work directory needs {_size(sum(p.disk for p in planned) + most)}, with a checkpoint that is being written;"
+    f"the work directory needs {_size(sum(p.disk for p in sure) + most)}, with a checkpoint that is being written;"
     " every host writes its share of it"
   )
 
@@ -244,8 +232,8 @@ def _pairs(of: Mapping[str, str], sign: str) -> str:
   return ", ".join(f"{name}{sign}{value}" for name, value in sorted(of.items()))
 
 
-def _several(names: Sequence[str], most: int = 3) -> str:
-  return ",".join(sorted(names)) if len(names) <= most else f"{len(names)} domains"
+def _several(names: Sequence[str], what: str, most: int = 3) -> str:
+  return ",".join(sorted(names)) if len(names) <= most else f"{len(names)} {what}"
 
 
 def _short(number: float) -> str:
