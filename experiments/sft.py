@@ -99,10 +99,11 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       data.set_state(record["iterator"])
     bar, phases = progress(c.steps, initial=first, desc=stage_dir.name), Phases()
 
-    def finish(step: int, metrics, own: int, to_save=None) -> int:
+    def finish(step: int, metrics, own: int, seconds, to_save=None) -> int:
       """Waits for the step, writes its metrics, and returns its tokens; `own` are those of this host."""
       metrics = jax.device_get(metrics)
       phases.end("step")
+      phases.add(seconds)
       times, sums = meter.step(phases, Spent(), counts=not metrics[SKIPPED], mine={"trained": own})
       bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens + sums["trained"])
       supervisor.write(writer, step, metrics | times, to_save=to_save)
@@ -119,16 +120,22 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
       segments_BT = batch.segment_ids_BT[data.own]
       metrics |= conversations.metrics(data, segments_BT)
+      phases.end("step")  # On some devices the dispatch computes.
+      dispatched = step, metrics, int((segments_BT > 0).sum()), phases.take()
       if pending is not None:
         tokens += finish(*pending)
-      pending = step, metrics, int((segments_BT > 0).sum())
+      pending = dispatched
       if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
         tokens += finish(*pending, to_save=state)
         pending = None
+<<<<<<< ours
         parts = {
           "iterator": data.get_state(), "tokens": tokens, "supervisor": supervisor.record(), "meter": meter.record(),
         }  # fmt: skip
         ended = watch(step + 1, state.params, Spent(trained=tokens))
+=======
+        parts = dict(iterator=data.get_state(), tokens=tokens, supervisor=supervisor.record(), meter=meter.record())
+>>>>>>> theirs
         store.start_save(step + 1, state, parts)
         supervisor.end(store, step + 1)
         phases.end(BETWEEN)

@@ -127,12 +127,15 @@ def test_a_terminal_gets_a_bar_with_time_left_and_speed():
 
 
 def test_a_phase_that_comes_again_adds_up(monkeypatch):
-  instants = iter([10.0, 11.0, 14.0, 14.5])
+  instants = iter([10.0, 11.0, 14.0, 14.5, 15.0])
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(instants))
   phases = Phases()
   for phase in ("rollout", "verdict", "rollout"):
     phases.end(phase)
-  assert phases.take() == {"rollout": 1.5, "verdict": 3.0} and phases.take() == {}
+  assert (taken := phases.take()) == {"rollout": 1.5, "verdict": 3.0} and phases.take() == {}
+  phases.end("verdict")
+  phases.add(taken)
+  assert phases.take() == {"rollout": 1.5, "verdict": 3.5}
 
 
 def test_compilations_are_counted_and_reads_from_the_cache_are_not_among_them(tmp_path):

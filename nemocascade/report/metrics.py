@@ -204,6 +204,11 @@ class Phases:
     taken, self.seconds = self.seconds, {}
     return taken
 
+  def add(self, seconds: Mapping[str, float]) -> None:
+    """Adds the seconds that an earlier `take` returned, for a step that has not ended then."""
+    for phase, of in seconds.items():
+      self.seconds[phase] = self.seconds.get(phase, 0.0) + of
+
 
 class Progress:
   """A progress bar with the stage's figures. Without a terminal it prints a line every `every_s` seconds."""
