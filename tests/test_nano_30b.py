@@ -201,7 +201,7 @@ def test_the_stages_come_in_the_order_of_the_report(whole):
 # Fields in which a `:smoke` form differs: sizes, counts, places, and what SFT of six steps needs to learn anything.
 SIZES = {
   "model", "domains", "tokenizer", "sources", "source", "evaluation", "sandbox", "mesh", "prompts", "completions", "prompt_tokens",
-  "total_tokens", "packing", "rows", "row_tokens", "pairs", "heldout_pairs", "steps", "save_every", "samples",
+  "total_tokens", "packing", "pieces", "rows", "row_tokens", "pairs", "heldout_pairs", "steps", "save_every", "samples",
   "samples_every", "refill_rounds", "look_ahead", "streams", "data_workers",
 }  # fmt: skip
 OF_SFT = {"init_from", "peak_lr", "warmup_steps"}
