@@ -128,14 +128,8 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
         tokens += finish(*pending, to_save=state)
         pending = None
-<<<<<<< ours
-        parts = {
-          "iterator": data.get_state(), "tokens": tokens, "supervisor": supervisor.record(), "meter": meter.record(),
-        }  # fmt: skip
         ended = watch(step + 1, state.params, Spent(trained=tokens))
-=======
         parts = dict(iterator=data.get_state(), tokens=tokens, supervisor=supervisor.record(), meter=meter.record())
->>>>>>> theirs
         store.start_save(step + 1, state, parts)
         supervisor.end(store, step + 1)
         phases.end(BETWEEN)

@@ -250,64 +250,6 @@ REWARD_MODEL = {
   "heldout_pairs": whole("Held-out pairs that the accuracy is measured on; at least `pairs`."),
 }
 
-<<<<<<< ours
-RL = (
-  COURSE
-  | BALANCE
-  | {
-    "mixture": section("Domain -> its share of the prompts.", empty=False),
-    "mixture.*": number("Share of this domain, relative to the others'.", low=0),
-    "rollout.prompts": whole("Prompts in a step."),
-    "rollout.completions": whole("Completions of each prompt: the size of a group."),
-    "rollout.prompt_tokens": whole("Most tokens of a prompt."),
-    "rollout.total_tokens": whole("Most tokens of prompt, completion and tool responses together."),
-    "rollout.temperature": number("Sampling temperature.", above=0, high=100),
-    "rollout.top_p": number("Probability mass of the likeliest tokens, from which one is drawn.", above=0, high=1),
-    "packing.rows": whole("Rows in a step."),
-    "packing.row_tokens": whole("Tokens of a row."),
-    "packing.pieces": whole("Parts of the batch for gradient accumulation."),
-    "packing.shared_prompts": flag("Whether training processes each prompt once for all its completions."),
-    "reward": word("verdict: the verifier's; pairwise: the judge compares a group's answers.", ("verdict", "pairwise")),
-    "judge": text("Checkpoint of the reward model; empty in a cascade, whose reward_model stage is the judge."),
-    "advantage": word("How the advantage of a token is computed.", "nemocascade.advantage:ADVANTAGES", own=True),
-    "ratio": word("How the loss limits the policy's change if updates > 1.", "nemocascade.step.loss:RATIOS", own=True),
-    "correction": word(
-      "Weight of a token where trainer and sampler differ.", "nemocascade.step.loss:CORRECTIONS", own=True
-    ),
-    "aggregation": word("How the loss is averaged over tokens.", "nemocascade.step.loss:AGGREGATIONS", own=True),
-    "kl": word(
-      "Estimator of the KL to the checkpoint that the stage started from.", "nemocascade.step.loss:KLS", own=True
-    ),
-    "kl_weight": number("Weight of that KL.", low=0),
-    "entropy_weight": number("Weight of the entropy bonus.", low=0),
-    "distillation": word(
-      "Divergence from the teachers' whole distribution.", "nemocascade.step.loss:DISTILLATIONS", own=True
-    ),
-    "distillation_weight": number("Weight of that divergence.", low=0),
-    "overlong": word("What a completion cut off by the limit gets.", "nemocascade.rollout.rewards:OVERLONG", own=True),
-    "options": section("Name of a function -> its settings; used only if the config chooses the function."),
-    "options.*.clip": number("Advantages are clipped to this on both sides, in nats.", above=0),
-    "options.*.alpha": number("Weight of the GRPO advantage that is added.", low=0),
-    "options.*.low": number("Lower bound of the ratio, or how far below 1.", low=0),
-    "options.*.high": number("Upper bound of the ratio, or how far above 1.", above=0),
-    "options.*.cap": number("Bound of the form where the advantage is negative, in units of it.", above=1),
-    "options.*.eps": number("Added to a standard deviation before a division by it.", above=0),
-    "options.*.k": whole("Number of the teacher's likeliest tokens that are compared."),
-    "options.*.tokens": whole("Tokens before the limit over which the reward falls."),
-    "options.*.*": number("Another setting of the function."),
-    "updates": whole("Updates on each batch; 1 is on-policy."),
-    "dynamic_filtering": flag("Whether groups whose verdicts are all equal are left out."),
-    "refill_rounds": whole("Most batches that are sampled to fill a step with groups whose verdicts differ.", high=100),
-    "samples_every": whole("Steps between writes of samples.jsonl."),
-    "samples": whole("Completions written to samples.jsonl each time.", 0),
-    "teachers": section("Domain -> 'best', a finished stage of the cascade, or a checkpoint."),
-    "teachers.*": text("The teacher of this domain.", empty=False),
-    "teachers_in_memory": whole(
-      "Most teachers kept in the host's memory at a time; others are read again. One at a time is on the devices."
-    ),
-  }
-)
-=======
 RL = LANGUAGE_MODEL | {
   "mixture": section("Domain -> its share of the prompts.", empty=False),
   "mixture.*": number("Share of this domain, relative to the others'.", low=0),
@@ -356,9 +298,10 @@ RL = LANGUAGE_MODEL | {
   "samples": whole("Completions written to samples.jsonl each time.", 0),
   "teachers": section("Domain -> 'best', a finished stage of the cascade, or a checkpoint."),
   "teachers.*": text("The teacher of this domain.", empty=False),
-  "teachers_in_memory": whole("Most teachers kept on the devices at a time."),
+  "teachers_in_memory": whole(
+    "Most teachers kept in the host's memory at a time; others are read again. One at a time is on the devices."
+  ),
 }
->>>>>>> theirs
 
 CASCADE = {
   "order": several("The stages in their order.", text("a stage", empty=False), empty=False, unique=True),

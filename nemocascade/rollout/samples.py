@@ -46,7 +46,9 @@ class Samples:
       parts: of Q prompts each.
       places: Q pairs of (index of the part, index of the prompt in it).
     """
-    values: dict[str, Any] = {name: [getattr(parts[i], name)[q] for i, q in places] for name in ("rows", "domains", "completions")}
+    values: dict[str, Any] = {
+      name: [getattr(parts[i], name)[q] for i, q in places] for name in ("rows", "domains", "completions")
+    }
     for name in ("limit_QG", "length_QG", "sampled_QG", "finished_QG"):
       values[name] = np.stack([getattr(parts[i], name)[q] for i, q in places])
     names = [name for name in ARRAYS if getattr(parts[0], name) is not None]
