@@ -10,11 +10,11 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nemocascade.kernels import product as products
-from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_tiles, row_experts
-from nemocascade.kernels.routed_mlp_sorted import relu2
+from nemocascade.kernels.routed_mlp_sorted import backward_rows, forward_rows, gathered_sum
 
 
 def capacity(N: int, E: int) -> int:
@@ -44,6 +44,7 @@ def weight_product(x_SD, dy_SF, bounds, *, dtype, tile=None, interpret=False):
 
 
 EQUAL = types.SimpleNamespace(product=product, weight_product=weight_product)
+ONE = np.zeros(2, np.int32)  # Stands for the bounds of one group; they are ignored.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -63,35 +64,34 @@ def _equal_groups(order_N, bounds, X: int, C: int):
   """The first C choices of each expert, in S = E * C slots.
 
   Returns:
-    (choice_S: the choice in a slot, inside_S: whether the slot is used, place_TX: a choice's slot, or S).
+    (choice_S: the choice in a slot, inside_S: whether the slot is used, place_TX: a choice's slot, or S,
+    beyond_TX: where a choice without a slot is in order_N, or at least N + S).
   """
   E, N = bounds.shape[0] - 1, order_N.shape[0]
-  rank_C = jnp.arange(C, dtype=jnp.int32)
+  rank_C, n_N = jnp.arange(C, dtype=jnp.int32), jnp.arange(N, dtype=jnp.int32)
   inside_S = (rank_C[None] < (bounds[1:] - bounds[:-1])[:, None]).reshape(-1)
   choice_S = order_N[jnp.minimum(bounds[:-1, None] + rank_C[None], N - 1).reshape(-1)]
   expert_N, has_N = row_experts(bounds, N)
-  rank_N = jnp.arange(N, dtype=jnp.int32) - bounds[expert_N]
+  rank_N = n_N - bounds[expert_N]
   place_N = jnp.where(has_N & (rank_N < C), expert_N * C + rank_N, E * C)
-  place_TX = jnp.zeros_like(order_N).at[order_N].set(place_N, unique_indices=True).reshape(-1, X)
-  return choice_S, inside_S, place_TX
+  beyond_N = jnp.where(has_N & (rank_N >= C), n_N, N + E * C)
+  of_choice = lambda a_N: jnp.zeros_like(order_N).at[order_N].set(a_N, unique_indices=True).reshape(-1, X)
+  return choice_S, inside_S, of_choice(place_N), of_choice(beyond_N)
 
 
 def _beyond(order_N, bounds, C: int, block: int):
-  """Choices after each expert's first C: (number of blocks, v -> (expert, choice_B, inside_B) of block v)."""
+  """Choices after each expert's first C: (number of blocks, v -> (expert, start, choice_B, inside_B) of block v).
+
+  The block has the choices order_N[start + i] where inside_B.
+  """
   N, last_E = order_N.shape[0], bounds[1:]
   group_V, start_V, end_V = group_tiles(jnp.minimum(bounds[:-1] + C, last_E), last_E, N, block)
 
   def of(v):
     n_B = start_V[v] + jnp.arange(block, dtype=jnp.int32)
-    return group_V[v], order_N[jnp.minimum(n_B, N - 1)], n_B < end_V[v]
+    return group_V[v], start_V[v], order_N[jnp.minimum(n_B, N - 1)], n_B < end_V[v]
 
   return jnp.sum(start_V < end_V, dtype=jnp.int32), of
-
-
-def _weighted(x_BD, up_DF, down_FD, weight_B):
-  h_BF = relu2(products.einsum_fp32("BD,DF->BF", x_BD, up_DF)).astype(x_BD.dtype)
-  y_BD = products.einsum_fp32("BF,FD->BD", h_BF, down_FD)
-  return (y_BD * weight_B[:, None].astype(jnp.float32)).astype(x_BD.dtype)
 
 
 def _loop(count, body, start):
@@ -102,48 +102,61 @@ def _loop(count, body, start):
 
 
 def _forward(x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, C, block):
-  (T, X), flat_N = weight_TX.shape, weight_TX.reshape(-1)
-  choice_S, inside_S, place_TX = _equal_groups(order_N, bounds, X, C)
-  y_TD, saved = routed_mlp_sorted.forward(
-    x_TD, up_EDF, down_EFD, jnp.where(inside_S, flat_N[choice_S], 0), choice_S // X, place_TX, bounds,
-    EQUAL, None, False,
-  )  # fmt: skip
+  X, flat_N = weight_TX.shape[1], weight_TX.reshape(-1)
+  choice_S, inside_S, place_TX, beyond_TX = _equal_groups(order_N, bounds, X, C)
+  weight_S = jnp.where(inside_S, flat_N[choice_S], 0)
+  y_SD, a_SF = forward_rows(x_TD[choice_S // X], up_EDF, down_EFD, weight_S, bounds, EQUAL, None, False)
   count, of = _beyond(order_N, bounds, C, block)
 
   def add(v, carry):
-    y_TD, rows = carry
-    e, choice_B, inside_B = of(v)
-    token_B = choice_B // X
-    found_BD = _weighted(x_TD[token_B], up_EDF[e], down_EFD[e], flat_N[choice_B])
-    y_TD = y_TD.at[jnp.where(inside_B, token_B, T)].add(found_BD, mode="drop")
-    return y_TD, rows + jnp.sum(inside_B, dtype=jnp.int32)
+    beyond_ND, rows = carry
+    e, start, choice_B, inside_B = of(v)
+    one = x_TD[choice_B // X], up_EDF[e][None], down_EFD[e][None], flat_N[choice_B], ONE
+    y_BD, _ = forward_rows(*one, EQUAL, None, False)
+    return _put(beyond_ND, y_BD, start), rows + jnp.sum(inside_B, dtype=jnp.int32)
 
-  out = _loop(count, add, (y_TD, jnp.sum(inside_S, dtype=jnp.int32)))
-  return out, (saved, weight_TX, order_N)
+  beyond_ND, rows = _loop(count, add, (_room(x_TD, order_N, block), jnp.sum(inside_S, dtype=jnp.int32)))
+  y_TD = gathered_sum((y_SD, place_TX), (beyond_ND, beyond_TX))
+  return (y_TD, rows), (x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, a_SF)
+
+
+def _room(x_TD, order_N, block: int):
+  """Zeros for the rows beyond the slots. The last block may begin at the last row."""
+  # The zeros have the type of x, which varies over devices inside shard_map.
+  return jnp.zeros((order_N.shape[0] + block, x_TD.shape[1]), x_TD.dtype) + 0 * x_TD[:1]
+
+
+def _put(beyond_ND, y_BD, start):
+  """Rows after the end of a block's expert are not read, or are overwritten by the next block."""
+  return jax.lax.dynamic_update_slice_in_dim(beyond_ND, y_BD, start, axis=0)
 
 
 def _backward(C, block, saved, cotangents):
+  """A row's arithmetic is the same in a slot and beyond the slots, so that it does not depend on other rows."""
   dy_TD, _ = cotangents
-  of_equal, weight_TX, order_N = saved
-  x_TD, up_EDF, down_EFD, _, _, place_TX, bounds, _ = of_equal
+  x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, a_SF = saved
   (T, X), flat_N = weight_TX.shape, weight_TX.reshape(-1)
-  *grads, dweight_S, _, _, _ = routed_mlp_sorted.backward(EQUAL, None, False, of_equal, dy_TD)
+  choice_S, inside_S, place_TX, beyond_TX = _equal_groups(order_N, bounds, X, C)
+  token_S, weight_S = choice_S // X, jnp.where(inside_S, flat_N[choice_S], 0)
+  rows = x_TD[token_S], up_EDF, down_EFD, weight_S, bounds, a_SF, dy_TD[token_S]
+  dx_SD, *grads, dweight_S = backward_rows(*rows, EQUAL, None, False)
   dweight_N = dweight_S.at[place_TX.reshape(-1)].get(mode="fill", fill_value=0)
   count, of = _beyond(order_N, bounds, C, block)
 
   def add(v, carry):
-    dx_TD, dup_EDF, ddown_EFD, dweight_N = carry
-    e, choice_B, inside_B = of(v)
-    token_B = choice_B // X
-    _, pull = jax.vjp(_weighted, x_TD[token_B], up_EDF[e], down_EFD[e], flat_N[choice_B])
-    dx_BD, dup_DF, ddown_FD, dweight_B = pull(jnp.where(inside_B[:, None], dy_TD[token_B], 0))
+    beyond_ND, dup_EDF, ddown_EFD, dweight_N = carry
+    e, start, choice_B, inside_B = of(v)
+    x_BD, dy_BD = x_TD[choice_B // X], jnp.where(inside_B[:, None], dy_TD[choice_B // X], 0)
+    one = x_BD, up_EDF[e][None], down_EFD[e][None], flat_N[choice_B], ONE
+    _, a_BF = forward_rows(*one, EQUAL, None, False)
+    dx_BD, dup_1DF, ddown_1FD, dweight_B = backward_rows(*one, a_BF, dy_BD, EQUAL, None, False)
     return (
-      dx_TD.at[jnp.where(inside_B, token_B, T)].add(dx_BD, mode="drop"),
-      dup_EDF.at[e].add(dup_DF), ddown_EFD.at[e].add(ddown_FD),
+      _put(beyond_ND, dx_BD, start), dup_EDF.at[e].add(dup_1DF[0]), ddown_EFD.at[e].add(ddown_1FD[0]),
       dweight_N.at[jnp.where(inside_B, choice_B, T * X)].add(dweight_B, mode="drop"),
     )  # fmt: skip
 
-  dx_TD, dup_EDF, ddown_EFD, dweight_N = _loop(count, add, (*grads, dweight_N))
+  beyond_ND, dup_EDF, ddown_EFD, dweight_N = _loop(count, add, (_room(x_TD, order_N, block), *grads, dweight_N))
+  dx_TD = gathered_sum((dx_SD, place_TX), (beyond_ND, beyond_TX))
   return dx_TD, dup_EDF, ddown_EFD, dweight_N.reshape(T, X), None, None
 
 
