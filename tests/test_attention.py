@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemocascade.kernels.attention import attention, attention_ref, decode_attention
+from nemocascade.kernels.attention import attention, attention_ref, cached, decode_attention
 from nemocascade.kernels.attention_blocks import blocks_touched
 
 B, T, K, R, H = 2, 22, 2, 3, 4
@@ -137,7 +137,7 @@ def test_a_cache_before_the_row_is_its_beginning(how):
   )
   got = attention(
     q[:, first:], k[:, first:], v[:, first:], ids_BT[:, first:],
-    before=(cache(k), cache(v), jnp.full((B,), first)), **how,
+    before=cached(cache(k), cache(v), jnp.full((B,), first), ids_BT), **how,
   )  # fmt: skip
   chex.assert_trees_all_close(got, attention_ref(q, k, v, ids_BT)[:, first:], atol=2e-6)
 

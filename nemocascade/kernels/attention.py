@@ -81,7 +81,8 @@ def attention(
   """`attention_ref` in the form that is fastest on the platform.
 
   Args:
-    before: (k_BKSH, v_BKSH, length_B), a cache. The first document of a row also sees its first length_B keys.
+    before: (k_BKSH, v_BKSH, segment_ids_BS) of earlier tokens, -1 where there is none; those of a cache are
+      `cached`. The first document of a row also sees the earlier tokens of its number.
     form: one of FORMS. By default, for rows of at least LONG tokens, "blocked" on CPUs and "tpu" on TPUs; else
       "parts".
       "parts" splits the queries; a part does not read the keys after its end. At most `queries` rows of the
@@ -115,11 +116,15 @@ def attention(
   return jnp.transpose(y_BKRTH, (0, 3, 1, 2, 4))
 
 
-def _after(before, k_BKTH, v_BKTH, segment_ids_BT):
-  """(k_BKSH, v_BKSH, segment_ids_BS) of a cache and the row after it; unused places of the cache have id -1."""
-  k_BKSH, v_BKSH, length_B = before
+def cached(k_BKSH, v_BKSH, length_B, segment_ids_BT):
+  """The argument `before` of `attention`: a row's first document continues the first length_B keys of a cache."""
   known_BS = jnp.arange(k_BKSH.shape[2])[None] < length_B[:, None]
-  ids_BS = jnp.where(known_BS, segment_ids_BT[:, :1], -1)
+  return k_BKSH, v_BKSH, jnp.where(known_BS, segment_ids_BT[:, :1], -1)
+
+
+def _after(before, k_BKTH, v_BKTH, segment_ids_BT):
+  """(k_BKSH, v_BKSH, segment_ids_BS) of earlier tokens and the row."""
+  k_BKSH, v_BKSH, ids_BS = before
   join = lambda a, b: jnp.concatenate([a, b], axis=2)
   return join(k_BKSH, k_BKTH), join(v_BKSH, v_BKTH), jnp.concatenate([ids_BS, segment_ids_BT], axis=1)
 

@@ -6,17 +6,23 @@ import jax.numpy as jnp
 MASKED = -1e30  # Score of a pair that may not see each other.
 
 
-def document_starts(segment_ids_BT, cached: int = 0):
-  """int32 [B, T]: index of the first key that each query may see, among `cached` earlier keys and the row's T.
+def document_starts(segment_ids_BT, earlier_BS=None):
+  """int32 [B, T]: index of the first key that each query may see, among S earlier keys and the row's T.
 
-  The first document of a row also sees the earlier keys. Tokens of padding (segment 0) see only themselves.
+  The first document of a row also sees the earlier keys of its number. Padding (segment 0) sees only itself.
+
+  Args:
+    earlier_BS: int32, documents of the earlier keys, -1 where there is none; None for no earlier keys.
   """
-  T = segment_ids_BT.shape[1]
-  t_T = jnp.arange(T, dtype=jnp.int32)
+  T, earlier, first_B1 = segment_ids_BT.shape[1], 0, 0
+  if earlier_BS is not None and (earlier := earlier_BS.shape[1]):
+    own_BS = earlier_BS == segment_ids_BT[:, :1]
+    first_B1 = jnp.where(jnp.any(own_BS, axis=1), jnp.argmax(own_BS, axis=1), earlier)[:, None]
+  t_T = jnp.arange(T, dtype=jnp.int32)[None]
   begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
   start_BT = jax.lax.cummax(jnp.where(begins_BT, t_T, 0), axis=1)
-  start_BT = jnp.where(start_BT > 0, start_BT + cached, 0)
-  return jnp.where(segment_ids_BT > 0, start_BT, t_T + cached)
+  start_BT = jnp.where(start_BT > 0, start_BT + earlier, first_B1)
+  return jnp.where(segment_ids_BT > 0, start_BT, t_T + earlier)
 
 
 def first_blocks(start_BT, block: int):
@@ -39,7 +45,7 @@ def aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block: int)
   Args:
     segment_ids_BT: int32, documents of the T queries; 0 is padding.
     segment_ids_BS: documents of the S >= T keys, of which the last T are the queries' own tokens. Earlier keys
-      that do not exist have -1.
+      that do not exist have -1. Keys of one document are consecutive.
 
   Returns:
     The five arrays, padded, and first_blocks. Earlier keys are padded in front, all others behind.
@@ -51,5 +57,5 @@ def aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block: int)
   k_BKSH, v_BKSH = (jnp.pad(a, [(0, 0)] * 2 + [(front, back), (0, 0)]) for a in (k_BKSH, v_BKSH))
   ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, back)))
   ids_BS = jnp.pad(jnp.pad(segment_ids_BS, ((0, 0), (0, back))), ((0, 0), (front, 0)), constant_values=-1)
-  first_BN = first_blocks(document_starts(ids_BT, before + front), block)
+  first_BN = first_blocks(document_starts(ids_BT, ids_BS[:, : before + front]), block)
   return q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN
