@@ -103,9 +103,39 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
   return y[:, :T], jnp.swapaxes(state, -1, -2).reshape(B, M, P, N)
 
 
+def ssd_summary(x_BTMP, log_decay_BTM, b_BTUN, segment_ids_BT, starts_BT):
+  """(added_BMPN, decay_BM), fp32: after T tokens a state is decay * state + added.
+
+  Args: those of ssd_ref, and
+    starts_BT: bool, the first tokens of documents, at which the state is reset to 0.
+  """
+  B, T, M, P = x_BTMP.shape
+  U, N = b_BTUN.shape[2:]
+  real_BT1 = (segment_ids_BT > 0)[..., None]
+  log_decay_BTM = jnp.where(real_BT1, log_decay_BTM.astype(jnp.float32), 0.0)
+  # Summed from the end, so that the decays of the last tokens, which matter most, are exact.
+  left_BTM = jax.lax.cumsum(log_decay_BTM, axis=1, reverse=True)
+  reset_B1, to_end_BTM = jnp.any(starts_BT, axis=1)[:, None], left_BTM - log_decay_BTM
+  started_BT = jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
+  last_BT1 = (started_BT == started_BT[:, -1:])[..., None] & real_BT1
+  # Masked inside the exponent, so that gradients of masked tokens are 0.
+  weight_BTM = jnp.exp(jnp.where(last_BT1, to_end_BTM, -jnp.inf))
+  # The whole run as one chunk of `_outer`: [B, U, 1, T, ...].
+  x = (jnp.where(real_BT1[..., None], x_BTMP, 0.0) * weight_BTM[..., None]).astype(b_BTUN.dtype)
+  together = lambda v: jnp.swapaxes(v, 1, 2)[:, :, None]
+  added = _outer(together(b_BTUN), together(x.reshape(B, T, U, -1)))[:, :, 0]
+  decay_BM = jnp.exp(jnp.where(reset_B1, -jnp.inf, left_BTM[:, 0]))
+  return jnp.swapaxes(added, -1, -2).reshape(B, M, P, N), decay_BM
+
+
 def _running_sum(v):
   """Running sum of the last axis, as a product: XLA's cumsum on CPU slows down pairwise operations on it."""
   return einsum("...j,ji->...i", v, jnp.triu(jnp.ones((v.shape[-1],) * 2, v.dtype)))
+
+
+def _sees(doc):
+  """bool [B, Z, C, C]: whether token i has token j at or before it in its document, at [i, j]."""
+  return (doc[..., :, None] == doc[..., None, :]) & jnp.tri(doc.shape[-1], dtype=bool)[None, None]
 
 
 def _decays(a, doc):
@@ -120,12 +150,12 @@ def _decays(a, doc):
     from_start [B, U, Z, C, R]: from the chunk's start to each token.
     whole [B, U, Z, R]: over the whole chunk.
   """
-  total, own = _running_sum(a), doc[:, None, :, None]
+  own = doc[:, None, :, None]
+  total = einsum("buzrj,bzij->buzri", a, _sees(doc).astype(a.dtype))
   # Masked inside the exponent: for a masked pair the gap may be large and positive, so exp may overflow.
   only = lambda seen, gap: jnp.exp(jnp.where(seen, gap, -jnp.inf))
-  see = (own[..., :, None] == own[..., None, :]) & jnp.tri(a.shape[-1], dtype=bool)[(None,) * 4]
   return (
-    only(see, total[..., :, None] - total[..., None, :]),
+    only(_sees(doc)[:, None, :, None], total[..., :, None] - total[..., None, :]),
     jnp.swapaxes(only(own == own[..., -1:], total[..., -1:] - total), -1, -2),
     jnp.swapaxes(only(own == 0, total), -1, -2),
     only(own[..., -1] == 0, total[..., -1]),
@@ -232,7 +262,7 @@ def _forward(x, a, b, c, doc, first):
 def _backward(saved, cotangents):
   """Hand-written: it recomputes the arrays of the decays' size; autodiff saves many of them.
 
-  total_t is the running sum of the log decays. exp(total_i - total_j) multiplies the same products in y and in
+  total_t is the running sum of the log decays of t's document. exp(total_i - total_j) multiplies the same products in y and in
   dx. The gradient of the totals therefore needs no array of pairs: for token t it is dy_t . y_t - x_t . dx_t.
   The last total of a chunk also gets dS . S, where S is the state at the end of the chunk.
   """
@@ -268,7 +298,9 @@ def _backward(saved, cotangents):
 
   dtotal = _sum_by_head(dy * y - x * dx, R)  # [B, U, Z, C, R]
   dtotal = jnp.swapaxes(dtotal, -1, -2)
-  da = jnp.flip(_running_sum(jnp.flip(dtotal, -1)), -1) + dtotal_end[..., None]
+  da = einsum("buzri,bzij->buzrj", dtotal, _sees(doc).astype(dtotal.dtype))
+  at_end = (doc == doc[..., -1:])[:, None, :, None]  # The chunk's last total is that of its last document.
+  da += jnp.where(at_end, dtotal_end[..., None], 0.0)
   dfirst = None if first is None else dstarts[:, :, 0]
   return dx.astype(x.dtype), da, db.astype(b.dtype), dc.astype(c.dtype), None, dfirst
 
