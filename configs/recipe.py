@@ -126,6 +126,7 @@ def sft() -> ConfigDict:
   c = ConfigDict()
   c.kind = "sft"
   c.init_from = ""  # A checkpoint's path, or hf:DIR. "" initializes the parameters.
+  c.pieces = 1  # Parts of a step's rows that are processed one after another.
   c.non_thinking = 0.1  # Share of generated conversations without thoughts. Nano-3 removed them from 10%.
   c.data_workers = 0  # Processes that read and tokenize; 0 does it in the training process.
   c.max_bad_share = 0.01  # More bad conversations than this share stop the run.

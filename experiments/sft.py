@@ -18,8 +18,10 @@ import jax
 from ml_collections import ConfigDict
 
 from nemocascade.data import loader
+from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
-from nemocascade.mesh import check_rows, own_rows
+from nemocascade.mesh import own_rows
+from nemocascade.model.sequence_parallel import check_rows
 from nemocascade.report.metrics import Phases, progress
 from nemocascade.runtime import conversations, hosts, parts, validation
 from nemocascade.runtime.heldout import draw_heldout
@@ -45,6 +47,8 @@ def check(c: ConfigDict) -> None:
   """Raises UserError if the stage cannot run. Nothing is compiled."""
   check_fields(c, "sft")
   RouterBalance(**c.router_balance)
+  if c.rows % c.pieces:
+    raise UserError(f"pieces={c.pieces} does not divide rows={c.rows}: give a divisor of {c.rows}")
   conversations.check(c)
   validation.check(c)
   loader.check(T=c.row_tokens, B=c.rows, look_ahead=c.look_ahead, streams=c.streams)
@@ -70,11 +74,12 @@ def batches(c: ConfigDict, stage_dir: Path, p: Parts) -> loader.Loader:
 
 def program(c: ConfigDict, programs: Programs):
   """(optimizer, abstract state, jitted step). Raises UserError if rows do not divide over the mesh."""
-  check_rows("rows of a step", c.rows, programs.mesh)
+  check_rows("rows / pieces", c.rows // c.pieces, programs.config, programs.mesh)
   tx = make_optimizer(total_steps=c.steps, **c.optimizer)
   state = abstract_state(tx, programs.template, programs.mesh)
   balance = RouterBalance(**c.router_balance)
-  step = sft_step(programs.score_fn_under(balance), tx, balance=balance, add_to_bias=programs.add_to_bias)
+  score_fn = programs.score_fn_under(balance)
+  step = sft_step(score_fn, tx, accumulate=c.pieces, balance=balance, add_to_bias=programs.add_to_bias)
   return tx, state, jit_step(step, state, programs.mesh)
 
 

@@ -62,6 +62,7 @@ class ModelConfig:
   dtype: str = "float32"  # Type of activations and matrix products.
   param_dtype: str = "float32"
   remat: bool = False  # Recompute each block in the backward pass.
+  sequence_parallel: bool = False  # Split rows by tokens over mesh.expert where they would not fill the devices.
 
   def __post_init__(self):
     check_values("model", **vars(self))

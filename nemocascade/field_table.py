@@ -59,6 +59,9 @@ MODEL = {
   "model.dtype": word("Dtype of activations and of matrix products.", DTYPES, optional=True),
   "model.param_dtype": word("Dtype of parameters.", DTYPES, optional=True),
   "model.remat": flag("Whether the backward pass recomputes each block.", optional=True),
+  "model.sequence_parallel": flag(
+    "Whether rows of a batch that is no multiple of the devices are split by tokens over mesh.expert.", optional=True
+  ),
 }
 
 # Guard, a key of nemocascade.runtime.guards.GUARDS -> the quantity and unit of its threshold.
@@ -235,6 +238,7 @@ SFT = LANGUAGE_MODEL | {
   "data_workers": whole("Processes of a host that read and tokenize; 0 does it in the training process.", 0, high=1024),
   "rows": whole("Packed rows of a step."),
   "row_tokens": whole("Tokens of a row."),
+  "pieces": whole("Parts of the rows for gradient accumulation."),
 }
 
 REWARD_MODEL = {

@@ -6,10 +6,14 @@ import jax.numpy as jnp
 from nemocascade.types import Array
 
 
-def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
-  """bool [B, T]: true on the first token of every document, and on the first of every run of padding."""
-  before_BT = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  return segment_ids_BT != before_BT
+def segment_starts(segment_ids_BT: jax.Array, edge_B1: jax.Array | None = None) -> jax.Array:
+  """bool [B, T]: true on the first token of every document, and on the first of every run of padding.
+
+  Args:
+    edge_B1: the document of the token before the row, which the row may continue; None if there is none.
+  """
+  edge_B1 = jnp.full_like(segment_ids_BT[:, :1], -1) if edge_B1 is None else edge_B1
+  return segment_ids_BT != jnp.concatenate([edge_B1, segment_ids_BT[:, :-1]], axis=1)
 
 
 def positions(segment_ids_BT: jax.Array) -> jax.Array:

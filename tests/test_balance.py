@@ -116,7 +116,7 @@ def test_the_balance_loss_is_a_loop_over_documents():
       s, chosen = np.asarray(score_BTE[b][own], np.float64), np.asarray(chosen_BTE[b][own])
       p = (s / s.sum(axis=1, keepdims=True)).mean(axis=0)
       expected_B[b] += own.sum() * np.sum(E / X * chosen.mean(axis=0) * p)
-  got_B = moe.balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X)
+  got_B = moe.balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X)[:, 0]
   np.testing.assert_allclose(got_B, expected_B, rtol=1e-5)
 
 

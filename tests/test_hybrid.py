@@ -49,23 +49,6 @@ def tokens(B=3, length=T):
   return jax.random.randint(jax.random.key(1), (B, length), 0, V)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_packed_documents_do_not_see_each_other(pattern):
-  _, model, params = make(pattern)
-  token_BT = tokens()
-  ids_BT = jnp.broadcast_to(jnp.where(jnp.arange(T) < 10, 1, 2)[None], token_BT.shape)
-  score = lambda p, t, i: model.apply({"params": p}, t, i, method="score").logprobs_BT
-
-  def halves(p):  # The two documents as separate rows.
-    first = score(p, token_BT[:, :10], jnp.ones((3, 10), jnp.int32))
-    return jnp.concatenate([first, score(p, token_BT[:, 10:], jnp.ones((3, T - 10), jnp.int32))], axis=1)
-
-  packed = lambda p: score(p, token_BT, ids_BT)
-  chex.assert_trees_all_close(jax.jit(packed)(params), jax.jit(halves)(params), atol=2e-4)
-  grads = [jax.jit(jax.grad(lambda p, f=f: jnp.sum(jnp.sin(f(p)))))(params) for f in (packed, halves)]
-  chex.assert_trees_all_close(*grads, rtol=2e-3, atol=2e-3)
-
-
 @pytest.mark.parametrize("pattern, remat", [*((p, False) for p in PATTERNS), (PATTERNS[-1], True)])
 def test_rows_after_a_prompt_taken_in_once_are_whole_rows(pattern, remat):
   """Compares log-probabilities, entropies, loads and gradients.

@@ -28,17 +28,19 @@ GRIDS = [(2, 4), (8, 1), (1, 8)]
 B, T, V = 16, 24, 64
 
 
-def config(data, expert) -> ConfigDict:
+def config(data, expert, split=False) -> ConfigDict:
+  """split: pieces have 4 rows, fewer than the devices, and lie over them by tokens."""
   c = ConfigDict({"domains": {}, "tasks": {}, "seed": 0, "mesh": dict(data=data, expert=expert)})
   c.model = dict(
     vocab_size=V, hidden_size=16, hybrid_override_pattern="M*E", num_attention_heads=4, head_dim=8,
     mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, chunk_size=8, n_routed_experts=8,
     moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, initializer_range=0.3,
+    sequence_parallel=split,
   )  # fmt: skip
   c.update(rl_config.fields())
-  c.packing = dict(rows=B, row_tokens=T, pieces=2, shared_prompts=False)
+  c.packing = dict(rows=B, row_tokens=T, pieces=4 if split else 2, shared_prompts=False)
   c.rollout.update(prompts=8, completions=2, total_tokens=T)
-  c.rows, c.row_tokens = B, T
+  c.rows, c.row_tokens, c.pieces = B, T, 4 if split else 1
   # A large eps makes Adam's first step nearly equal to the gradient where the gradient is small.
   c.optimizer.update(peak_lr=1.0, warmup_steps=0, eps=1.0, clip_norm=1e3)
   return c
@@ -59,9 +61,9 @@ def parts_of(c: ConfigDict) -> Parts:
 
 
 @functools.cache
-def on(data, expert) -> tuple[ConfigDict, Parts]:
+def on(data, expert, split=False) -> tuple[ConfigDict, Parts]:
   """(config, parts) on this mesh."""
-  c = config(data, expert)
+  c = config(data, expert, split)
   return c, parts_of(c)
 
 
@@ -152,6 +154,12 @@ def test_an_rl_step_is_that_of_one_device(root, data, expert, step):
   assert_same(jax.device_get((metrics, state.params)), on_one_device(step, root))
 
 
+@pytest.mark.parametrize("step", [sft_step, rl_step])
+def test_a_step_on_rows_over_several_devices_is_that_of_one_device(root, step):
+  metrics, state, *_ = step(*on(2, 4, True), root / f"{step.__name__}_split")
+  assert_same(jax.device_get((metrics, state.params)), on_one_device(step, root))
+
+
 def test_an_rl_step_in_bf16_is_nearly_that_of_one_device(root):
   """Compares the whole parameter change, because sharded sums round differently."""
 
@@ -200,20 +208,23 @@ def test_parameters_and_moments_are_cut_over_all_devices(root):
 
 
 @functools.cache
-def sampled(data, expert):
-  programs = on(data, expert)[1].programs
+def said_and_sampled(data, expert, split=False):
+  programs = on(data, expert, split)[1].programs
   places = jax.tree.map(lambda p: p.sharding, programs.template)
   params = jax.device_put(programs.fresh_params(jax.random.key(1)), places)
+  rows = programs.put(tuple(arrays()[name] for name in ("tokens", "segment_ids", "mask")))
+  said = np.asarray(programs.logprobs(params, *rows, np.float32(0.7)))
   engine = programs.engine(6, 16)
   d = engine.start(params, [[3, 4, 5], [6] * 6, [7], [8, 9]], 2)
   d = engine.decode(params, d, jax.random.key(2), 1.0, 1.0)
-  return np.asarray(d.tokens_BT), np.asarray(d.behaviour_logprobs_BT)
+  return said, np.asarray(d.tokens_BT), np.asarray(d.behaviour_logprobs_BT)
 
 
-@pytest.mark.parametrize("data, expert", GRIDS[::2])
-def test_policies_sample_what_they_do_on_one_device(data, expert):
-  tokens_BT, logprobs_BT = sampled(data, expert)
-  tokens_there, logprobs_there = sampled(1, 1)
+@pytest.mark.parametrize("data, expert, split", [(2, 4, False), (1, 8, False), (2, 4, True)])
+def test_teachers_say_and_policies_sample_what_they_do_on_one_device(data, expert, split):
+  said, tokens_BT, logprobs_BT = said_and_sampled(data, expert, split)
+  expected, tokens_there, logprobs_there = said_and_sampled(1, 1)
+  np.testing.assert_allclose(said, expected, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(tokens_BT, tokens_there)
   np.testing.assert_allclose(logprobs_BT, logprobs_there, rtol=1e-4, atol=1e-5)
 

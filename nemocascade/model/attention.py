@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import attention as kernel
 from nemocascade.kernels.product import product
-from nemocascade.mesh import on_own_rows
 from nemocascade.model.layers import normal
+from nemocascade.model.sequence_parallel import layout
 
 
 class Attention(nn.Module):
@@ -31,10 +31,8 @@ class Attention(nn.Module):
     """x [..., D] -> q [..., K, R, H], k and v [..., K, H]."""
     return product(x, self.q_proj), product(x, self.k_proj), product(x, self.v_proj)
 
-  def _attend(self, q, k, v, segment_ids_BT, *before):
-    """Each device attends within its own rows; loops over blocks are not split by XLA."""
-    fn = lambda q, k, v, ids, *before: kernel.attention(q, k, v, ids, before=before or None)
-    return on_own_rows(fn, self.mesh)(q, k, v, segment_ids_BT, *before)
+  def _attend(self, q, k, v, segment_ids_BT, *cache):
+    return layout(self.config, self.mesh, q.shape[0]).attention(q, k, v, segment_ids_BT, *cache)
 
   def _out(self, y):
     return product(y, self.o_proj, 3)
@@ -49,8 +47,8 @@ class Attention(nn.Module):
     return self._out(self._attend(q, k, v, segment_ids_BT)), state
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
-    before = state["k_BKSH"], state["v_BKSH"], length_B
-    return self._out(self._attend(*self._qkv(x_BTD), segment_ids_BT, *before))
+    cache = state["k_BKSH"], state["v_BKSH"], length_B
+    return self._out(self._attend(*self._qkv(x_BTD), segment_ids_BT, *cache))
 
   def step(self, state, x_BD, length_B, active_B):
     # An inactive row also writes, but its length does not grow, so its next token overwrites the entry.

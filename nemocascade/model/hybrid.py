@@ -12,11 +12,13 @@ from nemocascade.config import ModelConfig
 from nemocascade.kernels.distillation import top_logprobs
 from nemocascade.kernels.product import product
 from nemocascade.kernels.token_logprob import token_logprob
-from nemocascade.mesh import constrain_batch, constrain_rows, on_own_rows
+from nemocascade.mesh import constrain_batch, constrain_rows
 from nemocascade.model.attention import Attention
 from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
+from nemocascade.model.routing import all_blocks
+from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import segment_starts
 from nemocascade.types import DistanceFn, Params, Prefix, Prompts, Routing, Scores
 
@@ -69,27 +71,29 @@ class Block(nn.Module):
 
   def setup(self):
     self.norm = RMSNorm(self.config)
-    # Experts lie on the mesh, and attention runs on each device's own rows.
-    where = (self.mesh,) if self.letter in "E*" else ()
+    where = () if self.letter == "-" else (self.mesh,)  # An MLP treats each token independently.
     self.mixer = MIXERS[self.letter](self.config, *where)
+
+  def _on(self, x_BTD) -> Layout:
+    return layout(self.config, self.mesh, x_BTD.shape[0])
 
   def __call__(self, x_BTD, segment_ids_BT):
     y = self.mixer(self.norm(x_BTD), segment_ids_BT)
     y, routing = y if self.letter == "E" else (y, None)
-    return constrain_rows(x_BTD + y, self.mesh), routing
+    return self._on(x_BTD).constrain(x_BTD + y), routing
 
   def prefill(self, x_BTD, segment_ids_BT):
     if self.letter == "E":
       x_BTD, routing = self(x_BTD, segment_ids_BT)
       return x_BTD, (), routing
     y, state = self.mixer.prefill(self.norm(x_BTD), segment_ids_BT)
-    return constrain_rows(x_BTD + y, self.mesh), state, None
+    return self._on(x_BTD).constrain(x_BTD + y), state, None
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
     if self.letter == "E":
       return self(x_BTD, segment_ids_BT)
     y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
-    return constrain_rows(x_BTD + y, self.mesh), None
+    return self._on(x_BTD).constrain(x_BTD + y), None
 
   def step(self, state, x_BD, length_B, active_B):
     state, y = self.mixer.step(state, self.norm(x_BD), length_B, active_B)
@@ -159,7 +163,8 @@ def _scanned(n: int):
 class Hybrid(nn.Module):
   """The language model. All methods are pure: call `apply({"params": params}, ..., method=name)`.
 
-  With a mesh, rows are sharded over its devices and experts over its axis `expert`; results are the same.
+  With a mesh, rows are sharded over its devices and experts over its axis `expert`; results are the same. With
+  config.sequence_parallel, rows that would not fill the devices are split by tokens (model/sequence_parallel.py).
   """
 
   config: ModelConfig
@@ -178,7 +183,17 @@ class Hybrid(nn.Module):
 
   def _embed(self, tokens):
     # Cast after the look-up, so that gradients of repeated tokens are summed in the parameter's dtype.
-    return constrain_rows(self.embedding[tokens].astype(self.config.dtype), self.mesh)
+    x = self.embedding[tokens].astype(self.config.dtype)
+    return self._on(tokens).constrain(x) if tokens.ndim > 1 else constrain_rows(x, self.mesh)
+
+  def _on(self, tokens_BT) -> Layout:
+    return layout(self.config, self.mesh, tokens_BT.shape[0])
+
+  def _padded(self, *arrays_BT):
+    """The arrays, padded with 0 at the end of the rows to a length that the layout allows; None stays None."""
+    B, T = arrays_BT[0].shape
+    more = layout(self.config, self.mesh, B).length(T, self.config) - T
+    return [a_BT if a_BT is None else jnp.pad(a_BT, ((0, 0), (0, more))) for a_BT in arrays_BT]
 
   def head(self):
     head = self.embedding.T if self.config.tie_word_embeddings else self.lm_head
@@ -186,11 +201,13 @@ class Hybrid(nn.Module):
 
   def hidden(self, tokens_BT, segment_ids_BT):
     """(h_BTD after the final norm, Routing of all MoE blocks in order, or None without MoE blocks)."""
+    T = tokens_BT.shape[1]
+    tokens_BT, segment_ids_BT = self._padded(tokens_BT, segment_ids_BT)
     x_BTD, routings = self._embed(tokens_BT), []
     for unit in self.units:
       x_BTD, routing = unit(x_BTD, segment_ids_BT)
       routings.append(routing)
-    return self.norm_f(x_BTD), _all_blocks(routings)
+    return self.norm_f(x_BTD)[:, :T], all_blocks(routings)
 
   def logits(self, tokens_BT, segment_ids_BT):
     """fp32 [B, T, V]: entry t predicts token t + 1."""
@@ -201,8 +218,10 @@ class Hybrid(nn.Module):
 
   def states(self, tokens_BT, segment_ids_BT):
     """(x_BTD, Routing or None): token t is predicted from x[t], with logits x[t] @ head; x[0] is 0."""
+    T = tokens_BT.shape[1]
+    tokens_BT, segment_ids_BT = self._padded(tokens_BT, segment_ids_BT)
     h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
-    return jnp.pad(h_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), routing
+    return self._on(tokens_BT).shift(h_BTD)[:, :T], routing
 
   def take_in(self, prompts: Prompts) -> tuple[Prefix, Routing | None]:
     """Prefills each prompt once for all rows that continue it: (Prefix, Routing or None)."""
@@ -215,7 +234,8 @@ class Hybrid(nn.Module):
     Args:
       length_Q: int32, lengths of the prompts; each has B // Q consecutive rows.
     """
-    B, G = tokens_BT.shape[0], tokens_BT.shape[0] // length_Q.shape[0]
+    (B, T), G = tokens_BT.shape, tokens_BT.shape[0] // length_Q.shape[0]
+    tokens_BT, segment_ids_BT = self._padded(tokens_BT, segment_ids_BT)
     state = repeat_state(self._decode_state(length_Q, prefix.units), G)
     if self.mesh is not None:
       state = constrain_batch(state, B, self.mesh)
@@ -223,9 +243,8 @@ class Hybrid(nn.Module):
     for unit, unit_state in zip(self.units, state.units, strict=True):
       x_BTD, routing = unit.extend(x_BTD, unit_state, segment_ids_BT, state.length_B)
       routings.append(routing)
-    before_B1D = jnp.repeat(prefix.last_QD, G, axis=0)[:, None]
-    h_BTD = jnp.concatenate([before_B1D, self.norm_f(x_BTD)[:, :-1]], axis=1)
-    return constrain_rows(h_BTD, self.mesh), _all_blocks(routings)
+    on, before_B1D = self._on(tokens_BT), jnp.repeat(prefix.last_QD, G, axis=0)[:, None]
+    return on.constrain(on.shift(self.norm_f(x_BTD), before_B1D))[:, :T], all_blocks(routings)
 
   def score(
     self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None,
@@ -241,22 +260,27 @@ class Hybrid(nn.Module):
       after: (Prefix, length_Q) of the prompts that the rows' first documents continue, or None.
       temperature: scalar above 0, traced or not; for log-probabilities and entropy.
     """
+    T, tokens = tokens_BT.shape[1], self._padded(tokens_BT, segment_ids_BT, wanted_BT)
+    tokens_BT, segment_ids_BT, wanted_BT = tokens
     if after is None:
       x_BTD, routing = self.states(tokens_BT, segment_ids_BT)
     else:
       x_BTD, routing = self.states_after(*after, tokens_BT, segment_ids_BT)
     scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=after is not None)
-    # Each device applies the whole head to its own rows, so that the head's gradient is summed once.
-    logprob = on_own_rows(token_logprob, self.mesh, shared=[1, 4])
+    # Each device applies the whole head to its own tokens, so that the head's gradient is summed once.
+    logprob = self._on(tokens_BT).on_own(token_logprob, shared=[1, 4])
     logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT, jnp.float32(temperature))
-    distance_BT = distance(x_BTD, self.head(), scored_BT) if distance else None
-    return Scores(logprob_BT, entropy_BT, routing, distance_BT)
+    distance_BT = distance(x_BTD[:, :T], self.head(), scored_BT[:, :T]) if distance else None
+    return Scores(logprob_BT[:, :T], entropy_BT[:, :T], routing, distance_BT)
 
   def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int, temperature=1.0):
     """(tokens_BTK, logprobs_BTK) of the k most likely tokens at place t; 0 where not wanted."""
+    T, tokens = tokens_BT.shape[1], self._padded(tokens_BT, segment_ids_BT, wanted_BT)
+    tokens_BT, segment_ids_BT, wanted_BT = tokens
     x_BTD, _ = self.states(tokens_BT, segment_ids_BT)
-    top = on_own_rows(functools.partial(top_logprobs, k=k), self.mesh, shared=[1, 3])
-    return top(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT), jnp.float32(temperature))
+    top = self._on(tokens_BT).on_own(functools.partial(top_logprobs, k=k), shared=[1, 3])
+    found = top(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT), jnp.float32(temperature))
+    return tuple(a_BTK[:, :T] for a_BTK in found)
 
   def _next(self, x_BD):
     """fp32 logits_BV of the next token."""
@@ -269,18 +293,19 @@ class Hybrid(nn.Module):
       capacity: places in the key-value caches, at least T.
     """
     last_BD, state, _ = self._take_in(tokens_BT, length_B)
-    return self._next(last_BD), _make_room(state, capacity - tokens_BT.shape[1])
+    return self._next(last_BD), _make_room(state, capacity)
 
   def _take_in(self, tokens_BT, length_B):
-    """(last_BD: each row's last token before the final norm, DecodeState of T places, Routing or None)."""
+    """(last_BD: each row's last token before the final norm, DecodeState of at least T places, Routing or None)."""
+    (tokens_BT,) = self._padded(tokens_BT)
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]).astype(jnp.int32)
     x_BTD, states, routings = self._embed(tokens_BT), [], []
     for unit in self.units:
       x_BTD, (state, routing) = unit.prefill(x_BTD, segment_ids_BT)
       states.append(state)
       routings.append(routing)
-    last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return last_BD, self._decode_state(length_B, tuple(states)), _all_blocks(routings)
+    last_BD = self._on(tokens_BT).take(x_BTD, length_B[:, None] - 1)[:, 0]
+    return last_BD, self._decode_state(length_B, tuple(states)), all_blocks(routings)
 
   def _decode_state(self, length_B, units: tuple) -> DecodeState:
     return DecodeState(length_B.astype(jnp.int32), units, tuple(n > 1 for _, n in self.plan))
@@ -297,35 +322,6 @@ class Hybrid(nn.Module):
     logits_BV = self._next(x_BD)
     length_B = state.length_B + active_B.astype(jnp.int32)
     return state.replace(length_B=length_B, units=tuple(states)), logits_BV
-
-
-def _total(losses: list[jax.Array | None]) -> jax.Array | None:
-  """The sum; None if the routers compute no loss."""
-  computed = [loss for loss in losses if loss is not None]
-  return functools.reduce(jnp.add, computed) if computed else None
-
-
-def _in_depth_order(blocks: list[Routing]) -> Routing:
-  """Joins the Routings of a unit's blocks ([repeats, ...] each if it is scanned) in the order of the layers."""
-  E = blocks[0].load_LE.shape[-1]
-  return Routing(
-    load_LE=jnp.stack([b.load_LE.reshape(-1, E) for b in blocks], axis=1).reshape(-1, E),
-    dropped_L=jnp.stack([b.dropped_L.reshape(-1) for b in blocks], axis=1).reshape(-1),
-    loss=_total([None if b.loss is None else jnp.sum(b.loss) for b in blocks]),
-  )
-
-
-def _all_blocks(of_units: list[tuple[Routing | None, ...]]) -> Routing | None:
-  """Joins the Routings of all units; None if there is no MoE block."""
-  routed = [[block for block in blocks if block is not None] for blocks in of_units]
-  units = [_in_depth_order(blocks) for blocks in routed if blocks]
-  if not units:
-    return None
-  return Routing(
-    load_LE=jnp.concatenate([u.load_LE for u in units]),
-    dropped_L=jnp.concatenate([u.dropped_L for u in units]),
-    loss=_total([unit.loss for unit in units]),
-  )
 
 
 def add_to_router_bias(config: ModelConfig, params: Params, change_LE: jax.Array) -> Params:
@@ -357,13 +353,14 @@ def _predicted(segment_ids_BT, wanted_BT=None, *, goes_on: bool = False):
   return scored_BT if wanted_BT is None else scored_BT & wanted_BT
 
 
-def _make_room(state: DecodeState, tokens: int) -> DecodeState:
-  """Adds `tokens` places to the key-value caches."""
+def _make_room(state: DecodeState, places: int) -> DecodeState:
+  """Gives the key-value caches this many places."""
 
   def grow(path, leaf):
     if path[-1].key not in ("k_BKSH", "v_BKSH"):
       return leaf
-    room = [(0, 0)] * (leaf.ndim - 2) + [(0, tokens), (0, 0)]
+    leaf = leaf[..., :places, :]
+    room = [(0, 0)] * (leaf.ndim - 2) + [(0, places - leaf.shape[-2]), (0, 0)]
     return jnp.pad(leaf, room)
 
   return state.replace(units=jax.tree_util.tree_map_with_path(grow, state.units))

@@ -8,12 +8,14 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import ssd as kernel
 from nemocascade.kernels.causal_conv import causal_conv
 from nemocascade.kernels.product import product
 from nemocascade.model.layers import constant, normal, rms_norm
+from nemocascade.model.sequence_parallel import layout
 
 
 def _init_a_log(key, shape, dtype):
@@ -42,6 +44,7 @@ def _init_conv(key, shape, dtype):
 
 class Mamba(nn.Module):
   config: ModelConfig
+  mesh: Mesh | None = None
 
   def setup(self):
     c = self.config
@@ -98,10 +101,11 @@ class Mamba(nn.Module):
 
   def _rows(self, x_BTD, segment_ids_BT, before=None):
     """(y_BTD, final SSM state, inputs of the conv); `before`: the state that the rows continue, or None."""
+    on = layout(self.config, self.mesh, x_BTD.shape[0])
     z, xbc_in, dt = self._project(x_BTD)
-    xbc = causal_conv(xbc_in, self.conv1d, self.conv1d_bias, segment_ids_BT, before and before["conv_BWC"])
+    xbc = on.causal_conv(xbc_in, self.conv1d, self.conv1d_bias, segment_ids_BT, before and before["conv_BWC"])
     x, b, c = self._split(xbc)
-    y, state = kernel.ssd(
+    y, state = on.ssd(
       x.astype(jnp.float32) * dt[..., None], self._log_decay(dt), b, c, segment_ids_BT,
       chunk=self.config.chunk_size, initial_state=before and before["ssm_BMPN"],
     )  # fmt: skip
@@ -116,8 +120,7 @@ class Mamba(nn.Module):
     W = self.config.conv_kernel
     length_B = jnp.sum(segment_ids_BT > 0, axis=1)
     place_BW = length_B[:, None] + jnp.arange(-(W - 1), 0)[None]
-    taken = jnp.take_along_axis(xbc_BTC, jnp.maximum(place_BW, 0)[..., None], axis=1)
-    conv = jnp.where((place_BW >= 0)[..., None], taken, 0)
+    conv = layout(self.config, self.mesh, x_BTD.shape[0]).take(xbc_BTC, place_BW)
     return y_BTD, {"ssm_BMPN": ssm, "conv_BWC": conv}
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):

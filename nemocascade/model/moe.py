@@ -1,6 +1,7 @@
 """The mixture-of-experts block: a sigmoid router in fp32, squared-ReLU experts, one shared expert."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from nemocascade.kernels.product import einsum, product
 from nemocascade.mesh import on_own_rows
 from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
+from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import document_mean
 from nemocascade.types import Routing
 
@@ -39,8 +41,8 @@ def route(x_TD, gate_DE, bias_E, c: ModelConfig):
   return expert_TX, weight_TX * c.routed_scaling_factor, score_TE
 
 
-def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int):
-  """loss_B, fp32: the sum of sum_e f[e] p[e] over a row's real tokens; a token's term is 1 at equal loads.
+def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int, mean: Callable = document_mean):
+  """loss_B1, fp32: the sum of sum_e f[e] p[e] over a row's real tokens; a token's term is 1 at equal loads.
 
   p[e] is the token's score of expert e divided by the sum of its scores. f[e] is the share of its
   document's tokens that chose expert e, divided by the fair share X / E; it has no gradient. The mean
@@ -50,11 +52,12 @@ def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int):
 
   Args:
     X: experts per token.
+    mean: segments.document_mean, or that of documents that lie on several devices.
   """
   real_BT = segment_ids_BT > 0
-  share_BTE = document_mean(chosen_BTE.astype(jnp.float32), real_BT, segment_ids_BT) * score_BTE.shape[-1] / X
+  share_BTE = mean(chosen_BTE.astype(jnp.float32), real_BT, segment_ids_BT) * score_BTE.shape[-1] / X
   p_BTE = score_BTE / jnp.maximum(jnp.sum(score_BTE, axis=-1, keepdims=True), 1e-20)
-  return jnp.sum(jnp.where(real_BT[..., None], share_BTE * p_BTE, 0.0), axis=(1, 2))
+  return jnp.sum(jnp.where(real_BT[..., None], share_BTE * p_BTE, 0.0), axis=(1, 2))[:, None]
 
 
 class MoE(nn.Module):
@@ -85,9 +88,11 @@ class MoE(nn.Module):
       self.fc2_latent_proj = self.param("fc2_latent_proj", normal(c, None, "embed"), (L, D), c.param_dtype)
 
   def __call__(self, x_BTD, segment_ids_BT):
-    c = self.config
-    B, T, D = x_BTD.shape
-    x_TD, w = x_BTD.reshape(B * T, D), lambda p: p.astype(x_BTD.dtype)
+    return self._mix(layout(self.config, self.mesh, x_BTD.shape[0]), x_BTD, segment_ids_BT)
+
+  def _mix(self, on: Layout, x_BTD, segment_ids_BT):
+    c, B = self.config, x_BTD.shape[0]
+    x_TD, real_T, w = on.tokens(x_BTD), on.tokens(segment_ids_BT > 0), lambda p: p.astype(x_BTD.dtype)
     # Runs per device; otherwise XLA gathers the scores of all tokens on every device for top_k.
     choose = on_own_rows(functools.partial(route, c=c), self.mesh, shared=[1, 2])
     expert_TX, weight_TX, score_TE = choose(x_TD, self.gate, self.e_score_correction_bias)
@@ -98,16 +103,16 @@ class MoE(nn.Module):
     y_TD = product(y_TL, self.fc2_latent_proj) if c.moe_latent_size else y_TL
     y_TD += product(relu2(product(x_TD, self.shared_up_proj)), self.shared_down_proj)
     chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(c.n_routed_experts)[None, None], axis=1)
-    load_E = jnp.sum(chosen_TE & (segment_ids_BT > 0).reshape(B * T, 1), axis=0, dtype=jnp.float32)
+    load_E = jnp.sum(chosen_TE & real_T[:, None], axis=0, dtype=jnp.float32)
     loss = None
     if c.router_loss:
-      score_BTE, chosen_BTE = (a.reshape(B, T, -1) for a in (score_TE, chosen_TE))
-      of_rows = on_own_rows(functools.partial(balance_loss, X=c.num_experts_per_tok), self.mesh)
-      loss = jnp.sum(of_rows(score_BTE, chosen_BTE, segment_ids_BT))
+      score_BTE, chosen_BTE = (on.of_tokens(a, B) for a in (score_TE, chosen_TE))
+      of_own = on.on_own(functools.partial(balance_loss, X=c.num_experts_per_tok, mean=on.document_mean))
+      loss = jnp.sum(of_own(score_BTE, chosen_BTE, segment_ids_BT))
     dropped = (expert_TX.size - rows).astype(jnp.float32)
-    return y_TD.reshape(B, T, D), Routing(load_E[None], dropped[None], loss)
+    return on.of_tokens(y_TD, B), Routing(load_E[None], dropped[None], loss)
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B
-    y, _ = self(x_BD[:, None], active_B[:, None].astype(jnp.int32))
+    y, _ = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32))
     return state, y[:, 0]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from nemocascade import advantage, own_code
 from nemocascade import mesh as mesh_lib
 from nemocascade.errors import UserError
-from nemocascade.mesh import check_rows
+from nemocascade.model.sequence_parallel import check_rows
 from nemocascade.rollout import rewards
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, jit_step
@@ -135,8 +135,8 @@ def step_program(c: ConfigDict, programs: Programs):
   """
   r, p, mesh = c.rollout, c.packing, programs.mesh
   if p.shared_prompts:  # Prompts are sharded like rows.
-    check_rows("rollout.prompts", r.prompts, mesh)
-  check_rows("packing.rows / packing.pieces", p.rows // p.pieces, mesh)
+    check_rows("rollout.prompts", r.prompts, programs.config, mesh)
+  check_rows("packing.rows / packing.pieces", p.rows // p.pieces, programs.config, mesh)
   if not p.shared_prompts:
     check_room(c, mesh)
   fields = step_settings(c)
