@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from nemocascade.errors import unknown
 
-# `rows` and `row_tokens` of an SFT step: one row per device. Small chips get shorter rows. The report's steps have
-# 16.8M tokens (64 rows of 256K), as on 512 chips here; slices of fewer chips have 2M.
+# `rows` and `row_tokens` of an SFT step: 64 rows of 256K, as the report's, in `pieces`, with the chips of an expert group
+# sharing a row; or 2M tokens, one row per device. Small chips get shorter rows.
 SLICES = {
-  "v5p:4x4x4": dict(data=-1, expert=8, rows=64, row_tokens=32_768),  # 64 chips of 95 GiB.
-  "v5p:8x8x8": dict(data=-1, expert=8, rows=512, row_tokens=32_768),  # 512 of them.
+  "v5p:4x4x4": dict(data=-1, expert=8, rows=64, row_tokens=262_144, pieces=8),  # 64 chips of 95 GiB.
+  "v5p:8x8x8": dict(data=-1, expert=8, rows=64, row_tokens=262_144),  # 512 of them.
   "v6e:16x16": dict(data=-1, expert=8, rows=256, row_tokens=8_192),  # 256 chips of 32 GiB.
   "v5e:16x16": dict(data=-1, expert=16, rows=256, row_tokens=8_192),  # 256 chips of 16 GiB.
   "tpu7x:4x4x4": dict(data=-1, expert=8, rows=128, row_tokens=16_384),  # 64 chips of 2 x 96 GiB.
