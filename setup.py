@@ -65,7 +65,7 @@ setup(
       "transformers>=5,<6",
       "trl>=1.16,<1.17",  # Its private loss method is compared with ours; hence the narrow range.
       "safetensors>=0.5,<1",
-      "fsspec>=2025.3",  # gcsfs is a file system of it; the tests have one in memory.
+      "fsspec>=2025.3,<2027",  # gcsfs is a file system of it; the tests have one in memory.
     ],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],

@@ -205,10 +205,10 @@ def test_a_preference_that_is_no_number_is_no_verdict():
 @rows_of("soft_room")
 def test_the_soft_penalty_counts_the_room_that_the_sampler_had(case):
   word = TOKENIZER.encode("one")[-1]
-  P = collected([], [TALK], thinking=False).segment_ids_QGT[0, 0].sum() - 1  # The model says only a stop token.
+  P = collected([], [TALK], thinking=False).length_QG[0, 0] - 1  # The model says only a stop token.
   script = [0] * P + [word] * (case["completion"] - 1) + [IM_END]
   taken = collected([script], [TALK], thinking=False, completion_tokens=case["row_tokens"])
-  assert taken.loss_mask_QGT[0, 0].sum() == case["completion"]
+  assert taken.sampled_QG[0, 0] == case["completion"]
   expected = taken.tokens_QGT.shape[-1] if case["row_tokens"] is None else P + case["row_tokens"]
   assert (taken.limit_QG == expected).all()
   verdicts = [[Verdict(1.0, "")] * taken.tokens_QGT.shape[1]]
