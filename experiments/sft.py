@@ -102,7 +102,8 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
   with store, batches(c, stage_dir, p) as data, p.watching.writer(stage_dir, first, c) as writer:
     if record.get("iterator"):
       data.set_state(record["iterator"])
-    bar, phases = progress(c.steps, initial=first, desc=stage_dir.name), Phases()
+    # pending: the step that is dispatched, and not finished.
+    bar, phases, pending = progress(c.steps, initial=first, desc=stage_dir.name), Phases(), None
 
     def finish(step: int, metrics, own: int, seconds, to_save=None) -> int:
       """Waits for the step, writes its metrics, and returns its tokens; `own` are those of this host."""
@@ -115,7 +116,6 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       phases.end(BETWEEN)
       return sums["trained"]
 
-    pending = None  # The step that is dispatched, and not finished.
     for step in p.watching.steps(range(first, first if ended else c.steps), stage_dir):
       store.check()
       batch = next(data)
@@ -123,8 +123,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       if step == 0:
         writer.write_samples(step, conversations.sample_lines(batch, data.own, p.text.tokenizer))
       state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
-      segments_BT = batch.segment_ids_BT[data.own]
-      metrics |= conversations.metrics(data, segments_BT)
+      metrics |= conversations.metrics(data, segments_BT := batch.segment_ids_BT[data.own])
       phases.end("step")  # On some devices the dispatch computes.
       dispatched = step, metrics, int((segments_BT > 0).sum()), phases.take()
       if pending is not None:
@@ -134,6 +133,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
         tokens += finish(*pending, to_save=state)
         pending = None
         ended = watch(step + 1, state.params, Spent(trained=tokens))
+        writer.write_scores(step, validation.scores_at(c, stage_dir, step + 1))
         parts = dict(iterator=data.get_state(), tokens=tokens, supervisor=supervisor.record(), meter=meter.record())
         store.start_save(step + 1, state, parts)
         supervisor.end(store, step + 1)

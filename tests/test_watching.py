@@ -16,7 +16,9 @@ from nemocascade.report import wandb_run
 from nemocascade.report.metrics import MetricsWriter, read_lines
 from nemocascade.report.trace import traced
 from nemocascade.runtime.supervision import Supervisor
+from nemocascade.runtime.validation import scores_at
 from nemocascade.runtime.watching import Watching
+from nemocascade.state_files import write_json
 from nemocascade.step.optimizer import make_schedule
 from nemocascade.step.update import SKIPPED
 
@@ -118,6 +120,21 @@ def test_samples_are_texts_in_tensorboard(tmp_path):
   (event,) = EventAccumulator(str(tmp_path)).Reload().Tensors("samples/0")
   text = event.tensor_proto.string_val[0].decode()
   assert event.step == 4 and "**completion**\n\n    two\n    ? <b>\n" in text
+
+
+def test_held_out_scores_of_a_validation_are_in_tensorboard(tmp_path):
+  c = sft_config.get_config("smoke")
+  with c.unlocked():
+    c.steps, c.validation = 5, dict(every=2)
+  lines = [{"step": step, "metric": 0.5, "scores": {"math": step / 8}} for step in (2, 4, 5)]
+  write_json(tmp_path / "validation.json", lines)
+  with MetricsWriter(tmp_path) as writer:
+    for step in range(5):
+      writer.write_scores(step, scores_at(c, tmp_path, step + 1))
+  events = EventAccumulator(str(tmp_path)).Reload().Scalars("heldout/math")
+  assert [(e.step, e.value) for e in events] == [(1, 0.25), (3, 0.5), (4, 0.625)]
+  c.validation.every = 0
+  assert scores_at(c, tmp_path, 2) == {}
 
 
 def supervised(tmp_path, c, steps, *, record=None, without=()):

@@ -96,6 +96,15 @@ class MetricsWriter:
     if self._wandb:
       self._wandb.write(step, numbers)
 
+  def write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+    """Writes held-out scores after a step to TensorBoard, as heldout/NAME. On disk validation.json has them."""
+    if not self._files or not scores:
+      return
+    numbers = {f"heldout/{name}": score for name, score in scores.items()}
+    self._event(step=step, summary=Summary(value=[Summary.Value(tag=n, simple_value=x) for n, x in numbers.items()]))
+    if self._wandb:
+      self._wandb.write(step, numbers)
+
   def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
     """Writes samples of one step (prompt, completion, verdict, ...) to samples.jsonl, one line each, and as texts
     to TensorBoard."""

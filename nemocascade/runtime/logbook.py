@@ -13,6 +13,7 @@ from nemocascade.runtime.objective import needs
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.supervision import Supervisor
+from nemocascade.runtime.validation import scores_at
 from nemocascade.store.checkpoint import Store
 from nemocascade.types import Params, TrainState
 
@@ -94,6 +95,7 @@ class Logbook:
     self._spent = spent
     supervisor.write(self._writer, step, metrics | times, skipped=skipped, to_save=state if due else None)
     ended = self._watch(step + 1, state.params, spent) or step + 1 == c.steps
+    self._writer.write_scores(step, scores_at(c, self._dir, step + 1))
     if step % c.samples_every == 0 or ended:
       self._writer.write_samples(step, samples())
     self._bar.update(1, reward=metrics["reward/mean"], tokens=spent.sampled)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,12 +20,13 @@ from nemocascade.runtime import hosts, loading
 from nemocascade.runtime.heldout import Heldout
 from nemocascade.runtime.outcome import Outcome, Spent
 from nemocascade.runtime.parts import Parts
-from nemocascade.state_files import read_state, stands, write_json
+from nemocascade.state_files import place, read_state, stands, write_json
 from nemocascade.store.kept import keep_step
 from nemocascade.store.record import NUMBERS
 from nemocascade.types import Params
 
 MEAN = "mean"  # The metric that is the mean of all domains' scores.
+NAME, REMEDY = "validation.json", "restore it, or choose another --workdir"
 FILE = {  # JSON schema of validation.json: a list in the order of the steps.
   "type": "array",
   "items": {
@@ -84,7 +86,7 @@ class Validation:
     # Taken evenly over the list: prompts near its start are more common and so easier.
     some = {name: rows[:: max(1, len(rows) // n)][:n] for name, rows in heldout.rows.items()}
     self._heldout = dataclasses.replace(heldout, rows=some)
-    self._path = stage_dir / "validation.json"
+    self._path = stage_dir / NAME
     # What the first process reads, so that all decide alike.
     self._lines: list[dict] = hosts.exchange(self._read(), "validations")[0] if self._settings.every else []
 
@@ -107,7 +109,7 @@ class Validation:
     step = _best(self._found()) if self._settings.every else outcome.steps
     if step == outcome.steps:
       return outcome
-    checkpoint = str(Path(outcome.checkpoint).parent / str(step))
+    checkpoint = str(place(outcome.checkpoint).parent / str(step))
     params = loading.load(checkpoint, self._parts.programs.template)
     return dataclasses.replace(outcome, params=params, checkpoint=checkpoint)
 
@@ -130,11 +132,20 @@ class Validation:
   def _read(self) -> list[dict]:
     if not stands(self._path):
       return []
-    return read_state(self._path, FILE, remedy="restore it, or choose another --workdir")
+    return read_state(self._path, FILE, remedy=REMEDY)
 
   def _found(self) -> dict[int, float]:
     """Step -> metric of all validations so far."""
     return {line["step"]: line["metric"] for line in self._lines}
+
+
+def scores_at(c: ConfigDict, stage_dir: Path, steps: int) -> dict[str, float]:
+  """Domain -> held-out score of the validation after `steps` steps; empty without one, and outside the first process."""
+  v = settings(c)
+  if jax.process_index() or not v.every or (steps % v.every and steps != c.steps) or not stands(stage_dir / NAME):
+    return {}
+  lines = read_state(stage_dir / NAME, FILE, remedy=REMEDY)
+  return next((line["scores"] for line in lines if line["step"] == steps), {})
 
 
 def _best(found: Mapping[int, float]) -> int:
