@@ -76,7 +76,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "") -> Outcom
       store.check()
       state, metrics = step_fn(state, *rows(pairs.train(step * c.pairs, c.pairs)))
       metrics = jax.device_get(metrics)
-      phases.end("step")
+      phases.end("update")
       times, _ = meter.step(phases, Spent(trained=tokens), counts=not metrics[SKIPPED])
       if step + 1 == c.steps:
         metrics["heldout/accuracy"] = accuracy(judge, state.params, rows, pairs.heldout(c.heldout_pairs), c.pairs)

@@ -108,7 +108,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
     def finish(step: int, metrics, own: int, seconds, to_save=None) -> int:
       """Waits for the step, writes its metrics, and returns its tokens; `own` are those of this host."""
       metrics = jax.device_get(metrics)
-      phases.end("step")
+      phases.end("update")
       phases.add(seconds)
       times, sums = meter.step(phases, Spent(), counts=not metrics[SKIPPED], mine={"trained": own})
       bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens + sums["trained"])
@@ -124,7 +124,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
         writer.write_samples(step, conversations.sample_lines(batch, data.own, p.text.tokenizer))
       state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
       metrics |= conversations.metrics(data, segments_BT := batch.segment_ids_BT[data.own])
-      phases.end("step")  # On some devices the dispatch computes.
+      phases.end("update")  # On some devices the dispatch computes.
       dispatched = step, metrics, int((segments_BT > 0).sum()), phases.take()
       if pending is not None:
         tokens += finish(*pending)

@@ -40,26 +40,26 @@ def clock(monkeypatch):
 
 def test_goodput_leaves_out_skipped_steps_lost_steps_and_the_time_between_runs(clock):
   m = Meter(MODEL, {})
-  clock.pass_(step=8.0)
+  clock.pass_(update=8.0)
   assert m.step(clock, Spent(trained=1), counts=True)[0]["speed/goodput"] == 1.0
-  clock.pass_(step=2.0)
+  clock.pass_(update=2.0)
   assert m.step(clock, Spent(trained=1), counts=False)[0]["speed/goodput"] == 0.8
   saved = m.record()
-  clock.pass_(step=5.0)
+  clock.pass_(update=5.0)
   m.step(clock, Spent(trained=1), counts=True)  # The checkpoint does not have this step.
   clock.pass_(nothing=5.0)
   m = Meter(MODEL, saved)
-  clock.pass_(**{"step": 16.0, BETWEEN: 4.0})
+  clock.pass_(**{"update": 16.0, BETWEEN: 4.0})
   assert m.step(clock, Spent(trained=1), counts=True)[0]["speed/goodput"] == (8 + 16) / 40
 
 
 def test_compilations_do_not_count(clock, monkeypatch):
   m = Meter(MODEL, {})
   monkeypatch.setattr(meter, "compile_seconds", lambda: 6.0)
-  clock.pass_(step=8.0)
+  clock.pass_(update=8.0)
   found, _ = m.step(clock, Spent(trained=1), counts=True)
   assert (found["time/step"], found["time/compile"], found["speed/goodput"]) == (8.0, 6.0, 0.25)
-  clock.pass_(step=8.0)
+  clock.pass_(update=8.0)
   assert m.step(clock, Spent(trained=1), counts=True)[0]["time/compile"] == 0.0
 
 
@@ -79,7 +79,7 @@ def test_the_slowest_host_is_named_and_the_others_tokens_are_added(clock, monkey
 
 
 def test_utilisation_is_known_on_known_chips_alone(clock, monkeypatch):
-  clock.pass_(step=2.0)
+  clock.pass_(update=2.0)
   found, _ = Meter(MODEL, {}).step(clock, Spent(trained=100, sampled=10), counts=True)
   assert "speed/mfu" not in found  # No peak of a CPU is known.
   assert found["speed/tokens"] == 10 / 2 / jax.device_count()
