@@ -36,7 +36,7 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
   """A mesh of all devices with the axes [data, expert].
 
   One of the sizes may be -1: it becomes (number of devices) / (the other size). 1 x 1 uses only the first
-  device of this process.
+  device, in a run of one process; in several, each would train alone.
 
   Args:
     data: size of the axis that shards rows alone.
@@ -46,7 +46,7 @@ def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | Non
   Raises:
     UserError: the product of the sizes is not the number of devices.
   """
-  if of is None and data == expert == 1:
+  if of is None and data == expert == 1 and jax.process_count() == 1:
     of = jax.local_devices()[:1]
   devices = jax.device_count() if of is None else len(of)
   sizes = {"data": data, "expert": expert}

@@ -58,6 +58,14 @@ def test_a_dimension_that_does_not_divide_stays_whole():
   assert placed["odd"].spec == PartitionSpec(None, BATCH)  # 3 does not divide over the 2 devices of "expert".
 
 
+def test_a_mesh_of_one_device_is_refused_in_several_processes(monkeypatch):
+  """Each process would train on a device of its own, and none would know of it."""
+  assert make_mesh(1, 1).size == 1
+  monkeypatch.setattr("jax.process_count", lambda: 2)
+  with pytest.raises(UserError, match="mesh.data=1 x mesh.expert=1 is 1, but there are 8 devices"):
+    make_mesh(1, 1)
+
+
 def test_one_mesh_axis_cuts_one_dimension():
   assert shardings({"w": ("embed", "embed")}, make_mesh())["w"].spec == PartitionSpec("data", None)
 
