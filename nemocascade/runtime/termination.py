@@ -56,6 +56,7 @@ class Termination:
     """Takes the signal back from a library that has taken it, if `listen` was called."""
     if self._listens:
       signal.signal(signal.SIGTERM, lambda *_: None)
+      signal.siginterrupt(signal.SIGTERM, False)  # System calls of other threads, such as gloo's, go on.
 
   def _act(self) -> None:
     if self.link is not None:
