@@ -27,8 +27,7 @@ import chaos
 from linked import free_address
 
 COMMAND = (
-  "experiments.sft --config=configs/tiny/sft.py:smoke --config.steps=24 --config.save_every=4"
-  " --config.optimizer.warmup_steps=2"
+  "experiments.sft --config=configs/tiny/sft.py:smoke --config.mesh.data=2 --config.steps=120 --config.save_every=20"
 )
 LIMIT = 60.0  # Seconds within which a death must be noticed.
 
