@@ -16,6 +16,8 @@ from configs.nano_30b import meshes
 from configs.tiny import long_context_rl
 from configs.tiny import rl as tiny
 
+LONGEST = 98_304  # Longest row of an RL step for one device: the RL step of mopd.py needs 86 GiB with such rows.
+
 
 def stage(name: str, arg: str, **differs: Any) -> ConfigDict:
   """The RL stage `name` of configs/recipe.py at this scale.
@@ -48,9 +50,10 @@ def fields(name: str = "") -> ConfigDict:
 
 
 def packing(rollout: ConfigDict, slice_: str) -> dict:
-  """One row per completion, as long as the longest; each piece has one row per device."""
-  devices, rows = meshes.DEVICES[slice_], rollout["prompts"] * rollout["completions"]
-  return dict(rows=rows, row_tokens=rollout["total_tokens"], pieces=max(1, rows // devices))
+  """One row per completion, as long as the longest; each piece has one row per device, or per expert group if long."""
+  rows, tokens = rollout["prompts"] * rollout["completions"], rollout["total_tokens"]
+  at_once = meshes.DEVICES[slice_] // (meshes.SLICES[slice_]["expert"] if tokens > LONGEST else 1)
+  return dict(rows=rows, row_tokens=tokens, pieces=max(1, rows // at_once))
 
 
 def shrink(c: ConfigDict) -> None:

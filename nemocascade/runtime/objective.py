@@ -134,8 +134,8 @@ def step_program(c: ConfigDict, programs: Programs):
     UserError: prompts or rows do not divide over the mesh, or a device has too few rows for its prompts.
   """
   r, p, mesh = c.rollout, c.packing, programs.mesh
-  if p.shared_prompts:  # Prompts are sharded like rows.
-    check_rows("rollout.prompts", r.prompts, programs.config, mesh)
+  if p.shared_prompts:  # Each device has whole prompts and the rows that continue them.
+    mesh_lib.check_rows("rollout.prompts", r.prompts, mesh)
   check_rows("packing.rows / packing.pieces", p.rows // p.pieces, programs.config, mesh)
   if not p.shared_prompts:
     check_room(c, mesh)
