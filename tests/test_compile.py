@@ -82,7 +82,7 @@ def slice_of_cpus(monkeypatch):
 )
 def test_what_does_not_divide_over_the_mesh_is_refused_with_the_numbers(slice_of_cpus, field, value, said):
   c = sft.get_config("smoke")
-  c.mesh.expert = 8
+  c.mesh.expert, c.model.sequence_parallel = 8, False
   c.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=said):
     compile_lib.run(c, "v5e:2x4")
