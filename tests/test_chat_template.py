@@ -90,60 +90,6 @@ def test_arguments_as_json_text_are_rendered_as_the_object(words, arguments, asc
   assert theirs(words, [message]) == chat.text_of(chat.render([message]))
 
 
-schema = st.recursive(
-  st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1, 1) | text,
-  lambda inner: st.lists(inner, max_size=2) | st.dictionaries(name | st.sampled_from(["description", "type"]), inner, max_size=3),
-  max_leaves=6,
-)  # fmt: skip
-kind = text | st.none() | st.lists(text, max_size=2)
-field_ = st.fixed_dictionaries(
-  {}, optional={"type": kind, "description": text | st.none(), **dict.fromkeys(["enum", "items"], schema)}
-)
-tool = st.fixed_dictionaries(
-  {"name": name},
-  optional={
-    "description": text | st.none(),
-    "strict": schema,
-    "parameters": st.none()
-    | st.fixed_dictionaries(
-      {},
-      optional={
-        "type": schema,
-        "properties": st.none() | st.dictionaries(name, st.none() | field_),
-        "required": schema,
-      },
-    ),
-  },
-)
-
-
-@settings(max_examples=80, deadline=None)
-@given(tool)
-def test_null_fields_of_a_tool_are_absent_in_both(words, tool):
-  messages = [{"role": "user", "content": "hi"}]
-  wrapped = [{"type": "function", "function": tool}]
-  ours = chat.text_of(chat.render(messages, tools=wrapped))
-  assert theirs(words, messages, tools=wrapped) == ours == chat.text_of(chat.render(messages, tools=[cleaned(tool)]))
-
-
-def cleaned(value):
-  if isinstance(value, dict):
-    return {key: cleaned(part) for key, part in value.items() if part is not None}
-  return [cleaned(part) for part in value] if isinstance(value, list) else value
-
-
-def test_no_null_is_shown_to_the_model():
-  """Rows of JSON lines have the null fields of all tools of their file, as Parquet has them."""
-  nulls = dict.fromkeys(["description", "enum", "items", "default"])
-  tool = {
-    "type": "function", "strict": None, "description": None, "name": "add",
-    "parameters": {"type": "object", "properties": {"a": {"type": "array", **nulls, "items": {"type": "string", **nulls}}, "b": None}, "required": None},
-  }  # fmt: skip
-  shown = chat.text_of(chat.render([{"role": "user", "content": "hi"}], tools=[tool]))
-  assert "None" not in shown and "null" not in shown
-  assert '<name>a</name>\n<type>array</type>\n<items>{"type": "string"}</items>\n</parameter>\n</parameters>' in shown
-
-
 def test_what_the_template_does_not_take_is_an_error(words):
   from jinja2 import TemplateError
 

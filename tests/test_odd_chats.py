@@ -7,6 +7,7 @@ from test_loader import TOKENIZER, said, user
 
 from nemocascade.data.documents import to_documents
 from nemocascade.data.row_files import first_rows, open_rows
+from nemocascade.domains.rows import make_prompt, prompt_tools
 from nemocascade.errors import UserError
 
 
@@ -41,6 +42,27 @@ def test_a_value_that_cannot_be_rendered_is_a_bad_row(row, complaint):
   with pytest.raises(UserError, match=complaint) as error:
     to_documents(row, TOKENIZER)
   assert len(str(error.value)) < 200
+
+
+def test_null_fields_of_tools_are_left_out_of_a_document_and_of_a_prompt():
+  """Rows of JSON lines often have the null fields of all tools of their file, as Parquet has them."""
+  nulls = dict.fromkeys(["description", "enum", "items", "default"])
+  bare = {
+    "type": "function", "name": "add",
+    "parameters": {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "string"}}}},
+  }  # fmt: skip
+  full = {
+    "type": "function", "strict": None, "description": None, "name": "add",
+    "parameters": {
+      "type": "object", "required": None,
+      "properties": {"a": {"type": "array", **nulls, "items": {"type": "string", **nulls}}, "b": None},
+    },
+  }  # fmt: skip
+  (expected,), (found,) = (
+    to_documents({"messages": [user, said], "tools": [tool]}, TOKENIZER) for tool in (bare, full)
+  )
+  assert found.tokens_T.tolist() == expected.tokens_T.tolist()
+  assert prompt_tools(make_prompt("mine", "add 1 and 2", tools=[full])) == [bare]
 
 
 CHAT = json.dumps({"messages": [user, said]}).encode()

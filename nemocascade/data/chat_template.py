@@ -30,55 +30,35 @@ _TEMPLATE = """\
   {%- else -%}{{- it | string -}}{%- endif -%}
 {%- endmacro -%}
 
-{%- macro full(it) -%}
-  {%- if it is mapping -%}
-    {{- '{' -}}
-    {%- for key in it if it[key] is not none -%}
-      {{- (key | tojson) ~ ': ' ~ full(it[key]) ~ ('' if loop.last else ', ') -}}
-    {%- endfor -%}
-    {{- '}' -}}
-  {%- elif it is sequence and it is not string -%}
-    {{- '[' -}}
-    {%- for part in it -%}{{- full(part) ~ ('' if loop.last else ', ') -}}{%- endfor -%}
-    {{- ']' -}}
-  {%- else -%}{{- it | tojson -}}{%- endif -%}
-{%- endmacro -%}
-
 {%- macro others(fields, handled) -%}
-  {%- for key in fields if key not in handled and fields[key] is not none -%}
-    {%- set it = fields[key] -%}
-    {%- set said = full(it) if it is mapping or (it is sequence and it is not string) else it | string -%}
-    {{- '\\n<' ~ key ~ '>' ~ said ~ '</' ~ key ~ '>' -}}
+  {%- for key in fields if key not in handled -%}
+    {{- '\\n<' ~ key ~ '>' ~ value(fields[key]) ~ '</' ~ key ~ '>' -}}
   {%- endfor -%}
 {%- endmacro -%}
 
 {%- macro definition(tool) -%}
   {{- '\\n<function>\\n<name>' ~ tool['name'] ~ '</name>' -}}
-  {%- if 'description' in tool and tool['description'] is not none -%}
+  {%- if 'description' in tool -%}
     {{- '\\n<description>' ~ (tool['description'] | string).strip() ~ '</description>' -}}
   {%- endif -%}
   {{- '\\n<parameters>' -}}
   {%- set parameters = tool['parameters'] if 'parameters' in tool and tool['parameters'] is mapping else {} -%}
   {%- if 'properties' in parameters and parameters['properties'] is mapping -%}
-    {%- for name in parameters['properties'] if parameters['properties'][name] is not none -%}
+    {%- for name in parameters['properties'] -%}
       {%- set given = parameters['properties'][name] -%}
       {%- set field = given if given is mapping else {} -%}
       {{- '\\n<parameter>\\n<name>' ~ name ~ '</name>' -}}
-      {%- if 'type' in field and field['type'] is not none -%}
-        {{- '\\n<type>' ~ (field['type'] | string) ~ '</type>' -}}
-      {%- endif -%}
-      {%- if 'description' in field and field['description'] is not none -%}
+      {%- if 'type' in field -%}{{- '\\n<type>' ~ (field['type'] | string) ~ '</type>' -}}{%- endif -%}
+      {%- if 'description' in field -%}
         {{- '\\n<description>' ~ (field['description'] | string).strip() ~ '</description>' -}}
       {%- endif -%}
-      {%- if 'enum' in field and field['enum'] is not none -%}
-        {{- '\\n<enum>' ~ full(field['enum']) ~ '</enum>' -}}
-      {%- endif -%}
+      {%- if 'enum' in field -%}{{- '\\n<enum>' ~ (field['enum'] | tojson) ~ '</enum>' -}}{%- endif -%}
       {{- others(field, ['name', 'type', 'description', 'enum']) ~ '\\n</parameter>' -}}
     {%- endfor -%}
   {%- endif -%}
   {{- others(parameters, ['type', 'properties', 'required']) -}}
-  {%- if 'required' in parameters and parameters['required'] is not none -%}
-    {{- '\\n<required>' ~ full(parameters['required']) ~ '</required>' -}}
+  {%- if 'required' in parameters -%}
+    {{- '\\n<required>' ~ (parameters['required'] | tojson) ~ '</required>' -}}
   {%- endif -%}
   {{- '\\n</parameters>' ~ others(tool, ['type', 'name', 'description', 'parameters']) ~ '\\n</function>' -}}
 {%- endmacro -%}
@@ -217,9 +197,7 @@ _TEMPLATE = """\
 {{- '<|im_start|>system\\n' ~ system -}}
 {%- if tools -%}
   {{- ('\\n\\n' if system else '') ~ @TOOLS@ -}}
-  {%- for tool in tools -%}
-    {{- definition(tool['function'] if 'function' in tool and tool['function'] is not none else tool) -}}
-  {%- endfor -%}
+  {%- for tool in tools -%}{{- definition(tool['function'] if 'function' in tool else tool) -}}{%- endfor -%}
   {{- @AFTER_TOOLS@ -}}
 {%- endif -%}
 {{- '<|im_end|>\\n' -}}

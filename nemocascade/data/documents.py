@@ -11,6 +11,7 @@ import numpy as np
 from nemocascade.data import chat
 from nemocascade.data.pieces import Piece
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.data.tool_format import without_nulls
 from nemocascade.errors import UserError, listed, short
 
 LONG = ("split", "cut", "drop")  # What happens to a document that is longer than a packed row.
@@ -70,6 +71,7 @@ def _sequences(row: Mapping[str, Any]) -> list[tuple[list[Piece], int]]:
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
       raise UserError(f"{key} must be a list of objects")
   check_order(messages)
+  tools = without_nulls(tools)
   sequences = chat.training_sequences(messages, tools=tools)
   if not sequences:
     raise UserError("has nothing to learn: no assistant turn")

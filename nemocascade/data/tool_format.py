@@ -57,13 +57,13 @@ class ToolCall:
 
 
 def tools_section(tools: Sequence[Mapping]) -> list[Piece]:
-  """The part of the system turn that lists the tools. A field that is null counts as absent.
+  """The part of the system turn that lists the tools.
 
   Raises:
     UserError: a tool is not an object or has no name.
   """
   text = _HEAD
-  for place, tool in enumerate(map(without_nulls, tools)):
+  for place, tool in enumerate(tools):
     tool = tool.get("function", tool) if isinstance(tool, Mapping) else tool
     if not isinstance(tool, Mapping) or "name" not in tool:
       raise UserError(f"tool {place} has no name")
@@ -98,7 +98,10 @@ def tools_section(tools: Sequence[Mapping]) -> list[Piece]:
 
 
 def without_nulls(value: Any) -> Any:
-  """The value without null fields of objects. Files give an object the fields of all rows' objects, Parquet always."""
+  """The value without null fields of objects. Files often give an object the fields of all rows' objects.
+
+  The published chat template shows null as "None", so readers of files drop such fields before rendering.
+  """
   if isinstance(value, Mapping):
     return {key: without_nulls(part) for key, part in value.items() if part is not None}
   return [without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nemocascade.data import chat
+from nemocascade.data.tool_format import without_nulls
 from nemocascade.errors import UserError
 from nemocascade.verifiers.verdict import Message, Row
 
@@ -34,8 +35,8 @@ def prompt_messages(row: Row) -> list[Message]:
 
 
 def prompt_tools(row: Row) -> list[dict[str, Any]]:
-  """The schemas of the functions offered with the prompt."""
-  return list(row["responses_create_params"].get("tools") or ())
+  """The schemas of the functions offered with the prompt, without null fields."""
+  return without_nulls(list(row["responses_create_params"].get("tools") or ()))
 
 
 def make_prompt(name: str, text: str, *, tools: Sequence[dict[str, Any]] = (), **fields: Any) -> Row:
