@@ -157,7 +157,7 @@ def test_the_preference_teacher_is_rlhf_from_the_sft_checkpoint(whole):
   teacher, rlhf = (dict(whole.stages[name].to_dict()) for name in ("rlhf_teacher", "rlhf"))
   assert teacher.pop("init_from") == "sft" and rlhf.pop("init_from") == "previous"
   assert teacher.pop("steps") in (100, 160) and rlhf.pop("steps") == 25  # Section 4.4 scores steps 100 and 160.
-  assert teacher == rlhf and rlhf["reward"] == "pairwise"
+  assert rlhf.pop("gates") and teacher == rlhf and rlhf["reward"] == "pairwise"
 
 
 def test_the_late_stages_have_their_own_numbers(whole):
@@ -198,6 +198,15 @@ def test_the_stages_come_in_the_order_of_the_report(whole):
   assert set(whole.order) - set(main) == {"reward_model", "rlhf_teacher"}
 
 
+def test_each_stage_warns_if_it_loses_what_an_earlier_one_has_trained(whole):
+  of = {name: set(whole.stages[name].get("gates", {})) for name in whole.order}
+  assert not of["sft"] and not of["if_rl"] and not of["rlhf_teacher"]
+  assert of["multi_domain_rl"] == {"instruction"} and not of["mopd"]
+  assert of["rlhf"] == {"instruction", "math", "stem", "structured", "tools"}
+  assert of["swe_agentic_rl"] == of["rlhf"] | {"preference", "long_context", "code", "swe"}
+  assert {gate.action for name in of for gate in whole.stages[name].get("gates", {}).values()} == {"warn"}
+
+
 # Fields in which a `:smoke` form differs: sizes, counts, places, and what SFT of six steps needs to learn anything.
 SIZES = {
   "model", "domains", "tokenizer", "sources", "source", "evaluation", "sandbox", "mesh", "prompts", "completions", "prompt_tokens",
@@ -223,7 +232,9 @@ def test_every_stage_is_a_file_whose_smoke_form_differs_in_sizes_alone(slice_):
     file = importlib.import_module(f"configs.nano_30b.{name}")
     alone, alone_small = file.get_config(slice_), file.get_config(f"{slice_},smoke")
     command.KINDS[alone.kind].check(alone)
-    assert alone == course.flat(c, name) and alone_small == course.flat(small, name)
+    for one, cascade_ in ((alone, c), (alone_small, small)):
+      inside = {field: value for field, value in course.flat(cascade_, name).to_dict().items() if field != "gates"}
+      assert one.to_dict() == inside
     of = differing(alone.to_dict(), alone_small.to_dict())
     assert of <= SIZES | (OF_SFT if name == "sft" else set()), name
 
