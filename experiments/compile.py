@@ -233,7 +233,7 @@ def _reward_programs(c: ConfigDict, programs: Programs):
   return state, [step, _judge(programs, c.pairs, c.row_tokens, advice, ("params",))]
 
 
-def _judge(programs: Programs, B: int, T: int, advice: str, arguments: tuple[str, ...] = ("judge",)) -> Program:
+def _judge(programs: Programs, B: int, T: int, advice: str, arguments: tuple[str, ...] = ()) -> Program:
   """The reward model, reading B answers of at most T tokens with their prompts."""
   rows = _one_document_rows(B, T, programs)
   trace = lambda: programs.reward.trace(programs.reward_template, *rows)

@@ -173,6 +173,7 @@ def test_a_stage_holds_the_bytes_counted_by_hand():
   assert of["mopd"].host["teachers"] == pytest.approx(3 * params, rel=0.002)  # SFT, RLHF's teacher, multi-domain RL.
   assert of["mopd"].host["samples"] == 512 * 98_304 * 4
   assert of["rlhf"].host["reference"] == pytest.approx(params, rel=0.002) and of["rlhf"].host["teachers"] == 0
+  assert of["rlhf"].host["judge"] == pytest.approx(params, rel=0.002)
 
 
 @without_libtpu

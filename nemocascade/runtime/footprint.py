@@ -68,5 +68,5 @@ def footprint(c: ConfigDict, programs: Programs, state: TrainState, devices: int
     if c.kl_weight:
       host["reference"] = of_host(programs.template)
     if checks.judged(c, c):
-      chip["judge"] = device_bytes(programs.reward_template)
+      host["judge"] = of_host(programs.reward_template)
   return Footprint(chip, host)
