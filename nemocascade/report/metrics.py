@@ -267,8 +267,9 @@ class Progress:
 
 
 def progress(total: int, *, initial: int, desc: str) -> Progress:
-  """A Progress over `total` steps, of which `initial` are done."""
-  return Progress(total, initial=initial, desc=desc)
+  """A Progress over `total` steps, of which `initial` are done; it writes in the first process alone."""
+  nowhere = None if jax.process_index() == 0 else io.StringIO()
+  return Progress(total, initial=initial, desc=desc, file=nowhere)
 
 
 # JAX reports _BUILT for compilations and for reads from the persistent cache; before a read it reports _READ.
