@@ -51,6 +51,7 @@ def over_rows(
     found = tuple(program(*(packed[name] for name in names)))
     into = _zeros(programs, found, (Q, G)) if into is None else into
     into = placement.unpack(found, places, into, mesh=mesh)
+  assert into is not None  # Every sample has tokens.
   return into
 
 
