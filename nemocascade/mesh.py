@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -150,9 +150,10 @@ def owners(mesh: Mesh, count: int) -> np.ndarray:
   It follows from the sharding `rows(mesh, count)` alone, so all processes get the same.
   """
   owner = np.full(count, np.iinfo(np.int32).max, np.int32)
-  held: Mapping[Any, Any] = rows(mesh, count).devices_indices_map((count,))
-  for device, index in held.items():
-    owner[index[0]] = np.minimum(owner[index[0]], device.process_index)
+  index_of = rows(mesh, count).devices_indices_map((count,))
+  for device in mesh.devices.flat:
+    (held,) = index_of[device]
+    owner[held] = np.minimum(owner[held], device.process_index)
   return owner
 
 
