@@ -31,7 +31,7 @@ from nemocascade.runtime import course, domains, gates, lineage, loading, object
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.course import Choice, flat, inside
 from nemocascade.runtime.heldout import Heldout, draw_heldout
-from nemocascade.runtime.hosts import exchange, first_alone
+from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Outcome
 from nemocascade.runtime.parts import Parts
@@ -127,14 +127,13 @@ def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", 
   p = dataclasses.replace(p, text=claim(c, workdir, p.text, may_grow=True), watching=watching)
   keep_compilations(workdir)
   record, began, passed = course.open_record(workdir), time.time(), []
-  record.stages, record.teachers = exchange([record.stages, record.teachers], "record of the cascade")[0]
   lineage.set_aside(record, anew)
   # Looked up after each stage, because a gate's decision may change those that follow.
   while left := course.left(c, record, choice, passed):
     now, name = course.decided(c, record), left[0]
     if name in choice.of(now):
       p = finish_stage(now, workdir, p, heldout, record, name)
-      first_alone(lambda: pages.write(workdir))
+      first_alone(lambda: pages.write(workdir), "report")
       gates.obey(record.stage(name), left[1:])
       if termination.stopping():
         raise termination.terminated(record.checkpoint(name))
@@ -164,7 +163,7 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
       entry[f"{key}_before"] = source[f"{key}_after"]
   if before.get("status") == "done":  # The stage gets more steps. Others may have started from its end so far.
     end = int(Path(before["checkpoint"]).name)
-    first_alone(lambda: keep_step(workdir / name / "checkpoints", f"end_{end}", end))
+    first_alone(lambda: keep_step(workdir / name / "checkpoints", f"end_{end}", end), "kept checkpoints")
   teachers = None
   if stage.kind == "rl" and objective.taught(stage):
     found = find(stage, [e for e in map(record.stage, c.order[: c.order.index(name)]) if e is not None])
@@ -230,13 +229,13 @@ def main(c: ConfigDict, workdir: Path | None, **flags) -> None:
   if flags["compiled"] and not flags["dry_run"]:
     raise UserError(f"--compiled={flags['compiled']}: is read for --dry_run; give that too")
   if flags["show"]:
-    print(tree(record))
+    say(tree(record))
   elif flags["dry_run"]:
     check(c)
     compiled, chosen = plan.read_compiled(flags["compiled"]), choice.of(gates.with_all_insertions(c))
-    print(plan.table(c, [line for line in plan.plan(c, record) if line.stage in chosen], compiled))
+    say(plan.table(c, [line for line in plan.plan(c, record) if line.stage in chosen], compiled))
     if missing := plan.not_here(c):
-      print(f"not on this machine, and needed for the run: {listed(missing)}", file=sys.stderr)
+      say(f"not on this machine, and needed for the run: {listed(missing)}", sys.stderr)
   else:
     assert workdir is not None
     run(c, workdir, choice, wandb=flags["wandb"], trace=flags["trace"])

@@ -36,6 +36,7 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import kind_of
 from nemocascade.fields import text
 from nemocascade.mesh import by_rows, first_rows, make_mesh, placed, whole
+from nemocascade.mesh import rows as rows_sharding
 from nemocascade.model.size import matmul_params
 from nemocascade.runtime import checks, objective, signals
 from nemocascade.runtime.footprint import footprint
@@ -216,7 +217,7 @@ def _sft_programs(c: ConfigDict, programs: Programs):
   batch = _rows(programs, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
   step = Program(
     "sft_step", (c.to_json_best_effort(),), lambda: step_fn.trace(state, batch), Spent(trained=c.rows * c.row_tokens),
-    f"fewer rows or shorter ones than rows={c.rows} of row_tokens={c.row_tokens}, or model.remat=True",
+    f"more pieces than pieces={c.pieces}, shorter rows than row_tokens={c.row_tokens}, or model.remat=True",
     ("params", "moments"),
   )  # fmt: skip
   return state, [step, *_evaluation(c, programs)]
@@ -261,7 +262,9 @@ def _rl_programs(c: ConfigDict, programs: Programs):
   state, step_fn, proximal_fn = objective.step_program(c, programs)
   rows, count = _taught_rows(c, programs.config.hidden_size, programs.config.dtype)
   rows = {name: struct((p.rows, p.row_tokens, *row.shape[2:]), row.dtype) for name, row in rows.items()}
-  rows, count = _rows(programs, (rows, count))
+  # As step/rows.py leaves them on the devices.
+  held = rows_sharding(programs.mesh, p.rows if p.shared_prompts else p.rows // p.pieces)
+  rows, count = placed(rows, dict.fromkeys(rows, held)), _rows(programs, count)
   pieces = f"more pieces than packing.pieces={p.pieces}, or shorter rows than packing.row_tokens={p.row_tokens}"
   prompts = None
   if p.shared_prompts:

@@ -37,10 +37,10 @@ def run(
   p, params = trained_parts(c, checkpoint, judge, make_mesh(**(mesh_sizes(mesh) if mesh else c.mesh)))
   if not judge and (needing := domains.that_need(c, "judge")) and jax.process_index() == 0:
     print(f"no --judge: {', '.join(needing)} is masked")
-  first_alone(lambda: own(workdir))
+  first_alone(lambda: own(workdir), "lock of the work directory")
   heldout = draw_heldout(c, p.domains, p.text.tokenizer)
   scores = heldout.evaluate(p, params, temperature=temperature, completions=completions)
-  first_alone(lambda: _tell(scores, completions, workdir))
+  first_alone(lambda: _tell(scores, completions, workdir), "scores")
   return scores
 
 

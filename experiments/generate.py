@@ -40,7 +40,7 @@ def run(
   checkpoint: str, input: str, output: str, temperature: float, top_p: float, max_new_tokens: int,
   seed: int, thinking: bool, mesh: str = "data:1",
 ) -> None:  # fmt: skip
-  first_alone(lambda: rows_lib.check_output(output))
+  first_alone(lambda: rows_lib.check_output(output), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   prompts = rows_lib.tokens_of(
@@ -51,7 +51,7 @@ def run(
     programs, tokenizer, params, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
   )
   lines = [row | completion for (_, row), completion in zip(rows, completions, strict=True)]
-  first_alone(lambda: rows_lib.write_rows(output, lines))
+  first_alone(lambda: rows_lib.write_rows(output, lines), "output")
 
 
 def generate(

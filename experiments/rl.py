@@ -68,6 +68,7 @@ def run(
 
   with book:
     for step in book.steps(first if ended else c.steps):
+      hosts.spent()  # Leaves out what was exchanged before the step.
       sampled = sample(c, p, mixture, state.params, key, step, book.phases)
       rollout, masked = annotate(sampled, wanted, sources, book.phases)
       rows = arrange(rollout, sources)

@@ -29,13 +29,13 @@ TOKENS = 1 << 14  # Tokens of a batch, padding included.
 
 
 def run(checkpoint: str, input: str, output: str, mesh: str = "data:1") -> None:
-  first_alone(lambda: rows_lib.check_output(output))
+  first_alone(lambda: rows_lib.check_output(output), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   documents = rows_lib.tokens_of(rows, tokenizer, path=input, vocab_size=programs.config.vocab_size)
   scored = zip(rows, documents, score(programs, params, documents), strict=True)
   lines = [row | {"tokens": tokens, "logprobs": logprobs} for (_, row), tokens, logprobs in scored]
-  first_alone(lambda: rows_lib.write_rows(output, lines))
+  first_alone(lambda: rows_lib.write_rows(output, lines), "output")
 
 
 def score(programs: Programs, params: Params, documents: Sequence[Sequence[int]]) -> list[list[float | None]]:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from nemocascade.data import loader
 from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
-from nemocascade.mesh import own_rows
+from nemocascade.mesh import own_rows, owners
 from nemocascade.model.sequence_parallel import check_rows
 from nemocascade.report.metrics import Phases, progress
 from nemocascade.runtime import conversations, hosts, parts, validation
@@ -99,6 +99,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
   ended, step = first > 0 and watch(first, state.params, Spent(trained=tokens)), first - 1
   supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}))
   meter = Meter(p.programs.config, record.get("meter", {}))
+  mine = owners(p.programs.mesh, c.rows) == jax.process_index()  # Rows that several processes hold count once.
   with store, batches(c, stage_dir, p) as data, p.watching.writer(stage_dir, first, c) as writer:
     if record.get("iterator"):
       data.set_state(record["iterator"])
@@ -123,9 +124,9 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       if step == 0:
         writer.write_samples(step, conversations.sample_lines(batch, data.own, p.text.tokenizer))
       state, metrics = step_fn(state, p.programs.put(batch))  # Asynchronous: does not wait for the step.
-      metrics |= conversations.metrics(data, segments_BT := batch.segment_ids_BT[data.own])
+      metrics |= conversations.metrics(data, batch.segment_ids_BT[data.own])
       phases.end("update")  # On some devices the dispatch computes.
-      dispatched = step, metrics, int((segments_BT > 0).sum()), phases.take()
+      dispatched = step, metrics, int((batch.segment_ids_BT[mine] > 0).sum()), phases.take()
       if pending is not None:
         tokens += finish(*pending)
       pending = dispatched

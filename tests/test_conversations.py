@@ -64,7 +64,7 @@ def test_a_file_of_chats_is_learned_and_a_bad_row_is_skipped_named_and_counted(t
   # What is learned is shown: the source, the first documents, the checkpoint.
   assert "an epoch has 151 conversations: mine 151\n" in done.stderr
   samples = [json.loads(line) for line in (tmp_path / "run" / "sft" / "samples.jsonl").read_text().splitlines()]
-  assert len(samples) == 4 and all(sample["step"] == 0 for sample in samples)  # A document in each row.
+  assert len(samples) == conversations.SAMPLES and all(sample["step"] == 0 for sample in samples)
   for sample in samples:
     before, learned, after = sample["pieces"]
     number = before["text"].split("what is ")[1].split("?")[0]

@@ -5,7 +5,7 @@
   python -m experiments.sft --config=configs/nano_30b/sft.py:smoke --workdir=DIR
 
 On 64 v5p chips a step has 64 rows of 256K tokens, as in the report. They are processed in 8 pieces of 8 rows; a row
-lies over the 8 chips of an expert group. On other slices a row is as long as one device holds (meshes.py). Longer
+lies over the 8 chips of an expert group. On 512 chips all rows are processed at once. On smaller chips a row is as long as one device holds (meshes.py). Longer
 conversations are split.
 """
 

@@ -42,12 +42,14 @@ def checked(command: str) -> str:
   path = ROOT / f"{words[2].replace('.', '/')}.py"
   if not path.exists():
     raise UserError(f"the command {command[:60]!r}: there is no {words[2]}")
-  if not _runs_in_several(path):
+  if not _takes(path, "several"):
     raise UserError(f"{words[2]} runs in one process: it cannot be started on several hosts")
   told = dict(word[2:].split("=", 1) for word in words[3:] if word.startswith("--") and "=" in word)
   if "distributed" in told:
     raise UserError(f"--distributed={told['distributed']}: leave it out of the command; it is added")
   workdir = told.get("workdir", "")
+  if workdir.startswith("gs://") and not _takes(path, "buckets"):
+    raise UserError(f"--workdir={shown_path(workdir)}: {words[2]} writes to a folder that all hosts share; give one")
   if not workdir.startswith(("/", "gs://")):
     raise UserError(
       f"--workdir={shown_path(workdir)}: must be an absolute path that all hosts share, or gs://BUCKET/FOLDER, given as"
@@ -56,11 +58,11 @@ def checked(command: str) -> str:
   return shlex.join([*words, "--distributed=auto"])
 
 
-def _runs_in_several(path: Path) -> bool:
-  """Whether the page of experiments/ passes several=True to `launch`."""
+def _takes(path: Path, setting: str) -> bool:
+  """Whether the page of experiments/ passes `setting` (several, buckets) to `launch`."""
   calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
   return any(
-    isinstance(call.func, ast.Name) and call.func.id == "launch" and keyword.arg == "several"
+    isinstance(call.func, ast.Name) and call.func.id == "launch" and keyword.arg == setting
     for call in calls
     for keyword in call.keywords
   )

@@ -128,7 +128,7 @@ def open_blend(c: ConfigDict, workdir: Path, stage: str) -> Blend:
     with held(folder, wait=True):  # Each machine has its own.
       rows = open_all()
   else:
-    first_alone(open_all)  # The others find what the first one has written.
+    first_alone(open_all, "indexes of the sources")  # The others find what the first one has written.
     rows = open_all()
   counts = blend_lib.counts({name: len(part) for name, part in rows.items()}, c.sources)
   return Blend([Source(name, part, counts[name]) for name, part in rows.items()], c.seed)

@@ -1,7 +1,7 @@
 """Runs in several processes, one per host: how they connect, exchange values, and end together.
 
-The processes share the work directory. Each runs the same program on the rows of its own devices. Orbax writes
-checkpoints from all processes; only the first process writes other files.
+The processes share the work directory. Each runs the same program on the rows of its own devices. All of them write
+their part of a checkpoint, the bad rows of their data, and traces; the first process alone writes the other files.
 
 Values are exchanged over TCP through process 0 (`hub`, `link`). Nothing that decides what a process does next may
 come from anything that was not exchanged.
@@ -149,11 +149,11 @@ def spent() -> dict[str, float]:
   return found
 
 
-def first_alone(make: Callable[[], object]) -> None:
-  """Calls `make` in the first process only. The others wait until it is done, however long."""
+def first_alone(make: Callable[[], object], what: str) -> None:
+  """Calls `make` in the first process only. The others wait until it is done, however long; `what` as in `exchange`."""
   if jax.process_index() == 0:
     make()
-  exchange(None, "what process 0 does alone", limited=False)
+  exchange(None, what, limited=False)
 
 
 def index() -> int:

@@ -40,12 +40,22 @@ def load_judge(checkpoint: str, programs: Programs, tokenizer: Tokenizer, evalua
 
   def read_rewards(prompts: list, answers: list[str]) -> np.ndarray:
     out, params = np.zeros(len(answers), np.float32), waiting.put()
-    batches = max(exchange(-(-len(answers) // len(own)), "batches of the judge"))
-    for start in range(0, batches * len(own), len(own)):
-      part = slice(start, start + len(own))
-      rows = answer_rows(tokenizer, prompts[part], answers[part], len(own), T)
+    make = lambda start: answer_rows(
+      tokenizer, prompts[start : start + len(own)], answers[start : start + len(own)], len(own), T
+    )
+    batches, failed = [], ""
+    try:
+      batches = [make(start) for start in range(0, len(answers), len(own))]
+    except Exception as error:  # noqa: BLE001  Raised below in all processes, which otherwise would go different ways.
+      failed = f"{type(error).__name__}: {error}"
+    counts, whys = zip(*exchange([len(batches), failed], "batches of the judge"), strict=True)
+    if any(whys):
+      raise ValueError(next(filter(None, whys)))
+    batches += [make(len(answers))] * (max(counts) - len(batches))  # Rows without answers.
+    for i, rows in enumerate(batches):
       found_B = np.asarray(programs.reward(params, *put_own(rows, programs.mesh, B)))
-      out[part] = found_B[own][: len(out[part])]
+      part = out[i * len(own) : (i + 1) * len(own)]
+      part[:] = found_B[own][: len(part)]
     return out
 
   return BradleyTerryJudge(read_rewards)

@@ -130,7 +130,10 @@ def set_aside(record: Record, names: Iterable[str]) -> None:
     assert entry is not None
     number = 1 + sum(e["name"].rpartition(".was")[0] == name for e in record.set_aside)
     there, target = workdir / name, workdir / f"{name}.was{number}"
-    first_alone(lambda there=there, target=target: there.exists() and not target.exists() and there.rename(target))
+    first_alone(
+      lambda there=there, target=target: there.exists() and not target.exists() and there.rename(target),
+      "stages that are set aside",
+    )
     renamed |= {name: target.name}
     moved = entry | {"name": target.name, "parent": renamed.get(entry.get("parent", ""), entry.get("parent", ""))}
     for field in ("checkpoint", "start"):

@@ -28,10 +28,10 @@ from nemocascade.runtime import course, gates, lineage, objective, validation
 from nemocascade.runtime.outcome import Spent
 from nemocascade.step.optimizer import make_optimizer, new_state
 from nemocascade.store import hf
+from nemocascade.store.checkpoint import NEWEST
 from nemocascade.store.record import Record
 
 GIB = 1 << 30
-NEWEST = 2  # Checkpoints that a stage keeps (store/checkpoint.py), besides its best one.
 IF_GATE = "if a gate fires"  # Status of a stage that only a gate's decision inserts. Sums leave it out.
 COMPILED = {  # JSON schema of a line of experiments.compile that is read here.
   "type": "object",
@@ -95,7 +95,8 @@ def _planned(c: ConfigDict, name: str, record: Record, weights: int, size: Calla
 
 
 def _sft(c: ConfigDict) -> tuple[str, str, Spent]:
-  return f"{c.rows} rows", f"{c.rows} x {c.row_tokens}", Spent(trained=c.rows * c.row_tokens)
+  rows = f"{c.rows} x {c.row_tokens}" + (f" / {c.pieces}" if c.pieces > 1 else "")
+  return f"{c.rows} rows", rows, Spent(trained=c.rows * c.row_tokens)
 
 
 def _reward_model(c: ConfigDict) -> tuple[str, str, Spent]:
@@ -193,7 +194,8 @@ def _sums(c: ConfigDict, planned: Sequence[Planned]) -> Iterator[str]:
   scored = sum(p.kind != "reward_model" for p in sure)
   yield (
     f"all stages: {_short(sum(p.flops for p in sure))} FLOPs;"
-    f" held-out scores after {scored} stages: at most {_short(scored * heldout_tokens(c))} sampled tokens"
+    f" held-out scores after {scored} stages: at most {_short(scored * heldout_tokens(c))} sampled tokens, without"
+    " validations and greedy scores"
   )
   yield "tokens are those sampled, prefilled, scored and trained on, each row and completion at its greatest length"
   most = max(p.checkpoint for p in planned)

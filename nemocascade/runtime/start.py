@@ -15,7 +15,7 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
 from nemocascade.mesh import alike, placed, whole
 from nemocascade.runtime import loading, meter, origin, parts
-from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime.hosts import exchange, first_alone
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.text import Text
@@ -105,7 +105,7 @@ def save_model_files(c: ConfigDict, stage_dir: Path, tokenizer: Tokenizer) -> No
     tokenizer.save(stage_dir / "model")
     checksums.write(stage_dir / "model")
 
-  first_alone(write)
+  first_alone(write, "files of the model")
 
 
 def start(
@@ -134,11 +134,12 @@ def start(
   make = functools.partial(jax.jit, out_shardings=jax.tree.map(lambda s: s.sharding, state))
   made_from = origin.stamp(c, stage_dir, init_from, teachers or {})
   store = Store(stage_dir / "checkpoints", stamp={"lineage": made_from})
-  if store.latest() is not None:
-    latest = store.path_of(store.latest())
+  newest = exchange(store.latest(), "the newest checkpoint")[0]
+  if newest is not None:
+    latest = store.path_of(newest)
     remedy = f"restore {stage_dir.parent / 'tokenizer'}, or choose another --workdir"
     loading.same_tokenizer("--workdir", str(latest), tokenizer, remedy)
-    state, record = store.restore(state)
+    state, record = store.restore(state, exchange=exchange)
     check_shape(record, RECORD, f"{latest}/record", remedy="restore another checkpoint")
     if jax.process_index() == 0:
       done = store.latest()  # Without those that were damaged.

@@ -17,6 +17,7 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.model.hybrid import Hybrid, init_params
 from nemocascade.model.size import matmul_params
 from nemocascade.runtime import signals
+from nemocascade.runtime.meter import PEAK_FLOPS
 from nemocascade.sandbox import limited
 
 WEIGHT = 2  # Bytes of a parameter in products, bf16.
@@ -43,7 +44,7 @@ class Chip:
 
 
 # https://cloud.google.com/tpu/docs/v5p-training
-CHIPS = {"v5p": Chip(459e12, 2.765e12, 600e9, 50e9 / 8, cores=208, of_host=4)}
+CHIPS = {"v5p": Chip(PEAK_FLOPS["TPU v5p"], 2.765e12, 600e9, 50e9 / 8, cores=208, of_host=4)}
 
 
 @dataclasses.dataclass(frozen=True)

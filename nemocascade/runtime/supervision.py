@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from nemocascade.errors import StageStopped
 from nemocascade.report.metrics import MetricsWriter
-from nemocascade.runtime import guards, termination
+from nemocascade.runtime import guards, hosts, termination
 from nemocascade.state_files import on_bucket
 from nemocascade.step.optimizer import host_schedule
 from nemocascade.step.update import SKIPPED
@@ -145,9 +145,4 @@ class Supervisor:
 def room_for(state: TrainState, directory: Path) -> float:
   """How many checkpoints of the state still fit on the disk, as measured by the first process."""
   size = sum(array.nbytes for array in jax.tree.leaves(state))
-  fit = np.float32(shutil.disk_usage(directory).free / max(size, 1))
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    fit = multihost_utils.broadcast_one_to_all(fit)
-  return float(fit)
+  return hosts.exchange(shutil.disk_usage(directory).free / max(size, 1), "room on the disk")[0]

@@ -16,7 +16,7 @@ from nemocascade.errors import UserError
 from nemocascade.generated.generator import demonstrations
 from nemocascade.runtime import conversations, loading
 from nemocascade.runtime.domains import generators
-from nemocascade.runtime.hosts import first_alone
+from nemocascade.runtime.hosts import exchange, first_alone
 from nemocascade.state_files import place
 from nemocascade.store import hf
 
@@ -37,7 +37,7 @@ class Text:
     """Writes a tokenizer that is not on disk yet. The result is read from the file, in every process."""
     if self.unwritten is None:
       return self
-    first_alone(lambda: self.unwritten.exists() or self.tokenizer.save(self.unwritten))
+    first_alone(lambda: self.unwritten.exists() or self.tokenizer.save(self.unwritten), "tokenizer")
     return Text(load_tokenizer(self.unwritten))
 
 
@@ -54,7 +54,8 @@ def text_of(c: ConfigDict, workdir: Path, domains: Mapping[str, Domain]) -> Text
   if c.tokenizer.path:
     return Text(load_tokenizer(c.tokenizer.path))
   path = place(workdir) / "tokenizer" / "tokenizer.model"
-  return Text(load_tokenizer(path)) if path.exists() else Text(_train(c, domains), path)
+  there = exchange(path.exists(), "whether there is a tokenizer")[0]
+  return Text(load_tokenizer(path)) if there else Text(_train(c, domains), path)
 
 
 def _train(c: ConfigDict, domains: Mapping[str, Domain]) -> Tokenizer:

@@ -126,7 +126,7 @@ class Validation:
       keep_step(self._dir / "checkpoints", "best", best)
       print(f"{self._dir.name}, step {steps}: {self._settings.metric} {metric:.3f}, best at {best}", file=sys.stderr)
 
-    hosts.first_alone(write)
+    hosts.first_alone(write, "files of a validation")
     return self._found()
 
   def _read(self) -> list[dict]:

@@ -38,14 +38,14 @@ def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False, may
     UserError: the directory belongs to another config, or another process writes there.
   """
   check_owner(c, workdir, may_grow=may_grow)
-  first_alone(lambda: own(workdir, shared=shared))
+  first_alone(lambda: own(workdir, shared=shared), "lock of the work directory")
   path = place(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
   content = {"config": fields, "versions": versions(), "own_code": own_versions(fields)}
-  first_alone(lambda: path.exists() or write_json(path, content))
+  first_alone(lambda: path.exists() or write_json(path, content), "config of the work directory")
   check_owner(c, workdir, may_grow=may_grow)  # Another process may have written it first.
   if may_grow:
-    first_alone(lambda: _rewrite(workdir, fields))
+    first_alone(lambda: _rewrite(workdir, fields), "new config of the work directory")
   return text.write()
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
 from nemocascade.errors import UserError, first_of
+from nemocascade.rollout.exchange import Exchange, alone
 from nemocascade.state_files import absolute, named, on_bucket
 from nemocascade.store import checksums
 from nemocascade.store.kept import NewestAndKept
@@ -74,13 +74,16 @@ def _complete(folder: Path, final: Path) -> None:
   checksums.write(folder)
 
 
+NEWEST = 2  # Checkpoints of a stage that are kept, besides those of kept.json.
+
+
 class Store:
   """The checkpoints of one stage, in DIRECTORY/<step>: the newest `keep`, and those that kept.json names (kept.py).
 
   A `with` block of a store ends when its saves are on disk, however the block ends.
   """
 
-  def __init__(self, directory: str | Path, *, keep: int = 2, stamp: Mapping[str, Any] | None = None):
+  def __init__(self, directory: str | Path, *, keep: int = NEWEST, stamp: Mapping[str, Any] | None = None):
     """
     Args:
       stamp: JSON that is added to the record of every checkpoint that is saved, such as its lineage.
@@ -118,7 +121,7 @@ class Store:
         step,
         args=ocp.args.Composite(
           params=ocp.args.StandardSave(state.params),
-          rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+          rest=ocp.args.StandardSave(_rest(state)),
           record=ocp.args.JsonSave(copy.deepcopy(record) | self._stamp),  # The next steps may change it.
         ),
         force=True,
@@ -184,25 +187,32 @@ class Store:
   def path_of(self, step: int) -> Path:
     return self.directory / str(step)
 
-  def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+  def restore(
+    self, template: TrainState, step: int | None = None, *, exchange: Exchange = alone
+  ) -> tuple[TrainState, dict]:  # fmt: skip
     """Restores (state, record) of a step with the template's shapes, dtypes and shardings.
 
     Without a step it restores the newest readable checkpoint. Damaged newer ones are then renamed to
     damaged-<step> and reported on stderr. Nothing is deleted.
 
+    Args:
+      exchange: by which several processes agree on the step.
+
     Raises:
       UserError: there is no checkpoint, none can be read, or it is of another model or optimizer.
+      OSError: some processes can read a checkpoint, and others cannot.
     """
-    steps = [step] if step is not None else self.steps()[::-1]
+    steps = [step] if step is not None else exchange(self.steps()[::-1], "steps of the checkpoints")[0]
     damaged: dict[int, str] = {}
     for i in steps:
-      try:
-        found = self._restore(template, i)
-      except DAMAGE as error:
-        damaged[i] = _line(error)
+      if why := self._damage(template, i, exchange):
+        damaged[i] = why
         continue
+      found = self._restore(template, i)
       for bad, why in damaged.items():
-        self._set_aside(bad)
+        self._set_aside(bad, exchange)
+        if jax.process_index() > 0:
+          continue
         print(f"checkpoint {self.path_of(bad)} is damaged ({why}): using step {i}", file=sys.stderr)
       return found
     if not damaged:
@@ -212,14 +222,25 @@ class Store:
     remedy = f"restore one of the steps {sorted(other)}" if other else "remove it to start the stage anew"
     raise UserError(f"no checkpoint to restore: {self.path_of(first)} can't be read ({why}); {remedy}")
 
+  def _damage(self, template: TrainState, step: int, exchange: Exchange) -> str:
+    """Why the checkpoint cannot be read, the same in all processes; "" if it can."""
+    path, why = self.path_of(step), ""
+    try:
+      if not path.is_dir():
+        raise FileNotFoundError("not a folder" if path.exists() else "no such checkpoint")
+      checksums.verify(path)
+      for part, wanted in (("params", template.params), ("rest", _rest(template))):
+        _same_shapes(path, part, wanted)
+    except DAMAGE as error:
+      why = _line(error)
+    whys = exchange(why, "state of a checkpoint")
+    if any(whys) and not all(whys):  # A file system that shows the processes different files, for example.
+      bad = next(i for i, said in enumerate(whys) if said)
+      raise OSError(f"checkpoint {path}: process {bad} can't read it ({whys[bad]}), and others can")
+    return whys[0]
+
   def _restore(self, template: TrainState, step: int) -> tuple[TrainState, dict]:
-    path = self.path_of(step)
-    if not path.is_dir():
-      raise FileNotFoundError("not a folder" if path.exists() else "no such checkpoint")
-    checksums.verify(path)
-    rest = {"step": template.step, "opt_state": template.opt_state}
-    for part, wanted in (("params", template.params), ("rest", rest)):
-      _same_shapes(path, part, wanted)
+    rest = _rest(template)
     found = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -231,7 +252,7 @@ class Store:
     state = TrainState(step=found["rest"]["step"], params=found["params"], opt_state=found["rest"]["opt_state"])
     return state, found["record"]
 
-  def _set_aside(self, step: int) -> None:
+  def _set_aside(self, step: int, exchange: Exchange) -> None:
     """Renames a damaged checkpoint so that its step can be saved again."""
     if jax.process_index() == 0:
       target = self.directory / f"damaged-{step}"
@@ -240,8 +261,7 @@ class Store:
           break
         target = self.directory / f"damaged-{step}-{i}"
       self.path_of(step).rename(target)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("set aside")
+    exchange(None, "damaged checkpoints")
     self._manager.reload()
 
 
@@ -301,6 +321,11 @@ def _same_shapes(path: Path, part: str, template) -> None:
   if different:
     what = "model" if part == "params" else "optimizer"
     raise UserError(f"checkpoint {path} is of another {what}: {first_of(different)}")
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  """What is saved besides the parameters and the record."""
+  return {"step": state.step, "opt_state": state.opt_state}
 
 
 def _placed(template):
