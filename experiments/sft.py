@@ -127,8 +127,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       metrics |= conversations.metrics(data, batch.segment_ids_BT[data.own])
       phases.end("update")  # On some devices the dispatch computes.
       dispatched = step, metrics, int((batch.segment_ids_BT[mine] > 0).sum()), phases.take()
-      if pending is not None:
-        tokens += finish(*pending)
+      tokens += finish(*pending) if pending else 0
       pending = dispatched
       if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
         tokens += finish(*pending, to_save=state)

@@ -92,7 +92,7 @@ def test_a_program_is_a_line_and_one_that_does_not_fit_is_said_with_what_to_chan
   monkeypatch.setitem(compile_lib.CHIPS, "v5e", (1e-9, 1))
   c = sft.get_config("smoke")
   c.model.hybrid_override_pattern = "*EM"  # The scan needs temporaries that a rounded number shows.
-  with pytest.raises(UserError, match="sft_step needs .* fewer rows or shorter ones than rows=8"):
+  with pytest.raises(UserError, match="sft_step needs .* more pieces than pieces=1, shorter rows than"):
     compile_lib.run(c, "v5e:2x4", programs="sft_step")
   line = json.loads(capsys.readouterr().out)
   assert line.keys() == FIELDS

@@ -13,6 +13,8 @@ from nemocascade.kernels.routed_matmul import routed_mlp
 from nemocascade.mesh import make_mesh
 from nemocascade.model.expert_parallel import plans, sharded_routed_mlp
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 D, F, E, X = 8, 12, 16, 3
 GRIDS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 # Router behaviour: the chosen experts of each token, all distinct.
@@ -122,8 +124,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 import test_expert_parallel as t
 from nemocascade.mesh import BATCH, make_mesh
-
-pytestmark = pytest.mark.usefixtures("compiled_fast")
 arrays, routers = t.inputs()
 for data, expert in [(1, 8), (2, 4)]:
   mesh = make_mesh(data, expert)

@@ -57,7 +57,9 @@ class NoText:
 
 def parts_of(c: ConfigDict) -> Parts:
   """The parts of a run without domains."""
-  return Parts(Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(**c.mesh)), Text(NoText()), {})
+  # One device of this process, also where there are several processes, each of which then computes alone.
+  of = jax.local_devices()[:1] if c.mesh.data == c.mesh.expert == 1 else None
+  return Parts(Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(**c.mesh, of=of)), Text(NoText()), {})
 
 
 @functools.cache
