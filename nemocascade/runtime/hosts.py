@@ -20,7 +20,7 @@ from nemocascade.runtime import meeting, termination
 from nemocascade.runtime.ending import Ending
 from nemocascade.runtime.link import Link
 
-CONNECT_S, WAIT_S = 60.0, 600.0
+CONNECT_S, WAIT_S = 50.0, 600.0
 NEVER = 30 * 24 * 3600  # Seconds without a heartbeat until JAX aborts all processes. The hub is earlier.
 
 
