@@ -193,13 +193,17 @@ def saved_record(checkpoint: Path) -> dict:
   return json.loads((checkpoint / "record" / "metadata").read_text()) | {"meter": None}
 
 
+def restored(folder: Path) -> dict:
+  """The tree of arrays of a part of a checkpoint, which any devices may have saved."""
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)  # noqa: E731
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(folder, jax.tree.map(place, checkpointer.metadata(folder).item_metadata.tree))
+
+
 def arrays_of(folder: Path) -> dict[str, tuple]:
   """Array name -> (dtype, shape, bytes)."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # Other devices may have saved it.
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)  # noqa: E731
-    template = jax.tree.map(place, checkpointer.metadata(folder).item_metadata.tree)
-    found = jax.tree_util.tree_leaves_with_path(checkpointer.restore(folder, template))
+  found = jax.tree_util.tree_leaves_with_path(restored(folder))
   arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in found}
   return {name: (str(a.dtype), a.shape, a.tobytes()) for name, a in arrays.items()}
 

@@ -24,13 +24,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from chaos import order_flags
+from chaos import order_flags, restored
 from linked import free_address
-from orbax.checkpoint import StandardCheckpointer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/tiny/cascade.py:smoke"
 ORDER = "reward_model,sft,if_rl,multi_domain_rl,rlhf_teacher,mopd,rlhf,long_context_rl,code_rl,swe_rl,swe_agentic_rl"
+SAMPLING_NOTHING = ("sft", "reward_model")
 DEVICES, STEPS = 4, 4
 # Fields of cascade.json that vary by run, and those that `scores` compares.
 OF_PROCESS = ("wall_s", "train_s", "eval_s_after", "compilations", "probe", "checkpoint")
@@ -80,8 +80,10 @@ def run(workdir: Path, count: int, order: str) -> None:
   address, steps = free_address(), []
   for name in order.split(","):
     steps += [f"--config.stages.{name}.steps={STEPS}", f"--config.stages.{name}.save_every={STEPS}"]
+    if name not in SAMPLING_NOTHING:
+      steps.append(f"--config.stages.{name}.samples=1000")
   command = [
-    sys.executable, "-m", "experiments.cascade", f"--config={CONFIG}", f"--workdir={workdir}", "--config.samples=1000",
+    sys.executable, "-m", "experiments.cascade", f"--config={CONFIG}", f"--workdir={workdir}",
     "--config.mesh.data=2", "--config.mesh.expert=2", *order_flags(order), *steps,
   ]  # fmt: skip
   processes = [
@@ -129,8 +131,7 @@ def first_step(stage: Path, lines: list[dict]) -> object:
 def largest_difference(one: Path, other: Path) -> float:
   """The largest difference of a parameter of the last checkpoints, relative to the largest value of its array."""
   last = max(int(p.name) for p in (one / "checkpoints").iterdir() if p.name.isdecimal())
-  with StandardCheckpointer() as checkpointer:
-    a, b = (checkpointer.restore(stage / "checkpoints" / str(last) / "params") for stage in (one, other))
+  a, b = (restored(stage / "checkpoints" / str(last) / "params") for stage in (one, other))
   relative = jax.tree.map(lambda x, y: float(np.abs(np.subtract(x, y)).max() / max(np.abs(x).max(), 1e-30)), a, b)
   return max(jax.tree.leaves(relative))
 
