@@ -44,7 +44,7 @@ STAGES = dict(
 )
 # What an RL stage of the main line may lose on a held-out domain that an earlier one has trained, before it warns. Not
 # published: the report orders its stages so that they lose little (section 4.2).
-TOLERANCE = 0.03
+TOLERANCE, ACTION = 0.03, "warn"
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -56,6 +56,6 @@ def get_config(arg: str = "") -> ConfigDict:
   for name in c.order:
     if c.stages[name].kind == "rl" and name not in c.side_line:
       kept = sorted(trained - set(c.stages[name].mixture))
-      c.stages[name].gates = {domain: dict(tolerance=TOLERANCE, action="warn") for domain in kept}
+      c.stages[name].gates = {domain: dict(tolerance=TOLERANCE, action=ACTION) for domain in kept}
       trained |= set(c.stages[name].mixture)
   return c
