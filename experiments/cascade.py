@@ -1,8 +1,8 @@
 """Runs the whole cascade: the stages in order, with a score of every domain before and after each.
 
   python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny
-  python -m experiments.cascade --config=configs/tiny/cascade.py --dry_run        # What it will compute and save.
-  python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny --show       # What it has done.
+  python -m experiments.cascade --config=configs/tiny/cascade.py --dry_run        # Prints what the run will cost.
+  python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=runs/tiny --show       # Prints what it has done.
 
 Run the same command again to resume: finished stages are skipped, and an interrupted one continues from its last
 checkpoint. A finished stage whose `steps` the config raises continues to them; --from=STAGE trains those anew that were

@@ -42,8 +42,8 @@ STAGES = dict(
   swe_agentless_rl=swe_agentless_rl,
   swe_agentic_rl=swe_agentic_rl,
 )
-# What an RL stage of the main line may lose on a held-out domain that an earlier one has trained, before it warns. Not
-# published: the report orders its stages so that they lose little (section 4.2).
+# An RL stage of the main line warns if it loses more than this on a held-out domain that an earlier stage has trained.
+# The number is ours: the report orders its stages so that they lose little (section 4.2).
 TOLERANCE, ACTION = 0.03, "warn"
 
 

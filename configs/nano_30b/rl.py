@@ -1,4 +1,4 @@
-"""What the RL stages at the published scale share: on-policy GRPO with one update per batch.
+"""The fields that all RL stages share at the published scale: on-policy GRPO with one update per batch.
 
 This file is not a stage itself: each stage file changes these fields. Settings: Cascade 2 report (arXiv
 2603.19220), section 4.1 and tables 8 to 10, which give the same numbers to every stage unless its file says

@@ -16,7 +16,7 @@ def stage(arg: str = "") -> ConfigDict:
     arg,
     steps=45,  # Section 4.8: converges in 40 to 50.
     total_tokens=98_304,  # Section 4.8.
-    prompt_tokens=32_768,  # Of the published total, for five files and the issue. Our choice.
+    prompt_tokens=32_768,  # Our choice: five files and the issue fit in it. The total is published.
   )
 
 

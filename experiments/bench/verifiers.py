@@ -16,7 +16,7 @@ from nemocascade.data.tokenizer import IM_END, THINK_END
 from nemocascade.domains.registry import DOMAINS
 from nemocascade.verifiers.verdict import Completion, Row
 
-THOUGHT_TOKENS = 45_056  # Of an IF-RL completion at its limit, configs/nano_30b.
+THOUGHT_TOKENS = 45_056  # An IF-RL completion of configs/nano_30b has so many at its limit.
 ANSWER_WORDS = 600
 REPEATS = 5  # The best of them counts.
 WORDS = ("the", "river", "crosses", "a", "valley", "where", "old", "mills", "still", "turn")

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections.abc import AsyncIterator, Callable
 
 from nemocascade.errors import LOST, TERMINATED
 from nemocascade.runtime import wire
@@ -23,6 +24,22 @@ PING = 2.0  # Seconds between two signs of life.
 SILENCE = 20.0  # Seconds after which a process counts as lost. Gloo's own time limit is 30 s, and prints less.
 HELD = 5.0  # Seconds that a tick may be late. If it is later, this process itself was stopped.
 ALIKE = 10.0  # Seconds that a bad request waits for the same one in processes that still compute.
+
+
+async def ticks(over: Callable[[], bool]) -> AsyncIterator[tuple[float, bool, bool]]:
+  """Yields (time now, whether this process itself was stopped since the last tick, whether to give a sign of life).
+
+  It yields every TICK seconds until `over` is true.
+  """
+  pinged = 0.0
+  while not over():
+    before = time.monotonic()
+    await asyncio.sleep(TICK)
+    now = time.monotonic()
+    ping = now - pinged >= PING
+    if ping:
+      pinged = now
+    yield now, now - before > TICK + HELD, ping
 
 
 @dataclasses.dataclass
@@ -190,17 +207,11 @@ class Hub:
 
   async def _watch(self) -> None:
     """Looks at the clock until the run is over."""
-    pinged = 0.0
-    while not self._over:
-      before = time.monotonic()
-      await asyncio.sleep(TICK)
-      now = time.monotonic()
-      if now - before > TICK + HELD:  # This process was stopped itself: the others are heard anew.
-        for member in self._members.values():
+    async for now, held, ping in ticks(lambda: self._over):
+      for member in self._members.values():
+        if held:  # The others are heard anew.
           member.heard = now
-      if now - pinged >= PING:
-        pinged = now
-        for member in self._members.values():
+        if ping:
           member.send("ping")
       await self._judge()
 

@@ -17,7 +17,7 @@ from typing import Any
 from nemocascade.errors import LOST
 from nemocascade.runtime import wire
 from nemocascade.runtime.ending import RESUME, Ending, NotAdmitted, end, guarded
-from nemocascade.runtime.hub import HELD, PING, SILENCE, TICK, Hub
+from nemocascade.runtime.hub import PING, SILENCE, TICK, Hub, ticks
 from nemocascade.runtime.meeting import Place
 
 
@@ -201,15 +201,10 @@ class Link:
 
   async def _watch(self) -> None:
     """Gives signs of life, and ends the process if the hub gives none."""
-    pinged = 0.0
-    while not self._over:
-      before = time.monotonic()
-      await asyncio.sleep(TICK)
-      now = time.monotonic()
-      if now - before > TICK + HELD:  # This process was stopped itself: the hub is heard anew.
+    async for now, held, ping in ticks(lambda: self._over):
+      if held:  # The hub is heard anew.
         self._heard = now
-      if now - pinged >= PING:
-        pinged = now
+      if ping:
         self._writer.write(wire.packed("ping"))
       if now - self._heard > SILENCE:
         why = f"has not answered for {SILENCE:g} s (stopped, hung, or unreachable)"
