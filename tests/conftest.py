@@ -5,9 +5,11 @@ at its end.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # Before jax is imported, because it reads the variable then.
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compilations.")
@@ -20,6 +22,22 @@ import pytest  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+MAPS = 20_000  # Memory maps of a worker at which it drops its compiled programs.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+  """Drops compiled programs after a module if there are many, because a program on the CPU holds several memory maps.
+
+  Linux allows a process 65,530 of them (vm.max_map_count), and XLA crashes if it gets no more.
+  """
+  yield
+  maps = Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
