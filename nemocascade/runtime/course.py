@@ -91,7 +91,7 @@ def check_no_circle(c: ConfigDict) -> None:
   def visit(name: str, path: tuple[str, ...]) -> None:
     if name in path:
       circle = " <- ".join((*path[path.index(name) :], name))
-      raise UserError(f"stages.{name}: stages need one another in a circle: {circle}; let one start from another stage")
+      raise UserError(f"stages.{name}: stages need one another in a circle: {circle}; give one another start")
     if name in done or name not in needs:
       return
     for other in needs[name]:

@@ -37,8 +37,8 @@ def take_model(c: ConfigDict) -> None:
 
 
 def _starts(c: ConfigDict) -> list[str]:
-  """What the stages of a config start from, in their order."""
-  return [c.stages[name].init_from for name in c.order] if "stages" in c else [c.init_from]
+  """What the stages of a config start from, in their order; names that are no stages are refused later."""
+  return [c.stages[name].init_from for name in c.order if name in c.stages] if "stages" in c else [c.init_from]
 
 
 def _is_there(name: str) -> bool:
