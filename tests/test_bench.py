@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import convert, gpu, kernels, loader, rl, schedules, verifiers
+from experiments.bench import convert, cores, gpu, kernels, loader, rl, schedules, verifiers
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
+from nemocascade.kernels.routed_matmul_tpu import Tile
 
 SMALL = dict(
   vocab_size=64, hidden_size=32, num_attention_heads=4, head_dim=8, mamba_num_heads=4, mamba_head_dim=8,
@@ -104,6 +105,19 @@ def test_a_schedule_is_that_of_its_busiest_stretch_between_branches(tmp_path):
   use = "== CAPACITY:\nMXU, XLU\n 4 3\n== UTILIZATION:\n" + "".join(f"{n} 0\n" for n in (1, 1, 4, 2, 0, 3))
   (tmp_path / "17-routed_product.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(use)
   assert schedules.read_schedule(tmp_path) == (0.75, 2)
+
+
+def test_the_rows_of_each_core_are_those_counted_by_hand(monkeypatch):
+  """Tiles of 16 rows in parts of 8; experts of 20, 12 and 32 rows: the cut is at row 32, between the last two."""
+  tile = Tile(rows=16, chunk=128, part=8)
+  # Expert 0 has a tile and a part, expert 1 has two parts, of which one is shared, and expert 2 two tiles.
+  for weights in (False, True):
+    assert cores.rows_of_cores([20, 12, 32], tile, weights=weights) == (16 + 8 + 16, 32)
+  assert cores.rows_of_cores([64, 0, 0], tile, weights=True) == (32, 32)
+  monkeypatch.setattr(cores, "choose_tile", lambda *_: tile)
+  monkeypatch.setattr(cores, "of_loads", lambda: [(36, "even", np.array([20, 12, 32]))])
+  (both,), (alone,) = (list(cores.slower_core("up", 7000, number, 1e9)) for number in (2, 1))
+  assert (both["ratio"], alone["ratio"]) == (36 / 40, 36 / 72) and both["case"] == "up_slower_core_36_tokens_even"
 
 
 def test_only_kernels_are_compared_without_running_them():

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul as kernel
 from nemocascade.kernels import routed_matmul_gpu as gpu
-from nemocascade.kernels.groups import group_bounds, group_tiles, tile_visits
+from nemocascade.kernels import routed_matmul_tpu as tpu
+from nemocascade.kernels.groups import group_bounds, group_tiles, in_halves, tile_visits
 from nemocascade.kernels.routed_matmul_blocked import FEWEST, MOST, choose_block
 from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile
 from nemocascade.kernels.routed_mlp_padded import capacity
@@ -114,6 +115,39 @@ def test_every_row_is_visited_once_by_its_own_group():
   ]
   assert seen == list(zip(np.repeat(np.arange(6), sizes), range(53), strict=True))
   assert set(np.asarray(group_V[:count])) == set(range(6))
+
+
+@settings(deadline=None, max_examples=20)
+@given(sizes=st.lists(st.integers(0, 40), min_size=4, max_size=4), before=st.integers(0, 20))
+def test_two_halves_have_every_visit_once_and_equal_rows_but_for_a_tile(sizes, before):
+  N, tile = 200, 8
+  bounds = before + group_bounds(jnp.array(sizes, jnp.int32), N, 4)
+  group_V, tile_V, count = (np.asarray(a) for a in tile_visits(bounds[:-1], bounds[1:], N, tile, empty=True))
+  first_H, last_H = (np.asarray(a) for a in in_halves(jnp.asarray(tile_V), jnp.asarray(count), bounds, N, tile))
+  visits = [list(range(first, last)) for first, last in zip(first_H, last_H, strict=True)]
+  assert sum(visits, []) == list(range(count)) and all(visits)
+  bounds = np.asarray(bounds)
+  low_V, high_V = np.maximum(bounds[group_V], tile_V * tile), np.minimum(bounds[group_V + 1], (tile_V + 1) * tile)
+  rows = [np.maximum(high_V - low_V, 0)[of].sum() for of in visits]
+  assert sum(rows) == sum(sizes) and abs(rows[0] - rows[1]) <= tile
+
+
+def test_a_single_visit_is_in_both_halves():
+  first_H, last_H = in_halves(jnp.zeros(2, jnp.int32), jnp.int32(1), jnp.array([0, 5]), 16, 8)
+  assert first_H.tolist() == [0, 0] and last_H.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_both_cores_of_a_chip_share_the_kernels_for_tpus(weights):
+  """The first dimension of the grid is parallel and has two halves, which XLA gives to the two cores."""
+  of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  bounds = jax.ShapeDtypeStruct((5,), jnp.int32)
+  if weights:
+    traced = functools.partial(tpu.weight_product, dtype=jnp.bfloat16), of(4096, 256), of(4096, 200), bounds
+  else:
+    traced = tpu.product, of(4096, 256), of(4, 256, 200), bounds
+  text = str(jax.make_jaxpr(traced[0])(*traced[1:]))
+  assert "dimension_semantics=('parallel', 'parallel', 'arbitrary')" in text and "grid=(2, 1, " in text
 
 
 def test_every_row_is_in_one_tile_of_its_own_group():

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu import megablox
 from jax.sharding import SingleDeviceSharding
 
+from experiments.bench.cores import slower_core
 from experiments.bench.kernels import TOKENS, D, E, F, X
 from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul_tpu as tpu
@@ -31,6 +32,7 @@ PEER_TILE = (512, 896, 640)  # (rows, summed, columns). F is padded to 1920 for 
 # v5p, from its published 459 TFLOP/s and 2,765 GB/s: two cores, each with four 128 x 128 matrix units.
 # CLOCK in Hz, BANDWIDTH in bytes/s.
 CLOCK, CORES, BANDWIDTH = 1.75e9, 2, 2.765e12
+KERNELS = "routed_product|routed_weight_product|gmm"  # In the names of the dump's files.
 
 
 def cases() -> Iterator[dict]:
@@ -43,13 +45,15 @@ def cases() -> Iterator[dict]:
   ours = {name: _schedule(name) for name in PRODUCTS}
   for name, peer in itertools.product(PRODUCTS, peers):
     line = dict(peer_name=f"{peer}, forward of up")
-    slots, bundles = zip(ours[name], peers[peer], strict=True)
+    slots, bundles, _ = zip(ours[name], peers[peer], strict=True)
     yield line | dict(
       case=f"{name}_slots", ours=slots[0], peer=slots[1], unit="share of matmul slots", ratio=slots[0] / slots[1]
     )
     yield line | dict(
       case=f"{name}_bundles", ours=bundles[0], peer=bundles[1], unit="bundles/GFLOP", ratio=bundles[1] / bundles[0]
     )
+  for name, (_, bundles, cores) in ours.items():
+    yield from slower_core(name, bundles, cores, CLOCK)
   fused = (ours["up_relu2"][1] + ours["down_weighed"][1]) / 2
   for tokens in TOKENS:
     for what, count, theirs in (
@@ -104,17 +108,19 @@ def bound(T: int, bundles: float, moved: int) -> float:
 def mlp_bytes(T: int) -> int:
   """HBM bytes of our routed MLP's forward on T tokens: each array's bf16 size times the passes over it."""
   N = T * X
-  up, down = N * (D + F) + E * D * F, N * (F + D) + E * D * F
+  up, down = N * (D + F) + (E + 1) * D * F, N * (F + D) + (E + 1) * D * F  # Both halves may read one expert.
   weights = N * 512 // 2  # An fp32 column is padded to 128 lanes.
   return 2 * (_gather(N) + up + down + weights + _combine(T))
 
 
 def mlp_backward_bytes(T: int) -> int:
   """HBM bytes of its backward. x is gathered again; of the arrays of width F only the activation is saved."""
-  N, experts = T * X, E * D * F
-  da, dx = N * (D + F) + experts, N * (F + D) + experts
+  N, expert = T * X, D * F
+  da, dx = N * (D + F) + (E + 1) * expert, N * (F + D) + (E + 1) * expert
   between = 2 * N * F + 2 * N * F  # Reads the activation and da; writes dh and the weighted activation.
-  return 2 * (2 * _gather(N) + da + between + 2 * (N * (D + F) + experts) + dx + _combine(T))
+  # The expert that both halves share is written by each, in fp32 too; its fp32 sums are read and it is written.
+  dw = N * (D + F) + (E + 2) * expert + 2 * 2 * 2 * expert
+  return 2 * (2 * _gather(N) + da + between + 2 * dw + dx + _combine(T))
 
 
 def _gather(N: int) -> int:
@@ -230,11 +236,17 @@ def _stretch_flops(name: str) -> float:
   return 2 * tile.rows * inner * tile.chunk * outer / (-(-outer // tile.chunk) * tile.chunk)
 
 
-def _schedule(name: str) -> tuple[float, float]:
-  """(share of matmul slots used, bundles per 1e9 useful operations) of a program."""
+def _schedule(name: str) -> tuple[float, float, int]:
+  """(share of matmul slots used, bundles per 1e9 useful operations, cores that run it) of a program."""
   with _dump(name) as place:
     slots, bundles = read_schedule(place)
-    return slots, bundles / _stretch_flops(name) * 1e9
+    return slots, bundles / _stretch_flops(name) * 1e9, cores_of(place)
+
+
+def cores_of(place: Path, kernel: str = KERNELS) -> int:
+  """The cores that run a kernel: its body is in a "PrimaryCoreRegion" where the second core idles."""
+  texts = [p.read_text() for p in place.glob("*original*") if re.search(kernel, p.name)]
+  return 1 if any("PrimaryCoreRegion" in text for text in texts) else CORES
 
 
 @contextlib.contextmanager
@@ -266,7 +278,7 @@ def read_schedule(place: Path) -> tuple[float, int]:
   Returns:
     (share of matmul slots used, bundles) of the branch-free stretch with the most matrix operations.
   """
-  busy, bundles = max(_stretches(place, "routed_product|routed_weight_product|gmm"))
+  busy, bundles = max(_stretches(place, KERNELS))
   return busy / bundles, bundles
 
 

@@ -63,6 +63,24 @@ def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
   return group_V, jnp.clip(first_G[group_V] + turn_V, 0, tiles - 1), count
 
 
+def in_halves(tile_V, count, bounds, N: int, tile: int):
+  """Cuts the visits of `tile_visits` into two halves with about equally many of the experts' rows.
+
+  The cut is between two tiles, unless one half would be empty. Where there is a single visit, both halves have it.
+
+  Args:
+    tile_V, count: of `tile_visits`, with at least two tiles.
+    bounds: int32 [E + 1], the row range of each expert.
+
+  Returns:
+    (first_H, last_H), int32 [2]: half h has the visits first[h] .. last[h].
+  """
+  cut = jnp.clip((bounds[0] + bounds[-1] + tile) // (2 * tile), 1, -(-N // tile) - 1)
+  before = jnp.sum((tile_V < cut) & (jnp.arange(tile_V.shape[0]) < count), dtype=jnp.int32)
+  before = jnp.clip(before, 1, jnp.maximum(count - 1, 1))
+  return jnp.stack([jnp.zeros_like(count), jnp.minimum(before, count - 1)]), jnp.stack([before, count])
+
+
 def group_tiles(start_G, end_G, N: int, tile: int):
   """Cuts each group's rows into tiles, from the group's first row on; ordered by row.
 

@@ -1,4 +1,8 @@
-"""The routed matmul for TPUs, in Pallas: the product and its transposes."""
+"""The routed matmul for TPUs, in Pallas: the product and its transposes.
+
+v4 and v5p chips have two cores, which share a grid only along parallel dimensions longer than 1. The first grid
+dimension is therefore two halves of the rows. Both halves multiply one expert where the cut is within its rows.
+"""
 
 import dataclasses
 import functools
@@ -9,11 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nemocascade.errors import UserError
-from nemocascade.kernels.groups import tile_visits, with_strangers
+from nemocascade.kernels.groups import in_halves, tile_visits, with_strangers
 from nemocascade.kernels.pallas_product import VMEM, as_it_is, like
 from nemocascade.kernels.product import precision
 
 LANES = 128
+# The grid is (halves of the rows, blocks of columns, visits).
+HALVES = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +75,26 @@ def _in_chunks(total: int, chunk: int, body):
   jax.lax.fori_loop(0, total // chunk, step, 0)
 
 
-def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *rest, tile, finish, transpose):
+def halves(tile_V, count, bounds, N: int, tile: Tile):
+  """(first_H, last_H) of `in_halves`, or one part with all visits where there is one tile."""
+  if N <= tile.rows:
+    return jnp.zeros(1, jnp.int32), count[None]
+  return in_halves(tile_V, count, bounds, N, tile.rows)
+
+
+def _visit(h, i, first_H, last_H):
+  """The i-th visit of half h; the last one again after the half's end, so that nothing more is loaded."""
+  return jnp.minimum(first_H[h] + i, last_H[h] - 1)
+
+
+def _product_kernel(
+  group_V, tile_V, source_V, start_G, end_G, first_H, last_H, x_ref, w_ref, *rest, tile, finish, transpose
+):
   """One tile of rows times one expert; `rest`: the extra inputs of `finish`, then the output."""
   del source_V  # Only the block specs read it.
   extras, y_ref = rest[:-1], rest[-1]
-  v, E = pl.program_id(1), start_G.shape[0] - 2
+  h, i, E = pl.program_id(0), pl.program_id(2), start_G.shape[0] - 2
+  v, used = _visit(h, i, first_H, last_H), first_H[h] + i < last_H[h]
   g = group_V[v]
   base = tile_V[v] * tile.rows
   first, last = start_G[g] - base, end_G[g] - base  # Relative to the tile.
@@ -97,14 +118,14 @@ def _product_kernel(group_V, tile_V, source_V, start_G, end_G, x_ref, w_ref, *re
     old = y_ref[rows, cut].astype(jnp.float32)
     y_ref[rows, cut] = jnp.where((place >= first) & (place < last), y, old).astype(y_ref.dtype)
 
-  @pl.when(inside & whole)
+  @pl.when(used & inside & whole)
   def _():
     def chunk(column):
       y_ref[:, pl.ds(column, tile.chunk)] = product(slice(None), column).astype(y_ref.dtype)
 
     _in_chunks(columns, tile.chunk, chunk)
 
-  @pl.when(~whole | ~inside)
+  @pl.when(used & (~whole | ~inside))
   def _():
     def part(row):
       rows = pl.ds(row, tile.part)
@@ -156,37 +177,53 @@ def product(x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finis
   # Unassigned rows are not fetched: their visits name the nearest tile with assigned rows.
   low, high = bounds[0] // tile.rows, jnp.maximum(bounds[-1] - 1, bounds[0]) // tile.rows
   source_V = jnp.clip(jnp.clip(tile_V, low, high), 0, -(-N // tile.rows) - 1)
-  expert = lambda g: jnp.clip(g - 1, 0, E - 1)
-  row = lambda width: pl.BlockSpec((tile.rows, width), lambda f, v, g, t, s, *_: (s[v], 0))
+  first_H, last_H = halves(tile_V, count, bounds, N, tile)
+
+  def spec(shape, place):
+    """A block spec whose index is place(expert, tile of rows to read, tile to write, block of columns)."""
+
+    def index(h, f, i, g, t, s, start_G, end_G, *halves):
+      v = _visit(h, i, *halves)
+      return place(jnp.clip(g[v] - 1, 0, E - 1), s[v], t[v], f)
+
+    return pl.BlockSpec(shape, index)
+
+  row = lambda width: spec((tile.rows, width), lambda e, source, target, f: (source, 0))
   if transpose:
-    w_spec = pl.BlockSpec((None, columns, D), lambda f, v, g, *_: (expert(g[v]), f, 0))
+    w_spec = spec((None, columns, D), lambda e, source, target, f: (e, f, 0))
   else:
-    w_spec = pl.BlockSpec((None, D, columns), lambda f, v, g, *_: (expert(g[v]), 0, f))
+    w_spec = spec((None, D, columns), lambda e, source, target, f: (e, 0, f))
   return pl.pallas_call(
     functools.partial(_product_kernel, tile=tile, finish=finish, transpose=transpose),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5,
-      grid=(-(-F // columns), count),
+      num_scalar_prefetch=7,
+      grid=(first_H.shape[0], -(-F // columns), jnp.max(last_H - first_H)),
       in_specs=[row(D), w_spec, *(row(1) for _ in extras)],
-      out_specs=pl.BlockSpec((tile.rows, columns), lambda f, v, g, t, *_: (t[v], f)),
+      out_specs=spec((tile.rows, columns), lambda e, source, target, f: (target, f)),
     ),
     out_shape=like(x_ND, (N, F), x_ND.dtype),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+    compiler_params=HALVES,
     cost_estimate=pl.CostEstimate(flops=2 * N * D * F, bytes_accessed=size * (N * (D + F) + w.size), transcendentals=0),
     interpret=interpret,
     name="routed_product",
-  )(group_V, tile_V, source_V, start_G, end_G, x_ND, w, *extras)
+  )(group_V, tile_V, source_V, start_G, end_G, first_H, last_H, x_ND, w, *extras)
 
 
-def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref, sum_ref, *, tile):
-  """Adds one tile of rows to its expert's gradient, which is written when the expert changes."""
-  v = pl.program_id(2)
+def _weight_kernel(
+  group_V, tile_V, start_E, end_E, first_H, last_H, shared, x_ref, dy_ref, dw_ref, part_ref, sum_ref, *, tile
+):
+  """Adds one tile of rows to its expert's gradient, which is written when the expert changes.
+
+  The fp32 sums of the expert that both halves have are also written to `part_ref`.
+  """
+  h, f, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+  v, used = _visit(h, i, first_H, last_H), first_H[h] + i < last_H[h]
   e = group_V[v]
   base = tile_V[v] * tile.rows
   first, last = start_E[e] - base, end_E[e] - base
   whole = (first <= 0) & (last >= tile.rows)
-  begins = (v == 0) | (group_V[jnp.maximum(v - 1, 0)] != e)
-  ends = (v == count[0] - 1) | (group_V[jnp.minimum(v + 1, count[0] - 1)] != e)
+  begins = used & ((i == 0) | (group_V[jnp.maximum(v - 1, 0)] != e))
+  ends = used & ((v == last_H[h] - 1) | (group_V[jnp.minimum(v + 1, last_H[h] - 1)] != e))
 
   def add(column, rows, masked):
     x, dy = x_ref[rows, pl.ds(column, tile.chunk)], dy_ref[rows, :]
@@ -204,11 +241,11 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
 
     _in_chunks(sum_ref.shape[0], tile.chunk, zero)
 
-  @pl.when(whole)
+  @pl.when(used & whole)
   def _():
     _in_chunks(sum_ref.shape[0], tile.chunk, lambda column: add(column, slice(None), None))
 
-  @pl.when(~whole & (last > first))
+  @pl.when(used & ~whole & (last > first))
   def _():
     def part(row):
       def masked(shape):
@@ -229,6 +266,10 @@ def _weight_kernel(group_V, tile_V, start_E, end_E, count, x_ref, dy_ref, dw_ref
       dw_ref[cut, :] = sum_ref[cut, :].astype(dw_ref.dtype)
 
     _in_chunks(sum_ref.shape[0], tile.chunk, write)
+
+  @pl.when(ends & (e == shared[0]))
+  def _():
+    pltpu.sync_copy(sum_ref, part_ref.at[h, f])
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "dtype", "interpret"))
@@ -252,25 +293,44 @@ def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, inte
   columns = _columns(F, wide, fits)
   start_E, end_E = bounds[:-1], bounds[1:]
   group_V, tile_V, count = tile_visits(start_E, end_E, N, tile.rows, empty=True)
-  return pl.pallas_call(
+  first_H, last_H = halves(tile_V, count, bounds, N, tile)
+  # The expert that both halves have; E if there is none.
+  shared = jnp.where(
+    (last_H[0] == first_H[-1]) & (group_V[last_H[0] - 1] == group_V[first_H[-1]]), group_V[first_H[-1]], E
+  )
+  parts, blocks = first_H.shape[0], -(-F // columns)
+
+  def spec(shape, place):
+    """A block spec whose index is place(expert, tile of rows, block of columns)."""
+
+    def index(h, f, i, g, t, start_E, end_E, first_H, last_H, shared):
+      v = _visit(h, i, first_H, last_H)
+      return place(g[v], t[v], f)
+
+    return pl.BlockSpec(shape, index)
+
+  dw_EDF, part = pl.pallas_call(
     functools.partial(_weight_kernel, tile=tile),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5,
-      grid=(1, -(-F // columns), count),
+      num_scalar_prefetch=7,
+      grid=(parts, blocks, jnp.max(last_H - first_H)),
       in_specs=[
-        pl.BlockSpec((tile.rows, deep), lambda d, f, v, g, t, *_: (t[v], d)),
-        pl.BlockSpec((tile.rows, columns), lambda d, f, v, g, t, *_: (t[v], f)),
+        spec((tile.rows, deep), lambda e, t, f: (t, 0)),
+        spec((tile.rows, columns), lambda e, t, f: (t, f)),
       ],
-      out_specs=pl.BlockSpec((None, deep, columns), lambda d, f, v, g, *_: (g[v], d, f)),
+      out_specs=[spec((None, deep, columns), lambda e, t, f: (e, 0, f)), pl.BlockSpec(memory_space=pl.ANY)],
       scratch_shapes=[pltpu.VMEM((deep, columns), jnp.float32)],
     ),
-    out_shape=like(x_ND, (E, D, F), dtype),
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
-    ),
+    out_shape=[like(x_ND, (E, D, F), dtype), like(x_ND, (parts, blocks, deep, columns), jnp.float32)],
+    compiler_params=HALVES,
     cost_estimate=pl.CostEstimate(
       flops=2 * N * D * F, bytes_accessed=size * N * (D + F) + out * E * D * F, transcendentals=0
     ),
     interpret=interpret,
     name="routed_weight_product",
-  )(group_V, tile_V, start_E, end_E, count[None], x_ND, dy_NF)
+  )(group_V, tile_V, start_E, end_E, first_H, last_H, shared[None], x_ND, dy_NF)
+  # Both cores have written the shared expert, in any order.
+  sum_DF = jnp.swapaxes(jnp.sum(part, axis=0), 0, 1).reshape(deep, blocks * columns)[:D, :F]
+  place = jnp.minimum(shared, E - 1)
+  e_DF = jnp.where(shared < E, sum_DF.astype(dtype), dw_EDF[place])
+  return jax.lax.dynamic_update_index_in_dim(dw_EDF, e_DF, place, 0)
