@@ -23,6 +23,13 @@ def positions(segment_ids_BT: jax.Array) -> jax.Array:
   return place_BT - jax.lax.cummax(start_BT, axis=1)
 
 
+def counted_before(mask_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+  """int32 [B, T]: how many true entries of the mask come before each token in its document."""
+  before_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - mask_BT
+  start_BT = jnp.where(segment_starts(segment_ids_BT), before_BT, 0)
+  return before_BT - jax.lax.cummax(start_BT, axis=1)
+
+
 def document_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
   """At each token, the mean of x over the tokens of its document where mask is true; 0 if there are none.
 

@@ -51,6 +51,10 @@ class Routing(struct.PyTreeNode):
   load_LE: jax.Array  # fp32; number of real tokens sent to each expert.
   dropped_L: jax.Array  # fp32; choices, padding's included, that no expert worked on: 0 if all is well.
   loss: jax.Array | None = None  # fp32; balance loss summed over blocks and real tokens, if computed.
+  # fp32; choices of real tokens that the sampler recorded, and those of them that this router makes too. None if
+  # no record was given.
+  recorded_L: jax.Array | None = None
+  agreed_L: jax.Array | None = None
 
 
 class Scores(struct.PyTreeNode):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nemocascade.segments import document_mean, masked_mean
-from nemocascade.step import loss
+from nemocascade.step import loss, mismatch
 from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.rows import Rows
 from nemocascade.step.sft import real_tokens, sum_over_parts
@@ -56,8 +56,8 @@ class PolicyLoss:
       scale: factor of the balance loss.
 
     Returns:
-      (((total, tokens, sums, Routing), gradient of the parameters, gradient of the prefix), the largest sampler
-      gap)
+      (((total, sums, mismatch.sums, Routing), gradient of the parameters, gradient of the prefix), the largest
+      sampler gap and the largest of its absolute values)
     """
     prefix, length_Q = after or (None, None)
     # The prefix is fp32 here, so that its gradient is summed over the pieces in fp32.
@@ -70,13 +70,13 @@ class PolicyLoss:
       loss_BT, gap_BT, sums = self._terms(scores, rows)
       total = jnp.sum(jnp.where(mask_BT, rows["weights"] * loss_BT, 0.0), dtype=jnp.float32)
       sums = {name: jnp.sum(value_BT, dtype=jnp.float32) for name, value_BT in sums.items()}
-      tokens = jnp.sum(mask_BT, dtype=jnp.float32)
+      off = mismatch.sums(gap_BT, mask_BT, rows["segment_ids"])
       balanced = total + self.balance.loss(scores.routing, scale)
-      return balanced, (total, tokens, sums, scores.routing, jnp.max(gap_BT))
+      return balanced, (total, sums, off, scores.routing, (jnp.max(gap_BT), jnp.max(jnp.abs(gap_BT))))
 
     grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    (_, (*sums, gap_max)), grads = grad_fn(params, prefix_32)
-    return (sums, *grads), gap_max
+    (_, (*sums, largest)), grads = grad_fn(params, prefix_32)
+    return (sums, *grads), largest
 
   def _scores(self, params: Params, after, rows: Rows, heads_ZDV, temperature) -> Scores:
     def distance(x_BTD, head_DV, wanted_BT):
@@ -102,8 +102,6 @@ class PolicyLoss:
     loss_BT = -gain_BT
     sums = {
       "policy/entropy": jnp.where(mask_BT, scores.entropy_BT, 0.0),
-      "policy/sampler_kl": -gap_BT,
-      "policy/sampler_error": jnp.abs(gap_BT),
       "policy/ratio_masked": mask_BT & (ratios_BT == 0),
       "policy/clipped": mask_BT & clipped_BT,
       "advantage/mean": rows["advantages"],
@@ -157,18 +155,19 @@ def policy_gradient_step(
   ) -> tuple[TrainState, Metrics]:  # fmt: skip
     part = lambda after, rows, scale: policy_loss.gradients(state.params, after, rows, scale, heads_ZDV, temperature)
     take_in = None if prompts is None else functools.partial(_take_in, _given(take_in_fn), state.params, prompts)
-    (total, tokens, sums, routing), grads, gap_max, real = _sum_gradients(part, rows, count, accumulate, take_in)
+    (total, sums, off, routing), grads, largest, real = _sum_gradients(part, rows, count, accumulate, take_in)
+    gap_max, error_max = map(jnp.max, largest)
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     move = lambda params: policy_loss.balance.move(params, routing, add_to_bias)
     state, metrics = apply_gradients(state, tx, grads, mean := total / count, move)
-    metrics |= {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
+    metrics |= {name: value / jnp.maximum(off["tokens"], 1.0) for name, value in sums.items()}
     metrics |= {
       "loss/policy": mean,
-      "policy/ratio_max": loss.bounded_exp(jnp.max(gap_max)),
-      "tokens/learned": tokens,
+      "policy/ratio_max": loss.bounded_exp(gap_max),
+      "tokens/learned": off["tokens"],
     }
-    return state, metrics | routing_metrics(routing, real)
+    return state, metrics | mismatch.metrics(off, error_max, routing) | routing_metrics(routing, real)
 
   return step
 
@@ -181,7 +180,8 @@ def _sum_gradients(part: Callable, rows: Rows, count: jax.Array, accumulate: int
     take_in: () -> the result of `_take_in`; None without shared prompts.
 
   Returns:
-    ((total, tokens, sums, Routing), gradient of the parameters, largest sampler gap of each piece, real tokens)
+    ((total, sums, mismatch.sums, Routing), gradient of the parameters, largest sampler gap and error of each piece,
+    real tokens)
   """
   taught_B1 = jnp.any(rows["mask"], axis=1, keepdims=True)
   rows = rows | {"segment_ids": jnp.where(taught_B1, rows["segment_ids"], 0)}
@@ -190,13 +190,13 @@ def _sum_gradients(part: Callable, rows: Rows, count: jax.Array, accumulate: int
     after, pull, of_prompts = take_in()
     real += jnp.sum(after[1], dtype=jnp.float32)
   scale = count / jnp.maximum(real, 1.0)
-  ((*sums, routing), grads, dprefix), gap_max = sum_over_parts(
+  ((*sums, routing), grads, dprefix), largest = sum_over_parts(
     lambda rows: part(after, rows, scale), rows, accumulate, worth=lambda rows: jnp.any(rows["mask"])
   )
   if take_in is not None:
     grads = jax.tree.map(jnp.add, grads, pull(dprefix))
     routing = jax.tree.map(jnp.add, routing, of_prompts)
-  return (*sums, routing), grads, gap_max, real
+  return (*sums, routing), grads, largest, real
 
 
 def rollout_metrics(r: Rollout) -> Metrics:
