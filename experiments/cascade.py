@@ -27,7 +27,7 @@ from nemocascade.fields import flag, text
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.report.tree import tree
-from nemocascade.runtime import course, domains, gates, lineage, loading, objective, parts, plan, termination
+from nemocascade.runtime import course, domains, finished, gates, lineage, loading, objective, parts, plan, termination
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.course import Choice, flat, inside
 from nemocascade.runtime.heldout import Heldout, draw_heldout
@@ -120,7 +120,11 @@ def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", 
   check(c)
   watching = Watching.of(wandb, trace)
   check_owner(c, workdir, may_grow=True)
-  anew = lineage.check_choice(c, course.open_record(workdir), choice)
+  record = course.open_record(workdir)
+  anew = lineage.check_choice(c, record, choice)
+  if finished.cascade(c, record, choice, anew):
+    say(f"all stages were done before: {workdir / 'report' / 'index.html'}")
+    return record
   p = parts.build(c, workdir)
   check_programs(c, p)
   heldout = draw_heldout(c, p.domains, p.text.tokenizer)

@@ -1,4 +1,4 @@
-"""Chat with a checkpoint in the terminal. Answers are streamed, thoughts are dimmed.
+"""Chat with a checkpoint in the terminal. Answers are streamed; thoughts have a bar at their left and are dim.
 
   python -m experiments.chat --checkpoint=runs/tiny/sft/checkpoints/700
   python -m experiments.chat --checkpoint=hf:DIR --thinking --tools=python
@@ -34,6 +34,7 @@ HELP = """\
 /reset      forget the conversation
 /help       this
 Ctrl-C stops an answer, Ctrl-D leaves."""
+THOUGHT = "\u2502 "  # A bar down the left side of thoughts.
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -193,8 +194,11 @@ class Terminal:
     return results
 
   def _show(self, delta: Delta) -> None:
-    self._write(delta.reasoning, dim=True)
-    self._in_thoughts |= bool(delta.reasoning)
+    if delta.reasoning:
+      # Each line of thoughts has a mark, because terminals and copied text may not show what is dim.
+      begin = "" if self._in_thoughts else THOUGHT
+      self._write(begin + delta.reasoning.replace("\n", f"\n{THOUGHT}"), dim=True)
+      self._in_thoughts = True
     if delta.content and self._in_thoughts:
       self._write("\n", dim=True)
       self._in_thoughts = False
@@ -252,7 +256,7 @@ if __name__ == "__main__":
   launch(
     run,
     config=False,
-    checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
+    checkpoint=(text("STAGE/checkpoints/STEP, STAGE/latest, a converted checkpoint, or hf:DIR."), ""),
     thinking=(flag("Whether the assistant thinks before it answers."), False),
     temperature=(TEMPERATURE, 1.0),
     top_p=(TOP_P, 0.95),

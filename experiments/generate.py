@@ -12,6 +12,7 @@ no tokenizer).
 devices of several processes; the first one writes the output.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,7 @@ def run(
   checkpoint: str, input: str, output: str, temperature: float, top_p: float, max_new_tokens: int,
   seed: int, thinking: bool, mesh: str = "data:1",
 ) -> None:  # fmt: skip
+  began = time.perf_counter()
   first_alone(lambda: rows_lib.check_output(output), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
@@ -51,7 +53,7 @@ def run(
     programs, tokenizer, params, prompts, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
   )
   lines = [row | completion for (_, row), completion in zip(rows, completions, strict=True)]
-  first_alone(lambda: rows_lib.write_rows(output, lines), "output")
+  first_alone(lambda: rows_lib.write_rows(output, lines, began), "output")
 
 
 def generate(
@@ -128,7 +130,7 @@ if __name__ == "__main__":
     run,
     config=False,
     several=True,
-    checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
+    checkpoint=(text("STAGE/checkpoints/STEP, STAGE/latest, a converted checkpoint, or hf:DIR."), ""),
     input=(text("Prompts, JSON lines."), ""),
     output=(text("Completions, JSON lines."), ""),
     temperature=(TEMPERATURE, 1.0),

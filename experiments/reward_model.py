@@ -18,7 +18,7 @@ from nemocascade.errors import UserError
 from nemocascade.field_check import check as check_fields
 from nemocascade.model.reward import init_reward_params
 from nemocascade.report.metrics import Phases, progress
-from nemocascade.runtime import loading, parts
+from nemocascade.runtime import finished, loading, parts
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.meter import BETWEEN, Meter
 from nemocascade.runtime.outcome import Outcome, Spent, announce
@@ -124,6 +124,8 @@ def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None
   check(c)
   watching = Watching.of(wandb, trace)
   check_owner(c, workdir)
+  if finished.stage(c, workdir / "reward_model"):
+    return
   p = parts.build(c, workdir, own_tokenizer(c, workdir / "reward_model", c.init_from), domains=())
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)
   program(c, p.programs)

@@ -20,7 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
-from nemocascade.runtime import hosts, parts, signals, validation
+from nemocascade.runtime import finished, hosts, parts, signals, validation
 from nemocascade.runtime.checks import check_rl as check
 from nemocascade.runtime.checks import judged
 from nemocascade.runtime.heldout import Heldout, draw_heldout
@@ -116,6 +116,8 @@ def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None
   if (why := judged(c, c)) and not c.judge:
     raise UserError(f"judge='' under {why}: give --config.judge=CKPT, a checkpoint of experiments.reward_model")
   check_owner(c, workdir)
+  if finished.stage(c, workdir / "rl"):
+    return
   teachers = find(c)
   asked = {name for name, share in c.mixture.items() if share} | set(c.teachers)
   p = parts.build(c, workdir, own_tokenizer(c, workdir / "rl", c.init_from), domains=asked)

@@ -11,6 +11,7 @@ messages get their "tokens" too.
 devices of several processes; the first one writes the output.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -29,13 +30,14 @@ TOKENS = 1 << 14  # Tokens of a batch, padding included.
 
 
 def run(checkpoint: str, input: str, output: str, mesh: str = "data:1") -> None:
+  began = time.perf_counter()
   first_alone(lambda: rows_lib.check_output(output), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   documents = rows_lib.tokens_of(rows, tokenizer, path=input, vocab_size=programs.config.vocab_size)
   scored = zip(rows, documents, score(programs, params, documents), strict=True)
   lines = [row | {"tokens": tokens, "logprobs": logprobs} for (_, row), tokens, logprobs in scored]
-  first_alone(lambda: rows_lib.write_rows(output, lines), "output")
+  first_alone(lambda: rows_lib.write_rows(output, lines, began), "output")
 
 
 def score(programs: Programs, params: Params, documents: Sequence[Sequence[int]]) -> list[list[float | None]]:
@@ -62,7 +64,7 @@ if __name__ == "__main__":
     run,
     config=False,
     several=True,
-    checkpoint=(text("A checkpoint directory, or hf:DIR."), ""),
+    checkpoint=(text("STAGE/checkpoints/STEP, STAGE/latest, a converted checkpoint, or hf:DIR."), ""),
     input=(text("Rows, JSON lines."), ""),
     output=(text("Rows with their log-probabilities, JSON lines."), ""),
     mesh=(MESH, "data:1"),

@@ -23,7 +23,7 @@ from nemocascade.field_check import check as check_fields
 from nemocascade.mesh import own_rows, owners
 from nemocascade.model.sequence_parallel import check_rows
 from nemocascade.report.metrics import Phases, progress
-from nemocascade.runtime import conversations, hosts, parts, validation
+from nemocascade.runtime import conversations, finished, hosts, parts, validation
 from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.logbook import Watch
@@ -149,6 +149,8 @@ def main(c: ConfigDict, workdir: Path, wandb: str = "", trace: str = "") -> None
   check(c)
   watching = Watching.of(wandb, trace)
   check_owner(c, workdir)
+  if finished.stage(c, workdir / "sft"):
+    return
   scored = None if validation.settings(c).every else ()  # Domains that are built: all, or none.
   p = parts.build(c, workdir, own_tokenizer(c, workdir / "sft", c.init_from), domains=scored)
   check_start("init_from", c.init_from, p.text.tokenizer, p.programs.template)

@@ -73,7 +73,8 @@ def test_report_is_complete(finished):
 def test_a_finished_cascade_does_nothing_when_run_again(finished):
   workdir, _ = finished
   before = (workdir / "cascade.json").read_text()
-  assert command(workdir).returncode == 0
+  done = command(workdir)
+  assert done.returncode == 0 and "all stages were done before" in done.stdout
   assert (workdir / "cascade.json").read_text() == before
 
 

@@ -68,11 +68,12 @@ LONG = [int(i) for i in np.random.default_rng(0).integers(18, 600, 70)]
 PROMPTS = [LONG[:n] for n in (3, 5, 9)]
 
 
-def test_score_is_the_forward_pass_of_each_row_alone(checkpoint, logits, tmp_path):
+def test_score_is_the_forward_pass_of_each_row_alone(checkpoint, logits, tmp_path, capsys):
   lines = [{"tokens": LONG, "id": 7}, {"messages": TALK}, {"tokens": [5]}, {"tokens": LONG[:33]}]
   out = str(tmp_path / "new" / "out.jsonl")
-  score.run(checkpoint, write(tmp_path / "in.jsonl", [*lines, "\n"]), out)
+  score.run(str(Path(checkpoint).parent.parent / "latest"), write(tmp_path / "in.jsonl", [*lines, "\n"]), out)
   scored = read(out)
+  assert f"{out}: 4 rows, {sum(len(row['tokens']) for row in scored)} tokens in " in capsys.readouterr().out
   talk = chat.tokenize(chat.render(TALK), TOKENIZER)[0]
   assert [row.get("id") for row in scored] == [7, None, None, None]
   assert [row["tokens"] for row in scored] == [LONG, talk, [5], LONG[:33]]
@@ -207,11 +208,12 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(command, flags, complain
 def test_generate_from_the_command_line(checkpoint, tmp_path):
   path, out = write(tmp_path / "in.jsonl", [{"messages": TALK[:1], "id": 1}]), tmp_path / "out.jsonl"
   done = subprocess.run(
-    [sys.executable, "-m", "experiments.generate", f"--checkpoint={checkpoint}", f"--input={path}",
+    [sys.executable, "-m", "experiments.generate", f"--checkpoint={Path(checkpoint).parent}/latest", f"--input={path}",
      f"--output={out}", "--temperature=0", "--top_p=0.9", "--max_new_tokens=4", "--thinking=false", "--seed=1"],
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   (row,) = read(out)
+  assert f"{out}: 1 row, {len(row['tokens'])} tokens in " in done.stdout
   assert set(row) == {"messages", "id", "tokens", "logprobs", "text", "finish_reason"}
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

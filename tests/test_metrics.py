@@ -126,6 +126,29 @@ def test_a_terminal_gets_a_bar_with_time_left_and_speed():
   assert "tokens/s=" in out.getvalue() and "2/4" in out.getvalue()
 
 
+def test_times_and_speeds_of_a_bar_leave_out_compilation(monkeypatch):
+  clock, compiled, out = [100.0], [7.0], io.StringIO()
+  monkeypatch.setattr(metrics.time, "time", lambda: clock[0])
+  monkeypatch.setattr(metrics, "compile_seconds", lambda: compiled[0])
+  bar = Progress(4, initial=0, desc="sft", file=out, every_s=0.0)
+  bar._bar.start_t, bar._bar._time = 100.0, lambda: clock[0]
+  for passed, built in ((40, 38), (2, 0), (12, 50)):  # 50 s of several threads in 12 s.
+    clock[0], compiled[0] = clock[0] + passed, compiled[0] + built
+    bar.update(1, tokens=100)
+  first, second, third = out.getvalue().splitlines()
+  assert "00:02<00:06" in first and "compiled=38s" in first
+  assert "00:04<00:04" in second and "00:04<00:01" in third and "compiled=88s" in third
+
+
+def test_a_passing_bar_that_has_printed_nothing_prints_nothing_at_its_end():
+  for every_s, lines in ((60.0, 0), (0.0, 1)):
+    out = io.StringIO()
+    bar = Progress(1, initial=0, desc="evaluate", unit="prompt", passing=True, file=out, every_s=every_s)
+    bar.update(1)
+    bar.close()
+    assert out.getvalue().count("\n") == lines
+
+
 def test_a_phase_that_comes_again_adds_up(monkeypatch):
   instants = iter([10.0, 11.0, 14.0, 14.5, 15.0])
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(instants))

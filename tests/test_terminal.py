@@ -88,7 +88,7 @@ def test_a_conversation_at_a_pseudo_terminal(checkpoint):
     program.type("/think\n")
     program.until(r"\r\nthinking, tools: none\r\n> ")
     program.type("on\n")
-    dimmed = program.until(r"on\r\n\x1b\[2m[^\x1b]")  # Thoughts are printed dim.
+    dimmed = program.until(r"on\r\n\x1b\[2m\u2502 [^\x1b]")  # Thoughts are dim, with a bar at their left.
     assert "compile" not in dimmed
     program.type("\x03")
     program.until(r"\[stopped\].*\r\n.*> ")
@@ -169,7 +169,7 @@ def test_python_runs_and_its_results_go_back_until_the_model_answers(typed):
   results = [m["content"] for m in conversation.messages if m["role"] == "tool"]
   assert results == ["", "42"]
   assert conversation.messages[-1]["content"] == "It is 42." and conversation.prefills == 1
-  assert "> stateful_python_code_exec\nx * 7\n< 42\n" in shown and "It is 42." in shown
+  assert "> stateful_python_code_exec\nx * 7\n< 42\n" in shown and "\n\u2502 So.\nIt is 42." in shown
   assert "stateful_python_code_exec(code): Runs Python code" in shown
 
 

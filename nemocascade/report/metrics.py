@@ -220,18 +220,29 @@ class Phases:
 
 
 class Progress:
-  """A progress bar with the stage's figures. Without a terminal it prints a line every `every_s` seconds."""
+  """A progress bar with the stage's figures. Without a terminal it prints a line every `every_s` seconds.
 
-  def __init__(self, total: int, *, initial: int, desc: str, file: TextIO | None = None, every_s: float = 10.0):
+  Its times and speeds leave out compilation, whose seconds it shows beside them.
+  """
+
+  def __init__(
+    self, total: int, *, initial: int, desc: str, unit: str = "step", passing: bool = False,
+    file: TextIO | None = None, every_s: float = 10.0,
+  ):  # fmt: skip
+    """
+    Args:
+      passing: the bar disappears at its end, and one that has printed no line until then prints none.
+    """
     self._file = file or sys.stderr
-    self._terminal, self._every_s = self._file.isatty(), every_s
+    self._terminal, self._every_s, self._passing = self._file.isatty(), every_s, passing
     self._bar = tqdm(
-      total=total, initial=initial, desc=f"{desc:16}", unit="step", dynamic_ncols=self._terminal,
+      total=total, initial=initial, desc=f"{desc:16}", unit=unit, dynamic_ncols=self._terminal,
       # Without a terminal tqdm only counts; its output would be one long line of carriage returns.
       file=self._file if self._terminal else io.StringIO(), ascii=not self._terminal,
-      mininterval=0.5 if self._terminal else 1e9, leave=True,
+      mininterval=0.5 if self._terminal else 1e9, leave=not passing,
     )  # fmt: skip
-    self._began = time.time()
+    self._began = self._updated = time.time()
+    self._compiled = self._compiled_before = compile_seconds()
     self._first_tokens: int | None = None
     self._printed = time.monotonic()
     self._shown = 0  # The step of the last line.
@@ -245,19 +256,32 @@ class Progress:
       figures: numbers to show, such as reward and loss.
     """
     shown = {name: f"{value:.3f}" for name, value in figures.items()}
+    self._leave_out_compilation()
     if tokens is not None:
       if self._first_tokens is None:  # The first step compiles, so the speed is measured from its end.
         self._began, self._first_tokens = time.time(), tokens
       else:
         speed = (tokens - self._first_tokens) / max(time.time() - self._began, 1e-9)
         shown["tokens/s"] = f"{speed:.0f}"
+    if (compiled := self._compiled - self._compiled_before) >= 1:
+      shown["compiled"] = f"{compiled:.0f}s"
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update(steps)
     if not self._terminal and time.monotonic() - self._printed >= self._every_s:
       self._print()
 
+  def _leave_out_compilation(self) -> None:
+    """Moves the beginnings that times are measured from by what was compiled since the last call."""
+    now, compiled = time.time(), compile_seconds()
+    # Threads may compile at once, so the sum of their seconds may exceed those that passed.
+    spent = min(compiled - self._compiled, now - self._updated)
+    self._updated, self._compiled = now, compiled
+    self._began += spent
+    self._bar.start_t += spent
+    self._bar.last_print_t += spent
+
   def close(self) -> None:
-    if not self._terminal and self._bar.n != self._shown:
+    if not self._terminal and self._bar.n != self._shown and (self._shown or not self._passing):
       self._print()
     self._bar.close()
 
@@ -266,10 +290,10 @@ class Progress:
     print(str(self._bar), file=self._file, flush=True)
 
 
-def progress(total: int, *, initial: int, desc: str) -> Progress:
+def progress(total: int, *, initial: int, desc: str, **more: Any) -> Progress:
   """A Progress over `total` steps, of which `initial` are done; it writes in the first process alone."""
   nowhere = None if jax.process_index() == 0 else io.StringIO()
-  return Progress(total, initial=initial, desc=desc, file=nowhere)
+  return Progress(total, initial=initial, desc=desc, file=nowhere, **more)
 
 
 # JAX reports _BUILT for compilations and for reads from the persistent cache; before a read it reports _READ.

@@ -12,6 +12,7 @@ from nemocascade.domains.domain import Domain
 from nemocascade.domains.rows import prompt_messages
 from nemocascade.errors import UserError
 from nemocascade.evaluate import suites
+from nemocascade.report.metrics import progress
 from nemocascade.rollout import episode, rewards
 from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.parts import Parts
@@ -39,6 +40,7 @@ class Heldout:
     """Domain -> DomainScore. Domains of `long_domains` get longer prompts and smaller batches."""
     e, key = self.settings, jax.random.key(self.seed)
     scores = {}
+    bar = progress(sum(map(len, self.rows.values())), initial=0, desc="evaluate", unit="prompt", passing=True)
     for long in (False, True):
       rows = {name: r for name, r in self.rows.items() if (name in e.long_domains) == long}
       P, T = (e.long_prompt_tokens, e.long_total_tokens) if long else (e.prompt_tokens, e.total_tokens)
@@ -51,9 +53,12 @@ class Heldout:
         )  # fmt: skip
 
       def judge(samples, count):
-        return rewards.judge(samples, parts.domains, prompts=count, exchange=exchange)
+        verdicts = rewards.judge(samples, parts.domains, prompts=count, exchange=exchange)
+        bar.update(count)
+        return verdicts
 
       scores |= suites.evaluate(rows, collect, judge, batch=batch)
+    bar.close()
     return {name: scores[name] for name in self.rows}
 
 

@@ -1,6 +1,7 @@
 """Reads and writes JSON lines of conversations or tokens. Checks all rows before anything is compiled."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from nemocascade.data import chat
 from nemocascade.data.sources import numbered_jsonl
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
-from nemocascade.report.metrics import progress
+from nemocascade.report.metrics import compile_seconds, progress
 from nemocascade.runtime.launch import writable_folder
 from nemocascade.state_files import whole
 
@@ -68,12 +69,23 @@ def tokens_of(
   return found
 
 
-def write_rows(path: str, rows: Sequence[Row]) -> None:
-  """Writes JSON lines to a temporary file, then renames it, so that `path` is never incomplete."""
+def write_rows(path: str, rows: Sequence[Row], began: float) -> None:
+  """Writes JSON lines to a temporary file, then renames it, so that `path` is never incomplete. Prints what they cost.
+
+  Args:
+    rows: each with "tokens", those that the model sampled or scored.
+    began: when the command began, by time.perf_counter().
+  """
   target = Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   with whole(target) as partial:
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  seconds, compiled = time.perf_counter() - began, compile_seconds()
+  tokens = sum(len(row["tokens"]) for row in rows)
+  print(
+    f"{path}: {len(rows)} row{'s' * (len(rows) != 1)}, {tokens} tokens in {seconds:.1f} s, {compiled:.1f} s of them"
+    " compilation"
+  )
 
 
 def check_output(path: str) -> None:

@@ -19,6 +19,7 @@ from nemocascade.field_table import UNREAD
 from nemocascade.fields import Field
 from nemocascade.runtime import config_file, hosts, same_start, termination
 from nemocascade.runtime.ending import NotAdmitted, end
+from nemocascade.runtime.newest import FLAGS, name_newest, newest
 from nemocascade.runtime.start_model import take_model
 from nemocascade.state_files import on_bucket, place
 
@@ -140,8 +141,12 @@ def _request(
     c = config_file.load(named)
     config_file.change(c, changes)
     field_check.check(c)
+    if not wanted:
+      name_newest(c)
     take_model(c)
     config_file.change(c, changes)  # A field of the command line counts more than a checkpoint's.
+    if not wanted:
+      name_newest(c)
     c = c.copy_and_resolve_references().lock()
   if wanted:
     _help(c, {"config": (CONFIG, None)} | known if config else known)
@@ -155,6 +160,7 @@ def _request(
   if config and workdir:
     spared = found["workdir"] is None and any(found[flag] for flag in without_workdir)
     first.append(None if spared else _workdir(found["workdir"], buckets))
+  found |= {name: newest(found[name], f"--{name}") for name in FLAGS if name in extra}
   arguments |= {name: found[name] for name in extra}
   return first, arguments, found
 
@@ -253,6 +259,8 @@ def _help(c: ConfigDict | None, known: dict[str, tuple[Field, object]]) -> None:
   for name, (field, default) in known.items():
     print(f"  --{name:16} {field.help}" + ("" if default in (None, "") else f" Default: {default}."))
   if c is None:
+    if "config" in known:
+      print("\nWith --config=FILE too, --help lists the fields of that config: value, range, meaning.")
     return
   print("\nFields of the config, set by --config.NAME=VALUE:")
   unread = UNREAD.get(field_check.kind_of(c.to_dict()), ())

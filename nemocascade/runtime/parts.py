@@ -15,6 +15,7 @@ from nemocascade.mesh import make_mesh
 from nemocascade.runtime import domains as domains_lib
 from nemocascade.runtime import loading
 from nemocascade.runtime.judge import load_judge
+from nemocascade.runtime.newest import newest
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.text import Text, text_of
 from nemocascade.runtime.watching import Watching
@@ -92,14 +93,15 @@ def with_judge(c: ConfigDict, parts: Parts, checkpoint: str) -> Parts:
 
 
 def from_checkpoint(checkpoint: str, mesh: Mesh | None = None) -> tuple[Programs, Tokenizer | None, Params]:
-  """(programs, tokenizer, parameters) of a checkpoint of ours or an `hf:DIR`; the tokenizer is None if it has none.
+  """(programs, tokenizer, parameters) of a checkpoint; the tokenizer is None if it has none.
 
   Args:
+    checkpoint: `STAGE/checkpoints/STEP`, `STAGE/latest` or `hf:DIR`.
     mesh: by default one device.
 
   Raises:
     UserError: it cannot be loaded, or the mesh's `expert` does not divide its experts.
   """
-  found = loading.find(checkpoint)
+  found = loading.find(newest(checkpoint))
   programs = Programs(found.config, mesh or make_mesh(data=1, expert=1))
   return programs, found.tokenizer, found.load(programs.template)

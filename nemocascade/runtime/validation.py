@@ -139,6 +139,14 @@ class Validation:
     return {line["step"]: line["metric"] for line in self._lines}
 
 
+def best_step(c: ConfigDict, stage_dir: Path) -> int:
+  """The step whose checkpoint a finished stage hands on; 0 without validation."""
+  if not settings(c).every or not stands(stage_dir / NAME):
+    return 0
+  lines = read_state(stage_dir / NAME, FILE, remedy=REMEDY)
+  return _best({line["step"]: line["metric"] for line in lines})
+
+
 def scores_at(c: ConfigDict, stage_dir: Path, steps: int) -> dict[str, float]:
   """Domain -> held-out score of the validation after `steps` steps; empty without one, and outside the first process."""
   v = settings(c)

@@ -179,10 +179,7 @@ class Store:
 
   def steps(self) -> list[int]:
     """All finished steps in ascending order, damaged ones included."""
-    if on_bucket(self.directory):  # The glob of a folder without objects is empty; its listing is an error.
-      whole = self.directory.glob(f"*/{atomicity.COMMIT_SUCCESS_FILE}")
-      return sorted(int(p.parent.name) for p in whole if p.parent.name.isdecimal())
-    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+    return steps_in(self.directory)
 
   def path_of(self, step: int) -> Path:
     return self.directory / str(step)
@@ -263,6 +260,14 @@ class Store:
       self.path_of(step).rename(target)
     exchange(None, "damaged checkpoints")
     self._manager.reload()
+
+
+def steps_in(directory: Path) -> list[int]:
+  """The finished steps of a folder of checkpoints in ascending order, damaged ones included."""
+  if on_bucket(directory):  # The glob of a folder without objects is empty; its listing is an error.
+    whole = directory.glob(f"*/{atomicity.COMMIT_SUCCESS_FILE}")
+    return sorted(int(p.parent.name) for p in whole if p.parent.name.isdecimal())
+  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
 
 
 def load_params(path: str | Path, template: Params) -> Params:
