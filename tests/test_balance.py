@@ -14,7 +14,8 @@ from experiments import rl, sft
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model import moe
-from nemocascade.model.hybrid import Hybrid, add_to_router_bias, init_params
+from nemocascade.model.hybrid import Hybrid, init_params
+from nemocascade.model.router_bias import add_to_router_bias
 from nemocascade.step.balance import RouterBalance, routing_metrics
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.policy_gradient import policy_gradient_step

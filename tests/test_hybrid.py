@@ -1,4 +1,4 @@
-"""The hybrid computes the same function in four forms: rows, rows after prompts, prefill with decoding, NumPy."""
+"""The hybrid computes the same function in four forms: rows, rows after prompts, decoding, NumPy."""
 
 import dataclasses
 import functools
@@ -12,13 +12,8 @@ import pytest
 
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
-from nemocascade.model.hybrid import (
-  Hybrid,
-  init_params,
-  logical_axes,
-  plan,
-  repeat_state,
-)
+from nemocascade.model.decode_state import repeat_state
+from nemocascade.model.hybrid import Hybrid, init_params, logical_axes, plan
 from nemocascade.model.size import count_params
 from nemocascade.types import Prompts
 
@@ -89,16 +84,36 @@ def test_rows_after_a_prompt_taken_in_once_are_whole_rows(pattern, remat):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_decoding_is_the_full_forward(pattern):
+def test_decoding_by_tokens_and_by_chunks_is_the_full_forward(pattern):
+  """A chunk is shorter and longer than the convolution; a row that takes in nothing keeps every bit of its state."""
   _, model, params = make(pattern)
   token_BT, length_B, rows = tokens(), jnp.array([7, 1, 12]), jnp.arange(3)
   full_BTV = apply(model, params, "logits", token_BT, jnp.ones((3, T), jnp.int32))
   logits_BV, state = apply(model, params, "prefill", token_BT[:, :13], length_B, T)
   step = jax.jit(lambda s, t: model.apply({"params": params}, s, t, t >= 0, method="step"))
-  for i in range(6):
-    chex.assert_trees_all_close(logits_BV, full_BTV[rows, length_B + i - 1], rtol=1e-4, atol=1e-3)
-    state, logits_BV = step(state, token_BT[rows, length_B + i])
-  assert state.length_B.tolist() == [13, 7, 18]
+  extend = jax.jit(lambda s, t, n: model.apply({"params": params}, s, t, n, method="extend"))
+  close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-3)
+  close(logits_BV, full_BTV[rows, length_B - 1])
+  for count_B in [(1, 1, 1), (5, 2, 0), (0, 5, 1), (1, 1, 1), (3, 5, 4), (1, 1, 1)]:
+    before, n_B = state, jnp.array(count_B)
+    if max(count_B) == 1:
+      state, logits_BV = step(before, token_BT[rows, before.length_B])
+    else:
+      place_BT = jnp.minimum(before.length_B[:, None] + jnp.arange(5)[None], T - 1)
+      state, logits_BV = extend(before, jnp.take_along_axis(token_BT, place_BT, axis=1), n_B)
+    assert state.length_B.tolist() == (before.length_B + n_B).tolist()
+    for row in rows:
+      if count_B[row]:
+        close(logits_BV[row], full_BTV[row, state.length_B[row] - 1])
+      else:
+        chex.assert_trees_all_equal(row_of(state, row), row_of(before, row))
+
+
+def row_of(state, row):
+  take = lambda a, axis: jnp.take(a, row, axis=axis)
+  return [
+    jax.tree.map(functools.partial(take, axis=int(s)), u) for u, s in zip(state.units, state.stacked, strict=True)
+  ]
 
 
 def test_a_resting_row_goes_on_as_if_it_had_not_rested():

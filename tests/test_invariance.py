@@ -145,16 +145,20 @@ def taken_in(grid):
     return jnp.sum(jnp.sin(s.logprobs_BT)), s.logprobs_BT
 
   def prefill(params):
-    return model.apply({"params": params}, TOKENS[:, :21], jnp.array([21, 2, 7, 12]), 22, method="prefill")
+    """Takes in 21, 2, 7 and 12 tokens, and then 2, 1, 7 and 5 more."""
+    apply = functools.partial(model.apply, {"params": params})
+    logits_BV, state = apply(TOKENS[:, :21], jnp.array([21, 2, 7, 12]), 23, method="prefill")
+    state, then_BV = apply(state, TOKENS[:, 21:28], jnp.array([2, 1, 7, 5]), method="extend")
+    return (logits_BV, then_BV), state
 
   logits_BV, state = jax.jit(prefill)(params())
-  inside_BS = np.arange(22)[None] < np.array([21, 2, 7, 12])[:, None]
+  inside_BS = np.arange(23)[None] < np.array([23, 3, 14, 17])[:, None]
   known = lambda path, a: np.where(inside_BS[:, None, :, None], a, 0) if path[-1].key in ("k_BKSH", "v_BKSH") else a
   units = jax.tree_util.tree_map_with_path(known, jax.device_get(state.units))
   return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params())), jax.device_get(logits_BV), units
 
 
-def test_prefill_and_rows_after_shared_prompts_are_those_of_one_device():
+def test_prefill_chunks_and_rows_after_shared_prompts_are_those_of_one_device():
   assert_close(taken_in((2, 4)), taken_in(None))
 
 

@@ -47,8 +47,14 @@ class Attention(nn.Module):
     return self._out(self._attend(q, k, v, segment_ids_BT)), state
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
-    cache = state["k_BKSH"], state["v_BKSH"], length_B
-    return self._out(self._attend(*self._qkv(x_BTD), segment_ids_BT, *cache))
+    """(state with the keys and values of the rows, y_BTD) of rows that continue caches of length_B tokens."""
+    q, k, v = self._qkv(x_BTD)
+    k_BKSH, v_BKSH = state["k_BKSH"], state["v_BKSH"]
+    y = self._attend(q, k, v, segment_ids_BT, k_BKSH, v_BKSH, length_B)
+    place_BT = length_B[:, None] + jnp.arange(x_BTD.shape[1])[None]
+    place_BT = jnp.where(segment_ids_BT > 0, place_BT, k_BKSH.shape[2])  # Dropped: padding is not stored.
+    put = jax.vmap(lambda old_KSH, new_TKH, place_T: old_KSH.at[:, place_T].set(new_TKH.swapaxes(0, 1), mode="drop"))
+    return {"k_BKSH": put(k_BKSH, k, place_BT), "v_BKSH": put(v_BKSH, v, place_BT)}, self._out(y)
 
   def step(self, state, x_BD, length_B, active_B):
     # An inactive row also writes, but its length does not grow, so its next token overwrites the entry.

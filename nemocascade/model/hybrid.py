@@ -5,7 +5,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
@@ -14,6 +13,7 @@ from nemocascade.kernels.product import product
 from nemocascade.kernels.token_logprob import token_logprob
 from nemocascade.mesh import constrain_batch, constrain_rows
 from nemocascade.model.attention import Attention
+from nemocascade.model.decode_state import DecodeState, grow, repeat_state
 from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
@@ -26,14 +26,6 @@ from nemocascade.types import DistanceFn, Params, Prefix, Prompts, Routing, Scor
 # iteration, so that two repeats run faster unrolled.
 REPEATS = 3
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
-
-
-class DecodeState(struct.PyTreeNode):
-  """The state of decoding B rows."""
-
-  length_B: jax.Array  # int32; number of tokens processed.
-  units: tuple  # The state of each unit of the pattern.
-  stacked: tuple[bool, ...] = struct.field(pytree_node=False)  # For each unit: whether its leaves are [n, B, ...].
 
 
 def plan(pattern: str) -> list[tuple[str, int]]:
@@ -89,11 +81,16 @@ class Block(nn.Module):
     y, state = self.mixer.prefill(self.norm(x_BTD), segment_ids_BT)
     return self._on(x_BTD).constrain(x_BTD + y), state, None
 
-  def extend(self, state, x_BTD, segment_ids_BT, length_B):
+  def after(self, state, x_BTD, segment_ids_BT, length_B):
     if self.letter == "E":
       return self(x_BTD, segment_ids_BT)
-    y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
-    return self._on(x_BTD).constrain(x_BTD + y), None
+    return self.extend(state, x_BTD, segment_ids_BT, length_B)[1], None
+
+  def extend(self, state, x_BTD, segment_ids_BT, length_B):
+    if self.letter == "E":
+      return state, self(x_BTD, segment_ids_BT)[0]
+    state, y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
+    return state, self._on(x_BTD).constrain(x_BTD + y)
 
   def step(self, state, x_BD, length_B, active_B):
     state, y = self.mixer.step(state, self.norm(x_BD), length_B, active_B)
@@ -108,7 +105,7 @@ class Unit(nn.Module):
   mesh: Mesh | None = None
 
   def setup(self):
-    block = nn.remat(Block, methods=["__call__", "prefill", "extend"]) if self.config.remat else Block
+    block = nn.remat(Block, methods=["__call__", "prefill", "after"]) if self.config.remat else Block
     self.blocks = [block(self.config, letter, self.mesh) for letter in self.letters]
 
   def __call__(self, x_BTD, segment_ids_BT):
@@ -126,12 +123,19 @@ class Unit(nn.Module):
       routings.append(routing)
     return x_BTD, (tuple(states), tuple(routings))
 
-  def extend(self, x_BTD, state, segment_ids_BT, length_B):
+  def after(self, x_BTD, state, segment_ids_BT, length_B):
     routings = []
     for block, block_state in zip(self.blocks, state, strict=True):
-      x_BTD, routing = block.extend(block_state, x_BTD, segment_ids_BT, length_B)
+      x_BTD, routing = block.after(block_state, x_BTD, segment_ids_BT, length_B)
       routings.append(routing)
     return x_BTD, tuple(routings)
+
+  def extend(self, x_BTD, state, segment_ids_BT, length_B):
+    states = []
+    for block, block_state in zip(self.blocks, state, strict=True):
+      block_state, x_BTD = block.extend(block_state, x_BTD, segment_ids_BT, length_B)
+      states.append(block_state)
+    return x_BTD, tuple(states)
 
   def step(self, x_BD, state, length_B, active_B):
     states = []
@@ -140,11 +144,18 @@ class Unit(nn.Module):
       states.append(block_state)
     return x_BD, tuple(states)
 
-  def step_at(self, carry, i, length_B, active_B):
-    """`step` of repeat i, which replaces its part of the stacked state: ((x_BD, stacked state), None)."""
-    x_BD, stacked = carry
-    x_BD, state = self.step(x_BD, jax.tree.map(lambda a: a[i], stacked), length_B, active_B)
-    return (x_BD, jax.tree.map(lambda a, new: a.at[i].set(new), stacked, state)), None
+  def extend_at(self, carry, i, *shared):
+    return _at(self.extend, carry, i, *shared)
+
+  def step_at(self, carry, i, *shared):
+    return _at(self.step, carry, i, *shared)
+
+
+def _at(method, carry, i, *shared):
+  """`method` of repeat i, which replaces its part of the stacked state: ((x, stacked state), None)."""
+  x, stacked = carry
+  x, state = method(x, jax.tree.map(lambda a: a[i], stacked), *shared)
+  return (x, jax.tree.map(lambda a, new: a.at[i].set(new), stacked, state)), None
 
 
 def _scanned(n: int):
@@ -157,7 +168,8 @@ def _scanned(n: int):
   )
   rows = dict(in_axes=nn.broadcast, **shared)
   sliced = dict(in_axes=(0, nn.broadcast, nn.broadcast), **shared)
-  return nn.scan(Unit, methods={"__call__": rows, "prefill": rows, "extend": sliced, "step_at": sliced})
+  methods = {"__call__": rows, "prefill": rows} | dict.fromkeys(("after", "extend_at", "step_at"), sliced)
+  return nn.scan(Unit, methods=methods)
 
 
 class Hybrid(nn.Module):
@@ -241,7 +253,7 @@ class Hybrid(nn.Module):
       state = constrain_batch(state, B, self.mesh)
     x_BTD, routings = self._embed(tokens_BT), []
     for unit, unit_state in zip(self.units, state.units, strict=True):
-      x_BTD, routing = unit.extend(x_BTD, unit_state, segment_ids_BT, state.length_B)
+      x_BTD, routing = unit.after(x_BTD, unit_state, segment_ids_BT, state.length_B)
       routings.append(routing)
     on, before_B1D = self._on(tokens_BT), jnp.repeat(prefix.last_QD, G, axis=0)[:, None]
     return on.constrain(on.shift(self.norm_f(x_BTD), before_B1D))[:, :T], all_blocks(routings)
@@ -293,55 +305,55 @@ class Hybrid(nn.Module):
       capacity: places in the key-value caches, at least T.
     """
     last_BD, state, _ = self._take_in(tokens_BT, length_B)
-    return self._next(last_BD), _make_room(state, capacity)
+    return self._next(last_BD), grow(state, capacity)
 
   def _take_in(self, tokens_BT, length_B):
     """(last_BD: each row's last token before the final norm, DecodeState of at least T places, Routing or None)."""
-    (tokens_BT,) = self._padded(tokens_BT)
-    segment_ids_BT = (jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]).astype(jnp.int32)
+    tokens_BT, segment_ids_BT = self._given(tokens_BT, length_B)
     x_BTD, states, routings = self._embed(tokens_BT), [], []
     for unit in self.units:
       x_BTD, (state, routing) = unit.prefill(x_BTD, segment_ids_BT)
       states.append(state)
       routings.append(routing)
-    last_BD = self._on(tokens_BT).take(x_BTD, length_B[:, None] - 1)[:, 0]
-    return last_BD, self._decode_state(length_B, tuple(states)), all_blocks(routings)
+    return self._last(x_BTD, length_B), self._decode_state(length_B, tuple(states)), all_blocks(routings)
+
+  def _given(self, tokens_BT, length_B):
+    """(tokens_BT padded as the layout needs, segment_ids_BT of rows whose first length_B tokens are one document)."""
+    (tokens_BT,) = self._padded(tokens_BT)
+    return tokens_BT, (jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]).astype(jnp.int32)
+
+  def _last(self, x_BTD, length_B):
+    return self._on(x_BTD).take(x_BTD, length_B[:, None] - 1)[:, 0]
 
   def _decode_state(self, length_B, units: tuple) -> DecodeState:
     return DecodeState(length_B.astype(jnp.int32), units, tuple(n > 1 for _, n in self.plan))
 
+  def extend(self, state: DecodeState, tokens_BT, length_B):
+    """Processes each row's next length_B tokens at once: (state, logits_BV of the token after them).
+
+    It equals `step` token by token, within rounding. A row whose length_B is 0 keeps its state; its logits mean
+    nothing. The caches need room: at most `places` tokens a row, old and new ones together.
+    """
+    tokens_BT, segment_ids_BT = self._given(tokens_BT, length_B)
+    x_BTD, units = self._go_on("extend", state, self._embed(tokens_BT), segment_ids_BT, state.length_B)
+    state = state.replace(length_B=state.length_B + length_B.astype(jnp.int32), units=units)
+    return state, self._next(self._last(x_BTD, length_B))
+
   def step(self, state: DecodeState, tokens_B, active_B):
     """Processes one token of every active row: (state, logits_BV of the next token)."""
-    x_BD, states = self._embed(tokens_B), []
+    x_BD, units = self._go_on("step", state, self._embed(tokens_B), state.length_B, active_B)
+    return state.replace(length_B=state.length_B + active_B.astype(jnp.int32), units=units), self._next(x_BD)
+
+  def _go_on(self, method: str, state: DecodeState, x, *shared):
+    """(x after all units, their new states); `method` is "extend" or "step"."""
+    states = []
     for unit, unit_state, (_, n) in zip(self.units, state.units, self.plan, strict=True):
       if n == 1:
-        x_BD, unit_state = unit.step(x_BD, unit_state, state.length_B, active_B)
+        x, unit_state = getattr(unit, method)(x, unit_state, *shared)
       else:
-        (x_BD, unit_state), _ = unit.step_at((x_BD, unit_state), jnp.arange(n), state.length_B, active_B)
+        (x, unit_state), _ = getattr(unit, f"{method}_at")((x, unit_state), jnp.arange(n), *shared)
       states.append(unit_state)
-    logits_BV = self._next(x_BD)
-    length_B = state.length_B + active_B.astype(jnp.int32)
-    return state.replace(length_B=length_B, units=tuple(states)), logits_BV
-
-
-def add_to_router_bias(config: ModelConfig, params: Params, change_LE: jax.Array) -> Params:
-  """params with change_LE[l] added to the router bias of the l-th MoE block, in the order of Routing."""
-  params, E, start = dict(params), config.n_routed_experts, 0
-  for i, (unit, n) in enumerate(plan(config.hybrid_override_pattern)):
-    blocks = [f"blocks_{b}" for b, letter in enumerate(unit) if letter == "E"]
-    change = change_LE[start : start + n * len(blocks)].reshape(n, len(blocks), E)
-    start += n * len(blocks)
-    for b, block in enumerate(blocks):
-      path = (f"units_{i}", block, "mixer", "e_score_correction_bias")
-      params = _add(params, path, change[:, b] if n > 1 else change[0, b])
-  return params
-
-
-def _add(tree: Params, path: tuple[str, ...], change: jax.Array) -> Params:
-  """The tree with `change` added to the leaf at `path`; other leaves are shared with the input."""
-  if not path:
-    return tree + change.astype(tree.dtype)
-  return {**tree, path[0]: _add(tree[path[0]], path[1:], change)}
+    return x, tuple(states)
 
 
 def _predicted(segment_ids_BT, wanted_BT=None, *, goes_on: bool = False):
@@ -351,28 +363,6 @@ def _predicted(segment_ids_BT, wanted_BT=None, *, goes_on: bool = False):
     starts_BT = starts_BT.at[:, 0].set(False)
   scored_BT = (segment_ids_BT > 0) & ~starts_BT
   return scored_BT if wanted_BT is None else scored_BT & wanted_BT
-
-
-def _make_room(state: DecodeState, places: int) -> DecodeState:
-  """Gives the key-value caches this many places."""
-
-  def grow(path, leaf):
-    if path[-1].key not in ("k_BKSH", "v_BKSH"):
-      return leaf
-    leaf = leaf[..., :places, :]
-    room = [(0, 0)] * (leaf.ndim - 2) + [(0, places - leaf.shape[-2]), (0, 0)]
-    return jnp.pad(leaf, room)
-
-  return state.replace(units=jax.tree_util.tree_map_with_path(grow, state.units))
-
-
-def repeat_state(state: DecodeState, G: int) -> DecodeState:
-  """Repeats each row G times, copies next to each other: [B, ...] -> [B * G, ...]."""
-  units = tuple(
-    jax.tree.map(lambda a, axis=int(stacked): jnp.repeat(a, G, axis=axis), unit)
-    for unit, stacked in zip(state.units, state.stacked, strict=True)
-  )
-  return state.replace(length_B=jnp.repeat(state.length_B, G), units=units)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -70,8 +70,8 @@ class MLP(nn.Module):
     return self(x_BTD, segment_ids_BT), ()
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
-    del state, length_B
-    return self(x_BTD, segment_ids_BT)
+    del length_B
+    return state, self(x_BTD, segment_ids_BT)
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B, active_B

@@ -117,15 +117,25 @@ class Mamba(nn.Module):
   def prefill(self, x_BTD, segment_ids_BT):
     """(y_BTD, state after each row's last token): the SSM state and the last W - 1 inputs of the conv."""
     y_BTD, ssm, xbc_BTC = self._rows(x_BTD, segment_ids_BT)
-    W = self.config.conv_kernel
-    length_B = jnp.sum(segment_ids_BT > 0, axis=1)
-    place_BW = length_B[:, None] + jnp.arange(-(W - 1), 0)[None]
-    conv = layout(self.config, self.mesh, x_BTD.shape[0]).take(xbc_BTC, place_BW)
-    return y_BTD, {"ssm_BMPN": ssm, "conv_BWC": conv}
+    return y_BTD, {"ssm_BMPN": ssm, "conv_BWC": self._last_inputs(xbc_BTC, segment_ids_BT)}
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
+    """(state after each row's last token, y_BTD) of rows that continue `state`; rows of padding keep it."""
     del length_B
-    return self._rows(x_BTD, segment_ids_BT, state)[0]
+    y_BTD, ssm, xbc_BTC = self._rows(x_BTD, segment_ids_BT, state)
+    any_B111 = jnp.any(segment_ids_BT > 0, axis=1)[:, None, None, None]
+    ssm = jnp.where(any_B111, ssm, state["ssm_BMPN"])
+    return {"ssm_BMPN": ssm, "conv_BWC": self._last_inputs(xbc_BTC, segment_ids_BT, state["conv_BWC"])}, y_BTD
+
+  def _last_inputs(self, xbc_BTC, segment_ids_BT, before_BWC=None):
+    """The last W - 1 inputs of the conv [B, W - 1, C]; those before the row are before_BWC, or 0."""
+    past = self.config.conv_kernel - 1
+    first_BW = jnp.sum(segment_ids_BT > 0, axis=1)[:, None] + jnp.arange(past)[None]  # In `before` and the row, joined.
+    conv_BWC = layout(self.config, self.mesh, xbc_BTC.shape[0]).take(xbc_BTC, first_BW - past)
+    if before_BWC is None or not past:
+      return conv_BWC
+    old_BWC = jnp.take_along_axis(before_BWC, jnp.minimum(first_BW, past - 1)[..., None], axis=1)
+    return jnp.where((first_BW < past)[..., None], old_BWC, conv_BWC)
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B

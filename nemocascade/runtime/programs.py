@@ -10,15 +10,11 @@ from jax.sharding import Mesh
 
 from nemocascade import mesh as mesh_lib
 from nemocascade.config import ModelConfig
+from nemocascade.model.decode_state import repeat_state
 from nemocascade.model.expert_parallel import check_experts
-from nemocascade.model.hybrid import (
-  Hybrid,
-  add_to_router_bias,
-  init_params,
-  logical_axes,
-  repeat_state,
-)
+from nemocascade.model.hybrid import Hybrid, init_params, logical_axes
 from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
+from nemocascade.model.router_bias import add_to_router_bias
 from nemocascade.rollout.engine import Engine
 from nemocascade.step.balance import RouterBalance
 from nemocascade.types import Params, Scores

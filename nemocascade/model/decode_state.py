@@ -1,0 +1,37 @@
+"""The state of rows that are being decoded, and what is done to it between tokens."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+CACHES = ("k_BKSH", "v_BKSH")  # Leaves with a place for every token of a row; all others have a fixed size.
+
+
+class DecodeState(struct.PyTreeNode):
+  """The state of decoding B rows."""
+
+  length_B: jax.Array  # int32; number of tokens processed.
+  units: tuple  # The state of each unit of the pattern.
+  stacked: tuple[bool, ...] = struct.field(pytree_node=False)  # For each unit: whether its leaves are [n, B, ...].
+
+
+def repeat_state(state: DecodeState, G: int) -> DecodeState:
+  """Repeats each row G times, copies next to each other: [B, ...] -> [B * G, ...]."""
+  units = tuple(
+    jax.tree.map(lambda a, axis=int(stacked): jnp.repeat(a, G, axis=axis), unit)
+    for unit, stacked in zip(state.units, state.stacked, strict=True)
+  )
+  return state.replace(length_B=jnp.repeat(state.length_B, G), units=units)
+
+
+def grow(state: DecodeState, places: int) -> DecodeState:
+  """Gives the key-value caches this many places for tokens; those of fewer lose their last ones."""
+
+  def resized(path, leaf):
+    if path[-1].key not in CACHES:
+      return leaf
+    leaf = leaf[..., :places, :]
+    room = [(0, 0)] * (leaf.ndim - 2) + [(0, places - leaf.shape[-2]), (0, 0)]
+    return jnp.pad(leaf, room)
+
+  return state.replace(units=jax.tree_util.tree_map_with_path(resized, state.units))
