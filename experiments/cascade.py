@@ -30,7 +30,7 @@ from nemocascade.report.tree import tree
 from nemocascade.runtime import course, domains, finished, gates, lineage, loading, objective, parts, plan, termination
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.course import Choice, flat, inside
-from nemocascade.runtime.heldout import Heldout, draw_heldout
+from nemocascade.runtime.heldout import Heldout, draw_heldout, write_answers
 from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Outcome
@@ -95,11 +95,11 @@ def check_programs(c: ConfigDict, p: Parts) -> None:
         rl.check_prompts(flat(c, name), p)
 
 
-def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tuple[dict, dict]:
+def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tuple[dict, dict, dict]:
   """Scores all held-out domains after the named stage.
 
   Returns:
-    (score fields of the stage's entry, {"eval_s_after": seconds})
+    (score fields of the stage's entry, {"eval_s_after": seconds}, domain -> DomainScore at temperature 1)
   """
   began = time.time()
   sampled = heldout.evaluate(p, params, temperature=1.0, completions=c.evaluation.completions)
@@ -108,7 +108,7 @@ def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tupl
     greedy = heldout.evaluate(p, params, temperature=0.0)
     fields |= columns(greedy, "after", prefix="greedy")
   fields["n_eval"] = {name: score.prompts for name, score in sampled.items()}
-  return fields, {"eval_s_after": time.time() - began}
+  return fields, {"eval_s_after": time.time() - began}, sampled
 
 
 def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", trace: str = "") -> Record:
@@ -132,18 +132,19 @@ def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", 
   keep_compilations(workdir)
   record, began, passed = course.open_record(workdir), time.time(), []
   lineage.set_aside(record, anew)
-  # Looked up after each stage, because a gate's decision may change those that follow.
-  while left := course.left(c, record, choice, passed):
-    now, name = course.decided(c, record), left[0]
-    if name in choice.of(now):
-      p = finish_stage(now, workdir, p, heldout, record, name)
-      first_alone(lambda: pages.write(workdir), "report")
-      gates.obey(record.stage(name), left[1:])
-      if termination.stopping():
-        raise termination.terminated(record.checkpoint(name))
-    elif now.stages[name].kind == "reward_model" and record.is_done(name):
-      p = parts.with_judge(now, p, record.checkpoint(name))
-    passed.append(name)
+  with pages.live(workdir):
+    # Looked up after each stage, because a gate's decision may change those that follow.
+    while left := course.left(c, record, choice, passed):
+      now, name = course.decided(c, record), left[0]
+      if name in choice.of(now):
+        p = finish_stage(now, workdir, p, heldout, record, name)
+        gates.obey(record.stage(name), left[1:])
+        if termination.stopping():
+          raise termination.terminated(record.checkpoint(name))
+      elif now.stages[name].kind == "reward_model" and record.is_done(name):
+        p = parts.with_judge(now, p, record.checkpoint(name))
+      passed.append(name)
+  first_alone(lambda: pages.write(workdir), "report")
   say(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 
@@ -186,7 +187,8 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
     "compilations": compiled.count,
   }
   if stage.kind != "reward_model":
-    fields, seconds = scores(c, p, heldout, outcome.params, name)
+    fields, seconds, answers = scores(c, p, heldout, outcome.params, name)
+    first_alone(lambda: write_answers(workdir / name / "answers.jsonl", outcome.steps, answers), "answers")
     probe = take_probe(p.programs.score, outcome.params, probe_tokens(p.text.tokenizer, heldout.rows))
     entry |= fields | seconds | {"probe": dataclasses.asdict(probe)}
     entry |= gates.judge(stage, entry, source) if source else {}

@@ -65,9 +65,11 @@ def test_the_record_says_what_made_each_checkpoint(finished):
 
 def test_report_is_complete(finished):
   workdir, _ = finished
-  assert "What started from what" in (workdir / "report" / "index.html").read_text()
-  assert (workdir / "report" / "index.html").stat().st_size > 10_000
-  assert "<mark>" in (workdir / "report" / "index.html").read_text()  # What SFT learns.
+  page = (workdir / "report" / "index.html").read_text()
+  assert "What started from what" in page and "<mark>" in page  # What SFT learns.
+  assert "python -m experiments.cascade" in (workdir / "config.json").read_text() and "A test of plumbing" in page
+  assert "before, sft" in page and "before, multi domain rl" in page  # The same prompt before and after a stage.
+  assert 10_000 < len(page) < 5_000_000 and "http-equiv=refresh" not in page
 
 
 def test_a_finished_cascade_does_nothing_when_run_again(finished):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +24,9 @@ class DomainScore:
   masked: int  # Completions without a verdict; they are not in the mean.
   unfinished: int  # Completions that met the length limit.
   tokens: int  # Sampled tokens of all completions.
-  of_prompts: tuple[
-    float | None, ...
-  ] = ()  # Mean verdict of each prompt, in the prompts' order; None if all are masked.
+  # Mean verdict of each prompt, in the prompts' order; None if all are masked.
+  of_prompts: tuple[float | None, ...] = ()
+  answers: tuple[dict[str, Any], ...] = ()  # The first completion of each of the first prompts, as lines of a log.
 
 
 def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:

@@ -1,9 +1,10 @@
-"""Held-out rows of every domain, and a model's scores on them."""
+"""Held-out rows of every domain, a model's scores on them, and its answers to the first of them."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -14,10 +15,15 @@ from nemocascade.errors import UserError
 from nemocascade.evaluate import suites
 from nemocascade.report.metrics import progress
 from nemocascade.rollout import episode, rewards
+from nemocascade.rollout.exchange import merge
+from nemocascade.rollout.samples import Samples
 from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.parts import Parts
+from nemocascade.state_files import whole
 from nemocascade.types import Params
-from nemocascade.verifiers.verdict import Row
+from nemocascade.verifiers.verdict import Row, Verdict
+
+SHOWN = 4  # Prompts of each domain whose answers a score carries.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Heldout:
   ) -> dict[str, suites.DomainScore]:
     """Domain -> DomainScore. Domains of `long_domains` get longer prompts and smaller batches."""
     e, key = self.settings, jax.random.key(self.seed)
-    scores = {}
+    scores: dict[str, suites.DomainScore] = {}
+    answers: dict[str, list[dict]] = {name: [] for name in self.rows}
     bar = progress(sum(map(len, self.rows.values())), initial=0, desc="evaluate", unit="prompt", passing=True)
     for long in (False, True):
       rows = {name: r for name, r in self.rows.items() if (name in e.long_domains) == long}
@@ -54,12 +61,51 @@ class Heldout:
 
       def judge(samples, count):
         verdicts = rewards.judge(samples, parts.domains, prompts=count, exchange=exchange)
+        room = {name: SHOWN - len(of) for name, of in answers.items()}
+        for line in _answers(samples, verdicts, _first(samples.domains[:count], room)):
+          answers[line["domain"]].append(line)
         bar.update(count)
         return verdicts
 
       scores |= suites.evaluate(rows, collect, judge, batch=batch)
     bar.close()
-    return {name: scores[name] for name in self.rows}
+    return {name: dataclasses.replace(scores[name], answers=tuple(answers[name])) for name in self.rows}
+
+
+def _first(domains: Sequence[str], room: Mapping[str, int]) -> list[int]:
+  """Places of the first `room` prompts of each domain; `domains` has the domain of each place."""
+  places = {name: [q for q, domain in enumerate(domains) if domain == name][: room[name]] for name in set(domains)}
+  return sorted(q for of in places.values() for q in of)
+
+
+def _answers(samples: Samples, verdicts: list[list[Verdict]], wanted: list[int]) -> list[dict]:
+  """The first completion of the prompts `wanted`, with its verdict. The processes exchange the texts."""
+  if not wanted:
+    return []
+  own = ([q, one.text] for q in wanted if (one := samples.completions[q][0]) is not None)
+  text = dict(merge(own, exchange, "texts of answers"))
+  lines = []
+  for q in wanted:
+    said = [message["content"] for message in prompt_messages(samples.rows[q]) if message["role"] == "user"]
+    verdict = verdicts[q][0]
+    lines.append(
+      {
+        "domain": samples.domains[q],
+        "prompt": said[-1] if said else "",
+        "completion": text[q],
+        "verdict": verdict.reward,
+        "reason": verdict.reason,
+        "masked": verdict.masked,
+      }  # fmt: skip
+    )
+  return lines
+
+
+def write_answers(path: Path, steps: int, scores: Mapping[str, suites.DomainScore]) -> None:
+  """Writes the answers of the scores after `steps` steps, one line each, in the form of samples.jsonl."""
+  lines = [json.dumps({"step": steps} | line) for score in scores.values() for line in score.answers]
+  with whole(path) as partial:
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def draw_heldout(c: ConfigDict, domains: Mapping[str, Domain], tokenizer) -> Heldout:

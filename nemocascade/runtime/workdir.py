@@ -1,7 +1,12 @@
 """Reserves a work directory for one config, and for one process at a time."""
 
+import datetime
 import json
+import os
+import platform
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +26,7 @@ CONFIG = {  # JSON schema of config.json.
     "config": {"type": "object"},
     "versions": {"type": "object", "additionalProperties": {"type": "string"}},
     "own_code": {"type": "object", "additionalProperties": {"type": "string"}},
+    "begun": {"type": "object", "additionalProperties": {"type": "string"}},
   },
 }
 
@@ -41,7 +47,7 @@ def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False, may
   first_alone(lambda: own(workdir, shared=shared), "lock of the work directory")
   path = place(workdir) / "config.json"
   fields = json.loads(c.to_json_best_effort())
-  content = {"config": fields, "versions": versions(), "own_code": own_versions(fields)}
+  content = {"config": fields, "versions": versions(), "own_code": own_versions(fields), "begun": begun()}
   first_alone(lambda: path.exists() or write_json(path, content), "config of the work directory")
   check_owner(c, workdir, may_grow=may_grow)  # Another process may have written it first.
   if may_grow:
@@ -125,6 +131,19 @@ def own_versions(fields) -> dict[str, str]:
     values = fields.values() if isinstance(fields, dict) else fields
     return {word: version for value in values for word, version in own_versions(value).items()}
   return {fields: own_code.version(fields)} if isinstance(fields, str) and own_code.is_own(fields) else {}
+
+
+def begun() -> dict[str, str]:
+  """The command, the time and the machine of this process, for the report of the run that it begins."""
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  how = ["-m", spec.name] if spec else sys.argv[:1]
+  devices = jax.devices()
+  return {
+    "command": shlex.join(["python", *how, *sys.argv[1:]]),
+    "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    "machine": f"{platform.machine()}, {os.cpu_count()} cores, {len(devices)} x {devices[0].device_kind},"
+    f" {platform.system()}, Python {platform.python_version()}",
+  }
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,70 @@
+"""A cascade of four minutes on two CPU cores, in which every stage visibly learns.
+
+  python -m experiments.cascade --config=configs/tiny/demo.py --workdir=runs/demo
+
+    sft ─┬─ if_rl                  the teacher: GRPO on instructions
+         └─ mopd ── stem_rl        the model: distilled from the teacher, then GRPO on questions about facts
+
+SFT learns three domains from demonstrations most of whose steps are sloppy. if_rl learns by GRPO to follow
+instructions. mopd starts from the SFT checkpoint and learns the same from if_rl, token by token. stem_rl then trains
+on the questions alone. No RL stage trains on `structured`: it is the control, whose score should stay.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import recipe
+from configs.tiny import base, if_rl, mopd, rl, sft
+
+DOMAINS = ("instruction", "stem", "structured")
+TOKENS = 96  # Of a prompt and its completion. Rollouts and evaluation share it: one compiled sampler.
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  c = base.get_config(arg)
+  c.domains = recipe.generated(*DOMAINS)
+  c.tokenizer.vocab_size = c.model.vocab_size = 512
+  c.evaluation.update(total_tokens=TOKENS, long_domains=(), greedy=())
+  c.order = ("sft", "if_rl", "mopd", "stem_rl")
+  c.side_line = ("if_rl",)
+  c.stages = dict(sft=supervised(arg), if_rl=instructed(arg), mopd=distilled(arg), stem_rl=questioned(arg))
+  return c
+
+
+def supervised(arg: str) -> ConfigDict:
+  c = sft.stage(arg)
+  if arg == "smoke":
+    c.sources = recipe.conversations(**dict.fromkeys(DOMAINS, 60))
+    return c
+  c.sources = recipe.conversations(instruction=4000, stem=3000, structured=2000)
+  c.update(rows=16, steps=260, save_every=260)
+  return c
+
+
+def instructed(arg: str) -> ConfigDict:
+  return short(if_rl.stage(arg), arg, steps=14)
+
+
+def distilled(arg: str) -> ConfigDict:
+  c = short(mopd.stage(arg), arg, steps=14)
+  c.init_from = "sft"
+  c.mixture = ConfigDict(dict(instruction=1.0))
+  c.teachers = ConfigDict(dict(instruction="if_rl"))
+  return c
+
+
+def questioned(arg: str) -> ConfigDict:
+  """GRPO on questions about facts."""
+  c = rl.fields()
+  c.mixture = dict(stem=1.0)
+  if arg == "smoke":
+    rl.shrink(c)
+  return short(c, arg, steps=14)
+
+
+def short(c: ConfigDict, arg: str, steps: int) -> ConfigDict:
+  """The stage with `steps` steps of one batch each, in the shapes that all stages of the demo share."""
+  c.rollout.total_tokens = TOKENS
+  c.refill_rounds = 1
+  if arg != "smoke":
+    c.update(steps=steps, save_every=steps, samples_every=steps)
+  return c
