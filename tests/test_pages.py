@@ -66,7 +66,7 @@ def test_the_five_questions_are_answered_on_top(workdir):
   assert "287 thousand parameters" in page and "33,000 conversations" in page
   assert "if rl : 25% → 75% on its own domains (+50 points" in page
   assert "mopd : math 50% → 12%" in page
-  assert "4 min on a machine" in page
+  assert "4 min 0 s on a machine" in page
 
 
 def test_a_side_line_is_never_the_end(workdir):

@@ -36,16 +36,16 @@ def supervised(arg: str) -> ConfigDict:
     c.sources = recipe.conversations(**dict.fromkeys(DOMAINS, 60))
     return c
   c.sources = recipe.conversations(instruction=4000, stem=3000, structured=2000)
-  c.update(rows=16, steps=260, save_every=260)
+  c.update(rows=16, steps=480, save_every=480)
   return c
 
 
 def instructed(arg: str) -> ConfigDict:
-  return short(if_rl.stage(arg), arg, steps=14)
+  return short(if_rl.stage(arg), arg, steps=20)
 
 
 def distilled(arg: str) -> ConfigDict:
-  c = short(mopd.stage(arg), arg, steps=14)
+  c = short(mopd.stage(arg), arg, steps=20)
   c.init_from = "sft"
   c.mixture = ConfigDict(dict(instruction=1.0))
   c.teachers = ConfigDict(dict(instruction="if_rl"))
@@ -58,7 +58,7 @@ def questioned(arg: str) -> ConfigDict:
   c.mixture = dict(stem=1.0)
   if arg == "smoke":
     rl.shrink(c)
-  return short(c, arg, steps=14)
+  return short(c, arg, steps=20)
 
 
 def short(c: ConfigDict, arg: str, steps: int) -> ConfigDict:

@@ -20,11 +20,8 @@ def before_and_after(run: Run) -> list[str]:
     after, start = run.answers(stage), run.start_of(stage)
     before = run.answers(start) if start else {}
     shown = [d for d in (stage["domains"] or run.domains) if d in after][:DOMAINS]
-    pairs = [
-      _pair(stage, new, start, old)
-      for d in shown
-      for new, old in zip(after[d][:PROMPTS], (before.get(d) or [None] * PROMPTS), strict=False)
-    ]
+    old = {(d, answer["prompt"]): answer for d, of in before.items() for answer in of}
+    pairs = [_pair(stage, new, start, old.get((d, new["prompt"]))) for d in shown for new in after[d][:PROMPTS]]
     if pairs:
       side = " (side line)" if run.is_side(stage) else ""
       parts += [f"<h3>{text(words(stage['name']))}{side}</h3>", *pairs]

@@ -21,7 +21,7 @@ dl.facts{display:grid;grid-template-columns:minmax(5.5em,max-content) minmax(0,1
 dl.facts code span{display:inline-block;max-width:100%;overflow-wrap:anywhere;margin-right:.6em}dl.facts dt{color:#595959}dl.facts dd{margin:0}
 .five{background:#f4f6f8;padding:.2em 1.2em 1em;border-radius:8px}.five h3{margin:1em 0 .2em}
 .five ul{margin:.3em 0;padding-left:1.2em}
-nav ol{columns:15em;padding-left:1.4em;margin:.5em 0}
+nav li{break-inside:avoid}nav ol{columns:16em;column-gap:2.5em;padding-left:1.4em;margin:.5em 0}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.88em}
 pre{background:#f6f6f4;padding:.7em .8em;white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0;border-radius:4px}
 pre.wide{white-space:pre;overflow-x:auto}

@@ -150,9 +150,10 @@ def words(name: str) -> str:
 
 
 def duration(seconds: float) -> str:
-  """A time in words, such as "45 s", "12 min" or "3 h 20 min"."""
-  if seconds < 100:
-    return f"{seconds:.0f} s"
+  """A time in words, such as "45 s", "4 min 10 s", "12 min" or "3 h 20 min"."""
+  if seconds < 600:
+    whole = round(seconds)
+    return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60} s"
   minutes = round(seconds / 60)
   return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 

@@ -90,15 +90,17 @@ def first_and_last(run: Run, path: Path) -> str:
 
 def gaps(stage: Stage, path: Path) -> str:
   """The scores of a stage's domains before and after it, beside those of their teachers."""
-  rows = []
+  rows, shown = [], []
   for domain, teacher in stage["teachers"].items():
     before, after = stage["scores_before"][domain], stage["scores_after"][domain]
     gap = teacher["score"] - before
     closed = f"{(after - before) / gap:.0%}" if gap > 0.02 else "none to close"
-    rows.append([domain, teacher["stage"], f"{teacher['score']:.3f}", f"{before:.3f}", f"{after:.3f}", closed])
-  shown = [[words(row[0]), words(row[1]), *row[2:]] for row in rows]
+    rows.append([domain, teacher["stage"], teacher["score"], before, after, closed])
+    moved = f"{100 * before:.0f} → {100 * after:.0f} of {100 * teacher['score']:.0f}"
+    shown.append([words(domain), words(teacher["stage"]), moved, closed])
   header = ["domain", "teacher", "teacher's score", "before", "after", "gap closed"]
-  return table(path, header, rows, left=(1,), shown=(header, shown))
+  heads = ["domain", "teacher", "score, %, and the teacher's", "gap closed"]
+  return table(path, header, rows, left=(1,), shown=(heads, shown))
 
 
 def moves(run: Run, path: Path) -> str:
@@ -106,8 +108,7 @@ def moves(run: Run, path: Path) -> str:
   rows, shown = [], []
   for stage in run.scored:
     start, own = run.start_of(stage), [d for d in stage["domains"] if d in run.domains]
-    for d in own if start else ():
-      c = change(stage, start, [d])
+    for d, c in ((d, change(stage, start, [d])) for d in own) if start else ():
       rows.append([stage["name"], d, c.before, c.after, c.mean, c.low, c.high])
       moved = f"{points(c.mean)} [{points(c.low)}, {points(c.high)}]"
       sign = "▲" if c.rose else "▼" if c.fell else ""
