@@ -52,6 +52,8 @@ class ModelConfig:
   routed_scaling_factor: float = 1.0
   moe_latent_size: int | None = None  # Input and output width of the routed experts; None is hidden_size.
   router_loss: bool = False  # Whether Scores include the load-balancing loss; training sets it.
+  router_record: bool = False  # Whether prefill and decoding record each token's experts; a rollout sets it.
+  router_replay: bool = True  # Whether given records replace the router's choice, or are only compared with it.
   intermediate_size: int = 128  # Width of a dense MLP block.
 
   # Whole model.

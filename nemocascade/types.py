@@ -5,6 +5,7 @@
   M ssm heads  P channels per ssm head     N ssm state   U ssm groups   W conv taps
   E experts    X experts per token         F hidden width of an expert or MLP
   Q prompts    G completions of a prompt   L blocks of one kind
+  Y = L x X, a token's experts in all MoE blocks, block by block
 
 The name of an array ends in its shape: `logprobs_QGT[q, g, t]`. A `1` is an axis of size 1.
 Entry t of a per-token array belongs to token t: `logprobs_BT[b, t]` is log p(token t | tokens before t).
@@ -36,6 +37,7 @@ class Prompts(struct.PyTreeNode):
 
   tokens_QP: Array  # int32; padded at the end.
   length_Q: Array  # int32; 0 if no row continues the prompt.
+  experts_QPY: Array | None = None  # The sampler's experts, as in Rollout.
 
 
 class Prefix(struct.PyTreeNode):
@@ -46,7 +48,7 @@ class Prefix(struct.PyTreeNode):
 
 
 class Routing(struct.PyTreeNode):
-  """Statistics of the routers of L blocks over a batch. All are sums, so those of its parts add up."""
+  """Statistics of the routers of L blocks over a batch. All but the experts are sums: those of its parts add up."""
 
   load_LE: jax.Array  # fp32; number of real tokens sent to each expert.
   dropped_L: jax.Array  # fp32; choices, padding's included, that no expert worked on: 0 if all is well.
@@ -55,6 +57,7 @@ class Routing(struct.PyTreeNode):
   # no record was given.
   recorded_L: jax.Array | None = None
   agreed_L: jax.Array | None = None
+  experts_LBTX: jax.Array | None = None  # The choices, as in Rollout; only if the config has router_record.
 
 
 class Scores(struct.PyTreeNode):
@@ -69,7 +72,8 @@ class Scores(struct.PyTreeNode):
 # (x_BTD, head_DV, wanted_BT) -> distance_BT. The policy's logits are x_BTD @ head_DV.
 DistanceFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn or None[, after=(Prefix, length_Q)]], *,
-# temperature=1.0) -> Scores under softmax(logits / temperature); tokens that are not wanted get 0.
+# temperature=1.0[, experts=experts_BTY]) -> Scores under softmax(logits / temperature); tokens that are not wanted
+# get 0. `experts` are the sampler's: the routers take them instead of their own choice, or compare both.
 ScoreFn = Callable[..., Scores]
 # (params, Prompts) -> (Prefix, Routing or None)
 TakeInFn = Callable[[Params, Prompts], tuple[Prefix, Routing | None]]
@@ -85,6 +89,9 @@ class Rollout(struct.PyTreeNode):
   rewards_QG: Array  # fp32
   valid_QG: Array  # bool; false if the sample has no verdict or is filtered out.
   drawn_logprobs_QGT: Array | None = None  # fp32; the sampler's, under the top_p nucleus, if top_p < 1.
+  # uint8 or uint16; number + 1 of each expert that the sampler's routers chose, 0 where there is no record. None
+  # unless the sampler records.
+  experts_QGTY: Array | None = None
   teacher_logprobs_QGT: Array | None = None  # fp32; only if an advantage reads them.
   reference_logprobs_QGT: Array | None = None  # fp32; only if the loss has a KL term.
   # Only if the loss has a distance from teachers: either the teacher's hidden states (entry t predicts token t)

@@ -13,7 +13,8 @@ import pytest
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.model.decode_state import repeat_state
-from nemocascade.model.hybrid import Hybrid, init_params, logical_axes, plan
+from nemocascade.model.hybrid import Hybrid, init_params, logical_axes
+from nemocascade.model.pattern import plan
 from nemocascade.model.size import count_params
 from nemocascade.types import Prompts
 

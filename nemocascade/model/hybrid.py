@@ -17,41 +17,13 @@ from nemocascade.model.decode_state import DecodeState, grow, repeat_state
 from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
-from nemocascade.model.routing import all_blocks
+from nemocascade.model.pattern import plan
+from nemocascade.model.routing import all_blocks, by_token, of_units
 from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import segment_starts
 from nemocascade.types import DistanceFn, Params, Prefix, Prompts, Routing, Scores
 
-# Fewest repeats of a unit that are scanned. A scan copies the parameters and states of a repeat at every
-# iteration, so that two repeats run faster unrolled.
-REPEATS = 3
 MIXERS = {"M": Mamba, "E": MoE, "*": Attention, "-": MLP}
-
-
-def plan(pattern: str) -> list[tuple[str, int]]:
-  """The pattern as a list of (unit, repeats); greedily takes the unit whose repeats cover the most blocks.
-
-  Repeats are scanned, so that compile time does not grow with the number of repeats.
-  """
-  units, at = [], 0
-  while at < len(pattern):
-    best = (pattern[at], 1)
-    for size in range(1, (len(pattern) - at) // 2 + 1):
-      unit, n = pattern[at : at + size], 1
-      while pattern.startswith(unit, at + n * size):
-        n += 1
-      if n >= REPEATS and n * size > len(best[0]) * best[1]:
-        best = (unit, n)
-    units.append(best)
-    at += len(best[0]) * best[1]
-  # Adjacent units that do not repeat become one unit.
-  merged: list[tuple[str, int]] = []
-  for unit, n in units:
-    if n == 1 and merged and merged[-1][1] == 1:
-      merged[-1] = (merged[-1][0] + unit, 1)
-    else:
-      merged.append((unit, n))
-  return merged
 
 
 class Block(nn.Module):
@@ -69,21 +41,22 @@ class Block(nn.Module):
   def _on(self, x_BTD) -> Layout:
     return layout(self.config, self.mesh, x_BTD.shape[0])
 
-  def __call__(self, x_BTD, segment_ids_BT):
-    y = self.mixer(self.norm(x_BTD), segment_ids_BT)
-    y, routing = y if self.letter == "E" else (y, None)
+  def __call__(self, x_BTD, segment_ids_BT, recorded_BTX=None):
+    y, routing = self.mixer(self.norm(x_BTD), segment_ids_BT, *[recorded_BTX] * (self.letter == "E")), None
+    if self.letter == "E":
+      y, routing = y
     return self._on(x_BTD).constrain(x_BTD + y), routing
 
-  def prefill(self, x_BTD, segment_ids_BT):
+  def prefill(self, x_BTD, segment_ids_BT, recorded_BTX=None):
     if self.letter == "E":
-      x_BTD, routing = self(x_BTD, segment_ids_BT)
-      return x_BTD, (), routing
+      x_BTD, routing = self(x_BTD, segment_ids_BT, recorded_BTX)
+      return x_BTD, self.mixer.fresh_state(x_BTD.shape[0]), routing
     y, state = self.mixer.prefill(self.norm(x_BTD), segment_ids_BT)
     return self._on(x_BTD).constrain(x_BTD + y), state, None
 
-  def after(self, state, x_BTD, segment_ids_BT, length_B):
+  def after(self, state, x_BTD, segment_ids_BT, length_B, recorded_BTX=None):
     if self.letter == "E":
-      return self(x_BTD, segment_ids_BT)
+      return self(x_BTD, segment_ids_BT, recorded_BTX)
     return self.extend(state, x_BTD, segment_ids_BT, length_B)[1], None
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
@@ -98,7 +71,10 @@ class Block(nn.Module):
 
 
 class Unit(nn.Module):
-  """Consecutive blocks. Its methods have the signature of a scan's body: (carry, slice, shared ...)."""
+  """Consecutive blocks. Its methods have the signature of a scan's body: (carry, slices and shared values ...).
+
+  `recorded` has the sampler's experts for each block, [B, T, X], or is None.
+  """
 
   config: ModelConfig
   letters: str
@@ -108,25 +84,28 @@ class Unit(nn.Module):
     block = nn.remat(Block, methods=["__call__", "prefill", "after"]) if self.config.remat else Block
     self.blocks = [block(self.config, letter, self.mesh) for letter in self.letters]
 
-  def __call__(self, x_BTD, segment_ids_BT):
+  def _each(self, recorded):
+    return zip(self.blocks, recorded or (None,) * len(self.blocks), strict=True)
+
+  def __call__(self, x_BTD, segment_ids_BT, recorded):
     routings = []
-    for block in self.blocks:
-      x_BTD, routing = block(x_BTD, segment_ids_BT)
+    for block, recorded_BTX in self._each(recorded):
+      x_BTD, routing = block(x_BTD, segment_ids_BT, recorded_BTX)
       routings.append(routing)
     return x_BTD, tuple(routings)
 
-  def prefill(self, x_BTD, segment_ids_BT):
+  def prefill(self, x_BTD, segment_ids_BT, recorded):
     states, routings = [], []
-    for block in self.blocks:
-      x_BTD, state, routing = block.prefill(x_BTD, segment_ids_BT)
+    for block, recorded_BTX in self._each(recorded):
+      x_BTD, state, routing = block.prefill(x_BTD, segment_ids_BT, recorded_BTX)
       states.append(state)
       routings.append(routing)
     return x_BTD, (tuple(states), tuple(routings))
 
-  def after(self, x_BTD, state, segment_ids_BT, length_B):
+  def after(self, x_BTD, state, segment_ids_BT, length_B, recorded):
     routings = []
-    for block, block_state in zip(self.blocks, state, strict=True):
-      x_BTD, routing = block.after(block_state, x_BTD, segment_ids_BT, length_B)
+    for (block, recorded_BTX), block_state in zip(self._each(recorded), state, strict=True):
+      x_BTD, routing = block.after(block_state, x_BTD, segment_ids_BT, length_B, recorded_BTX)
       routings.append(routing)
     return x_BTD, tuple(routings)
 
@@ -166,9 +145,10 @@ def _scanned(n: int):
     length=n,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
-  rows = dict(in_axes=nn.broadcast, **shared)
+  rows = dict(in_axes=(nn.broadcast, 0), **shared)
+  after = dict(in_axes=(0, nn.broadcast, nn.broadcast, 0), **shared)
   sliced = dict(in_axes=(0, nn.broadcast, nn.broadcast), **shared)
-  methods = {"__call__": rows, "prefill": rows} | dict.fromkeys(("after", "extend_at", "step_at"), sliced)
+  methods = {"__call__": rows, "prefill": rows, "after": after} | dict.fromkeys(("extend_at", "step_at"), sliced)
   return nn.scan(Unit, methods=methods)
 
 
@@ -203,21 +183,31 @@ class Hybrid(nn.Module):
 
   def _padded(self, *arrays_BT):
     """The arrays, padded with 0 at the end of the rows to a length that the layout allows; None stays None."""
-    B, T = arrays_BT[0].shape
+    B, T = arrays_BT[0].shape[:2]
     more = layout(self.config, self.mesh, B).length(T, self.config) - T
-    return [a_BT if a_BT is None else jnp.pad(a_BT, ((0, 0), (0, more))) for a_BT in arrays_BT]
+    pad = lambda a: jnp.pad(a, ((0, 0), (0, more)) + ((0, 0),) * (a.ndim - 2))
+    return [a_BT if a_BT is None else pad(a_BT) for a_BT in arrays_BT]
+
+  def _recorded(self, experts_BTY):
+    """(unit, its record) of all units."""
+    return zip(self.units, of_units(experts_BTY, self.plan, self.config.num_experts_per_tok), strict=True)
 
   def head(self):
     head = self.embedding.T if self.config.tie_word_embeddings else self.lm_head
     return head.astype(self.config.dtype)
 
-  def hidden(self, tokens_BT, segment_ids_BT):
-    """(h_BTD after the final norm, Routing of all MoE blocks in order, or None without MoE blocks)."""
+  def hidden(self, tokens_BT, segment_ids_BT, experts_BTY=None):
+    """(h_BTD after the final norm, Routing of all MoE blocks in order, or None without MoE blocks).
+
+    Args:
+      experts_BTY: the sampler's experts (see Rollout). The routers take them if config.router_replay is set,
+        otherwise they compare them with their own choice.
+    """
     T = tokens_BT.shape[1]
-    tokens_BT, segment_ids_BT = self._padded(tokens_BT, segment_ids_BT)
+    tokens_BT, segment_ids_BT, experts_BTY = self._padded(tokens_BT, segment_ids_BT, experts_BTY)
     x_BTD, routings = self._embed(tokens_BT), []
-    for unit in self.units:
-      x_BTD, routing = unit(x_BTD, segment_ids_BT)
+    for unit, recorded in self._recorded(experts_BTY):
+      x_BTD, routing = unit(x_BTD, segment_ids_BT, recorded)
       routings.append(routing)
     return self.norm_f(x_BTD)[:, :T], all_blocks(routings)
 
@@ -228,39 +218,39 @@ class Hybrid(nn.Module):
 
   __call__ = logits
 
-  def states(self, tokens_BT, segment_ids_BT):
+  def states(self, tokens_BT, segment_ids_BT, experts_BTY=None):
     """(x_BTD, Routing or None): token t is predicted from x[t], with logits x[t] @ head; x[0] is 0."""
     T = tokens_BT.shape[1]
-    tokens_BT, segment_ids_BT = self._padded(tokens_BT, segment_ids_BT)
-    h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT)
+    tokens_BT, segment_ids_BT, experts_BTY = self._padded(tokens_BT, segment_ids_BT, experts_BTY)
+    h_BTD, routing = self.hidden(tokens_BT, segment_ids_BT, experts_BTY)
     return self._on(tokens_BT).shift(h_BTD)[:, :T], routing
 
   def take_in(self, prompts: Prompts) -> tuple[Prefix, Routing | None]:
     """Prefills each prompt once for all rows that continue it: (Prefix, Routing or None)."""
-    last_QD, state, routing = self._take_in(prompts.tokens_QP, prompts.length_Q)
+    last_QD, state, routing = self._take_in(prompts.tokens_QP, prompts.length_Q, prompts.experts_QPY)
     return Prefix(self.norm_f(last_QD), state.units), routing
 
-  def states_after(self, prefix: Prefix, length_Q, tokens_BT, segment_ids_BT):
+  def states_after(self, prefix: Prefix, length_Q, tokens_BT, segment_ids_BT, experts_BTY=None):
     """`states` of rows whose first document continues a prompt; the Routing does not include the prompts.
 
     Args:
       length_Q: int32, lengths of the prompts; each has B // Q consecutive rows.
     """
     (B, T), G = tokens_BT.shape, tokens_BT.shape[0] // length_Q.shape[0]
-    tokens_BT, segment_ids_BT = self._padded(tokens_BT, segment_ids_BT)
+    tokens_BT, segment_ids_BT, experts_BTY = self._padded(tokens_BT, segment_ids_BT, experts_BTY)
     state = repeat_state(self._decode_state(length_Q, prefix.units), G)
     if self.mesh is not None:
       state = constrain_batch(state, B, self.mesh)
     x_BTD, routings = self._embed(tokens_BT), []
-    for unit, unit_state in zip(self.units, state.units, strict=True):
-      x_BTD, routing = unit.after(x_BTD, unit_state, segment_ids_BT, state.length_B)
+    for (unit, recorded), unit_state in zip(self._recorded(experts_BTY), state.units, strict=True):
+      x_BTD, routing = unit.after(x_BTD, unit_state, segment_ids_BT, state.length_B, recorded)
       routings.append(routing)
     on, before_B1D = self._on(tokens_BT), jnp.repeat(prefix.last_QD, G, axis=0)[:, None]
     return on.constrain(on.shift(self.norm_f(x_BTD), before_B1D))[:, :T], all_blocks(routings)
 
   def score(
     self, tokens_BT, segment_ids_BT, wanted_BT=None, distance: DistanceFn | None = None,
-    after: tuple[Prefix, jax.Array] | None = None, temperature=1.0,
+    after: tuple[Prefix, jax.Array] | None = None, temperature=1.0, experts_BTY=None,
   ) -> Scores:  # fmt: skip
     """log p(token t | earlier tokens of its document) with p = softmax(logits / temperature).
 
@@ -271,13 +261,14 @@ class Hybrid(nn.Module):
       distance: computes Scores.distance_BT; it has its own temperature.
       after: (Prefix, length_Q) of the prompts that the rows' first documents continue, or None.
       temperature: scalar above 0, traced or not; for log-probabilities and entropy.
+      experts_BTY: as in `hidden`.
     """
-    T, tokens = tokens_BT.shape[1], self._padded(tokens_BT, segment_ids_BT, wanted_BT)
-    tokens_BT, segment_ids_BT, wanted_BT = tokens
+    T, tokens = tokens_BT.shape[1], self._padded(tokens_BT, segment_ids_BT, wanted_BT, experts_BTY)
+    tokens_BT, segment_ids_BT, wanted_BT, experts_BTY = tokens
     if after is None:
-      x_BTD, routing = self.states(tokens_BT, segment_ids_BT)
+      x_BTD, routing = self.states(tokens_BT, segment_ids_BT, experts_BTY)
     else:
-      x_BTD, routing = self.states_after(*after, tokens_BT, segment_ids_BT)
+      x_BTD, routing = self.states_after(*after, tokens_BT, segment_ids_BT, experts_BTY)
     scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=after is not None)
     # Each device applies the whole head to its own tokens, so that the head's gradient is summed once.
     logprob = self._on(tokens_BT).on_own(token_logprob, shared=[1, 4])
@@ -285,11 +276,11 @@ class Hybrid(nn.Module):
     distance_BT = distance(x_BTD[:, :T], self.head(), scored_BT[:, :T]) if distance else None
     return Scores(logprob_BT[:, :T], entropy_BT[:, :T], routing, distance_BT)
 
-  def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int, temperature=1.0):
+  def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int, temperature=1.0, experts_BTY=None):
     """(tokens_BTK, logprobs_BTK) of the k most likely tokens at place t; 0 where not wanted."""
-    T, tokens = tokens_BT.shape[1], self._padded(tokens_BT, segment_ids_BT, wanted_BT)
-    tokens_BT, segment_ids_BT, wanted_BT = tokens
-    x_BTD, _ = self.states(tokens_BT, segment_ids_BT)
+    T, tokens = tokens_BT.shape[1], self._padded(tokens_BT, segment_ids_BT, wanted_BT, experts_BTY)
+    tokens_BT, segment_ids_BT, wanted_BT, experts_BTY = tokens
+    x_BTD, _ = self.states(tokens_BT, segment_ids_BT, experts_BTY)
     top = self._on(tokens_BT).on_own(functools.partial(top_logprobs, k=k), shared=[1, 3])
     found = top(x_BTD, self.head(), _predicted(segment_ids_BT, wanted_BT), jnp.float32(temperature))
     return tuple(a_BTK[:, :T] for a_BTK in found)
@@ -304,15 +295,28 @@ class Hybrid(nn.Module):
     Args:
       capacity: places in the key-value caches, at least T.
     """
-    last_BD, state, _ = self._take_in(tokens_BT, length_B)
-    return self._next(last_BD), grow(state, capacity)
+    return self.prefill_recorded(tokens_BT, length_B, capacity)[:2]
 
-  def _take_in(self, tokens_BT, length_B):
+  def prefill_recorded(self, tokens_BT, length_B, capacity: int):
+    """`prefill` of a model whose config has router_record: (logits_BV, DecodeState, experts_BTY of the tokens).
+
+    After each `step`, `experts_of` the state has the experts of the token that was taken in.
+    """
+    T = tokens_BT.shape[1]
+    last_BD, state, routing = self._take_in(tokens_BT, length_B)
+    experts_BTY = by_token(routing and routing.experts_LBTX)
+    if experts_BTY is not None:
+      real_BT = jnp.arange(T)[None] < length_B[:, None]
+      experts_BTY = jnp.where(real_BT[..., None], experts_BTY[:, :T], 0)
+    return self._next(last_BD), grow(state, capacity), experts_BTY
+
+  def _take_in(self, tokens_BT, length_B, experts_BTY=None):
     """(last_BD: each row's last token before the final norm, DecodeState of at least T places, Routing or None)."""
+    (experts_BTY,) = [None] if experts_BTY is None else self._padded(experts_BTY)
     tokens_BT, segment_ids_BT = self._given(tokens_BT, length_B)
     x_BTD, states, routings = self._embed(tokens_BT), [], []
-    for unit in self.units:
-      x_BTD, (state, routing) = unit.prefill(x_BTD, segment_ids_BT)
+    for unit, recorded in self._recorded(experts_BTY):
+      x_BTD, (state, routing) = unit.prefill(x_BTD, segment_ids_BT, recorded)
       states.append(state)
       routings.append(routing)
     return self._last(x_BTD, length_B), self._decode_state(length_B, tuple(states)), all_blocks(routings)

@@ -13,6 +13,7 @@ from nemocascade.kernels.product import einsum, product
 from nemocascade.mesh import on_own_rows
 from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
+from nemocascade.model.routing import as_record
 from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import document_mean
 from nemocascade.types import Routing
@@ -35,10 +36,34 @@ def route(x_TD, gate_DE, bias_E, c: ModelConfig):
     kept_TU = jnp.any(best_TU[..., None] == jnp.arange(c.n_group)[None, None], axis=1)
     choice_TE = jnp.where(kept_TU[..., None], grouped, -jnp.inf).reshape(T, E)
   expert_TX = jax.lax.top_k(choice_TE, c.num_experts_per_tok)[1]
+  return expert_TX, _weights(score_TE, expert_TX, c), score_TE
+
+
+def _weights(score_TE, expert_TX, c: ModelConfig):
+  """The weights of the chosen experts: their scores, of which the gradient reaches the router."""
   weight_TX = jnp.take_along_axis(score_TE, expert_TX, axis=-1)
   if c.norm_topk_prob:
     weight_TX /= jnp.sum(weight_TX, axis=-1, keepdims=True) + 1e-20
-  return expert_TX, weight_TX * c.routed_scaling_factor, score_TE
+  return weight_TX * c.routed_scaling_factor
+
+
+def replay(score_TE, expert_TX, recorded_TX, c: ModelConfig):
+  """Takes the sampler's choice of experts instead of the router's own (arXiv 2510.11370, R3).
+
+  Only the choice is replayed: the weights are the scores that this router gives the recorded experts, so that its
+  gradient is that of a router which chose them.
+
+  Args:
+    expert_TX: the router's own choice; it stays where there is no record.
+    recorded_TX: number + 1 of the experts that the sampler chose; 0 where there is no record.
+
+  Returns:
+    (expert_TX, weight_TX, agreed_TX: bool, the recorded choices that the router makes too)
+  """
+  known_TX = recorded_TX > 0
+  there_TX = jnp.where(known_TX, recorded_TX.astype(jnp.int32) - 1, expert_TX)
+  agreed_TX = known_TX & jnp.any(there_TX[:, :, None] == expert_TX[:, None], axis=-1)
+  return there_TX, _weights(score_TE, there_TX, c), agreed_TX
 
 
 def balance_loss(score_BTE, chosen_BTE, segment_ids_BT, X: int, mean: Callable = document_mean):
@@ -87,15 +112,26 @@ class MoE(nn.Module):
       self.fc1_latent_proj = self.param("fc1_latent_proj", normal(c, "embed", None), (D, L), c.param_dtype)
       self.fc2_latent_proj = self.param("fc2_latent_proj", normal(c, None, "embed"), (L, D), c.param_dtype)
 
-  def __call__(self, x_BTD, segment_ids_BT):
-    return self._mix(layout(self.config, self.mesh, x_BTD.shape[0]), x_BTD, segment_ids_BT)
+  def __call__(self, x_BTD, segment_ids_BT, recorded_BTX=None):
+    return self._mix(layout(self.config, self.mesh, x_BTD.shape[0]), x_BTD, segment_ids_BT, recorded_BTX)
 
-  def _mix(self, on: Layout, x_BTD, segment_ids_BT):
+  def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None):
     c, B = self.config, x_BTD.shape[0]
     x_TD, real_T, w = on.tokens(x_BTD), on.tokens(segment_ids_BT > 0), lambda p: p.astype(x_BTD.dtype)
     # Runs per device; otherwise XLA gathers the scores of all tokens on every device for top_k.
     choose = on_own_rows(functools.partial(route, c=c), self.mesh, shared=[1, 2])
     expert_TX, weight_TX, score_TE = choose(x_TD, self.gate, self.e_score_correction_bias)
+    record = {}
+    if recorded_BTX is not None:
+      recorded_TX = on.tokens(recorded_BTX)
+      compare = on_own_rows(functools.partial(replay, c=c), self.mesh)
+      there_TX, there_weight_TX, agreed_TX = compare(score_TE, expert_TX, recorded_TX)
+      count = lambda a_TX: jnp.sum(a_TX & real_T[:, None], dtype=jnp.float32)[None]
+      record = dict(recorded_L=count(recorded_TX > 0), agreed_L=count(agreed_TX))
+      if c.router_replay:
+        expert_TX, weight_TX = there_TX, there_weight_TX
+    if c.router_record:
+      record["experts_LBTX"] = on.of_tokens(as_record(expert_TX, c.n_routed_experts), B)[None]
     inside_TL = product(x_TD, self.fc1_latent_proj) if c.moe_latent_size else x_TD
     y_TL, rows = sharded_routed_mlp(
       self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
@@ -110,9 +146,18 @@ class MoE(nn.Module):
       of_own = on.on_own(functools.partial(balance_loss, X=c.num_experts_per_tok, mean=on.document_mean))
       loss = jnp.sum(of_own(score_BTE, chosen_BTE, segment_ids_BT))
     dropped = (expert_TX.size - rows).astype(jnp.float32)
-    return on.of_tokens(y_TD, B), Routing(load_E[None], dropped[None], loss)
+    return on.of_tokens(y_TD, B), Routing(load_E[None], dropped[None], loss, **record)
+
+  def fresh_state(self, B: int):
+    """The decode state before the first `step`: the experts of the last token, if they are recorded."""
+    c = self.config
+    return (
+      {"experts_BX": as_record(jnp.full((B, c.num_experts_per_tok), -1), c.n_routed_experts)} if c.router_record else ()
+    )
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B
-    y, _ = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32))
+    y, routing = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32))
+    if self.config.router_record:
+      state = {"experts_BX": routing.experts_LBTX[0, :, 0]}
     return state, y[:, 0]

@@ -3,7 +3,7 @@
 import jax
 
 from nemocascade.config import ModelConfig
-from nemocascade.model.hybrid import plan
+from nemocascade.model.pattern import plan
 from nemocascade.types import Params
 
 

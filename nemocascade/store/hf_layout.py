@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from nemocascade.config import ModelConfig
-from nemocascade.model.hybrid import plan
+from nemocascade.model.pattern import plan
 
 
 @dataclasses.dataclass(frozen=True)
