@@ -35,7 +35,7 @@ from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import kind_of
 from nemocascade.fields import text
-from nemocascade.mesh import by_rows, first_rows, make_mesh, placed, whole
+from nemocascade.mesh import first_rows, make_mesh, placed, whole
 from nemocascade.mesh import rows as rows_sharding
 from nemocascade.model.size import matmul_params
 from nemocascade.runtime import checks, objective, signals
@@ -304,7 +304,7 @@ def _heads(c: ConfigDict, programs: Programs):
 
 
 def _sampling(
-  programs: Programs, prefix: str, Q: int, G: int, P: int, T: int, *, drawn: bool, section: str
+  programs: Programs, prefix: str, Q: int, G: int, P: int, T: int, *, drawn: bool, section: str, slots: int = 0
 ) -> Iterator[Program]:
   """The two programs of a rollout of G completions of Q prompts.
 
@@ -314,7 +314,9 @@ def _sampling(
   """
   engine, struct, B = programs.engine(P, T), jax.ShapeDtypeStruct, Q * G
   prompts = _rows(programs, (struct((Q, P), jnp.int32), struct((Q,), jnp.int32)))
-  prefill = functools.cache(lambda: engine.start_fn.trace(programs.template, *prompts, G, drawn))
+  S = engine.slots_of(B, slots)
+  options = Options(top_p=0.5 if drawn else 1.0).by_row(B), np.zeros(B, bool)
+  prefill = functools.cache(lambda: engine.start_fn.trace(programs.template, *prompts, *options, G, S, drawn, 0, 0))
   shorter = f"shorter ones than {section}.{{}}={{}}".format
   yield Program(
     f"{prefix}prefill", ("prefill", Q, G, P, T, drawn), prefill, Spent(prefilled=Q * P),
@@ -323,8 +325,8 @@ def _sampling(
 
   def decode():
     d = prefill().out_info
-    scalars = struct((), jax.eval_shape(lambda: jax.random.key(0)).dtype), *[struct((), jnp.float32)] * 2
-    return engine.decode_fn.trace(programs.template, placed(d, by_rows(d, B, programs.mesh)), *scalars)
+    scalars = struct((), jax.eval_shape(lambda: jax.random.key(0)).dtype), *[struct((), jnp.int32)] * 2
+    return engine.decode_fn.trace(programs.template, placed(d, engine.layout(B).places(d)), *scalars)
 
   yield Program(
     f"{prefix}decode_step", ("decode", B, P, T, drawn), decode, Spent(sampled=B),

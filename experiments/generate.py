@@ -6,7 +6,7 @@
 An input row is {"messages": [...], "tools": [...]} or {"tokens": [...]}; other keys are copied to the output.
 An output row adds {"tokens", "logprobs", "text", "finish_reason": "stop" | "length"}: the new tokens, the
 log-probability with which each was drawn, and their text without the stop token (null if the checkpoint has
-no tokenizer).
+no tokenizer). If the model's logits are not finite, the completion ends there, with finish_reason "error".
 
 --mesh=data:1,expert:8 shares a model that is too large for one device among several. With --distributed these may be
 devices of several processes; the first one writes the output.
@@ -24,6 +24,7 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.fields import flag, number, text, whole
 from nemocascade.mesh import make_mesh, mesh_sizes, read_own
 from nemocascade.rollout.exchange import merge
+from nemocascade.rollout.sampling import Options
 from nemocascade.runtime import json_rows as rows_lib
 from nemocascade.runtime.hosts import exchange, first_alone
 from nemocascade.runtime.launch import MESH, launch
@@ -31,7 +32,8 @@ from nemocascade.runtime.parts import from_checkpoint
 from nemocascade.runtime.programs import Programs
 from nemocascade.types import Params
 
-BATCH = 64  # Most rows decoded together.
+SLOTS = 64  # Most prompts decoded together.
+BATCH = 256  # Most prompts prefilled together; a finished one makes room for the next of them.
 MOST_TOKENS = 1 << 20  # Most tokens of one answer: four times the longest context of the recipe.
 TEMPERATURE = number("0 is greedy.", low=0, high=100)
 TOP_P = number("Tokens are drawn from the likeliest that together reach this.", above=0, high=1)
@@ -96,31 +98,32 @@ def complete(
   for i, prompt in enumerate(prompts):
     of_length[rows_lib.bucket(len(prompt))].append(i)
   completions: list[dict] = [{} for _ in prompts]
-  key = jax.random.key(seed)
+  key, options = jax.random.key(seed), Options(temperature, top_p=top_p)
   for P, numbers in sorted(of_length.items()):
     engine = programs.engine(P, P + max_new_tokens)
     B = min(BATCH, 1 << (len(numbers) - 1).bit_length())
     B += -B % programs.mesh.size  # Rows are split over the devices.
     for part in rows_lib.batches(numbers, B, desc=f"generate after {P}"):
       filled = part + [part[-1]] * (B - len(part))
-      d = engine.start(params, [prompts[i] for i in filled], 1, drawn=top_p < 1)
+      d = engine.start(params, [prompts[i] for i in filled], 1, options=options, slots=SLOTS)
       limit_B = np.array([len(prompts[i]) + max_new_tokens for i in filled], np.int32)
       d = d.replace(row_id_B=np.array(filled, np.int32), limit_B=limit_B)
-      d = engine.decode(params, d, key, temperature, top_p)
+      d = engine.decode(params, d, key)
       drawn_BT = d.behaviour_logprobs_BT if d.drawn_logprobs_BT is None else d.drawn_logprobs_BT
-      (own, known_B), (_, tokens_BT), (_, drawn_BT) = map(read_own, (d.known_B, d.tokens_BT, drawn_BT))
+      arrays = map(read_own, (d.known_B, d.failed_B, d.tokens_BT, drawn_BT))
+      (own, known_B), (_, failed_B), (_, tokens_BT), (_, drawn_BT) = arrays
       found = []
       for place, b in enumerate(own[own < len(part)]):
         new = slice(len(prompts[part[b]]), known_B[place])
-        found.append([part[b], tokens_BT[place, new].tolist(), drawn_BT[place, new].tolist()])
-      for i, tokens, logprobs in merge(found, exchange, "completions"):
-        stopped = tokens[-1] in engine.stop_ids
+        found.append([part[b], tokens_BT[place, new].tolist(), drawn_BT[place, new].tolist(), bool(failed_B[place])])
+      for i, tokens, logprobs, failed in merge(found, exchange, "completions"):
+        stopped = not failed and tokens[-1] in engine.stop_ids
         said = tokens[:-1] if stopped else tokens
         completions[i] = {
           "tokens": tokens,
           "logprobs": logprobs,
           "text": None if tokenizer is None else tokenizer.decode(said),
-          "finish_reason": "stop" if stopped else "length",
+          "finish_reason": "error" if failed else "stop" if stopped else "length",
         }
   return completions
 

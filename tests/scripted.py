@@ -27,7 +27,7 @@ def _step(script_T, length_B, tokens_B, active_B):
   return length_B, _logits(script_T, length_B)
 
 
-ENGINE = Engine(_prefill, _step, jnp.repeat, prompt_tokens=T - 1, total_tokens=T)
+ENGINE = Engine(_prefill, _step, prompt_tokens=T - 1, total_tokens=T)
 
 
 class Scripted(Conversation):
@@ -43,8 +43,8 @@ class Scripted(Conversation):
     self.params = self.params.copy()
     self.params[begin : begin + len(tokens)] = tokens
     # The prefill has already chosen the first token's logits, so they are replaced.
-    first_BV = 50 * np.eye(V, dtype=np.float32)[tokens[:1]]
-    self._d = self._d.replace(logits_BV=first_BV)
+    first_SV = 50 * np.eye(V, dtype=np.float32)[tokens[:1]]
+    self._d = self._d.replace(logits_SV=first_SV)
     return super().answer(*args)
 
 

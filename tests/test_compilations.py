@@ -146,7 +146,9 @@ ROLLOUT = {
 def extended(monkeypatch):
   """Number of rows that got tool results, for each call of `Engine.extend`."""
   seen, extend = [], Engine.extend
-  monkeypatch.setattr(Engine, "extend", lambda self, d, given: seen.append(len(given)) or extend(self, d, given))
+  monkeypatch.setattr(
+    Engine, "extend", lambda self, params, d, given: seen.append(len(given)) or extend(self, params, d, given)
+  )
   return seen
 
 

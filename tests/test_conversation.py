@@ -10,7 +10,8 @@ from nemocascade.data import chat
 from nemocascade.data.tokenizer import IM_END, THINK_END, TOOL_CALL, TOOL_CALL_END
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import CompileCounter
-from nemocascade.rollout.conversation import TAKEN_SINGLY, Conversation
+from nemocascade.rollout.conversation import Conversation
+from nemocascade.rollout.sampling import Options
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 CALL = spell(TOOL_CALL, "\n<function=f>\n</function>\n", TOOL_CALL_END, "\n", IM_END)
@@ -142,12 +143,12 @@ def test_an_answer_that_was_cut_off_is_closed_and_the_talk_goes_on(thinking, owe
   assert before[-new:] == spell(said)[:new]
 
 
-def test_a_long_message_is_taken_in_at_once_with_the_same_tokens():
+def test_a_long_message_is_added_in_chunks():
   c = Scripted(thinking=False)
   say(c, "the cat", "sat", IM_END)
   before = c.tokens
-  say(c, "x " * TAKEN_SINGLY, "the mat", IM_END)
-  assert c.prefills == 2 and c.tokens[: len(before)] == before
+  say(c, "x " * 2 * ENGINE.chunk, "the mat", IM_END)
+  assert c.prefills == 1 and c.tokens[: len(before)] == before
   assert c.turn.content == "the mat" and c.tokens + NEWLINE == rendered(c)
 
 
@@ -186,9 +187,9 @@ def test_streaming_samples_what_decoding_at_once_does():
   c.ask("the cat")
   prompt = c.tokens
   list(c.answer())
-  d = ENGINE.start(params, [prompt], 1)
+  d = ENGINE.start(params, [prompt], 1, options=Options(30.0))
   d = d.replace(limit_B=np.array([len(prompt) + 50], np.int32))
-  d = ENGINE.decode(params, d, jax.random.key(5), 30.0, 1.0)
+  d = ENGINE.decode(params, d, jax.random.key(5))
   assert c.tokens == np.asarray(d.tokens_BT)[0, : int(d.known_B[0])].tolist()
   assert len(set(c.tokens[len(prompt) :])) > 10
 

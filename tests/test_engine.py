@@ -11,9 +11,11 @@ from flax import struct
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh, whole
-from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
+from nemocascade.model.decode_state import row_axes
+from nemocascade.model.hybrid import Hybrid, init_params
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.sampling import Options
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -48,10 +50,6 @@ def toy_step(table_VSV, memory, tokens_B, active_B):
   return memory, table_VSV[memory.last_B, memory.sum_B % 5]
 
 
-def toy_repeat(memory, G):
-  return jax.tree.map(lambda a_B: jnp.repeat(a_B, G), memory)
-
-
 def toy_logprobs(table_VSV, tokens):
   """[T, V] in fp64: entry t is the distribution of the token after tokens[: t + 1]."""
   logits_TV = np.asarray(table_VSV, np.float64)[tokens, np.cumsum(tokens) % 5]
@@ -60,18 +58,18 @@ def toy_logprobs(table_VSV, tokens):
 
 def toy_engine(**fields):
   fields = dict(prompt_tokens=P, total_tokens=T, stop_ids=(STOP, 2)) | fields
-  return Engine(toy_prefill, toy_step, toy_repeat, **fields)
+  return Engine(toy_prefill, toy_step, **fields)
 
 
 ENGINE = toy_engine()
 PROMPTS = [[3], [4, 5, 6, 7, 8, 9], [1, 1, 1]]
 
 
-def decode(engine=ENGINE, prompts=PROMPTS, G=2, temperature=1.0, seed=0, limit=None):
-  d = engine.start(table(), prompts, G)
+def decode(engine=ENGINE, prompts=PROMPTS, G=2, temperature=1.0, seed=0, limit=None, **how):
+  d = engine.start(table(), prompts, G, options=Options(temperature), **how)
   if limit is not None:
     d = d.replace(limit_B=jnp.full(d.limit_B.shape, limit, jnp.int32))
-  return engine.decode(table(), d, jax.random.key(seed), temperature, 1.0)
+  return engine.decode(table(), d, jax.random.key(seed))
 
 
 def row(d, b):
@@ -115,7 +113,7 @@ def test_a_row_ends_with_its_first_stop_token_or_at_its_limit():
     ends.add("stop" if new[-1] in (STOP, 2) else "limit")
     assert new[-1] in (STOP, 2) or d.known_B[b] == T
   assert ends == {"stop", "limit"}
-  assert jnp.all(d.done_B) and jnp.all(d.taken_B == d.known_B)
+  assert jnp.all(d.done_B)
 
 
 def test_a_limit_of_its_own_cuts_a_row():
@@ -149,16 +147,16 @@ def test_first_tokens_have_the_models_frequencies():
 
 
 def test_given_tokens_are_taken_in_as_they_are_and_not_learned():
-  d = decode(G=2, limit=8)
+  d = decode(G=2, limit=8, held=True)
   before = [row(d, b).tolist() for b in range(6)]
   d = d.replace(limit_B=jnp.full(6, T, jnp.int32))
   given = {0: [5, 6, 7], 3: [8], 5: [1, STOP, 2, 4]}  # Given stop tokens do not stop a row.
   old = jax.device_get(d)
-  d = ENGINE.decode(table(), ENGINE.extend(d, given), jax.random.key(1), 1.0, 1.0)
+  d = ENGINE.decode(table(), ENGINE.extend(table(), d, given), jax.random.key(1))
   for b in range(6):
     if b not in given:
       assert row(d, b).tolist() == before[b]
-      for name in ("sampled_BT", "behaviour_logprobs_BT", "logits_BV", "taken_B", "done_B"):
+      for name in ("sampled_BT", "behaviour_logprobs_BT", "logits_SV", "done_B"):
         np.testing.assert_array_equal(getattr(d, name)[b], getattr(old, name)[b])
       continue
     start, end = len(before[b]), len(before[b]) + len(given[b])
@@ -169,13 +167,14 @@ def test_given_tokens_are_taken_in_as_they_are_and_not_learned():
 
 
 def test_a_row_without_room_for_its_given_tokens_and_one_more_stays_as_it_was():
-  d = decode(G=1, limit=8)
+  d = decode(G=1, limit=8, held=True)
   d = d.replace(limit_B=jnp.full(3, 10, jnp.int32))
   known = int(d.known_B[1])
   assert known == 8 or row(d, 1)[-1] in (STOP, 2)
   fits, too_many = [1] * (10 - known - 1), [1] * (10 - known)
-  assert not bool(ENGINE.extend(d, {1: fits}).done_B[1])
-  full = ENGINE.extend(d, {1: too_many})
+  copy = jax.tree.map(jnp.copy, d)
+  assert not bool(ENGINE.extend(table(), copy, {1: fits}).done_B[1])
+  full = ENGINE.extend(table(), d, {1: too_many})
   assert bool(full.done_B[1]) and int(full.known_B[1]) == known
 
 
@@ -187,16 +186,16 @@ def test_calls_of_equal_shapes_compile_once_whatever_is_asked_and_wherever_thing
   ]  # fmt: skip
   keys = [jax.random.key(seed) for seed in range(5)]
   with CompileCounter() as compiled:
-    for given, key, prompts, temperature, top_p in zip(
+    for given, key, prompts, temperature in zip(
       tables, keys, [PROMPTS, PROMPTS[::-1], [[1]] * 3, PROMPTS, PROMPTS], [1, 0.0, 0.7, np.float64(1), np.float32(2)],
-      [1.0, 1, 0.9, 1.0, 1.0], strict=True,
+      strict=True,
     ):  # fmt: skip
-      d = engine.start(given, prompts, 2)
+      d = engine.start(given, prompts, 2, options=Options(temperature), held=True)
       d = d.replace(limit_B=np.minimum(d.limit_B, np.asarray(d.known_B) + 4))
-      d = engine.decode(given, d, key, temperature, top_p)
-      d = engine.decode(given, engine.extend(d, {0: [1]}), key, temperature, top_p)
-      engine.decode(given, engine.extend(d, {}), key, temperature, top_p)
-  assert sorted(compiled.programs) == ["jit(_decode)", "jit(_start)"]
+      d = engine.decode(given, d, key)
+      d = engine.decode(given, engine.extend(given, d, {0: [1]}), key, ticks=3)
+      engine.decode(given, engine.extend(given, d, {}), key)
+  assert sorted(compiled.programs) == ["jit(decode)", "jit(extend)", "jit(start)"]
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * (P + 1)])
@@ -225,7 +224,7 @@ def hybrid(pattern):
   model = Hybrid(config)
   apply = lambda method: lambda params, *a: model.apply({"params": params}, *a, method=method)  # noqa: E731
   engine = Engine(
-    apply("prefill"), apply("step"), repeat_state,
+    apply("prefill"), apply("step"), apply("extend"), row_axes,
     prompt_tokens=P, total_tokens=T, stop_ids=(STOP, 2),
   )  # fmt: skip
   params = init_params(config, jax.random.key(1))
@@ -235,11 +234,11 @@ def hybrid(pattern):
 def episode(pattern, temperature):
   """Two turns; some rows are given tokens between them."""
   engine, params, *_ = hybrid(pattern)
-  d = engine.start(params, PROMPTS, 2).replace(limit_B=jnp.full(6, 10, jnp.int32))
-  d = engine.decode(params, d, jax.random.key(0), temperature, 1.0)
+  d = engine.start(params, PROMPTS, 2, options=Options(temperature), held=True)
+  d = engine.decode(params, d.replace(limit_B=jnp.full(6, 10, jnp.int32)), jax.random.key(0))
   d = d.replace(limit_B=jnp.full(6, T, jnp.int32))
-  d = engine.extend(d, {0: [5, 6, 7], 2: [8], 5: [1, STOP, 2, 4]})
-  return engine.decode(params, d, jax.random.key(1), temperature, 1.0)
+  d = engine.extend(params, d, {0: [5, 6, 7], 2: [8], 5: [1, STOP, 2, 4]})
+  return engine.decode(params, d, jax.random.key(1))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -266,7 +265,7 @@ def test_greedy_decoding_of_the_hybrid_is_the_argmax_of_its_rows():
 def test_a_row_of_the_hybrid_does_not_depend_on_its_neighbours():
   engine, params, *_ = hybrid(PATTERNS[0])
   start = lambda prompts: engine.start(params, prompts, 2)  # noqa: E731
-  run = lambda prompts: engine.decode(params, start(prompts), jax.random.key(0), 1.0, 1.0)  # noqa: E731
+  run = lambda prompts: engine.decode(params, start(prompts), jax.random.key(0))  # noqa: E731
   together, apart = run(PROMPTS), run([[9, 9], PROMPTS[1], [4] * P])
   for b in (2, 3):
     np.testing.assert_array_equal(row(apart, b), row(together, b))

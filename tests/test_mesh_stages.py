@@ -218,7 +218,7 @@ def said_and_sampled(data, expert, split=False):
   said = np.asarray(programs.logprobs(params, *rows, np.float32(0.7)))
   engine = programs.engine(6, 16)
   d = engine.start(params, [[3, 4, 5], [6] * 6, [7], [8, 9]], 2)
-  d = engine.decode(params, d, jax.random.key(2), 1.0, 1.0)
+  d = engine.decode(params, d, jax.random.key(2))
   return said, np.asarray(d.tokens_BT), np.asarray(d.behaviour_logprobs_BT)
 
 

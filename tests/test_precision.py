@@ -23,11 +23,12 @@ from nemocascade.kernels.distillation import (
 )
 from nemocascade.kernels.routed_matmul import routed_mlp
 from nemocascade.kernels.token_logprob import token_logprob
-from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
+from nemocascade.model.decode_state import row_axes
+from nemocascade.model.hybrid import Hybrid, init_params
 from nemocascade.model.moe import balance_loss, route
 from nemocascade.model.reward import RewardModel, init_reward_params
 from nemocascade.rollout.engine import Engine
-from nemocascade.rollout.sampling import sample
+from nemocascade.rollout.sampling import Options, sample
 from nemocascade.step import loss, optimizer
 from nemocascade.step.optimizer import make_optimizer
 from nemocascade.step.policy_gradient import policy_gradient_step
@@ -128,8 +129,7 @@ def test_the_routers_logits_and_balance_are_fp32(dtype):
 
 def test_sampling_is_fp32():
   keys = jax.random.split(jax.random.key(0), B)
-  fn = lambda keys, x, t, p: sample(keys, x, temperature=t, top_p=p)
-  check(lowered(fn, keys, normal(B, V), jnp.float32(1), jnp.float32(0.9)), products=2)
+  check(lowered(sample, keys, normal(B, V), Options(top_p=0.9).by_row(B)), products=2)
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -246,14 +246,17 @@ def reward_program(dtype):
 
 
 def rollout_program(dtype):
-  engine = Engine(apply(dtype, "prefill"), apply(dtype, "step"), repeat_state, prompt_tokens=T - 2, total_tokens=T)
+  engine = Engine(
+    apply(dtype, "prefill"), apply(dtype, "step"), apply(dtype, "extend"), row_axes, prompt_tokens=T - 2, total_tokens=T
+  )
   params = jax.eval_shape(lambda key: init_params(model(dtype)[0], key), jax.random.key(0))
 
-  def whole(params, key, temperature, top_p):
-    d = engine.start_fn(params, TOKENS[:, : T - 2], jnp.full(B, 3), 2, True)
-    return engine.decode_fn(params, d, key, temperature, top_p)
+  def whole(params, key, options, held_B):
+    d = engine.start_fn(params, TOKENS[:, : T - 2], jnp.full(B, 3), options, held_B, 2, B, True, 2, B)
+    args = jnp.zeros(2, jnp.int32), jnp.zeros((2, 4), jnp.int32), jnp.full(2, 4), jnp.full(2, 4)
+    return engine.extend_fn(params, engine.decode_fn(params, d, key, 9, 0)[0], *args)
 
-  return lowered(whole, params, jax.random.key(0), jnp.float32(1), jnp.float32(0.9))
+  return lowered(whole, params, jax.random.key(0), Options(top_p=0.9).by_row(2 * B), jnp.ones(2 * B, bool))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -145,9 +145,7 @@ def shared(mesh) -> Samples:
   for script_T, row, said in zip(script_QT, rows, answers, strict=True):
     tokens, _ = scripted.conversation(row, said, True)
     script_T[: len(tokens)] = tokens
-  engine = Engine(
-    scripted.prefill, scripted.step, scripted.repeat, prompt_tokens=scripted.P, total_tokens=scripted.T, mesh=mesh
-  )
+  engine = Engine(scripted.prefill, scripted.step, prompt_tokens=scripted.P, total_tokens=scripted.T, mesh=mesh)
   samples = collect(
     engine, script_QT, jax.random.key(0), rows, scripted.domains(), tokenizer=scripted.TOKENIZER, G=3, temperature=0.0,
     exchange=hosts.exchange,

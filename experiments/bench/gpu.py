@@ -21,7 +21,8 @@ import numpy as np
 from experiments.bench import kernels
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
-from nemocascade.model.hybrid import Hybrid, init_params, repeat_state
+from nemocascade.model.decode_state import row_axes
+from nemocascade.model.hybrid import Hybrid, init_params
 from nemocascade.model.size import count_params, matmul_params
 from nemocascade.rollout.engine import Engine
 from nemocascade.step.optimizer import make_optimizer, new_state
@@ -290,7 +291,7 @@ def decode(sizes: Sizes, copy: float) -> Iterator[dict]:
   model = Hybrid(config)
   apply = lambda method: lambda params, *args: model.apply({"params": params}, *args, method=method)
   engine = Engine(
-    apply("prefill"), apply("step"), repeat_state, prompt_tokens=sizes.decode_context // 2,
+    apply("prefill"), apply("step"), axes_fn=row_axes, prompt_tokens=sizes.decode_context // 2,
     total_tokens=sizes.decode_context, stop_ids=(-1,),
   )  # fmt: skip
   prompt = np.random.default_rng(0).integers(0, sizes.vocab_size, sizes.decode_context // 2).tolist()
@@ -301,7 +302,7 @@ def decode(sizes: Sizes, copy: float) -> Iterator[dict]:
       state_bytes = sum(a.nbytes for a in jax.tree.leaves(d.state.units))
       jax.block_until_ready(d)
       began = time.perf_counter()
-      d = engine.decode(params, d, jax.random.key(0), 1.0, 1.0)
+      d = engine.decode(params, d, jax.random.key(0))
       jax.block_until_ready(d)
     tick = (time.perf_counter() - began) / sizes.decode_tokens
     weights = sum(a.nbytes for a in jax.tree.leaves(params)) - params["embedding"].nbytes

@@ -40,6 +40,7 @@ class Environment(Protocol):
 
   Attributes:
     max_turns: assistant turns of one episode at most.
+    in_threads: whether `act` may run in several threads at a time, for different worlds; if absent, it may not.
   """
 
   max_turns: int
@@ -54,8 +55,8 @@ class Environment(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class NotStarted:
-  """The world of an episode whose environment could not start on the row. No tool answers; the verdict is masked."""
+class Failed:
+  """The world of an episode whose environment could not start on the row, or failed. The verdict is masked."""
 
   reason: str
 
@@ -83,13 +84,18 @@ class Domain:
       return 1
     return self.max_turns or self.environment.max_turns
 
+  @property
+  def in_threads(self) -> bool:
+    """Whether `act` may run in several threads at a time."""
+    return getattr(self.environment, "in_threads", False)
+
   def start(self, row: Row) -> object | None:
     """A fresh world for one episode, or None without an environment."""
     return None if self.environment is None else self.environment.start(row)
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
     """The results of the turn's tool calls; None ends the episode."""
-    return None if self.environment is None or isinstance(world, NotStarted) else self.environment.act(world, turn)
+    return None if self.environment is None or isinstance(world, Failed) else self.environment.act(world, turn)
 
 
 def one_by_one(judge: Callable[[Row, Completion], Verdict]) -> Verify:

@@ -28,7 +28,7 @@ from typing import Any
 from nemocascade import own_code
 from nemocascade.data.chat_parse import Turn
 from nemocascade.data.tool_format import ToolCall
-from nemocascade.domains.domain import Domain, Environment, NotStarted
+from nemocascade.domains.domain import Domain, Environment, Failed
 from nemocascade.domains.rows import prompt_tools
 from nemocascade.errors import UserError, short
 from nemocascade.sandbox import limited
@@ -167,7 +167,7 @@ class OwnEnvironment:
     try:
       return self.try_start(row)
     except (Exception, SystemExit) as error:
-      return NotStarted(f"the environment failed to start: {own_code.raised(error)}")
+      return Failed(f"the environment failed to start: {own_code.raised(error)}")
 
   def act(self, world: object, turn: Turn) -> list[str] | None:
     try:

@@ -15,6 +15,15 @@ class DecodeState(struct.PyTreeNode):
   stacked: tuple[bool, ...] = struct.field(pytree_node=False)  # For each unit: whether its leaves are [n, B, ...].
 
 
+def row_axes(state: DecodeState) -> DecodeState:
+  """A tree like the state, with each array's axis of rows."""
+  units = tuple(
+    jax.tree.map(lambda _, axis=int(stacked): axis, unit)
+    for unit, stacked in zip(state.units, state.stacked, strict=True)
+  )
+  return state.replace(length_B=0, units=units)
+
+
 def repeat_state(state: DecodeState, G: int) -> DecodeState:
   """Repeats each row G times, copies next to each other: [B, ...] -> [B * G, ...]."""
   units = tuple(

@@ -10,13 +10,13 @@ from nemocascade.data import chat
 from nemocascade.data.chat_parse import Delta, Turn, TurnParser
 from nemocascade.data.tokenizer import IM_END, THINK_END, Tokenizer
 from nemocascade.errors import UserError
-from nemocascade.rollout.engine import Decoding, Engine
+from nemocascade.rollout.decoding import Decoding
+from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
 
 STRIDE = 4  # Tokens that a call of the decoding loop samples before they are parsed.
 NARROWEST = 64  # The smallest width that prompts are padded to.
-# Up to this many new tokens are fed one by one; with more it is faster to prefill the whole history again.
-TAKEN_SINGLY = 128
 
 
 class Conversation:
@@ -49,7 +49,7 @@ class Conversation:
     tools: Sequence[dict[str, Any]] = (),
   ):
     self.engine, self.params, self.tokenizer = engine, params, tokenizer
-    self.key, self.temperature, self.top_p = jax.random.key(seed), temperature, top_p
+    self.key, self.options = jax.random.key(seed), Options(temperature, top_p=top_p)
     self.max_new_tokens, self.thinking = max_new_tokens, thinking
     self.truncate_history_thinking = truncate_history_thinking
     self.system, self.tools = system, list(tools)
@@ -112,7 +112,7 @@ class Conversation:
     while len(self.tokens) < limit and not stopped():
       new = self._sample(min(len(self.tokens) + STRIDE, limit))
       yield from parser.feed(new)
-      if new[-1] in self.engine.stop_ids:
+      if not new or new[-1] in self.engine.stop_ids:  # No token: the logits are not finite.
         break
     yield from parser.finish()
     self.turn = parser.turn()
@@ -142,20 +142,16 @@ class Conversation:
 
   def _add(self, pieces: Sequence[chat.Piece]) -> None:
     given = self._owed + chat.tokenize(pieces, self.tokenizer)[0]
-    if len(given) > TAKEN_SINGLY:
-      self._take_in(self.tokens + given)
-    else:
-      self._check_room(len(self.tokens) + len(given))
-      assert self._d is not None
-      d = self._d.replace(limit_B=np.array([self.engine.T], np.int32))
-      self._d = self.engine.extend(d, {0: given})
-      self.tokens = self.tokens + given
-    self._owed = []
+    self._check_room(len(self.tokens) + len(given))
+    assert self._d is not None
+    d = self._d.replace(limit_B=np.array([self.engine.T], np.int32))
+    self._d = self.engine.extend(self.params, d, {0: given})
+    self.tokens, self._owed = self.tokens + given, []
 
   def _take_in(self, tokens: list[int]) -> None:
     self._check_room(len(tokens))
     width = max(NARROWEST, 1 << (len(tokens) - 1).bit_length())
-    self._d = self.engine.start(self.params, [tokens], 1, width=width)
+    self._d = self.engine.start(self.params, [tokens], 1, width=width, options=self.options, held=True)
     self.tokens = tokens
     self.prefills += 1
 
@@ -167,7 +163,7 @@ class Conversation:
     """Decodes up to a stop token or to `limit` tokens in total; returns the new tokens."""
     assert self._d is not None
     d = self._d.replace(limit_B=np.array([limit], np.int32), done_B=np.array([False]))
-    self._d = self.engine.decode(self.params, d, self.key, self.temperature, self.top_p)
+    self._d = self.engine.decode(self.params, d, self.key)
     known = int(self._d.known_B[0])
     new = np.asarray(self._d.tokens_BT)[0, len(self.tokens) : known].tolist()
     self.tokens = self.tokens + new

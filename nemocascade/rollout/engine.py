@@ -1,42 +1,33 @@
-"""The rollout engine: prefills each prompt once, then decodes all rows in one jitted loop."""
+"""The rollout engine: prefills each prompt once, and decodes all requests in a fixed number of slots."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from nemocascade.errors import UserError
-from nemocascade.mesh import by_rows, constrain_batch, make_mesh, own_rows, put_own, read_own, whole
-from nemocascade.rollout.sampling import row_keys, sample
+from nemocascade.mesh import make_mesh, whole
+from nemocascade.rollout import loop
+from nemocascade.rollout.decoding import Decoding, Layout
+from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
 
-
-class Decoding(struct.PyTreeNode):
-  """The state of decoding B rows.
-
-  A token is known once it was given or sampled. It is taken in once the model has processed it.
-  """
-
-  state: Any  # The model's decode state.
-  logits_BV: jax.Array  # fp32; for the token after the last one taken in.
-  tokens_BT: jax.Array  # int32
-  sampled_BT: jax.Array  # bool; true on tokens that the policy sampled.
-  behaviour_logprobs_BT: jax.Array  # fp32; under softmax(logits / temperature), 0 on given tokens.
-  known_B: jax.Array  # int32; number of known tokens.
-  taken_B: jax.Array  # int32; number of tokens taken in.
-  limit_B: jax.Array  # int32; sampling stops at this number of known tokens.
-  done_B: jax.Array  # bool; the row has stopped or met its limit.
-  row_id_B: jax.Array  # int32; selects the row's random numbers.
-  drawn_logprobs_BT: jax.Array | None = None  # fp32; under the top_p nucleus; None unless start(drawn=True).
+NEVER = 2**31 - 1  # Ticks.
+CHUNK = 64  # Given tokens that a call of the model takes in for a row.
+TOGETHER = 8  # Rows of a device that take in given tokens together.
+PLAIN = Options()
+FEWEST = 16  # Slots of a device; they are halved when requests run out, but not below this.
 
 
 class Engine:
   """Prefill and decoding programs for prompts of at most P tokens and sequences of at most T tokens.
+
+  A Decoding serves B requests, G for each prompt, in S slots. A slot that is free takes the next request in the
+  jitted loop; the prompt's state is copied into it. The tokens of a request depend on the parameters, the key, its
+  row_id and its options alone: not on its slot, nor on the other requests.
 
   JAX compiles a program again if its arguments have another sharding or none. So parameters and rows are put to
   their shardings before each call; this copies only what is not there yet.
@@ -47,15 +38,17 @@ class Engine:
   Args:
     prefill_fn: (params, tokens_BP, length_B, capacity) -> (logits_BV, state).
     step_fn: (params, state, tokens_B, active_B) -> (state, logits_BV).
-    repeat_fn: (state, G) -> the state with each row G times, the copies adjacent.
+    extend_fn: (params, state, tokens_BT, length_B) -> (state, logits_BV): takes in each row's first length_B tokens;
+      rows of length 0 stay as they are. By default it calls step_fn for one token after the other.
+    axes_fn: state -> a tree like it, with each array's axis of rows; by default all first axes.
     prompt_tokens: P.
     total_tokens: T.
-    stop_ids: a row is done when it samples one of these tokens.
+    stop_ids: a request is done when it samples one of these tokens.
     mesh: the rows are sharded over its devices; one device by default.
     params_places: the parameters' sharding, or a tree of shardings; replicated by default.
 
   Attributes:
-    start_fn, decode_fn: the two jitted programs.
+    start_fn, decode_fn, extend_fn, shrink_fn: the jitted programs; see loop.py.
     mesh: the mesh of the rows.
 
   Raises:
@@ -66,7 +59,8 @@ class Engine:
     self,
     prefill_fn: Callable,
     step_fn: Callable,
-    repeat_fn: Callable,
+    extend_fn: Callable | None = None,
+    axes_fn: Callable | None = None,
     *,
     prompt_tokens: int,
     total_tokens: int,
@@ -79,19 +73,30 @@ class Engine:
     self.P, self.T, self.stop_ids = prompt_tokens, total_tokens, tuple(stop_ids)
     self.mesh = mesh or make_mesh(1, 1)
     self._params_places = params_places or whole(self.mesh)
-    place_fn = functools.partial(constrain_batch, mesh=self.mesh)
-    self.start_fn = jax.jit(functools.partial(_start, prefill_fn, repeat_fn, place_fn, self.T), static_argnums=(3, 4))
-    self.decode_fn = jax.jit(functools.partial(_decode, step_fn, place_fn, self.stop_ids), donate_argnums=1)
+    axes = axes_fn or (lambda state: jax.tree.map(lambda _: 0, state))
+    model = loop.Model(prefill_fn, step_fn, extend_fn or loop.by_steps(step_fn), axes)
+    self.layout = functools.cache(lambda B: Layout(self.mesh, B, axes))
+    self.chunk = min(CHUNK, total_tokens)
+    self._ready: set = set()  # Shapes whose programs with fewer slots are compiled.
+    of = lambda fn, *more: functools.partial(fn, model, self.layout, *more)  # noqa: E731
+    self.start_fn = jax.jit(of(loop.start, self.T), static_argnums=(5, 6, 7, 8, 9))
+    self.decode_fn = jax.jit(of(loop.decode, self.stop_ids), donate_argnums=1)
+    self.extend_fn = jax.jit(of(loop.extend), donate_argnums=1)
+    self.shrink_fn = jax.jit(of(loop.shrink), static_argnums=1)
 
   def start(
     self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None,
-    drawn: bool = False,
+    options: Options = PLAIN, slots: int = 0, held: bool | np.ndarray = False, likeliest: int = 0,
   ) -> Decoding:  # fmt: skip
-    """Prefills each prompt once and returns a Decoding with G rows for each prompt.
+    """Prefills each prompt once and returns a Decoding with G requests for each prompt.
 
     Args:
       width: the prompts' padded length, at most P (the default); each width compiles once.
-      drawn: whether to record drawn_logprobs_BT, which differ from behaviour_logprobs_BT if top_p < 1.
+      options: scalars or arrays [B]. Where they cut off tokens, drawn_logprobs_BT are recorded.
+      slots: requests that are decoded at a time; 0 takes as many as requests. It is raised to the next number that
+        is sharded like the requests.
+      held: whether requests keep their state when they are done, to be continued by `extend`; a scalar or [B].
+      likeliest: number of likeliest tokens to record for each sampled one.
 
     Raises:
       UserError: a prompt is empty or longer than `width`.
@@ -102,43 +107,91 @@ class Engine:
       if not 0 < len(prompt) <= width:
         raise UserError(f"prompt {q} has {len(prompt)} tokens: allowed are 1 to prompt_tokens={width}")
       tokens_QP[q, : len(prompt)] = prompt
-    length_Q = np.array([len(prompt) for prompt in prompts], np.int32)
-    return self.start_fn(self._placed(params), tokens_QP, length_Q, G, drawn)
+    length_Q, B = np.array([len(prompt) for prompt in prompts], np.int32), len(prompts) * G
+    S = self.slots_of(B, slots)
+    held_B = np.array(np.broadcast_to(held, (B,)), bool)
+    places = S if S < B and held_B.any() else 0
+    return self.start_fn(
+      self._placed(params), tokens_QP, length_Q, options.by_row(B), held_B, G, S, options.cut, likeliest, places
+    )
+
+  def slots_of(self, B: int, wanted: int) -> int:
+    """The number of slots of a Decoding of B requests."""
+    layout = self.layout(B)
+    return next((S for S in range(wanted or B, B) if layout.divides(S)), B)
 
   def _placed(self, params: Params) -> Params:
     return jax.device_put(params, self._params_places)
 
-  def decode(self, params: Params, d: Decoding, key: jax.Array, temperature: float, top_p: float):
-    """Decodes every row until it stops or meets its limit. `d` is donated.
+  def decode(self, params: Params, d: Decoding, key: jax.Array, ticks: int = NEVER) -> Decoding:
+    """Decodes until every request is done, for at most `ticks` tokens each. `d` is donated.
 
-    Arrays of `d` may be numpy arrays of all rows, the same in every process.
+    When few requests are left, the Decoding goes on with fewer slots.
+
+    Arrays of `d` may be numpy arrays of all rows; each process copies those of its own devices.
     """
-    d = jax.tree.map(_put, d, by_rows(d, d.known_B.shape[0], self.mesh))
-    return self.decode_fn(self._placed(params), d, key, np.float32(temperature), np.float32(top_p))
+    params, d, B = self._placed(params), self._put(d), d.known_B.shape[0]
+    shards = self.layout(B).shards
+    self._compile_smaller(params, d, key)
+    while True:
+      fewer = self._smaller(d)
+      d, ran_3 = self.decode_fn(params, d, key, np.int32(ticks), np.int32(fewer // shards if fewer else -1))
+      if not fewer:
+        return d
+      ran, live, busy = np.asarray(ran_3).tolist()
+      ticks -= ran
+      if not busy or ticks == 0:
+        return d
+      while fewer and fewer // shards >= live:
+        d = self.shrink_fn(d, fewer)
+        fewer = self._smaller(d)
 
-  def extend(self, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
-    """Appends tokens (tool results) to rows and marks these rows as not done; other rows are unchanged.
+  def _smaller(self, d: Decoding) -> int:
+    """The next smaller number of slots that the Decoding may go on with, or 0."""
+    half, layout = d.row_S.shape[0] // 2, self.layout(d.known_B.shape[0])
+    return half if half >= FEWEST * layout.shards and layout.divides(half) else 0
 
-    A row is left unchanged if its limit does not leave room for the tokens and one more.
+  def _compile_smaller(self, params: Params, d: Decoding, key: jax.Array) -> None:
+    """Compiles the programs with fewer slots at the first call with these shapes, so that none compiles later."""
+    shapes = jax.tree.structure(d), tuple((a.shape, a.dtype) for a in jax.tree.leaves(d))
+    if shapes in self._ready:
+      return
+    self._ready.add(shapes)
+    while fewer := self._smaller(d):
+      d, _ = self.decode_fn(params, self.shrink_fn(d, fewer), key, np.int32(0), np.int32(-1))
+
+  def extend(self, params: Params, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
+    """Appends tokens (tool results) to requests that are done and held, and lets them go on. `d` is donated.
+
+    A request is left unchanged if its limit does not leave room for the tokens and one more.
 
     Args:
-      given: row number -> tokens; only rows of this process's devices. A row that several processes hold gets the
-        same tokens in all of them.
+      given: number of the request -> tokens. All processes give the same requests and numbers of tokens; which
+        tokens matters only for the rows of a process's own devices.
     """
-    B = d.known_B.shape[0]
-    own = own_rows(self.mesh, B)
-    tokens_BT, known_B, done_B, limit_B = (
-      a[own] if isinstance(a, np.ndarray) else read_own(a)[1] for a in (d.tokens_BT, d.known_B, d.done_B, d.limit_B)
-    )
-    place = {b: i for i, b in enumerate(own)}
+    layout, params, d = self.layout(d.known_B.shape[0]), self._placed(params), self._put(d)
+    own, r = d.known_B.shape[0] // layout.shards, min(TOGETHER, d.known_B.shape[0] // layout.shards)
+    left: list[list[tuple[int, list[int]]]] = [[] for _ in range(layout.shards)]
     for b, tokens in given.items():
-      i = place[b]
-      end = known_B[i] + len(tokens)
-      if end < limit_B[i]:
-        tokens_BT[i, known_B[i] : end] = tokens
-        known_B[i], done_B[i] = end, False
-    tokens_BT, known_B, done_B = put_own((tokens_BT, known_B, done_B), self.mesh, B)
-    return d.replace(tokens_BT=tokens_BT, known_B=known_B, done_B=done_B)
+      left[b // own].append((b % own, list(tokens)))
+    place = NamedSharding(self.mesh, layout.cut)
+    while any(left):
+      row_R = np.full((layout.shards, r), own, np.int32)
+      tokens_RW = np.zeros((layout.shards, r, self.chunk), np.int32)
+      length_R, total_R = np.zeros_like(row_R), np.zeros_like(row_R)
+      for shard, rows in enumerate(left):
+        for i, (b, tokens) in enumerate(rows[:r]):
+          now = tokens[: self.chunk]
+          row_R[shard, i], length_R[shard, i], total_R[shard, i] = b, len(now), len(tokens)
+          tokens_RW[shard, i, : len(now)] = now
+        rest = [(b, tokens[self.chunk :]) for b, tokens in rows[:r]]
+        left[shard] = [(b, tokens) for b, tokens in rest if tokens] + rows[r:]
+      args = (a.reshape(layout.shards * r, *a.shape[2:]) for a in (row_R, tokens_RW, length_R, total_R))
+      d = self.extend_fn(params, d, *(_put(a, place) for a in args))
+    return d
+
+  def _put(self, d: Decoding) -> Decoding:
+    return jax.tree.map(_put, d, self.layout(d.known_B.shape[0]).places(d))
 
 
 def _put(array: jax.Array | np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
@@ -146,62 +199,3 @@ def _put(array: jax.Array | np.ndarray, place: jax.sharding.Sharding) -> jax.Arr
   if isinstance(array, jax.Array):
     return jax.device_put(array, place)
   return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
-
-
-def _start(prefill_fn, repeat_fn, place_fn, T: int, params, tokens_QP, length_Q, G: int, drawn: bool) -> Decoding:
-  logits_QV, state = prefill_fn(params, tokens_QP, length_Q, T)
-  B = tokens_QP.shape[0] * G
-  repeat = lambda a: jnp.repeat(a, G, axis=0)  # noqa: E731
-  tokens_BT = jnp.pad(repeat(tokens_QP), ((0, 0), (0, T - tokens_QP.shape[1])))
-  d = Decoding(
-    state=repeat_fn(state, G),
-    logits_BV=repeat(logits_QV),
-    tokens_BT=tokens_BT,
-    sampled_BT=jnp.zeros((B, T), bool),
-    behaviour_logprobs_BT=jnp.zeros((B, T), jnp.float32),
-    known_B=repeat(length_Q),
-    # The addition makes a copy: known_B and taken_B are donated later and must not share a buffer.
-    taken_B=repeat(length_Q) + 0,
-    limit_B=jnp.full((B,), T, jnp.int32),
-    done_B=jnp.zeros((B,), bool),
-    row_id_B=jnp.arange(B, dtype=jnp.int32),
-    drawn_logprobs_BT=jnp.zeros((B, T), jnp.float32) if drawn else None,
-  )
-  return place_fn(d, B)
-
-
-def _decode(step_fn, place_fn, stop_ids, params, d: Decoding, key, temperature, top_p) -> Decoding:
-  B = d.known_B.shape[0]
-  put_row = jax.vmap(lambda a_T, place, value: a_T.at[place].set(value, mode="drop"))
-
-  def tick(d: Decoding) -> Decoding:
-    """Each row that is not done takes in one more token: the next given one, or one that it samples now."""
-    place_B = d.taken_B
-    new_B = ~d.done_B & (place_B == d.known_B)
-    key_B = row_keys(key, d.row_id_B, place_B)
-    token_B, logprobs_B, drawn_B = sample(key_B, d.logits_BV, temperature=temperature, top_p=top_p)
-
-    def put(a_BT, value_B):  # Rows that did not sample a token get the index T, which mode="drop" ignores.
-      return put_row(a_BT, jnp.where(new_B, place_B, a_BT.shape[1]), value_B)
-
-    tokens_BT = put(d.tokens_BT, token_B)
-    known_B = d.known_B + new_B.astype(jnp.int32)
-    here_B = jnp.take_along_axis(tokens_BT, jnp.minimum(place_B, tokens_BT.shape[1] - 1)[:, None], axis=1)[:, 0]
-    stop_B = new_B & jnp.any(here_B[:, None] == jnp.array(stop_ids)[None], axis=1)
-    active_B = ~d.done_B
-    # A sampled stop token is taken in too, because a tool's result may follow it.
-    state, logits_BV = step_fn(params, d.state, here_B, active_B)
-    d = d.replace(
-      state=state,
-      logits_BV=jnp.where(active_B[:, None], logits_BV, d.logits_BV),
-      tokens_BT=tokens_BT,
-      sampled_BT=put(d.sampled_BT, new_B),
-      behaviour_logprobs_BT=put(d.behaviour_logprobs_BT, logprobs_B),
-      known_B=known_B,
-      taken_B=d.taken_B + active_B.astype(jnp.int32),
-      done_B=d.done_B | stop_B | (new_B & (known_B >= d.limit_B)),
-      drawn_logprobs_BT=None if d.drawn_logprobs_BT is None else put(d.drawn_logprobs_BT, drawn_B),
-    )
-    return place_fn(d, B)
-
-  return jax.lax.while_loop(lambda d: jnp.any(~d.done_B), tick, d)

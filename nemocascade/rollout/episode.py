@@ -1,20 +1,33 @@
-"""Runs episodes: renders prompts, samples turns and answers tool calls. Sampled tokens are never re-encoded."""
+"""Runs episodes: renders prompts, samples turns and answers tool calls. Sampled tokens are never re-encoded.
+
+Tools run beside decoding: an episode waits for its own results only.
+"""
 
 import dataclasses
+import functools
+import time
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from nemocascade.data import chat
-from nemocascade.domains.domain import Domain
+from nemocascade.domains.domain import Domain, Failed
 from nemocascade.domains.rows import prompt_messages, prompt_tools
 from nemocascade.mesh import own_rows, owners, read_own
-from nemocascade.rollout.engine import Decoding, Engine
+from nemocascade.rollout.beside import Beside
+from nemocascade.rollout.decoding import Decoding
+from nemocascade.rollout.engine import NEVER, Engine
 from nemocascade.rollout.exchange import Exchange, alone, merge
 from nemocascade.rollout.samples import Samples, by_groups
+from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
 from nemocascade.verifiers.verdict import Completion, Row
+
+LOOK = 8  # Tokens that are decoded between two looks at the episodes whose turns have ended.
+AT_ONCE = 64  # Episodes whose tools run at the same time.
+WAIT_S = 0.05  # Time between two looks while nothing is decoded.
+CALLS_S, EPISODE_S = 300.0, 3600.0
 
 
 def row_domain(row: Row) -> str:
@@ -45,9 +58,15 @@ def collect(
   temperature: float = 1.0,
   top_p: float = 1.0,
   thinking: bool | None = None,
+  slots: int = 0,
+  calls_s: float = CALLS_S,
+  episode_s: float = EPISODE_S,
   exchange: Exchange = alone,
 ) -> Samples:
   """Samples G episodes of every row.
+
+  An episode's tokens depend on the parameters, the key, its number and its tools' results alone. If its tools fail or
+  meet a time limit, it ends, and its verdict is masked.
 
   In several processes all of them call it with the same arguments. Each parses and answers the episodes whose
   tokens are on its devices.
@@ -58,15 +77,21 @@ def collect(
     prompts: the result of `prompt_of` for each row, if the caller has it already.
     completion_tokens: the most tokens after a prompt, tool results included; None allows all that fit.
     thinking: whether the assistant thinks; None takes each row's domain's setting.
+    slots: episodes that are decoded at a time; 0 decodes all.
+    calls_s: time limit of the tool calls of one turn.
+    episode_s: time limit of all tool calls of an episode.
     exchange: connects the processes.
   """
   of_row = [domains[row_domain(row)] for row in rows]
   thinks = [domain.thinking if thinking is None else thinking for domain in of_row]
   if prompts is None:
     prompts = [prompt_of(row, domain, tokenizer, thinking) for row, domain in zip(rows, of_row, strict=True)]
-  d = engine.start(params, prompts, G, drawn=top_p < 1)
   prompt_B = np.repeat(np.array([len(prompt) for prompt in prompts], np.int32), G)
   limit_B = np.full(len(rows) * G, engine.T, np.int32)
+  held_B = np.repeat(np.array([domain.turns > 1 for domain in of_row], bool), G)
+  options = Options(temperature, top_p=top_p)
+  d = engine.start(params, prompts, G, options=options, slots=slots, held=held_B)
+  slots = len(d.row_S)
   if completion_tokens is not None:
     limit_B = np.minimum(limit_B, prompt_B + np.int32(completion_tokens))
     d = d.replace(limit_B=limit_B)
@@ -75,9 +100,9 @@ def collect(
     b: _Episode(of_row[b // G], thinks[b // G], of_row[b // G].start(rows[b // G]), begin=int(prompt_B[b]))
     for b in own.tolist()
   }
-  turns = max((domain.turns for domain in of_row), default=1)
-  d = _run(engine, params, d, key, episodes, tokenizer, temperature, top_p, limit_B, turns, exchange)
-  return _samples(engine, d, rows, episodes, limit_B, exchange)
+  run = _Run(engine, tokenizer, episodes, limit_B, held_B, calls_s, episode_s, exchange)
+  d = run.to_the_end(params, d, key)
+  return _samples(engine, d, rows, episodes, limit_B, run.metrics(d, slots), exchange)
 
 
 @dataclasses.dataclass
@@ -90,72 +115,152 @@ class _Episode:
   begin: int  # Where the turn being sampled begins.
   end: int = 0  # Tokens so far, prompt included.
   sampled: int = 0  # Tokens that the policy sampled.
+  tools_s: float = 0.0  # Time that its tools have run.
   turns: list[chat.Turn] = dataclasses.field(default_factory=list)
   results: list[tuple[str, ...]] = dataclasses.field(default_factory=list)  # Of each turn that tools answered.
 
-  def respond(self, tokens: list[int], tokenizer) -> list[int] | None:
-    """Adds a sampled turn. Returns the tokens of its tools' results, or None if the episode ends."""
+  def take(self, tokens: list[int], tokenizer) -> bool:
+    """Adds a sampled turn; returns whether tools may answer it."""
     turn = chat.parse(tokens, tokenizer, thinking=self.thinking)
     self.turns.append(turn)
     self.sampled += len(tokens)
-    if not turn.finished or len(self.turns) >= self.domain.turns:
-      return None
-    results = self.domain.act(self.world, turn)
+    return turn.finished and len(self.turns) < self.domain.turns
+
+  def act(self, tokenizer) -> tuple[tuple[str, ...], list[int]] | None:
+    """(results, their tokens) of the last turn's tools, or None if the episode ends. May run in a thread."""
+    results = self.domain.act(self.world, self.turns[-1])
     if results is None:
       return None
-    self.results.append(tuple(results))
-    return chat.tokenize(chat.tool_response(results, enable_thinking=self.thinking), tokenizer)[0]
-
-  def cut_off(self) -> None:
-    """Marks the last turn as unfinished."""
-    self.turns[-1] = dataclasses.replace(self.turns[-1], finished=False)
+    return tuple(results), chat.tokenize(chat.tool_response(results, enable_thinking=self.thinking), tokenizer)[0]
 
   @property
   def completion(self) -> Completion:
     return Completion(tuple(self.turns), self.world, tuple(self.results))
 
 
-def _run(
-  engine: Engine, params: Params, d: Decoding, key: jax.Array, episodes: dict[int, _Episode], tokenizer, temperature,
-  top_p, limit_B: np.ndarray, turns: int, exchange: Exchange,
-) -> Decoding:  # fmt: skip
-  """Samples turns and appends tool results, until all episodes have ended. Returns the final decoding state.
+class _Run:
+  """Decodes episodes and answers their turns.
 
   Args:
-    episodes: row number -> episode, for the rows that this process owns.
-    turns: the most turns of any row's episode.
+    episodes: number of the request -> episode, for those of this process.
+    held_B: whether the episode may have another turn; changed as episodes end.
   """
-  held = {b: i for i, b in enumerate(own_rows(engine.mesh, len(limit_B)))}
-  # Unless the devices divide the rows, other processes may hold a row too; they need its results as well.
-  shared = len(limit_B) % engine.mesh.size > 0
-  open_rows = list(episodes)
-  for round_ in range(turns):
-    d = engine.decode(params, d, jax.random.fold_in(key, round_), temperature, top_p)
-    tokens_BT, known_B = read_own(d.tokens_BT)[1], read_own(d.known_B)[1]
-    given = {}
-    for b in open_rows:
-      episode, end = episodes[b], int(known_B[held[b]])
-      episode.end = end
-      tokens = episode.respond(tokens_BT[held[b], episode.begin : end].tolist(), tokenizer)
-      if tokens is None:
-        continue
-      if end + len(tokens) < limit_B[b]:
-        given[b], episode.begin = tokens, end + len(tokens)
-      else:  # The results do not fit.
-        episode.cut_off()
-    if round_ + 1 == turns:
-      break
-    goes_on = merge(([b, tokens if shared else None] for b, tokens in given.items()), exchange, "tools' results")
-    if not goes_on:
-      break
-    open_rows = list(given)
-    d = engine.extend(d, {b: given.get(b, tokens) for b, tokens in goes_on if b in held})
-  return d
+
+  def __init__(
+    self, engine: Engine, tokenizer, episodes: dict[int, _Episode], limit_B: np.ndarray, held_B: np.ndarray,
+    calls_s: float, episode_s: float, exchange: Exchange,
+  ):  # fmt: skip
+    self.engine, self.tokenizer, self.episodes = engine, tokenizer, episodes
+    self.limit_B, self.held_B, self.exchange = limit_B, held_B, exchange
+    self.calls_s, self.episode_s = calls_s, episode_s
+    self.look = LOOK if held_B.any() else NEVER
+    self.beside = Beside(AT_ONCE)
+    self.place = {b: i for i, b in enumerate(own_rows(engine.mesh, len(limit_B)))}
+    # Unless the devices divide the rows, other processes may hold a row too; they need its results as well.
+    self.shared = len(limit_B) % engine.mesh.size > 0
+    self.sampling = set(episodes)
+    self.inline: list[int] = []  # Episodes whose tools run in this thread.
+    self.decode_s = self.host_s = self.tools_s = 0.0
+
+  def to_the_end(self, params: Params, d: Decoding, key: jax.Array) -> Decoding:
+    """Samples turns and adds tool results, until all episodes have ended. Returns the final decoding state."""
+    idle = False
+    while True:
+      began = time.monotonic()
+      d = self.engine.decode(params, d, key, self.look)
+      done_B = read_own(d.done_B)[1]
+      decoded = time.monotonic()
+      self._take_turns(d, done_B)
+      given = self._answers(idle)
+      # Every process must make the same calls, so all of them go on until none has anything left to do.
+      mine = [[b, tokens if self.shared else len(tokens)] for b, tokens in given.items()]
+      parts = self.exchange([len(self.sampling), len(self.beside) + len(self.inline), mine], "tools' results")
+      told = dict(item for *_, items in parts for item in items)
+      idle = not told and not any(sampling for sampling, *_ in parts)
+      if told:
+        of = lambda b, tokens: given.get(b, tokens if self.shared else [0] * tokens)  # noqa: E731
+        d = d.replace(held_B=self.held_B.copy())
+        d = self.engine.extend(params, d, {b: of(b, tokens) for b, tokens in told.items()})
+      elif self.look < NEVER:
+        d = d.replace(held_B=self.held_B.copy())
+      self.decode_s, self.host_s = self.decode_s + decoded - began, self.host_s + time.monotonic() - decoded
+      if idle and not any(working for _, working, _ in parts):
+        return d
+
+  def _take_turns(self, d: Decoding, done_B: np.ndarray) -> None:
+    """Starts the tools of the turns that have ended since the last look."""
+    ended = [b for b in sorted(self.sampling) if done_B[self.place[b]]]
+    if not ended:
+      return
+    tokens_BT, known_B, failed_B = (read_own(a)[1] for a in (d.tokens_BT, d.known_B, d.failed_B))
+    for b in ended:
+      self.sampling.remove(b)
+      episode, i = self.episodes[b], self.place[b]
+      episode.end = int(known_B[i])
+      asks = episode.take(tokens_BT[i, episode.begin : episode.end].tolist(), self.tokenizer)
+      if failed_B[i]:
+        self._fail(b, "the model's logits are not finite")
+      elif not asks:
+        self.held_B[b] = False
+      elif episode.domain.in_threads:
+        limit_s = max(min(self.calls_s, self.episode_s - episode.tools_s), 0.0)
+        self.beside.start(b, functools.partial(episode.act, self.tokenizer), limit_s)
+      else:
+        self.inline.append(b)
+
+  def _answers(self, idle: bool) -> dict[int, list[int]]:
+    """What tools have answered since the last look: number of the request -> tokens of the results."""
+    found: list[tuple] = self.beside.ended(WAIT_S if idle and not self.inline else 0.0)
+    for b in self.inline:
+      began, answer, failed = time.monotonic(), None, None
+      try:
+        answer = self.episodes[b].act(self.tokenizer)
+      except Exception as error:  # noqa: BLE001  A tool ends its own episode only.
+        failed = error
+      found.append((b, answer, failed, time.monotonic() - began))
+    self.inline.clear()
+    return {b: tokens for b, *answer in found if (tokens := self._take_answer(b, *answer)) is not None}
+
+  def _take_answer(self, b: int, answer, error: Exception | None, seconds: float) -> list[int] | None:
+    """The tokens that the episode goes on with, or None if it ends."""
+    episode = self.episodes[b]
+    episode.tools_s += seconds
+    self.tools_s += seconds
+    if error is not None:
+      self._fail(b, f"tools failed: {type(error).__name__}: {error}")
+    elif answer is not None:
+      results, tokens = answer
+      episode.results.append(results)
+      if episode.end + len(tokens) < self.limit_B[b]:
+        episode.begin = episode.end + len(tokens)
+        self.sampling.add(b)
+        return tokens
+      episode.turns[-1] = dataclasses.replace(episode.turns[-1], finished=False)  # The results do not fit.
+    self.held_B[b] = False
+    return None
+
+  def _fail(self, b: int, why: str) -> None:
+    """Ends the episode; its verdict will be masked."""
+    episode = self.episodes[b]
+    episode.turns[-1] = dataclasses.replace(episode.turns[-1], finished=False)
+    episode.world, self.held_B[b] = Failed(why), False
+
+  def metrics(self, d: Decoding, slots: int) -> dict[str, float]:
+    """What the sampling has cost, "rollout/<name>"."""
+    c = jax.tree.map(int, d.counts)
+    return {
+      "rollout/ticks": float(c.ticks),
+      "rollout/occupancy": c.busy / max(c.ticks * slots, 1),
+      "rollout/queued_occupancy": c.queued_busy / max(c.queued_ticks * slots, 1) if c.queued_ticks else 1.0,
+      "rollout/decode_s": self.decode_s,
+      "rollout/host_s": self.host_s,
+      "rollout/tools_s": self.tools_s,
+    }
 
 
 def _samples(
   engine: Engine, d: Decoding, rows: Sequence[Row], episodes: dict[int, _Episode], limit_B: np.ndarray,
-  exchange: Exchange,
+  metrics: dict[str, float], exchange: Exchange,
 ) -> Samples:  # fmt: skip
   """The samples of ended episodes."""
   Q, B = len(rows), len(limit_B)
@@ -173,4 +278,5 @@ def _samples(
     sampled_QG=sampled_B.reshape(Q, -1),
     finished_QG=finished_B.reshape(Q, -1),
     completions=[completions[q * B // Q : (q + 1) * B // Q] for q in range(Q)],
+    metrics=metrics,
   )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from nemocascade.domains.domain import Domain, NotStarted
+from nemocascade.domains.domain import Domain, Failed
 from nemocascade.rollout.exchange import Exchange, alone, merge
 from nemocascade.rollout.samples import Samples
 from nemocascade.types import Rollout
@@ -56,7 +56,7 @@ def judge(
 
   A process judges the completions that it has. A domain's `verify` gets all of them in one call; it is called in
   every process, with empty lists where the process has none, because a judge may be a model that all processes
-  run together. The verdict is masked if the episode's environment could not start.
+  run together. The verdict is masked if the episode's environment could not start, or failed.
 
   Args:
     prompts: judges only this many prompts, the first ones; None judges all.
@@ -75,7 +75,7 @@ def judge(
     completions = [completion for *_, completion in own]
     verdicts = domains[name].verify([samples.rows[q] for q, *_ in own], completions)
     for (q, g, completion), verdict in zip(own, verdicts, strict=True):
-      found.append(to_item(q, g, _if_started(completion, verdict)))
+      found.append(to_item(q, g, _unless_failed(completion, verdict)))
   return from_items(merge(found, exchange, "verdicts"), (Q, len(samples.completions[0])))
 
 
@@ -90,9 +90,9 @@ def from_items(items: Sequence[list], shape: tuple[int, int]) -> Verdicts:
   return [[verdict[q, g] for g in range(shape[1])] for q in range(shape[0])]
 
 
-def _if_started(completion: Completion, verdict: Verdict) -> Verdict:
+def _unless_failed(completion: Completion, verdict: Verdict) -> Verdict:
   world = completion.world
-  return no_verdict("error", world.reason) if isinstance(world, NotStarted) else verdict
+  return no_verdict("error", world.reason) if isinstance(world, Failed) else verdict
 
 
 def to_rollout(

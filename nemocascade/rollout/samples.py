@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from nemocascade.mesh import constrain_rows
-from nemocascade.rollout.engine import Decoding
+from nemocascade.rollout.decoding import Decoding
 from nemocascade.verifiers.verdict import Completion, Row
 
 WIDTH = 4096  # Tokens of a prompt's completions that are moved between devices at a time.
@@ -37,6 +37,7 @@ class Samples:
   finished_QG: np.ndarray  # bool; whether the model ended the last turn itself, before the limit.
   completions: list[list[Completion | None]]  # [Q][G]; None where another process has it.
   drawn_logprobs_QGT: jax.Array | None = None  # fp32; under the top_p nucleus; None at top_p = 1.
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # What the sampling has cost, in this process.
 
   @classmethod
   def pick(cls, parts: Sequence["Samples"], places: Sequence[tuple[int, int]]) -> "Samples":

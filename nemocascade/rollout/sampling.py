@@ -1,11 +1,37 @@
-"""Samples one token a row, with its log-probabilities before and after the top_p cut."""
+"""Samples one token a row, with its log-probabilities before and after unlikely tokens are cut off."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from nemocascade.kernels.product import einsum
+
+
+class Options(struct.PyTreeNode):
+  """How tokens are drawn: scalars for all rows, or arrays [B]. The defaults draw from the model's distribution.
+
+  The cuts are applied in the order of the fields, each to the distribution that the one before leaves.
+  """
+
+  temperature: Any = 1.0  # fp32; 0 takes the likeliest token.
+  top_k: Any = 0  # int32; draws from this many likeliest tokens; 0 keeps all.
+  top_p: Any = 1.0  # fp32; draws from the fewest likeliest tokens that together reach this.
+  min_p: Any = 0.0  # fp32; drops tokens less likely than this share of the likeliest one's probability.
+
+  def by_row(self, B: int) -> "Options":
+    """The options as host arrays [B]."""
+    of = lambda value, dtype: np.array(np.broadcast_to(np.asarray(value, dtype), (B,)))  # noqa: E731
+    f32 = np.float32
+    return Options(of(self.temperature, f32), of(self.top_k, np.int32), of(self.top_p, f32), of(self.min_p, f32))
+
+  @property
+  def cut(self) -> bool:
+    """Whether any row leaves out tokens; of host values."""
+    return bool(np.any(np.asarray(self.top_k) > 0) | np.any(np.asarray(self.top_p) < 1) | np.any(self.min_p > 0))
 
 
 def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.Array:
@@ -14,29 +40,39 @@ def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.
   return jax.vmap(fold)(row_id_B, position_B)
 
 
-def sample(key_B, logits_BV, *, temperature, top_p):
+def sample(key_B, logits_BV, options: Options):
   """(tokens_B int32, logprobs_B fp32, drawn_B fp32).
 
   `logprobs_B` is the token's log-probability under softmax(logits / temperature), which a trainer can
-  recompute. `drawn_B` is its log-probability under the distribution that it was drawn from: the top_p nucleus
-  of that softmax, renormalised. Both are equal at top_p = 1.
+  recompute. `drawn_B` is its log-probability under the distribution that it was drawn from: what the cuts leave of
+  that softmax, renormalised. Both are equal without cuts. Both are NaN if a logit of the row is NaN or +inf.
+
+  A row's result does not depend on the other rows or on their options.
 
   Args:
     key_B: a key for each row.
     logits_BV: fp32.
-    temperature: scalar, traced. 0 takes the likeliest token; its log-probabilities are those at
-      temperature 1 and top_p 1.
-    top_p: scalar, traced.
+    options: arrays [B], traced. Rows of temperature 0 take the likeliest token; its log-probabilities are those
+      at temperature 1 without cuts.
   """
-  greedy_B = jnp.argmax(logits_BV, axis=-1)
-  is_greedy = temperature <= 0
-  scaled_BV = logits_BV / jnp.where(is_greedy, 1.0, temperature)
-  logprobs_BV = jax.nn.log_softmax(scaled_BV, axis=-1)
-  nucleus_BV = _nucleus(logprobs_BV, jnp.where(is_greedy, 1.0, top_p))
-  drawn_B = _draw(key_B, jnp.exp(nucleus_BV))
-  tokens_B = jnp.where(is_greedy, greedy_B, drawn_B).astype(jnp.int32)
+  greedy_B = options.temperature <= 0
+  logprobs_BV = _tempered(logits_BV, options)
+  kept_BV = _cut(logprobs_BV, options, ~greedy_B)
+  drawn_B = _draw(key_B, jnp.exp(kept_BV))
+  tokens_B = jnp.where(greedy_B, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
   of_tokens = lambda a_BV: jnp.take_along_axis(a_BV, tokens_B[:, None], axis=-1)[:, 0]  # noqa: E731
-  return tokens_B, of_tokens(logprobs_BV), of_tokens(nucleus_BV)
+  return tokens_B, of_tokens(logprobs_BV), of_tokens(kept_BV)
+
+
+def likeliest(logits_BV, options: Options, k: int):
+  """(tokens_BK int32, logprobs_BK fp32) of the k likeliest tokens, under the distribution of sample's logprobs_B."""
+  logprobs_BK, tokens_BK = jax.lax.top_k(_tempered(logits_BV, options), k)
+  return tokens_BK.astype(jnp.int32), logprobs_BK
+
+
+def _tempered(logits_BV, options: Options):
+  temperature_B = jnp.where(options.temperature <= 0, 1.0, options.temperature)
+  return jax.nn.log_softmax(logits_BV / temperature_B[:, None], axis=-1)
 
 
 def _draw(key_B, prob_BV):
@@ -66,21 +102,28 @@ def _invert(weight_BC, uniform_B):
   return jnp.where(jnp.any(hit_BC, axis=1), jnp.argmax(hit_BC, axis=1), last_B)
 
 
-def _nucleus(logprobs_BV, top_p):
-  """Log-probabilities of the smallest set of likeliest tokens whose sum reaches top_p, renormalised.
+def _cut(logprobs_BV, options: Options, drawn_B):
+  """Log-probabilities of the tokens that the options keep, renormalised; others get -inf.
 
-  Other tokens get -inf. At top_p = 1 the input is returned unchanged.
+  Rows without cuts, and those that are not `drawn`, are returned unchanged.
   """
+  V = logprobs_BV.shape[1]
+  top_k_B = jnp.where(options.top_k > 0, options.top_k, V)
+  cut_B = drawn_B & ((top_k_B < V) | (options.top_p < 1.0) | (options.min_p > 0.0))
 
   def cut(logprobs_BV):
-    token_BV = jax.lax.broadcasted_iota(jnp.int32, logprobs_BV.shape, 1)
-    # The cut is by rank and not by a threshold, so that only as many of several equally likely tokens are kept
+    rank_BV = token_BV = jax.lax.broadcasted_iota(jnp.int32, logprobs_BV.shape, 1)
+    # The cuts are by rank and not by a threshold, so that only as many of several equally likely tokens are kept
     # as are needed.
     minus_BV, order_BV = jax.lax.sort((-logprobs_BV, token_BV), num_keys=2)
-    prob_BV = jnp.exp(-minus_BV)
+    likely_BV = rank_BV < top_k_B[:, None]
+    prob_BV = jnp.where(likely_BV, jnp.exp(-minus_BV), 0.0)
     before_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV
-    kept_BV = (before_BV < top_p) | (token_BV == 0)
-    _, kept_BV = jax.lax.sort((order_BV, kept_BV), num_keys=1)
-    return jax.nn.log_softmax(jnp.where(kept_BV, logprobs_BV, -jnp.inf), axis=-1)
+    total_B = jnp.where(top_k_B < V, jnp.sum(prob_BV, axis=-1), 1.0)
+    kept_BV = likely_BV & ((before_BV < (options.top_p * total_B)[:, None]) | (options.top_p >= 1.0)[:, None])
+    kept_BV &= prob_BV >= options.min_p[:, None] * prob_BV[:, :1]
+    _, kept_BV = jax.lax.sort((order_BV, kept_BV | (rank_BV == 0)), num_keys=1)
+    left_BV = jax.nn.log_softmax(jnp.where(kept_BV, logprobs_BV, -jnp.inf), axis=-1)
+    return jnp.where(cut_B[:, None], left_BV, logprobs_BV)
 
-  return jax.lax.cond(top_p < 1.0, cut, lambda x: x, logprobs_BV)
+  return jax.lax.cond(jnp.any(cut_B), cut, lambda x: x, logprobs_BV)

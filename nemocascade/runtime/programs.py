@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from nemocascade import mesh as mesh_lib
 from nemocascade.config import ModelConfig
-from nemocascade.model.decode_state import repeat_state
+from nemocascade.model.decode_state import row_axes
 from nemocascade.model.expert_parallel import check_experts
 from nemocascade.model.hybrid import Hybrid, init_params, logical_axes
 from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
@@ -130,8 +130,11 @@ class Programs:
     def step(params, state, tokens_B, active_B):
       return self.model.apply({"params": params}, state, tokens_B, active_B, method="step")
 
+    def extend(params, state, tokens_BT, length_B):
+      return self.model.apply({"params": params}, state, tokens_BT, length_B, method="extend")
+
     return Engine(
-      prefill, step, repeat_state, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
+      prefill, step, extend, row_axes, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
       mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.template),
     )  # fmt: skip
 

@@ -1,0 +1,84 @@
+"""Work beside decoding: tools and verifiers run in threads while the devices decode."""
+
+import collections
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+
+class TookTooLong(Exception):
+  """A piece of work met its time limit. Its thread is left behind, and what it returns is dropped."""
+
+
+@dataclasses.dataclass
+class _Work:
+  name: Hashable
+  call: Callable[[], Any]
+  limit_s: float
+  deadline: float = 0.0  # Once it runs.
+
+
+class Beside:
+  """Runs functions in threads and hands out their results in the order in which they end. Threads are
+  daemons: one that hangs does not keep the process from ending.
+
+  Args:
+    at_once: functions that run at a time; others wait. One that met its limit does not count.
+  """
+
+  def __init__(self, at_once: int):
+    self.at_once = at_once
+    self._ended: queue.SimpleQueue[tuple[_Work, Any, Exception | None, float]] = queue.SimpleQueue()
+    self._waiting: collections.deque[_Work] = collections.deque()
+    self._running: dict[Hashable, _Work] = {}
+
+  def __len__(self) -> int:
+    """The number of pieces of work whose results were not handed out."""
+    return len(self._waiting) + len(self._running)
+
+  def start(self, name: Hashable, call: Callable[[], Any], limit_s: float) -> None:
+    """Runs `call` under a name that no other piece of work has now, for at most `limit_s` seconds."""
+    self._waiting.append(_Work(name, call, limit_s))
+    self._go_on()
+
+  def _go_on(self) -> None:
+    while self._waiting and len(self._running) < self.at_once:
+      work = self._waiting.popleft()
+      work.deadline = time.monotonic() + work.limit_s
+      self._running[work.name] = work
+      threading.Thread(target=self._run, args=(work,), daemon=True).start()
+
+  def _run(self, work: _Work) -> None:
+    began = time.monotonic()
+    try:
+      result, error = work.call(), None
+    except (Exception, SystemExit) as raised:  # noqa: BLE001  Handed to the caller of `ended`.
+      result, error = None, raised if isinstance(raised, Exception) else RuntimeError("SystemExit")
+    self._ended.put((work, result, error, time.monotonic() - began))
+
+  def ended(self, wait_s: float = 0.0) -> list[tuple[Hashable, Any, Exception | None, float]]:
+    """(name, result, error, seconds) of what has ended since the last call; error is None if the function returned.
+
+    Args:
+      wait_s: waits so long for the first one, if something runs.
+    """
+    found: list[tuple[Hashable, Any, Exception | None, float]] = []
+    wait = bool(self._running) and wait_s > 0
+    with contextlib.suppress(queue.Empty):
+      while True:
+        soonest = min((work.deadline for work in self._running.values()), default=0.0) - time.monotonic()
+        work, result, error, seconds = self._ended.get(wait, max(min(wait_s, soonest), 1e-3) if wait else None)
+        wait = False
+        if self._running.get(work.name) is work:  # Otherwise it was left behind.
+          del self._running[work.name]
+          self.busy_s += seconds
+          found.append((work.name, result, error))
+    for work in [work for work in self._running.values() if time.monotonic() > work.deadline]:
+      del self._running[work.name]
+      found.append((work.name, None, TookTooLong(f"no result within {work.limit_s:g} s"), work.limit_s))
+    self._go_on()
+    return found
