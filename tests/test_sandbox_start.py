@@ -2,10 +2,14 @@
 
 import pytest
 
+from configs.tiny import base
+from nemocascade.data.chat_parse import Turn
 from nemocascade.errors import UserError
+from nemocascade.runtime import parts
 from nemocascade.sandbox import confinement, seccomp, worker
 from nemocascade.sandbox.program import Limits, Program
 from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.verifiers.verdict import Completion
 
 
 def script(source, stdin=""):
@@ -22,6 +26,25 @@ def test_without_namespaces_one_line_says_what_to_do(monkeypatch, tmp_path):
       Sandbox()
     assert "\n" not in str(error.value)
     assert not found or "No permissions" in str(error.value)
+
+
+def test_on_a_system_without_a_sandbox_domains_that_run_code_are_refused_by_name_and_the_others_judge(monkeypatch):
+  """As on macOS, which has neither bubblewrap nor filters of system calls."""
+  monkeypatch.setattr(seccomp.platform, "system", lambda: "Darwin")
+  monkeypatch.setattr(confinement, "bubblewraps", lambda: [])
+  c = base.get_config("smoke")
+  for names in (None, {"math", "swe"}):
+    with pytest.raises(UserError) as error:
+      parts.build_domains(c, names)
+    refused = "swe" if names else "code,swe,swe_agentic"
+    assert str(error.value).startswith(f"domains={refused}: programs cannot be confined here")
+    assert "\n" not in str(error.value)
+  others = parts.build_domains(c, set(c.domains) - {"code", "swe", "swe_agentic"})
+  assert len(others) == 7
+  row = others["math"].rows.train(0, 0)
+  right = Completion((Turn(None, f"\\boxed{{{row['expected_answer']}}}", (), None, True),))
+  wrong = Completion((Turn(None, "\\boxed{-1}", (), None, True),))
+  assert [verdict.reward for verdict in others["math"].verify([row, row], [right, wrong])] == [1.0, 0.0]
 
 
 def test_every_way_of_confining_makes_programs_nobodys():
