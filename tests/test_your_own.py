@@ -1,11 +1,9 @@
-"""The files of docs/your_own.md are complete: its commands accept them, and what they define does what the page says."""
+"""The files of docs/your_own.md are complete: its commands accept them, and what they define does what the page says.
 
-import os
+tests/test_tutorials.py trains on own conversations, and on own prompts with an own reward.
+"""
+
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,21 +96,3 @@ def test_the_advantage_is_that_of_dr_grpo(folder):
 def test_the_model_has_the_shape_of_its_config(folder):
   c = config_file.load("my_model.py:smoke")
   assert c.model.hybrid_override_pattern == "MEM*E-" and c.model.hidden_size == 96
-
-
-def test_sft_on_own_chats_and_rl_on_own_prompts_run(folder):
-  lines = [line.replace(".py ", ".py:smoke ") for line in commands(PAGE)]
-  train = next(line for line in lines if "--config.sources=" in line)
-  reinforce = next(line for line in lines if "my_rewards.py" in line)
-  run(train, folder)
-  (checkpoint,) = sorted((folder / "runs" / "chats" / "sft" / "checkpoints").glob("[0-9]*"))[-1:]
-  run(reinforce.replace("CKPT", str(checkpoint)), folder)
-  assert "Capital of" in (folder / "runs" / "capitals" / "rl" / "samples.jsonl").read_text()
-
-
-def run(line: str, folder: Path) -> None:
-  """Runs a command of the page in the folder, and asserts that it succeeds."""
-  environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, *shlex.split(line, comments=True)[1:]]
-  done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
-  assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,68 @@
+"""The pages of docs/tutorials in order: their files are complete, and their commands run one after another."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from test_docs import ROOT, commands
+
+from nemocascade import host_memory
+
+PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+INTERACTIVE = "python -m experiments.chat"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, compiled_fast):
+  """The working directory of all pages, with the clone's configs."""
+  folder = tmp_path_factory.mktemp("tutorials")
+  (folder / "configs").symlink_to(ROOT / "configs")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    patch.setattr(host_memory, "keep", lambda: None)
+    yield folder
+
+
+def run(line: str) -> str:
+  """Runs a command in this process, a stage in its smoke form; returns what it printed to stdout."""
+  _, _, module, *arguments = shlex.split(re.sub(r"(--config=\S+\.py)", r"\1:smoke", line), comments=True)
+  said = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(said):
+    patch.setattr(sys, "argv", [module, *arguments])
+    patch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is imported already.
+    runpy.run_module(module, run_name="__main__")
+  assert ended.value.code == 0, line
+  return said.getvalue()
+
+
+def test_the_pages_are_eight_and_each_leads_to_the_next():
+  assert [page.name[:3] for page in PAGES] == [str(number) for number in range(101, 109)]
+  for page, after in zip(PAGES, PAGES[1:], strict=False):
+    assert f"({after.name})" in page.read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run_after_those_of_the_pages_before(page, folder):
+  for name, text in re.findall(r"`([\w.]+)`:\n\n```\w+\n(.*?)```", page.read_text(), re.DOTALL):
+    (folder / name).write_text(text)
+  lines = [line for line in commands(page) if not line.startswith(INTERACTIVE)]
+  assert lines
+  printed = "".join(map(run, lines))
+  if page.stem.startswith("102"):
+    answers, scored = ([json.loads(line) for line in (folder / f"{n}.jsonl").open()] for n in ("answers", "scored"))
+    assert [row["id"] for row in answers] == [1, 2] and all(
+      len(row["tokens"]) == len(row["logprobs"]) for row in scored
+    )
+    assert "answers.jsonl: 2 rows" in printed and "scored.jsonl: 2 rows" in printed
+  if page.stem.startswith("105"):
+    assert "Capital of" in (folder / "runs" / "brief" / "rl" / "samples.jsonl").read_text()
+  if page.stem.startswith("108"):
+    lineage = json.loads((folder / "runs/taught/rl/checkpoints/2/record/metadata").read_text())["lineage"]
+    assert lineage["teachers"] == {
+      "instruction": "runs/centred/rl/checkpoints/2", "math": "runs/first/sft/checkpoints/6"
+    }  # fmt: skip
