@@ -39,8 +39,8 @@ def write(workdir: str | Path, *, live: bool = False) -> Path:
   out.mkdir(parents=True, exist_ok=True)
   sections = list(_sections(run, out))
   contents = "".join(f"<li>{link(f'#{name}', title)}</li>" for name, title, _ in sections)
-  line = [words(s["name"]) for s in run.stages if not run.is_side(s)]
-  title = f"A cascade of {len(run.stages)} stages, from {line[0]} to {line[-1]}" if line else "A cascade that begins"
+  line = [words(n) for n in run.planned if n not in run.config.get("side_line", ())]
+  title = f"A cascade of {len(run.planned)} stages, from {line[0]} to {line[-1]}" if line else "A cascade that begins"
   body = [
     f"<p class=note>nemocascade: report of a run</p><h1>{text(title)}</h1>", *_banners(run, live),
     summary.header(run), section("five", "In short", summary.five_answers(run)),
@@ -62,10 +62,13 @@ def _banners(run: Run, live: bool) -> Iterator[str]:
       " few steps, so all scores mean nothing. The page shows that each part works, and what a report looks like.</p>"
     )
   if live:
-    now = time.strftime("%H:%M:%S")
+    now, at = time.strftime("%H:%M:%S"), next((s for s in run.stages if s["status"] == "running"), None)
+    lines = run.metrics(at) if at else []
+    where = f" Stage {run.planned.index(at['name']) + 1} of {len(run.planned)}: {words(at['name'])}" if at else ""
+    where += f", step {lines[-1]['step'] + 1} of {at.get('asked_steps', '?')}." if at and lines else "." if at else ""
     yield (
-      f"<p class='banner live'><b>The run goes on.</b> This page was written at {now} and reloads every {RELOAD_S} s."
-      " If the time stands still, the run was stopped; the same command resumes it.</p>"
+      f"<p class='banner live'><b>The run goes on.</b>{text(where)} This page was written at {now} and reloads every"
+      f" {RELOAD_S} s. If the time stands still, the run was stopped; the same command resumes it.</p>"
     )
 
 
@@ -98,6 +101,7 @@ def _sections(run: Run, out: Path) -> Iterator[tuple[str, str, list[str]]]:
     yield "answers", "The same prompts before and after each stage", said
   if run.stages:
     yield "tree", "What started from what", [f"<pre class=wide>{text(tree(run.record))}</pre>"]
+  if run.done:
     yield "cost", "Time and tokens", [scores.costs(run, out / "costs.csv")]
   if shown := answers.all_samples(run, run.stages):
     yield "samples", "Samples of the training", shown

@@ -92,9 +92,19 @@ class Run:
     return self.record.stages
 
   @property
+  def done(self) -> list[Stage]:
+    return [s for s in self.stages if s["status"] == "done"]
+
+  @property
+  def planned(self) -> list[str]:
+    """The names of all stages in order, those that have not begun included, if the config has them."""
+    begun = [s["name"] for s in self.stages]
+    return [*begun, *(name for name in self.config.get("order", ()) if name not in begun)]
+
+  @property
   def scored(self) -> list[Stage]:
     """The finished stages with held-out scores."""
-    return [s for s in self.stages if s["status"] == "done" and "scores_after" in s]
+    return [s for s in self.done if "scores_after" in s]
 
   def is_side(self, stage: Stage) -> bool:
     """Whether no later stage continues this one: side lines of the config, and stages that a gate went back from."""

@@ -139,15 +139,15 @@ def costs(run: Run, path: Path) -> str:
   rows = [
     [s["name"], s["status"], s.get("steps", ""), s.get("tokens", ""), f"{s.get('train_s', 0):.0f}",
      f"{s.get('eval_s_after', 0):.0f}", f"{s.get('wall_s', 0):.0f}", s.get("compilations", "")]
-    for s in run.stages
+    for s in run.done
   ]  # fmt: skip
-  whole = sum(s.get("wall_s", 0) for s in run.stages)
-  rows.append(["all", "", "", sum(s.get("tokens", 0) for s in run.stages), "", "", f"{whole:.0f}", ""])
+  whole = sum(s.get("wall_s", 0) for s in run.done)
+  rows.append(["all", "", "", sum(s.get("tokens", 0) for s in run.done), "", "", f"{whole:.0f}", ""])
   shown = [[words(row[0]), *row[2:3], f"{row[3]:,}" if row[3] != "" else "", *row[4:7]] for row in rows]
   bars = "".join(
     f"<dt>{text(words(s['name']))}</dt><dd><span class=bar style='width:{60 * s['wall_s'] / max(whole, 1e-9):.1f}%'>"
     f"</span> {duration(s['wall_s'])}</dd>"
-    for s in run.stages
+    for s in run.done
   )
   heads = ["stage", "steps", "tokens", "training, s", "scoring, s", "all, s"]
   about = "Tokens are those that SFT trains on and that RL samples. Times are wall times, compilation included."

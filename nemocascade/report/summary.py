@@ -27,7 +27,7 @@ def header(run: Run) -> str:
     "Data": text(data(run)),
     "Machine": text(begun.get("machine", "not recorded")),
     "Begun": text(begun.get("date", "not recorded")),
-    "Time": text(f"{duration(sum(s['wall_s'] for s in run.stages))} in {len(run.stages)} stages"),
+    "Time": text(f"{duration(sum(s['wall_s'] for s in run.done))} in {len(run.done)} finished stages"),
     "Versions": text(", ".join(f"{name} {v}" for name, v in versions.items() if name != "nemocascade")),
   }
   items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
@@ -109,13 +109,11 @@ def what(run: Run, stage: Stage) -> str:
 
 def trained_on(run: Run) -> str:
   n = sum(run.scored[0]["n_eval"].values()) if run.scored else 0
-  seen = sum(s.get("tokens", 0) for s in run.stages)
+  seen = sum(s["tokens"] for s in run.done)
   held = f" Scores are measured on {n:,} held-out prompts that no stage trains on." if n else ""
   names = ", ".join(map(words, run.domains))
   where = f" {link('#answers', 'Examples of prompts and answers')}." if run.scored else ""
-  return (
-    f"<p>{text(data(run))}. Domains: {text(names)}. Tokens trained on or sampled: {count(seen)}.{text(held)}{where}</p>"
-  )
+  return f"<p>{text(data(run))}. Domains: {text(names)}. Tokens trained on or sampled{'' if seen else ' so far'}: {count(seen)}.{text(held)}{where}</p>"
 
 
 def worked(run: Run) -> str:
@@ -168,7 +166,7 @@ def falls(run: Run) -> Iterator[tuple[Stage, str, Change]]:
 
 def worse(run: Run) -> str:
   if len(run.scored) < 2:
-    return "<p>Nothing to compare yet: one stage has been scored.</p>"
+    return "<p>Nothing to compare yet: fewer than two stages have been scored.</p>"
   found = sorted(falls(run), key=lambda fall: fall[2].mean)
   compared = sum(len(run.domains) for s in run.scored if run.start_of(s))
   chance = (
@@ -190,12 +188,14 @@ def worse(run: Run) -> str:
 
 
 def cost(run: Run) -> str:
-  wall = sum(s["wall_s"] for s in run.stages)
+  if not run.done:
+    return "<p>No stage has finished yet.</p>"
+  wall = sum(s["wall_s"] for s in run.done)
   machine = run.made.get("begun", {}).get("machine", "a machine that is not recorded")
-  parts = sorted(run.stages, key=lambda s: -s["wall_s"])[:2]
+  parts = sorted(run.done, key=lambda s: -s["wall_s"])[:2]
   most = ", ".join(f"{words(s['name'])} {s['wall_s'] / max(wall, 1e-9):.0%}" for s in parts)
-  scoring = sum(s.get("eval_s_after", 0) for s in run.stages)
+  scoring = sum(s.get("eval_s_after", 0) for s in run.done)
   return (
-    f"<p>{duration(wall)} on {text(machine)}; {count(sum(s.get('tokens', 0) for s in run.stages))} tokens. Most of it:"
+    f"<p>{duration(wall)} on {text(machine)}; {count(sum(s.get('tokens', 0) for s in run.done))} tokens. Most of it:"
     f" {text(most)}. Scoring took {duration(scoring)} of it. {link('#cost', 'All stages')}.</p>"
   )
