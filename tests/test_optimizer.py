@@ -74,6 +74,24 @@ def test_two_updates_are_adamw_by_its_definition():
   np.testing.assert_allclose(params["w"], p, rtol=1e-5)
 
 
+def test_muon_orthogonalizes_each_matrix_of_a_stack_and_leaves_the_rest_to_adam():
+  """Two experts, two repeats, and heads that are one matrix: singular values are about 1 before the scale."""
+  shapes = {"up_proj": (2, 8, 4), "in_proj": (2, 4, 6), "o_proj": (2, 2, 2, 6), "embedding": (5, 3), "gate": (4, 3)}
+  params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+  grads = {name: jax.random.normal(jax.random.key(i), s) for i, (name, s) in enumerate(shapes.items())}
+  tx = optimizer(kind="muon", clip_norm=1e9)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  for name, matrices in (("up_proj", (2, 8, 4)), ("in_proj", (2, 4, 6)), ("o_proj", (1, 8, 6))):
+    scale = 0.1 * 0.2 * max(matrices[1:]) ** 0.5
+    for update, grad in zip(updates[name].reshape(matrices), grads[name].reshape(matrices), strict=True):
+      u, s, v = np.linalg.svd(update / -scale, full_matrices=False)
+      assert s.min() > 0.6 and s.max() < 1.3
+      left, _, right = np.linalg.svd(grad, full_matrices=False)
+      assert np.sum((u @ v) * (left @ right)) > 0.99 * len(s)
+  for name in ("embedding", "gate"):
+    np.testing.assert_allclose(updates[name], -0.1 * np.sign(grads[name]), rtol=1e-4)
+
+
 def test_the_gradient_is_clipped_by_the_norm_of_what_is_trained():
   # With eps far above the gradient, Adam's first update is proportional to the gradient.
   params = {"a": jnp.zeros((2, 2)), "still": jnp.zeros((2, 2))}
@@ -117,6 +135,7 @@ def test_optimizers_that_differ_in_their_schedule_share_a_compiled_update():
   "fields, said",
   [
     (dict(schedule="cosin"), "did you mean 'cosine'"),
+    (dict(kind="moun"), "did you mean 'muon'"),
     (dict(peak_lr=0.0), "peak_lr=0.0"),
     (dict(clip_norm=0.0), "clip_norm=0.0"),
   ],

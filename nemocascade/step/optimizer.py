@@ -1,4 +1,4 @@
-"""AdamW with a learning-rate schedule; parameters can be frozen by path."""
+"""AdamW or Muon with a learning-rate schedule; parameters can be frozen by path."""
 
 import functools
 import re
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from nemocascade.errors import UserError
 from nemocascade.field_check import check_values
@@ -22,6 +23,15 @@ NEVER = ("e_score_correction_bias$",)
 # cannot tell.
 NOT_DECAYED = ("bias$", "(^|/)norm(_f)?(/weight)?$", "(^|/)(A_log|D)$")
 
+
+# Matrices that Muon orthogonalizes: name -> (summed axes, axes of the output). Axes before them are of a stack: repeats
+# of a unit, experts. Embedding, head and router have Adam's update, as in Moonlight (arXiv 2502.16982).
+MATRICES = {
+  "in_proj": (1, 1), "out_proj": (1, 1), "q_proj": (1, 3), "k_proj": (1, 2), "v_proj": (1, 2), "o_proj": (3, 1),
+  "up_proj": (1, 1), "down_proj": (1, 1), "shared_up_proj": (1, 1), "shared_down_proj": (1, 1),
+  "fc1_latent_proj": (1, 1), "fc2_latent_proj": (1, 1),
+}  # fmt: skip
+MUON_RMS = 0.2  # Root mean square of Muon's updates, about that of Adam's, so that both share a learning rate.
 
 # Decay after warm-up: (progress t in [0, 1], fraction at the end, jnp or np) -> fraction of the peak learning rate.
 SCHEDULES = dict(
@@ -67,6 +77,46 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(clip.init, update)
 
 
+def matrix_axes(params):
+  """Tree of optax's MuonDimensionNumbers for MATRICES; None for other parameters."""
+
+  def axes(path, p):
+    if (name := path_name(path).rpartition("/")[2]) not in MATRICES:
+      return None
+    (summed, out), n = MATRICES[name], jnp.ndim(p)
+    return optax.contrib.MuonDimensionNumbers(tuple(range(n - summed - out, n - out)), tuple(range(n - out, n)))
+
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _adamw(learning_rate, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
+  return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+
+
+def _muon(learning_rate, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
+  """Muon for MATRICES, Adam for the rest; weight decay as in AdamW (arXiv 2502.16982)."""
+
+  def rescale(updates, params=None):
+    def scaled(u, axes):
+      fans = [np.prod([u.shape[axis] for axis in of]) for of in axes]
+      return u * (MUON_RMS * max(fans) ** 0.5)
+
+    return jax.tree.map(scaled, updates, matrix_axes(updates))
+
+  kinds = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
+    lambda path, _: "muon" if path_name(path).rpartition("/")[2] in MATRICES else "adam", params
+  )
+  muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=matrix_axes), optax.stateless(rescale))
+  return optax.chain(
+    optax.multi_transform({"muon": muon, "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps)}, kinds),
+    optax.add_decayed_weights(weight_decay, mask=decayed),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+KINDS = dict(adamw=_adamw, muon=_muon)
+
+
 def make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, *, schedule: str, xp=jnp):
   """Linear warm-up from 1 / warmup_steps of the peak, then decay to `final_fraction` of the peak.
 
@@ -103,6 +153,7 @@ def make_optimizer(
   peak_lr: float,
   warmup_steps: int,
   total_steps: int,
+  kind: str = "adamw",
   schedule: str = "constant",
   final_fraction: float = 0.0,
   b1: float = 0.9,
@@ -112,13 +163,14 @@ def make_optimizer(
   clip_norm: float = 1.0,
   frozen: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
-  """AdamW with gradient clipping and a schedule; parameters that match `frozen` keep their values.
+  """AdamW or Muon with gradient clipping and a schedule; parameters that match `frozen` keep their values.
 
   The clipped norm is that of the trained parameters alone. Vectors and scalars have no weight decay.
   The schedule's numbers are kept in the optimizer state. So stages that differ only in these numbers share
   one compiled step.
 
   Args:
+    kind: a key of KINDS.
     frozen: regular expressions, each searched in the parameters' paths.
 
   Raises:
@@ -126,8 +178,8 @@ def make_optimizer(
       `init` raises it for a pattern of `frozen` that matches no parameter.
   """
   check_values(
-    "optimizer", peak_lr=peak_lr, warmup_steps=warmup_steps, schedule=schedule, final_fraction=final_fraction,
-    b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, frozen=frozen,
+    "optimizer", peak_lr=peak_lr, warmup_steps=warmup_steps, kind=kind, schedule=schedule,
+    final_fraction=final_fraction, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, frozen=frozen,
   )  # fmt: skip
 
   for pattern in frozen:
@@ -139,11 +191,11 @@ def make_optimizer(
       ) from error
 
   @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
-  def adam(peak_lr, warmup_steps, total_steps, final_fraction):
+  def scheduled(peak_lr, warmup_steps, total_steps, final_fraction):
     learning_rate = make_schedule(peak_lr, warmup_steps, total_steps, final_fraction, schedule=schedule)
     return optax.chain(
       clip_by_norm(clip_norm),
-      optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+      KINDS[kind](learning_rate, b1, b2, eps, weight_decay),
     )
 
   def labels(params):
@@ -154,7 +206,7 @@ def make_optimizer(
     label = lambda path, _: "frozen" if matches(path, (*frozen, *NEVER)) else "trained"  # noqa: E731
     return jax.tree_util.tree_map_with_path(label, params)
 
-  trained = adam(peak_lr, warmup_steps, total_steps, final_fraction)
+  trained = scheduled(peak_lr, warmup_steps, total_steps, final_fraction)
   return optax.multi_transform({"trained": trained, "frozen": optax.set_to_zero()}, labels)
 
 
