@@ -97,8 +97,9 @@ def guards() -> ConfigDict:
 
 
 def optimizer(**differs: Any) -> dict:
-  """AdamW's fields, updated with `differs`; peak_lr and warmup_steps have no shared value."""
+  """The optimizer's fields, updated with `differs`; peak_lr and warmup_steps have no shared value."""
   fields = dict(
+    kind="adamw",  # adamw | muon
     schedule="constant",
     final_fraction=1.0,
     b1=0.9,
@@ -127,6 +128,7 @@ def sft() -> ConfigDict:
   c.kind = "sft"
   c.init_from = ""  # A checkpoint's path, or hf:DIR. "" initializes the parameters.
   c.pieces = 1  # Parts of a step's rows that are processed one after another.
+  c.z_loss = 0.0  # Not published.
   c.non_thinking = 0.1  # Share of generated conversations without thoughts. Nano-3 removed them from 10%.
   c.data_workers = 0  # Processes that read and tokenize; 0 does it in the training process.
   c.max_bad_share = 0.01  # More bad conversations than this share stop the run.

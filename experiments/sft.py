@@ -79,7 +79,7 @@ def program(c: ConfigDict, programs: Programs):
   state = abstract_state(tx, programs.template, programs.mesh)
   balance = RouterBalance(**c.router_balance)
   score_fn = programs.score_fn_under(balance)
-  step = sft_step(score_fn, tx, accumulate=c.pieces, balance=balance, add_to_bias=programs.add_to_bias)
+  step = sft_step(score_fn, tx, accumulate=c.pieces, balance=balance, add_to_bias=programs.add_to_bias, z_loss=c.z_loss)
   return tx, state, jit_step(step, state, programs.mesh)
 
 

@@ -67,6 +67,7 @@ class Scores(struct.PyTreeNode):
   entropy_BT: jax.Array  # fp32, nats; entropy of the distribution of token t.
   routing: Routing | None = None  # None if the model has no router.
   distance_BT: jax.Array | None = None  # fp32, nats; KL to a teacher; None unless a DistanceFn was given.
+  normalizer_BT: jax.Array | None = None  # fp32, nats; logarithm of the softmax's denominator; 0 as logprobs_BT.
 
 
 # (x_BTD, head_DV, wanted_BT) -> distance_BT. The policy's logits are x_BTD @ head_DV.

@@ -18,7 +18,8 @@ TX = optax.sgd(1.0)  # With a rate of 1, the change of the parameters is minus t
 
 def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
   """A bigram model; the step needs only its scores."""
-  logprobs_BTV = jax.nn.log_softmax(params["table_VV"][tokens_BT[:, :-1]])
+  logits_BTV = params["table_VV"][tokens_BT[:, :-1]]
+  logprobs_BTV = jax.nn.log_softmax(logits_BTV)
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
   follows_BT = ~segment_starts(segment_ids_BT) & (segment_ids_BT > 0)
@@ -26,7 +27,8 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None):
   real_BT = segment_ids_BT > 0
   load_E = jnp.stack([jnp.sum(real_BT & (tokens_BT % 2 == e)) for e in (0, 1)])
   routing = Routing(load_E[None].astype(jnp.float32), jnp.zeros(1))
-  return Scores(place(chosen_BT), place(entropy_BT), routing)
+  normalizer_BT = place(jax.nn.logsumexp(logits_BTV, axis=-1))
+  return Scores(place(chosen_BT), place(entropy_BT), routing, normalizer_BT=normalizer_BT)
 
 
 step = jax.jit(sft_step(score, TX))
@@ -72,6 +74,18 @@ def test_the_gradient_is_that_of_the_mean_over_learned_tokens():
   np.testing.assert_allclose(table_VV - after.params["table_VV"], grad_VV, atol=1e-6)
   np.testing.assert_allclose(metrics["norm/grad"], np.linalg.norm(grad_VV), rtol=1e-5)
   assert (int(after.step), float(metrics["tokens/learned"])) == (1, len(places))
+
+
+def test_z_loss_adds_the_mean_square_of_the_log_normalizer_and_its_gradient():
+  data, before = batch(), state()
+  plain, (after, metrics) = step(before, data)[0], jax.jit(sft_step(score, TX, accumulate=2, z_loss=0.5))(before, data)
+  table_VV = np.asarray(before.params["table_VV"], np.float64)
+  z_V, places = np.log(np.exp(table_VV).sum(axis=1)), np.argwhere(np.asarray(data.loss_mask_BT))
+  used = [int(data.tokens_BT[b, t - 1]) for b, t in places]
+  share_V = np.bincount(used, minlength=V) / len(used)
+  np.testing.assert_allclose(metrics["loss/z"], share_V @ z_V**2, rtol=1e-5)
+  grad_VV = 0.5 * (share_V * 2 * z_V)[:, None] * np.exp(table_VV - z_V[:, None])
+  np.testing.assert_allclose(plain.params["table_VV"] - after.params["table_VV"], grad_VV, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])

@@ -34,8 +34,8 @@ def test_chunked_is_the_definition_in_value_and_gradient(wanted, chunk):
 
   def loss(fn):
     def of(x, head):
-      logprob, entropy = fn(x, head, tokens, wanted_BT)
-      return jnp.sum(jnp.sin(logprob)) + jnp.sum(jnp.cos(entropy)), (logprob, entropy)
+      found = logprob, entropy, normalizer = fn(x, head, tokens, wanted_BT)
+      return jnp.sum(jnp.sin(logprob)) + jnp.sum(jnp.cos(entropy)) + jnp.sum(jnp.sin(normalizer)), found
 
     return jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(x, head)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nemocascade.errors import UserError
+from nemocascade.segments import masked_sum
 from nemocascade.step.balance import AddToBias, RouterBalance, routing_metrics
 from nemocascade.step.loss import sft_loss
 from nemocascade.step.update import apply_gradients
@@ -60,6 +61,7 @@ def sft_step(
   accumulate: int = 1,
   balance: RouterBalance = RouterBalance(),  # noqa: B008 (frozen)
   add_to_bias: AddToBias | None = None,
+  z_loss: float = 0.0,
 ):
   """Returns step(state, Batch) -> (state, metrics), which is pure and can be jitted.
 
@@ -67,6 +69,7 @@ def sft_step(
     accumulate: the rows are processed in this many pieces; the result equals that of one piece.
     balance: the load balancing of the routers.
     add_to_bias: needed if `balance` moves the routers' bias.
+    z_loss: weight of the mean squared log normalizer, which keeps logits small (PaLM, arXiv 2204.02311).
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -76,17 +79,19 @@ def sft_step(
       def loss_fn(params):
         scores = score_fn(params, piece.tokens_BT, piece.segment_ids_BT, piece.loss_mask_BT)
         total, _ = sft_loss(scores.logprobs_BT, piece.loss_mask_BT)
-        return total + balance.loss(scores.routing, count / jnp.maximum(real, 1.0)), (total, scores.routing)
+        loss = total + balance.loss(scores.routing, count / jnp.maximum(real, 1.0))
+        z, _ = masked_sum(jnp.square(scores.normalizer_BT), piece.loss_mask_BT) if z_loss else (jnp.float32(0), 0)
+        return loss + z_loss * z, (total, z, scores.routing)
 
       (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
       return (aux, grads), ()
 
-    ((total, routing), grads), _ = sum_over_parts(part, batch, accumulate)
+    ((total, z, routing), grads), _ = sum_over_parts(part, batch, accumulate)
     learned = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / learned.astype(g.dtype), grads)
     move = lambda params: balance.move(params, routing, add_to_bias)  # noqa: E731
     state, metrics = apply_gradients(state, tx, grads, loss := total / learned, move)
-    metrics |= {"loss/sft": loss, "tokens/learned": count}
+    metrics |= {"loss/sft": loss, "tokens/learned": count} | ({"loss/z": z / learned} if z_loss else {})
     return state, metrics | routing_metrics(routing, real)
 
   return step
