@@ -132,6 +132,8 @@ def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", 
   keep_compilations(workdir)
   record, began, passed = course.open_record(workdir), time.time(), []
   lineage.set_aside(record, anew)
+  if done := [entry["name"] for entry in record.stages if entry["status"] == "done"]:
+    say(f"done before: {', '.join(done)}")
   with pages.live(workdir):
     # Looked up after each stage, because a gate's decision may change those that follow.
     while left := course.left(c, record, choice, passed):

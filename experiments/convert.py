@@ -42,13 +42,14 @@ def run(source: str, target: str) -> None:
     convert()
   size = sum(file.stat().st_size for file in into.rglob("*") if file.is_file())
   took = time.perf_counter() - began
-  print(f"{target}: {size / 1e9:.2f} GB in {took:.1f} s ({size / 1e9 / took:.2f} GB/s)")
+  unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+  print(f"{target}: {size / unit:.2f} {name} in {took:.1f} s ({size / unit / took:.2f} {name}/s)")
 
 
 if __name__ == "__main__":
   launch(
     run,
     config=False,
-    source=(text("hf:DIR, or a checkpoint directory of ours."), ""),
+    source=(text("hf:DIR, STAGE/checkpoints/STEP, or STAGE/latest."), ""),
     target=(text("Where it is written: a new directory, or hf:DIR."), ""),
   )

@@ -12,7 +12,6 @@ no tokenizer). If the model's logits are not finite, the completion ends there, 
 devices of several processes; the first one writes the output.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +42,7 @@ def run(
   checkpoint: str, input: str, output: str, temperature: float, top_p: float, max_new_tokens: int,
   seed: int, thinking: bool, mesh: str = "data:1",
 ) -> None:  # fmt: skip
-  began = time.perf_counter()
+  began = rows_lib.instant()
   first_alone(lambda: rows_lib.check_output(output), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))

@@ -11,7 +11,6 @@ messages get their "tokens" too.
 devices of several processes; the first one writes the output.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -30,7 +29,7 @@ TOKENS = 1 << 14  # Tokens of a batch, padding included.
 
 
 def run(checkpoint: str, input: str, output: str, mesh: str = "data:1") -> None:
-  began = time.perf_counter()
+  began = rows_lib.instant()
   first_alone(lambda: rows_lib.check_output(output), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))

@@ -23,11 +23,13 @@ def run(workdir, *, more=None, only="", first="", last=""):
   return cascade.run(c, workdir, Choice(only, first, last))
 
 
-def test_only_from_and_until_choose_stages(tmp_path, monkeypatch):
+def test_only_from_and_until_choose_stages(tmp_path, monkeypatch, capsys):
   script = Script(monkeypatch)
   run(tmp_path, last="if_rl")
   assert script.stages == ["sft", "if_rl"]
+  capsys.readouterr()
   run(tmp_path, only="multi_domain_rl")
+  assert "done before: sft, if_rl\n" in capsys.readouterr().out
   assert script.stages == ["sft", "if_rl", "multi_domain_rl"]
   run(tmp_path, first="mopd", last="code_rl")
   assert script.stages == list(LINE[:5])

@@ -69,18 +69,23 @@ def tokens_of(
   return found
 
 
-def write_rows(path: str, rows: Sequence[Row], began: float) -> None:
+def instant() -> tuple[float, float]:
+  """(seconds of a clock, seconds in which this process has compiled so far)."""
+  return time.perf_counter(), compile_seconds()
+
+
+def write_rows(path: str, rows: Sequence[Row], began: tuple[float, float]) -> None:
   """Writes JSON lines to a temporary file, then renames it, so that `path` is never incomplete. Prints what they cost.
 
   Args:
     rows: each with "tokens", those that the model sampled or scored.
-    began: when the command began, by time.perf_counter().
+    began: the `instant` at which the command began.
   """
   target = Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   with whole(target) as partial:
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  seconds, compiled = time.perf_counter() - began, compile_seconds()
+  seconds, compiled = (now - before for now, before in zip(instant(), began, strict=True))
   tokens = sum(len(row["tokens"]) for row in rows)
   print(
     f"{path}: {len(rows)} row{'s' * (len(rows) != 1)}, {tokens} tokens in {seconds:.1f} s, {compiled:.1f} s of them"
