@@ -217,7 +217,7 @@ def _sft_programs(c: ConfigDict, programs: Programs):
   batch = _rows(programs, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
   step = Program(
     "sft_step", (c.to_json_best_effort(),), lambda: step_fn.trace(state, batch), Spent(trained=c.rows * c.row_tokens),
-    f"more pieces than pieces={c.pieces}, shorter rows than row_tokens={c.row_tokens}, or model.remat=True",
+    f"more pieces than pieces={c.pieces}, shorter rows than row_tokens={c.row_tokens}, or model.remat='block'",
     ("params", "moments"),
   )  # fmt: skip
   return state, [step, *_evaluation(c, programs)]

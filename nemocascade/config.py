@@ -63,7 +63,7 @@ class ModelConfig:
   rescale_prenorm_residual: bool = True  # Divides initial output projections by sqrt(blocks).
   dtype: str = "float32"  # Type of activations and matrix products.
   param_dtype: str = "float32"
-  remat: bool = False  # Recompute each block in the backward pass.
+  remat: str = "none"  # What the backward pass recomputes; model/remat.py.
   sequence_parallel: bool = False  # Split rows by tokens over mesh.expert where they would not fill the devices.
 
   def __post_init__(self):

@@ -16,6 +16,7 @@ from nemocascade.fields import (
 )
 
 DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "block", "offload")
 
 SEED = {"seed": whole("Seed of parameters, data and sampling.", 0)}
 
@@ -63,7 +64,11 @@ MODEL = {
   "model.rescale_prenorm_residual": flag("Whether output projections start divided by sqrt(blocks).", optional=True),
   "model.dtype": word("Dtype of activations and of matrix products.", DTYPES, optional=True),
   "model.param_dtype": word("Dtype of parameters.", DTYPES, optional=True),
-  "model.remat": flag("Whether the backward pass recomputes each block.", optional=True),
+  "model.remat": word(
+    "What the backward pass recomputes: nothing, each block from its input, or so with the inputs in host memory.",
+    REMAT,
+    optional=True,
+  ),
   "model.sequence_parallel": flag(
     "Whether rows of a batch that is no multiple of the devices are split by tokens over mesh.expert.", optional=True
   ),
@@ -170,6 +175,11 @@ STAGE = {
   "save_every": whole("Steps between checkpoints."),
   "optimizer.peak_lr": number("Learning rate after warm-up.", above=0),
   "optimizer.warmup_steps": whole("Steps of linear warm-up.", 0),
+  "optimizer.kind": word(
+    "Optimizer; Muon updates matrices inside blocks, and Adam the rest.",
+    "nemocascade.step.optimizer:KINDS",
+    optional=True,
+  ),
   "optimizer.schedule": word("Decay after warm-up.", "nemocascade.step.optimizer:SCHEDULES"),
   "optimizer.final_fraction": number("Learning rate of the last step, as a share of peak_lr.", low=0, high=1),
   "optimizer.b1": number("Adam's decay of the first moment.", low=0, below=1),
@@ -244,6 +254,7 @@ SFT = LANGUAGE_MODEL | {
   "rows": whole("Packed rows of a step."),
   "row_tokens": whole("Tokens of a row."),
   "pieces": whole("Parts of the rows for gradient accumulation."),
+  "z_loss": number("Weight of the mean squared logarithm of the softmax's denominator.", low=0),
 }
 
 REWARD_MODEL = {

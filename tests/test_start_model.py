@@ -39,13 +39,13 @@ def command(kind: str, config: str, *words: str):
 
 def test_a_config_gets_the_folders_model_and_keeps_how_it_computes(folder):
   c = if_rl.get_config("smoke")
-  c.init_from, c.model.remat = f"hf:{folder}", True
+  c.init_from, c.model.remat = f"hf:{folder}", "block"
   take_model(c)
   there = loading.find(f"hf:{folder}").config
   assert (c.model.vocab_size, c.model.hidden_size, c.model.head_dim) == (V, there.hidden_size, there.head_dim)
   assert c.model.hybrid_override_pattern == "M*E" and c.model.moe_shared_expert_intermediate_size == 24
   assert c.model.time_step_limit == (0.001, float("inf"))  # transformers clamps dt so.
-  assert c.model.remat and c.model.chunk_size == 16 and "dtype" not in c.model
+  assert c.model.remat == "block" and c.model.chunk_size == 16 and "dtype" not in c.model
   assert c.tokenizer.path == ""  # A single stage takes that of its start.
 
 

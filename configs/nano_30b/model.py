@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     rescale_prenorm_residual=True,
     dtype="bfloat16",
     param_dtype="bfloat16",  # As in the checkpoint; A_log, D, dt_bias and the router are fp32.
-    remat=True,  # A training step stores one residual per block and recomputes the rest.
+    remat="block",  # A training step stores one residual per block and recomputes the rest.
     sequence_parallel=True,  # The chips of an expert group share a row where a batch has fewer rows than chips.
   )
   return c

@@ -150,7 +150,7 @@ def _relative_error(got, expected) -> float:
 
 def model_correct() -> Iterator[dict]:
   """Errors of a small model's log-probabilities and gradients on this device against fp32 on the CPU."""
-  config = model_config(dataclasses.replace(TINY, width=64, vocab_size=256), remat=False, dtype="float32")
+  config = model_config(dataclasses.replace(TINY, width=64, vocab_size=256), dtype="float32")
   params = jax.device_get(init_params(config, jax.random.key(0)))
   rng = np.random.default_rng(0)
   tokens_BT = rng.integers(0, 256, (2, 64), np.int32)
@@ -243,7 +243,7 @@ def train(sizes: Sizes, dense: float) -> Iterator[dict]:
   Args:
     dense: the card's rate for a dense matmul, in TFLOP/s, as a limit.
   """
-  config = model_config(sizes, dtype="bfloat16", param_dtype="float32", remat=True)
+  config = model_config(sizes, dtype="bfloat16", param_dtype="float32", remat="block")
   tx = make_optimizer(peak_lr=1e-4, warmup_steps=10, total_steps=100)
   state = jax.jit(lambda key: new_state(tx, init_params(config, key)))(jax.random.key(0))
   step = jax.jit(sft_step(score_fn(config), tx, accumulate=sizes.rows), donate_argnums=0)

@@ -18,6 +18,7 @@ from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
 from nemocascade.model.pattern import plan
+from nemocascade.model.remat import block_input, rematerialized
 from nemocascade.model.routing import all_blocks, by_token, of_units
 from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import segment_starts
@@ -42,6 +43,7 @@ class Block(nn.Module):
     return layout(self.config, self.mesh, x_BTD.shape[0])
 
   def __call__(self, x_BTD, segment_ids_BT, recorded_BTX=None):
+    x_BTD = block_input(x_BTD)
     y, routing = self.mixer(self.norm(x_BTD), segment_ids_BT, *[recorded_BTX] * (self.letter == "E")), None
     if self.letter == "E":
       y, routing = y
@@ -51,6 +53,7 @@ class Block(nn.Module):
     if self.letter == "E":
       x_BTD, routing = self(x_BTD, segment_ids_BT, recorded_BTX)
       return x_BTD, self.mixer.fresh_state(x_BTD.shape[0]), routing
+    x_BTD = block_input(x_BTD)
     y, state = self.mixer.prefill(self.norm(x_BTD), segment_ids_BT)
     return self._on(x_BTD).constrain(x_BTD + y), state, None
 
@@ -62,6 +65,7 @@ class Block(nn.Module):
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
     if self.letter == "E":
       return state, self(x_BTD, segment_ids_BT)[0]
+    x_BTD = block_input(x_BTD)
     state, y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
     return state, self._on(x_BTD).constrain(x_BTD + y)
 
@@ -81,7 +85,7 @@ class Unit(nn.Module):
   mesh: Mesh | None = None
 
   def setup(self):
-    block = nn.remat(Block, methods=["__call__", "prefill", "after"]) if self.config.remat else Block
+    block = rematerialized(Block, self.config.remat, methods=["__call__", "prefill", "after"])
     self.blocks = [block(self.config, letter, self.mesh) for letter in self.letters]
 
   def _each(self, recorded):
@@ -272,9 +276,9 @@ class Hybrid(nn.Module):
     scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=after is not None)
     # Each device applies the whole head to its own tokens, so that the head's gradient is summed once.
     logprob = self._on(tokens_BT).on_own(token_logprob, shared=[1, 4])
-    logprob_BT, entropy_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT, jnp.float32(temperature))
+    logprob_BT, entropy_BT, normalizer_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT, jnp.float32(temperature))
     distance_BT = distance(x_BTD[:, :T], self.head(), scored_BT[:, :T]) if distance else None
-    return Scores(logprob_BT[:, :T], entropy_BT[:, :T], routing, distance_BT)
+    return Scores(logprob_BT[:, :T], entropy_BT[:, :T], routing, distance_BT, normalizer_BT[:, :T])
 
   def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int, temperature=1.0, experts_BTY=None):
     """(tokens_BTK, logprobs_BTK) of the k most likely tokens at place t; 0 where not wanted."""
