@@ -87,6 +87,12 @@ def _visit(h, i, first_H, last_H):
   return jnp.minimum(first_H[h] + i, last_H[h] - 1)
 
 
+def _sources(tile_V, bounds, N: int, tile: Tile):
+  """The tile that each visit reads: unassigned rows are not fetched, but the nearest tile with assigned rows."""
+  low, high = bounds[0] // tile.rows, jnp.maximum(bounds[-1] - 1, bounds[0]) // tile.rows
+  return jnp.clip(jnp.clip(tile_V, low, high), 0, -(-N // tile.rows) - 1)
+
+
 def _product_kernel(
   group_V, tile_V, source_V, start_G, end_G, first_H, last_H, x_ref, w_ref, *rest, tile, finish, transpose
 ):
@@ -174,9 +180,7 @@ def product(x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finis
   columns = _columns(F, tile.chunk, fits)
   start_G, end_G = with_strangers(bounds, N)  # Unassigned rows are zeroed.
   group_V, tile_V, count = tile_visits(start_G, end_G, N, tile.rows)
-  # Unassigned rows are not fetched: their visits name the nearest tile with assigned rows.
-  low, high = bounds[0] // tile.rows, jnp.maximum(bounds[-1] - 1, bounds[0]) // tile.rows
-  source_V = jnp.clip(jnp.clip(tile_V, low, high), 0, -(-N // tile.rows) - 1)
+  source_V = _sources(tile_V, bounds, N, tile)
   first_H, last_H = halves(tile_V, count, bounds, N, tile)
 
   def spec(shape, place):
