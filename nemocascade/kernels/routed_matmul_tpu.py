@@ -213,6 +213,12 @@ def product(x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finis
   )(group_V, tile_V, source_V, start_G, end_G, first_H, last_H, x_ND, w, *extras)
 
 
+def _shared(group_V, first_H, last_H, E: int):
+  """The expert with visits in both halves; E if there is none."""
+  last, first = group_V[last_H[0] - 1], group_V[first_H[-1]]
+  return jnp.where((last_H[0] == first_H[-1]) & (last == first), first, E)
+
+
 def _weight_kernel(
   group_V, tile_V, start_E, end_E, first_H, last_H, shared, x_ref, dy_ref, dw_ref, part_ref, sum_ref, *, tile
 ):
@@ -222,8 +228,7 @@ def _weight_kernel(
   """
   h, f, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
   v, used = _visit(h, i, first_H, last_H), first_H[h] + i < last_H[h]
-  e = group_V[v]
-  base = tile_V[v] * tile.rows
+  e, base = group_V[v], tile_V[v] * tile.rows
   first, last = start_E[e] - base, end_E[e] - base
   whole = (first <= 0) & (last >= tile.rows)
   begins = used & ((i == 0) | (group_V[jnp.maximum(v - 1, 0)] != e))
@@ -298,10 +303,7 @@ def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, inte
   start_E, end_E = bounds[:-1], bounds[1:]
   group_V, tile_V, count = tile_visits(start_E, end_E, N, tile.rows, empty=True)
   first_H, last_H = halves(tile_V, count, bounds, N, tile)
-  # The expert that both halves have; E if there is none.
-  shared = jnp.where(
-    (last_H[0] == first_H[-1]) & (group_V[last_H[0] - 1] == group_V[first_H[-1]]), group_V[first_H[-1]], E
-  )
+  shared = _shared(group_V, first_H, last_H, E)
   parts, blocks = first_H.shape[0], -(-F // columns)
 
   def spec(shape, place):
