@@ -38,6 +38,7 @@ from nemocascade.fields import text
 from nemocascade.mesh import first_rows, make_mesh, placed, whole
 from nemocascade.mesh import rows as rows_sharding
 from nemocascade.model.size import matmul_params
+from nemocascade.rollout.sampling import Options
 from nemocascade.runtime import checks, objective, signals
 from nemocascade.runtime.footprint import footprint
 from nemocascade.runtime.launch import launch
