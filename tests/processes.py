@@ -4,8 +4,10 @@
   python tests/processes.py --order=sft,if_rl,swe_agentic_rl --processes=2
 
 The cascade in one process comes first. Then each stage runs alone in several processes, from the same checkpoints:
-a difference of one stage does not reach the next. A line of the table says
+a difference of one stage does not reach the next. SFT and the reward model are compared after a few steps; the other
+stages start from a longer SFT, because a model that knows nothing gets equal rewards and learns nothing. A line says
   - tokens: whether the first step sampled the same completions, or SFT and the reward model have equal losses,
+  - moved: the largest update of a step, as its norm over that of the parameters; with 0, `params` says nothing,
   - params: after the last step, the largest difference of an array, as the norm of the difference over its norm,
   - single: the largest difference of one number, relative to the largest of its array, and how many exceed 1e-5,
   - scores: whether the held-out scores of all domains are equal; rounding may turn a token of a trained model,
@@ -44,29 +46,31 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--processes", default="2,4", help="Numbers of processes to compare with one, by commas.")
   parser.add_argument("--order", default=ORDER, help="The stages, by commas, in their order.")
+  parser.add_argument("--sft_steps", type=int, default=200, help="Of the SFT that the stages of RL start from.")
   parser.add_argument("--directory", default="", help="Where the runs are left; else they are removed.")
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as temporary:
     directory = Path(flags.directory or temporary).resolve()
-    return compare(directory, list(map(int, flags.processes.split(","))), flags.order)
+    return compare(directory, list(map(int, flags.processes.split(","))), flags.order.split(","), flags.sft_steps)
 
 
-def compare(directory: Path, counts: list[int], order: str) -> int:
-  began = time.monotonic()
-  run(directory / "one", 1, order)
-  record = json.loads((directory / "one" / "cascade.json").read_text())
-  names = [entry["name"] for entry in record["stages"]]
-  print(f"{len(names)} stages in one process: {time.monotonic() - began:.0f} s", flush=True)
+def compare(directory: Path, counts: list[int], order: list[str], sft_steps: int) -> int:
+  began, wrong = time.monotonic(), 0
+  few, rest = [name for name in order if name in SAMPLING_NOTHING], directory / "one"
+  run(directory / "few", 1, few)
+  run(rest, 1, order, sft_steps)
+  print(f"{len(order)} stages in one process: {time.monotonic() - began:.0f} s", flush=True)
   print(
-    f"{'stage':18} {'processes':>9} {'tokens':>7} {'params':>8} {'single':>20} {'scores':>7} {'exchange':>18}  {'s':>4}  record"
+    f"{'stage':18} {'processes':>9} {'tokens':>7} {'moved':>8} {'params':>8} {'single':>20} {'scores':>7} {'exchange':>18}  {'s':>4}  record"
   )
-  wrong = 0
-  for i, name in enumerate(names):
-    for count in counts:
-      workdir, began = directory / f"{name}_{count}", time.monotonic()
-      begin_with(workdir, directory / "one", record["stages"][:i])
-      run(workdir, count, ",".join(names[: i + 1]))
-      wrong += report(name, count, directory / "one", workdir, time.monotonic() - began)
+  for one, done, names in ((directory / "few", [], few), (rest, few, [name for name in order if name not in few])):
+    stages = json.loads((one / "cascade.json").read_text())["stages"]
+    for i, name in enumerate(names, len(done)):
+      for count in counts:
+        workdir, began = directory / f"{name}_{count}", time.monotonic()
+        begin_with(workdir, one, stages[:i])
+        run(workdir, count, [*done, *names][: i + 1], sft_steps if done else STEPS)
+        wrong += report(name, count, one, workdir, time.monotonic() - began)
   print(f"{wrong or 'no'} differences")
   return 1 if wrong else 0
 
@@ -79,17 +83,18 @@ def begin_with(workdir: Path, one: Path, stages: list[dict]) -> None:
   (workdir / "cascade.json").write_text(json.dumps({"stages": stages, "teachers": {}}))
 
 
-def run(workdir: Path, count: int, order: str) -> None:
+def run(workdir: Path, count: int, order: list[str], sft_steps: int = STEPS) -> None:
   """Runs the cascade of these stages; exits this script if it fails."""
   workdir.mkdir(parents=True, exist_ok=True)
   address, steps = free_address(), []
-  for name in order.split(","):
-    steps += [f"--config.stages.{name}.steps={STEPS}", f"--config.stages.{name}.save_every={STEPS}"]
+  for name in order:
+    count_of = sft_steps if name == "sft" else STEPS
+    steps += [f"--config.stages.{name}.steps={count_of}", f"--config.stages.{name}.save_every={count_of}"]
     if name not in SAMPLING_NOTHING:
       steps.append(f"--config.stages.{name}.samples=1000")
   command = [
     sys.executable, "-m", "experiments.cascade", f"--config={CONFIG}", f"--workdir={workdir}",
-    "--config.mesh.data=2", "--config.mesh.expert=2", *order_flags(order), *steps,
+    "--config.mesh.data=2", "--config.mesh.expert=2", *order_flags(",".join(order)), *steps,
   ]  # fmt: skip
   processes = [
     subprocess.Popen(
@@ -115,11 +120,12 @@ def report(name: str, count: int, one: Path, workdir: Path, seconds: float) -> i
   lines = [[json.loads(line) for line in (d / name / "metrics.jsonl").open()] for d in (one, workdir)]
   same = first_step(one / name, lines[0]) == first_step(workdir / name, lines[1])
   error, single = differences(one / name, workdir / name)
+  moved = max(line["norm/update"] / line["norm/param"] for line in lines[0])
   spent = [(line.get("exchange/bytes", 0), line.get("exchange/ms", 0)) for line in lines[1]]
   size, milliseconds = np.mean(spent, axis=0)
   print(
-    f"{name:18} {count:9} {'same' if same else 'DIFFER':>7} {error:8.1e} {single:>20} {'differ' if scores else 'same':>7}"
-    f" {size:9.0f} B {milliseconds:4.0f} ms  {seconds:4.0f}  {', '.join(sorted(set(differ) - set(scores))) or 'same'}",
+    f"{name:18} {count:9} {'same' if same else 'DIFFER':>7} {moved:8.1e} {error:8.1e} {single:>20}"
+    f" {'differ' if scores else 'same':>7} {size:9.0f} B {milliseconds:4.0f} ms  {seconds:4.0f}  {', '.join(sorted(set(differ) - set(scores))) or 'same'}",
     flush=True,
   )
   return int(not same) + int(not error <= 1e-5)
