@@ -142,10 +142,15 @@ def test_a_cache_before_the_row_is_its_beginning(how):
   chex.assert_trees_all_close(got, attention_ref(q, k, v, ids_BT)[:, first:], atol=2e-6)
 
 
-def test_one_query_is_the_row_s_last():
+@pytest.mark.parametrize("block", [1_024, 5])
+def test_one_query_is_the_row_s_last(block):
+  """Caches are read whole, and in blocks that do not divide them."""
   (q, k, v), ids_BT, _ = inputs("one")
   k_BKSH, v_BKSH = (jnp.swapaxes(a, 1, 2) for a in (k, v))
   whole = attention_ref(q, k, v, ids_BT)
+  decode = jax.jit(functools.partial(decode_attention, block=block))
   for t in (0, 7, T - 1):
-    got = decode_attention(q[:, t], k_BKSH, v_BKSH, jnp.full((B,), t + 1))
+    got = decode(q[:, t], k_BKSH, v_BKSH, jnp.full((B,), t + 1))
     np.testing.assert_allclose(got, whole[:, t], atol=2e-6)
+  beside = decode(q[:, 7], k_BKSH, v_BKSH, jnp.array([8, T]))
+  np.testing.assert_array_equal(beside[0], decode(q[:, 7], k_BKSH, v_BKSH, jnp.array([8, 8]))[0])

@@ -14,6 +14,7 @@ FORMS = ("definition", "parts", "blocked", "tpu")
 BLOCK = 128  # Queries and keys of a block in the blocked form.
 LONG = 256  # From this many tokens a row on, CPUs and TPUs skip blocks.
 PARTS = 4  # The queries of a row are split into this many parts; a part reads only keys up to its end.
+CACHE_BLOCK = 1_024  # Places of a key-value cache that a decoded token reads at a time.
 QUERIES = 512  # A part with more queries computes this many rows of the score matrix at a time.
 
 
@@ -170,11 +171,38 @@ def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):
   return y.reshape(*y.shape[:3], -1, y.shape[-1])[:, :, :, :T]
 
 
-def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B):
-  """Attention of one query per row to the first length_B keys of its cache: [B, K, R, H] of v's dtype."""
-  S, H = k_BKSH.shape[2:]
-  score_BKRS = einsum_fp32("BKRH,BKSH->BKRS", q_BKRH, k_BKSH) * H**-0.5
+def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B, *, block: int = CACHE_BLOCK):
+  """Attention of one query per row to the first length_B keys of its cache: [B, K, R, H] of v's dtype.
+
+  Longer caches are read in blocks of `block` places, up to the longest row's end. A row's result has the same bits
+  whatever the other rows' lengths are: blocks after its end change nothing.
+  """
+  (B, K, R, H), S = q_BKRH.shape, k_BKSH.shape[2]
+
+  def add(j, carry):
+    """Adds block j to the maximum, the sum of weights and the weighted sum of values, as in flash attention."""
+    max_BKR, sum_BKR, y_BKRH = carry
+    first = jnp.minimum(j * block, S - block)  # The last block overlaps the one before it.
+    of_block = lambda a_BKSH: jax.lax.dynamic_slice_in_dim(a_BKSH, first, block, axis=2)
+    place_S = first + jnp.arange(block)
+    see_BS = (place_S >= j * block)[None] & (place_S[None] < length_B[:, None])
+    score_BKRS, see_BKRS = _scores(q_BKRH, of_block(k_BKSH)), see_BS[:, None, None]
+    new_BKR = jnp.maximum(max_BKR, jnp.max(jnp.where(see_BKRS, score_BKRS, -1e30), axis=-1))
+    weight_BKRS = jnp.where(see_BKRS, jnp.exp(score_BKRS - new_BKR[..., None]), 0.0)
+    kept_BKR = jnp.exp(max_BKR - new_BKR)
+    more_BKRH = einsum_fp32("BKRS,BKSH->BKRH", weight_BKRS.astype(v_BKSH.dtype), of_block(v_BKSH))
+    sum_BKR = sum_BKR * kept_BKR + jnp.sum(weight_BKRS, axis=-1)
+    return new_BKR, sum_BKR, y_BKRH * kept_BKR[..., None] + more_BKRH
+
+  if S > block:
+    start = jnp.full((B, K, R), -1e30), jnp.zeros((B, K, R)), jnp.zeros((B, K, R, H))
+    _, sum_BKR, y_BKRH = jax.lax.fori_loop(0, -(-jnp.max(length_B) // block), add, start)
+    return (y_BKRH / sum_BKR[..., None]).astype(v_BKSH.dtype)
   see_BS = jnp.arange(S)[None] < length_B[:, None]
-  score_BKRS = jnp.where(see_BS[:, None, None], score_BKRS, -1e30)
+  score_BKRS = jnp.where(see_BS[:, None, None], _scores(q_BKRH, k_BKSH), -1e30)
   prob_BKRS = jax.nn.softmax(score_BKRS, axis=-1).astype(v_BKSH.dtype)
   return einsum_fp32("BKRS,BKSH->BKRH", prob_BKRS, v_BKSH).astype(v_BKSH.dtype)
+
+
+def _scores(q_BKRH, k_BKSH):
+  return einsum_fp32("BKRH,BKSH->BKRS", q_BKRH, k_BKSH) * q_BKRH.shape[-1] ** -0.5

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import attention as kernel
 from nemocascade.kernels.product import product
+from nemocascade.mesh import on_own_rows
 from nemocascade.model.layers import normal
 from nemocascade.model.sequence_parallel import layout
 
@@ -63,5 +64,6 @@ class Attention(nn.Module):
     # vmap instead of indexing by row number: XLA then knows that sharded rows stay on their device.
     put = jax.vmap(lambda cache_KSH, new_KH, length: cache_KSH.at[:, length].set(new_KH, mode="drop"))
     k_BKSH, v_BKSH = put(state["k_BKSH"], k, length_B), put(state["v_BKSH"], v, length_B)
-    y = kernel.decode_attention(q, k_BKSH, v_BKSH, length_B + 1)
+    # Each device reads the caches up to the end of its own longest row.
+    y = on_own_rows(kernel.decode_attention, self.mesh)(q, k_BKSH, v_BKSH, length_B + 1)
     return {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, self._out(y)
