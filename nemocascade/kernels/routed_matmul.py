@@ -14,9 +14,6 @@ from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_bounds, row_experts
 from nemocascade.kernels.product import einsum
 
-# With at most this many rows per expert, a CPU applies every expert to every row: the wasted
-# products cost less than sorting.
-DENSE_ROWS = 8
 FORMS = ("definition", "blocked", "tpu", "gpu")
 Tile = tpu.Tile | gpu.Tile
 
@@ -176,18 +173,20 @@ def _sorted_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, kernels, tile, int
 
 def _padded_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
   (T, X), E = expert_TX.shape, up_EDF.shape[0]
-  if T * X <= DENSE_ROWS * E or E <= 2 * X:
+  C = padded.capacity(T * X, E)
+  if C >= T or E <= 2 * X:  # Sorting would save few products or none.
     return _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
   order_N, bounds = _sorted_rows(expert_TX, E)
-  C, block = padded.capacity(T * X, E), block or blocked.choose_block(T * X, E)
+  block = block or blocked.choose_block(T * X, E)
   return padded.mlp(x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, C, block)
 
 
 def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
   """Applies every expert to every row; experts that the row did not choose have weight 0."""
   E = up_EDF.shape[0]
-  chosen_TXE = expert_TX[..., None] == jnp.arange(E)[None, None]
-  weight_TE = jnp.sum(jnp.where(chosen_TXE, weight_TX[..., None], 0), axis=1)
-  h_TEF = einsum("TD,EDF->TEF", x_TD, up_EDF)
-  h_TEF = jnp.square(jax.nn.relu(h_TEF)) * weight_TE[..., None].astype(h_TEF.dtype)
-  return einsum("TEF,EFD->TD", h_TEF, down_EFD), jnp.sum(chosen_TXE, dtype=jnp.int32)
+  chosen_ETX = expert_TX[None] == jnp.arange(E)[:, None, None]
+  weight_ET = jnp.sum(jnp.where(chosen_ETX, weight_TX[None], 0), axis=2)
+  # A product for each expert: for one product with all of them XLA would transpose the experts at every call.
+  h_ETF = einsum("ETD,EDF->ETF", jnp.broadcast_to(x_TD[None], (E, *x_TD.shape)), up_EDF)
+  h_ETF = jnp.square(jax.nn.relu(h_ETF)) * weight_ET[..., None].astype(h_ETF.dtype)
+  return einsum("ETF,EFD->TD", h_ETF, down_EFD), jnp.sum(chosen_ETX, dtype=jnp.int32)
