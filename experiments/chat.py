@@ -48,7 +48,7 @@ def run(
   if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint!r}: has no tokenizer, so it cannot be talked to")
   conversation = Conversation(
-    programs.engine(context - 1, context), params, tokenizer,
+    programs.engine(context - 1, context), programs.sampling_weights(params), tokenizer,
     seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
     thinking=thinking, system=system or None, tools=offered,
   )  # fmt: skip

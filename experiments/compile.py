@@ -317,21 +317,22 @@ def _sampling(
   prompts = _rows(programs, (struct((Q, P), jnp.int32), struct((Q,), jnp.int32)))
   S = engine.slots_of(B, slots)
   options = Options(top_p=0.5 if drawn else 1.0).by_row(B), np.zeros(B, bool)
-  prefill = functools.cache(lambda: engine.start_fn.trace(programs.template, *prompts, *options, G, S, drawn, 0, 0))
+  weights, given = programs.sampling_template, () if programs.resharded else ("params",)
+  prefill = functools.cache(lambda: engine.start_fn.trace(weights, *prompts, *options, G, S, drawn, 0, 0))
   shorter = f"shorter ones than {section}.{{}}={{}}".format
   yield Program(
     f"{prefix}prefill", ("prefill", Q, G, P, T, drawn), prefill, Spent(prefilled=Q * P),
-    f"fewer prompts than {Q}, or {shorter('prompt_tokens', P)}",
+    f"fewer prompts than {Q}, or {shorter('prompt_tokens', P)}", given,
   )  # fmt: skip
 
   def decode():
     d = prefill().out_info
     scalars = struct((), jax.eval_shape(lambda: jax.random.key(0)).dtype), *[struct((), jnp.int32)] * 2
-    return engine.decode_fn.trace(programs.template, placed(d, engine.layout(B).places(d)), *scalars)
+    return engine.decode_fn.trace(weights, placed(d, engine.layout(B).places(d)), *scalars)
 
   yield Program(
     f"{prefix}decode_step", ("decode", B, P, T, drawn), decode, Spent(sampled=B),
-    f"fewer sequences than {Q} x {G}, or {shorter('total_tokens', T)}",
+    f"fewer sequences than {Q} x {G}, or {shorter('total_tokens', T)}", given,
   )  # fmt: skip
 
 

@@ -96,6 +96,7 @@ def complete(
   of_length = defaultdict(list)
   for i, prompt in enumerate(prompts):
     of_length[rows_lib.bucket(len(prompt))].append(i)
+  params = programs.sampling_weights(params)
   completions: list[dict] = [{} for _ in prompts]
   key, options = jax.random.key(seed), Options(temperature, top_p=top_p)
   for P, numbers in sorted(of_length.items()):

@@ -68,11 +68,11 @@ def run(
 
 
 def _load(c: ConfigDict, checkpoint: str, judge: str) -> tuple[parts.Parts, Params]:
-  """The run's parts and the checkpoint's parameters. Raises UserError if they do not fit together."""
+  """The run's parts and the checkpoint's weights for sampling. Raises UserError if they do not fit together."""
   p, params = trained_parts(c, checkpoint, judge, make_mesh(**c.mesh))
   if not judge and (needing := domains.that_need(c, "judge", c.mixture)):
     raise UserError(f"--judge='': mixture.{needing[0]} needs a judge; give a checkpoint of experiments.reward_model")
-  return p, params
+  return p, p.programs.sampling_weights(params)
 
 
 class _Progress:

@@ -65,6 +65,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: str = "none"  # What the backward pass recomputes; model/remat.py.
   sequence_parallel: bool = False  # Split rows by tokens over mesh.expert where they would not fill the devices.
+  sampling_weights: str = "gathered"  # Once a step; or "sharded" as in training, gathered for every token.
 
   def __post_init__(self):
     check_values("model", **vars(self))

@@ -72,6 +72,12 @@ MODEL = {
   "model.sequence_parallel": flag(
     "Whether rows of a batch that is no multiple of the devices are split by tokens over mesh.expert.", optional=True
   ),
+  "model.sampling_weights": word(
+    "Weights while sampling. gathered: once a step each device gets all but other devices' experts, in model.dtype;"
+    " sharded: as in training, gathered for every token, which takes least memory.",
+    ("gathered", "sharded"),
+    optional=True,
+  ),
 }
 
 # Guard, a key of nemocascade.runtime.guards.GUARDS -> the quantity and unit of its threshold.

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "hidden": None,
   "layers": None,  # The axis of the scan over units; if it were sharded, every step would gather it.
 }
+# While sampling, every device has all weights but other devices' experts: a token then needs no weight from elsewhere.
+SAMPLING_RULES = RULES | {"embed": None}
 
 
 def make_mesh(data: int = -1, expert: int = 1, *, of: Sequence[jax.Device] | None = None) -> Mesh:
@@ -86,8 +88,8 @@ def mesh_sizes(said: str) -> dict[str, int]:
   return dict.fromkeys(BATCH, 1) | sizes
 
 
-def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None) -> Any:
-  """Maps a tree of tuples of logical axes to a tree of NamedSharding, by RULES.
+def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None, rules: Mapping = RULES) -> Any:
+  """Maps a tree of tuples of logical axes to a tree of NamedSharding, by `rules`.
 
   If two dimensions map to the same mesh axis, the first one gets it.
 
@@ -96,24 +98,25 @@ def shardings(axes_tree: Any, mesh: Mesh, arrays: Any = None) -> Any:
       dimension does not shard it.
 
   Raises:
-    UserError: a logical axis is not in RULES.
+    UserError: a logical axis is not in `rules`.
   """
   is_axes = lambda node: isinstance(node, tuple | PartitionSpec)
   if arrays is None:
-    return jax.tree.map(lambda axes: _sharding(axes, mesh, None), axes_tree, is_leaf=is_axes)
-  return jax.tree.map(lambda axes, array: _sharding(axes, mesh, array.shape), axes_tree, arrays, is_leaf=is_axes)
+    return jax.tree.map(lambda axes: _sharding(axes, mesh, None, rules), axes_tree, is_leaf=is_axes)
+  of = lambda axes, array: _sharding(axes, mesh, array.shape, rules)
+  return jax.tree.map(of, axes_tree, arrays, is_leaf=is_axes)
 
 
-def _sharding(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None) -> NamedSharding:
+def _sharding(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None, rules: Mapping) -> NamedSharding:
   if shape is not None and len(axes) > len(shape):
     raise ValueError(f"logical axes {tuple(axes)} are more than the dimensions of shape {shape}")
   taken: set[str] = set()
   spec: list = []
   for i, name in enumerate(axes):
-    if name is not None and name not in RULES:
-      raise unknown("logical axis", name, RULES)
+    if name is not None and name not in rules:
+      raise unknown("logical axis", name, rules)
     cut: list[str] = []
-    wanted = (RULES[name] or ()) if name is not None else ()
+    wanted = (rules[name] or ()) if name is not None else ()
     for axis in (wanted,) if isinstance(wanted, str) else wanted:
       parts = math.prod(mesh.shape[a] for a in (*cut, axis))
       if axis not in taken and mesh.shape[axis] > 1 and (shape is None or shape[i] % parts == 0):

@@ -13,8 +13,10 @@ from nemocascade.errors import UserError
 from nemocascade.runtime import step_time
 
 
-def seconds(config, topology, **how):
-  return {p.name: p for p in step_time.step(config.get_config(topology), topology, **({"verify": 0.0} | how))}
+def seconds(config, topology, weights="gathered", **how):
+  c = config.get_config(topology)
+  c.model.sampling_weights = weights
+  return {p.name: p for p in step_time.step(c, topology, **({"verify": 0.0} | how))}
 
 
 def test_the_sizes_of_30b_are_those_computed_by_hand():
@@ -31,14 +33,19 @@ def test_the_sizes_of_30b_are_those_computed_by_hand():
 
 
 def test_a_step_of_if_rl_on_64_chips_is_as_computed_by_hand():
-  found = seconds(if_rl, "v5p:4x4x4", verify=0.5, verifiers=64)
+  found, sharded = seconds(if_rl, "v5p:4x4x4", verify=0.5, verifiers=64), seconds(if_rl, "v5p:4x4x4", "sharded")
   ticks, rows = 49_152 - 4_096, 2_048 // 64
   weights = 2 * (1_850_810_688 + 29_374_808_064 / 8)
   held = 2 * (1_850_810_688 + 29_374_808_064) / 64
-  assert found["decode"].limit == "links"
-  assert found["decode"].seconds == pytest.approx(ticks * (weights - held) / 600e9)
-  moved = 2 * weights + rows * (2 * 49_082_368 + 6_144 * (4_096 + ticks / 2))
-  assert found["decode"].parts["HBM"] == pytest.approx(ticks * moved / 2.765e12)
+  states = rows * (2 * 49_082_368 + 6_144 * (4_096 + ticks / 2))
+  sent = rows * 23 * 6 * 2 * 2_688 * 2 * 7 / 8  # Tokens to their experts on other chips, and back.
+  assert found["decode"].limit == "HBM" and sharded["decode"].limit == "links"
+  assert found["decode"].seconds == pytest.approx(ticks * (weights + states) / 2.765e12)
+  assert found["decode"].parts["links"] == pytest.approx(ticks * sent / 600e9)
+  assert found["reshard"].seconds == pytest.approx((weights - held) / 600e9)
+  assert sharded["decode"].seconds == pytest.approx(ticks * (weights - held + sent) / 600e9)
+  assert sharded["decode"].parts["HBM"] == pytest.approx(ticks * (2 * weights + states) / 2.765e12)
+  assert "reshard" not in sharded
   assert found["verify"].seconds == pytest.approx(2_048 * 0.5 / (16 * 64))
   flops = 2_048 * 49_152 * (2 * 3_227_754_816 + 98_304 * 49_152 / 2)
   assert found["train"].seconds == pytest.approx(4 * flops / (64 * 459e12))
@@ -62,13 +69,15 @@ def test_eight_times_the_chips_train_in_an_eighth_and_gather_as_long():
   few, many = (seconds(mopd, topology) for topology in ("v5p:4x4x4", "v5p:8x8x8"))
   for name in ("train", "score"):
     assert few[name].seconds == pytest.approx(8 * many[name].seconds)
-  assert many["decode"].parts["links"] >= few["decode"].parts["links"]
+  assert many["reshard"].parts["links"] >= few["reshard"].parts["links"]
 
 
 def test_the_command_prints_a_line_for_each_phase_and_the_cores_that_keep_up(capsys):
   estimate.run(mopd.get_config(), "v5p:4x4x4", verify_s=1.0, length=0.5)
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-  assert [line["phase"] for line in lines] == ["decode", "verify", "exchange", "score", "train", "save", "step"]
+  assert [line["phase"] for line in lines] == [
+    "reshard", "decode", "verify", "exchange", "score", "train", "save", "step",
+  ]  # fmt: skip
   *phases, whole = lines
   assert whole["seconds"] == pytest.approx(sum(line["seconds"] for line in phases), rel=0.01)
   assert whole["verifier_cores"] == pytest.approx(512 * 1.0 / (0.01 * whole["seconds"]), rel=0.02)

@@ -20,14 +20,16 @@ BUFFER_ROWS = 1 << 18
 
 
 def sharded_routed_mlp(
-  mesh: Mesh | None, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, form="auto", buffer_rows=BUFFER_ROWS
-):
+  mesh: Mesh | None, x_TD, up_EDF, down_EFD, expert_TX, weight_TX, *, whole=False, form="auto",
+  buffer_rows=BUFFER_ROWS,
+):  # fmt: skip
   """kernels.routed_matmul.routed_mlp with tokens sharded over all devices and experts over `expert`.
 
   Without a mesh, or on a single device, it calls that function. T is any number (padded to a multiple
   of the devices). Experts may also be sharded over `data` (fully sharded); they are gathered here.
 
   Args:
+    whole: whether no expert is sharded over `data`.
     form: "exchange" sends rows to the devices of their experts, "gather" sends all tokens of an expert
       group to each of its devices, "auto" chooses by the number of tokens (GATHER_TOKENS).
     buffer_rows: most rows of the receive buffer.
@@ -51,7 +53,7 @@ def sharded_routed_mlp(
   if form == "auto":
     form = "gather" if group == 1 or here * group <= GATHER_TOKENS else "exchange"
   pieces = -(-here * group * min(X, E // group) // buffer_rows) if form == "exchange" else 1
-  cut = "data" if D % data == 0 else None
+  cut = "data" if D % data == 0 and not whole else None
   tokens = PartitionSpec(BATCH, None)
 
   def local(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):

@@ -14,6 +14,7 @@ from nemocascade.mesh import on_own_rows
 from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
 from nemocascade.model.routing import as_record
+from nemocascade.model.sampling_weights import GATHERED
 from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import document_mean
 from nemocascade.types import Routing
@@ -115,7 +116,8 @@ class MoE(nn.Module):
   def __call__(self, x_BTD, segment_ids_BT, recorded_BTX=None):
     return self._mix(layout(self.config, self.mesh, x_BTD.shape[0]), x_BTD, segment_ids_BT, recorded_BTX)
 
-  def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None):
+  def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None, *, whole: bool = False):
+    """`whole`: whether each device has whole matrices of its experts; otherwise they are gathered over `data`."""
     c, B = self.config, x_BTD.shape[0]
     x_TD, real_T, w = on.tokens(x_BTD), on.tokens(segment_ids_BT > 0), lambda p: p.astype(x_BTD.dtype)
     # Runs per device; otherwise XLA gathers the scores of all tokens on every device for top_k.
@@ -133,9 +135,8 @@ class MoE(nn.Module):
     if c.router_record:
       record["experts_LBTX"] = on.of_tokens(as_record(expert_TX, c.n_routed_experts), B)[None]
     inside_TL = product(x_TD, self.fc1_latent_proj) if c.moe_latent_size else x_TD
-    y_TL, rows = sharded_routed_mlp(
-      self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), expert_TX, weight_TX.astype(x_BTD.dtype)
-    )
+    choices = expert_TX, weight_TX.astype(x_BTD.dtype)
+    y_TL, rows = sharded_routed_mlp(self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), *choices, whole=whole)
     y_TD = product(y_TL, self.fc2_latent_proj) if c.moe_latent_size else y_TL
     y_TD += product(relu2(product(x_TD, self.shared_up_proj)), self.shared_down_proj)
     chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(c.n_routed_experts)[None, None], axis=1)
@@ -157,7 +158,8 @@ class MoE(nn.Module):
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B
-    y, routing = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32))
+    whole = self.config.sampling_weights == GATHERED
+    y, routing = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32), whole=whole)
     if self.config.router_record:
       state = {"experts_BX": routing.experts_LBTX[0, :, 0]}
     return state, y[:, 0]

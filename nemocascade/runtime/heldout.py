@@ -45,6 +45,7 @@ class Heldout:
   ) -> dict[str, suites.DomainScore]:
     """Domain -> DomainScore. Domains of `long_domains` get longer prompts and smaller batches."""
     e, key = self.settings, jax.random.key(self.seed)
+    params = parts.programs.sampling_weights(params)
     scores: dict[str, suites.DomainScore] = {}
     answers: dict[str, list[dict]] = {name: [] for name in self.rows}
     bar = progress(sum(map(len, self.rows.values())), initial=0, desc="evaluate", unit="prompt", passing=True)

@@ -15,6 +15,7 @@ from nemocascade.model.expert_parallel import check_experts
 from nemocascade.model.hybrid import Hybrid, init_params, logical_axes
 from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
 from nemocascade.model.router_bias import add_to_router_bias
+from nemocascade.model.sampling_weights import SHARDED, cast_products
 from nemocascade.rollout.engine import Engine
 from nemocascade.step.balance import RouterBalance
 from nemocascade.types import Params, Scores
@@ -54,6 +55,44 @@ class Programs:
   def reward_template(self) -> Params:
     """Shapes, dtypes and shardings of a reward model's parameters."""
     return self._placed(init_reward_params, reward_axes)
+
+  @functools.cached_property
+  def sampling_template(self) -> Params:
+    """Shapes, dtypes and shardings of sampling_weights."""
+    if self.config.sampling_weights == SHARDED:
+      return self.template
+    shapes = jax.eval_shape(functools.partial(cast_products, self.config), self.template)
+    places = mesh_lib.shardings(logical_axes(self.config), self.mesh, shapes, mesh_lib.SAMPLING_RULES)
+    return mesh_lib.placed(shapes, places)
+
+  def sampling_weights(self, params: Params) -> Params:
+    """The parameters as sampling uses them, made once a step from the trainer's.
+
+    With model.sampling_weights="gathered", weights of products are in the products' dtype, experts are sharded over
+    `expert` alone and all else is whole on every device, so that decoding moves no weights between devices. Arrays
+    that are so already are not copied. With "sharded" these are the trainer's arrays.
+    """
+    if not self.resharded:
+      return params
+    leaves, tree = jax.tree.flatten(params)
+    for i, leaf in zip(self.resharded, self._reshard([leaves[i] for i in self.resharded]), strict=True):
+      leaves[i] = leaf
+    return jax.tree.unflatten(tree, leaves)
+
+  @functools.cached_property
+  def resharded(self) -> dict[int, jax.ShapeDtypeStruct]:
+    """Number of a leaf -> its shape in sampling_template, for those that have another dtype or sharding there."""
+    pairs = enumerate(zip(jax.tree.leaves(self.template), jax.tree.leaves(self.sampling_template), strict=True))
+    same = lambda a, b: a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, len(a.shape))
+    return {i: there for i, (here, there) in pairs if not same(here, there)}
+
+  @functools.cached_property
+  def _reshard(self) -> Callable:
+    here, there = jax.tree.leaves(self.template), self.resharded
+    # Cast before they move, so that the casted bytes move.
+    cast = lambda leaf, i: jax.lax.with_sharding_constraint(leaf.astype(there[i].dtype), here[i].sharding)
+    places = [leaf.sharding for leaf in there.values()]
+    return jax.jit(lambda leaves: list(map(cast, leaves, there)), out_shardings=places)
 
   def _placed(self, init: Callable, axes: Callable) -> Params:
     shapes = jax.eval_shape(functools.partial(init, self.config), jax.random.key(0))
@@ -135,7 +174,7 @@ class Programs:
 
     return Engine(
       prefill, step, extend, row_axes, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
-      mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.template),
+      mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.sampling_template),
     )  # fmt: skip
 
   # Functions for training steps, which are jitted as a whole.

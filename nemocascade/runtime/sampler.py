@@ -1,6 +1,7 @@
 """Samples the completions of a step's prompts, and gets their verdicts."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from nemocascade.runtime.hosts import decided, exchange
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
+from nemocascade.runtime.resharding import for_sampling
 from nemocascade.types import Params, Rollout
 
 
@@ -24,6 +26,7 @@ class Sampled:
 
   Attributes:
     judged: the verdicts of all rounds, those of groups that were not kept included.
+    resharding: metrics of making the sampler's weights.
     rounds: batches that were sampled.
     too_long: prompts that were skipped because they are too long.
     spent: tokens that all rounds have cost.
@@ -32,13 +35,14 @@ class Sampled:
   samples: Samples
   verdicts: rewards.Verdicts
   judged: rewards.Verdicts
+  resharding: Mapping[str, float]
   rounds: int
   too_long: int
   spent: Spent
 
   @property
   def metrics(self) -> dict[str, float]:
-    return {"rollout/rounds": self.rounds, "rollout/too_long_prompts": self.too_long}
+    return {"rollout/rounds": self.rounds, "rollout/too_long_prompts": self.too_long, **self.resharding}
 
 
 def sample(
@@ -53,12 +57,13 @@ def sample(
     phases: the step's timer.
   """
   r, rounds, too_long, spent = c.rollout, [], 0, Spent()
+  weights, resharding = for_sampling(parts.programs, params)
   for round_ in range(c.refill_rounds):
     rows, prompts, left_out = mixture.draw(r.prompts)
     decided(prompts, "drawn prompts")
     too_long += left_out
     samples = episode.collect(
-      parts.programs.engine(r.prompt_tokens, r.total_tokens), params, jax.random.fold_in(key, step * 100 + round_),
+      parts.programs.engine(r.prompt_tokens, r.total_tokens), weights, jax.random.fold_in(key, step * 100 + round_),
       rows, parts.domains, tokenizer=parts.text.tokenizer, G=r.completions, prompts=prompts,
       completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
       temperature=np.float32(r.temperature), top_p=r.top_p, exchange=exchange,
@@ -75,7 +80,7 @@ def sample(
   decided(len(rounds), "rounds")
   judged = [group for _, verdicts in rounds for group in verdicts]
   samples, verdicts = rewards.refill(rounds) if c.dynamic_filtering else rounds[0]
-  return Sampled(samples, verdicts, judged, len(rounds), too_long, spent)
+  return Sampled(samples, verdicts, judged, resharding, len(rounds), too_long, spent)
 
 
 def sample_lines(sampled: Sampled, rollout: Rollout, count: int) -> list[dict]:

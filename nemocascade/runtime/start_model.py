@@ -10,7 +10,7 @@ from nemocascade.state_files import place
 from nemocascade.store import hf
 
 # How a run computes rather than what it computes: these fields stay those of the config.
-HOW = ("dtype", "param_dtype", "remat", "chunk_size", "router_loss", "sequence_parallel")
+HOW = ("dtype", "param_dtype", "remat", "chunk_size", "router_loss", "sequence_parallel", "sampling_weights")
 
 
 def take_model(c: ConfigDict) -> None:

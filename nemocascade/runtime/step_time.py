@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError, unknown
 from nemocascade.model.hybrid import Hybrid, init_params
+from nemocascade.model.sampling_weights import GATHERED
 from nemocascade.model.size import matmul_params
 from nemocascade.runtime import signals
 from nemocascade.runtime.meter import PEAK_FLOPS
@@ -143,9 +144,9 @@ def step(
 ) -> list[Phase]:
   """The phases of a step of an RL stage whose completions are all equally long.
 
-  All rows are decoded by one program, which gathers the weights that a chip lacks for every token. The other
-  phases gather them a few times a step, which is little beside their FLOPs and left out. They send tokens to the
-  experts' chips.
+  All rows are decoded by one program. The weights that a chip lacks are gathered once a step before that
+  (model.sampling_weights="gathered"), or for every token. The other phases gather them a few times a step, which is
+  little beside their FLOPs and left out. Tokens are sent to the experts' chips.
 
   Args:
     verify: CPU seconds of parsing and verifying a completion.
@@ -156,7 +157,8 @@ def step(
     UserError: see `chips_of`; or the mesh does not divide the slice.
   """
   chip, n = chips_of(topology)
-  r, of = c.rollout, Sizes.of(ModelConfig.from_fields(c.model.to_dict()))
+  model = ModelConfig.from_fields(c.model.to_dict())
+  r, of = c.rollout, Sizes.of(model)
   expert = c.mesh.expert if c.mesh.expert > 0 else n // c.mesh.data
   if n % expert:
     raise UserError(f"mesh.expert={expert} does not divide the {n} chips of {topology}")
@@ -166,7 +168,7 @@ def step(
   links *= (expert - 1) / expert
   scored, hosts = sum(signal.phase == "score" for signal in signals.wanted(c)), -(-n // chip.of_host)
   return [
-    _decode(of, chip, n, expert, -(-B // n), r.prompt_tokens, sampled),
+    *_decode(of, chip, n, expert, -(-B // n), r.prompt_tokens, sampled, model.sampling_weights == GATHERED),
     Phase.of("verify", cores=B * verify / (hosts * verifiers)),
     Phase.of("exchange", network=exchanged(c) * hosts / (chip.network * chip.of_host)),
     *[Phase.of("score", FLOPs=scored * flops, links=scored * links)] * bool(scored),
@@ -187,15 +189,25 @@ def cores(topology: str) -> int:
   return n * chip.cores // chip.of_host
 
 
-def _decode(of: Sizes, chip: Chip, n: int, expert: int, rows: int, prompt: int, sampled: float) -> Phase:
-  """Decoding `sampled` tokens of `rows` rows a chip, of `n` chips in groups of `expert` that share the experts."""
+def _decode(
+  of: Sizes, chip: Chip, n: int, expert: int, rows: int, prompt: int, sampled: float, gathered: bool
+) -> list[Phase]:
+  """Decoding `sampled` tokens of `rows` rows a chip, of `n` chips in groups of `expert` that share the experts.
+
+  Args:
+    gathered: whether the weights are gathered once a step; then they are a phase of their own.
+  """
   weights = WEIGHT * (of.shared + of.routed / expert)  # What a chip's rows are multiplied with.
-  held = WEIGHT * (of.shared + of.routed) / n
+  missing = weights - WEIGHT * (of.shared + of.routed) / n
   seen = prompt + sampled / 2
-  moved = 2 * weights + rows * (2 * of.state + of.cache * seen)  # Gathered weights are written and read.
-  return Phase.of(
+  states = rows * (2 * of.state + of.cache * seen)
+  sent = rows * of.sent * (expert - 1) / expert
+  # What is gathered is written and read; what stays is read.
+  moved, received = (weights, sent) if gathered else (2 * weights, sent + missing)
+  decode = Phase.of(
     "decode",
     FLOPs=sampled * of.forward(rows, seen) / chip.flops,
-    HBM=sampled * moved / chip.memory,
-    links=sampled * (weights - held) / chip.links,
+    HBM=sampled * (moved + states) / chip.memory,
+    links=sampled * received / chip.links,
   )
+  return [*[Phase.of("reshard", HBM=weights / chip.memory, links=missing / chip.links)] * gathered, decode]
