@@ -31,26 +31,31 @@ SUITES = {
   "kernels": "experiments.bench.kernels",
   "loader": "experiments.bench.loader",
   "rl": "experiments.bench.rl",
+  "rollout": "experiments.bench.rollout",
   "verifiers": "experiments.bench.verifiers",
 }
 STATIC = "experiments.bench.schedules"  # The suite `kernels` with --static.
 
 
-def run(suite: str, static: bool = False, table: str = "") -> None:
+def run(suite: str, static: bool = False, table: str = "", full: bool = False) -> None:
   if suite not in SUITES:
     raise unknown("suite", suite, SUITES)
   if static and suite != "kernels":
     raise UserError(f"--static with suite {suite!r}: must be with the suite 'kernels'")
+  if full and suite != "rollout":
+    raise UserError(f"--full with suite {suite!r}: must be with the suite 'rollout'")
   module, out = importlib.import_module(STATIC if static else SUITES[suite]), sys.stdout
   device = "TPU v5p, compiled for" if static else jax.devices()[0].device_kind
   lines, began = [], time.time()
   with contextlib.redirect_stdout(sys.stderr):  # The measured code may print.
-    for line in module.cases():
+    for line in module.cases(*[full] * full):
       lines.append({"suite": suite, **line, "device": device})
       print(json.dumps(lines[-1]), file=out, flush=True)
       print(f"{time.time() - began:.0f} s", file=sys.stderr, flush=True)
       if table:  # Rewritten after every line, so that an interrupted run keeps its results.
         Path(table).write_text(as_table(lines))
+        if hasattr(module, "draw"):
+          module.draw(lines, Path(table).with_suffix(".png"))
 
 
 def as_table(lines: list[dict]) -> str:
@@ -73,5 +78,6 @@ if __name__ == "__main__":
   launch(
     run, config=False, positional="suite",
     static=(flag("Compare the TPU compiler's schedules."), False),
-    table=(text("A file that gets the lines as a Markdown table."), ""),
+    table=(text("A file that gets the lines as a Markdown table; of `rollout` also a picture, TABLE.png."), ""),
+    full=(flag("All cases of the suite `rollout`; they take minutes."), False),
   )  # fmt: skip
