@@ -62,9 +62,7 @@ def test_a_rollout_is_measured_against_transformers_and_its_limit(monkeypatch, t
   line = lines["generate_float32"]
   assert line["peer"] == 2 * 2 / 2.0 and line["ours"] > 0
   assert line["ratio"] == pytest.approx(line["ours"] / line["peer"])
-  assert (
-    lines["equal_2_slots_4_occupancy_float32"]["ours"] == 1 > lines["long_tail_2_slots_4_occupancy_float32"]["ours"]
-  )
+  assert all(0.5 < lines[f"{name}_2_slots_4_occupancy_float32"]["ours"] <= 1 for name in ("equal", "long_tail"))
   whole = lines["long_tail_2_slots_4_decode_float32"]["peer"]
   parts = [lines[f"long_tail_2_slots_4_{part}_float32"]["ours"] for part in ("host", "prefill", "decode")]
   assert sum(parts) == pytest.approx(whole)

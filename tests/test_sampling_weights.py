@@ -49,7 +49,7 @@ def test_weights_of_products_in_bf16_give_the_same_bits():
   assert dtypes["in_proj"] == dtypes["embedding"] == dtypes["up_proj"] == "bfloat16"
   assert dtypes["gate"] == dtypes["A_log"] == dtypes["weight"] == "float32"
   copied = sum(leaf.nbytes for leaf in jax.tree.leaves(weights) if leaf.dtype == jnp.bfloat16)
-  assert cost["rollout/reshard_bytes"] == copied > 0 and cost["rollout/reshard_ms"] > 0
+  assert cost["rollout/reshard_bytes"] == copied > 0 and cost["time/reshard_ms"] > 0
   (tokens_BT, logprobs_BT, _), (tokens_there, logprobs_there, _) = sampled(programs, weights), sampled(programs, params)
   np.testing.assert_array_equal(tokens_BT, tokens_there)
   np.testing.assert_array_equal(logprobs_BT, logprobs_there)

@@ -81,7 +81,7 @@ def cases(full: bool = False) -> Iterator[dict]:
     p = rl.make_parts(c)
     params = rl.endless_params(p.programs, c.seed)
     weights, cost = for_sampling(p.programs, params)
-    print(f"{dtype}: weights for sampling in {cost['rollout/reshard_ms']:.1f} ms")
+    print(f"{dtype}: weights for sampling in {cost['time/reshard_ms']:.1f} ms")
     with tempfile.TemporaryDirectory() as place:
       peer = _peer(Peer, c, p, params, dtype, Path(place))
       lines = [_against(peer, p.programs, weights, sizes)]

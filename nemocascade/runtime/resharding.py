@@ -15,6 +15,6 @@ def for_sampling(programs: Programs, params: Params) -> tuple[Params, dict[str, 
   weights = jax.block_until_ready(programs.sampling_weights(params))
   took = time.perf_counter() - began
   return weights, {
-    "rollout/reshard_ms": 1e3 * took,
+    "time/reshard_ms": 1e3 * took,
     "rollout/reshard_bytes": float(device_bytes(list(programs.resharded.values()))),
   }
