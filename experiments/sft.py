@@ -23,7 +23,7 @@ from nemocascade.field_check import check as check_fields
 from nemocascade.mesh import own_rows, owners
 from nemocascade.model.sequence_parallel import check_rows
 from nemocascade.report.metrics import Phases, progress
-from nemocascade.runtime import conversations, finished, hosts, parts, validation
+from nemocascade.runtime import conversations, finished, hosts, parts, source_loss, validation
 from nemocascade.runtime.heldout import draw_heldout
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.logbook import Watch
@@ -57,6 +57,7 @@ def check(c: ConfigDict) -> None:
 def check_documents(c: ConfigDict, p: Parts) -> None:
   """Raises UserError if a source has no conversation among its first that can be trained on."""
   conversations.check_first(c, p.text.tokenizer)
+  source_loss.heldout(c, p.text.tokenizer)
 
 
 def batches(c: ConfigDict, stage_dir: Path, p: Parts) -> loader.Loader:
@@ -99,6 +100,7 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
   ended, step = first > 0 and watch(first, state.params, Spent(trained=tokens)), first - 1
   supervisor = Supervisor(c, stage_dir, record.get("supervisor", {}))
   meter = Meter(p.programs.config, record.get("meter", {}))
+  held = source_loss.heldout(c, p.text.tokenizer)
   mine = owners(p.programs.mesh, c.rows) == jax.process_index()  # Rows that several processes hold count once.
   with store, batches(c, stage_dir, p) as data, p.watching.writer(stage_dir, first, c) as writer:
     if record.get("iterator"):
@@ -113,7 +115,8 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       phases.add(seconds)
       times, sums = meter.step(phases, Spent(), counts=not metrics[SKIPPED], mine={"trained": own})
       bar.update(1, loss=float(metrics["loss/sft"]), tokens=tokens + sums["trained"])
-      supervisor.write(writer, step, metrics | times, to_save=to_save)
+      losses = source_loss.losses(c, p.programs, to_save.params, held) if to_save else {}
+      supervisor.write(writer, step, metrics | times | losses, to_save=to_save)
       phases.end(BETWEEN)
       return sums["trained"]
 
@@ -127,11 +130,9 @@ def run(c: ConfigDict, stage_dir: Path, p: Parts, init_from: str = "", watch: Wa
       metrics |= conversations.metrics(data, batch.segment_ids_BT[data.own])
       phases.end("update")  # On some devices the dispatch computes.
       dispatched = step, metrics, int((batch.segment_ids_BT[mine] > 0).sum()), phases.take()
-      tokens += finish(*pending) if pending else 0
-      pending = dispatched
+      tokens, pending = tokens + (finish(*pending) if pending else 0), dispatched
       if (step + 1) % c.save_every == 0 or step + 1 == c.steps or supervisor.stopping:
-        tokens += finish(*pending, to_save=state)
-        pending = None
+        tokens, pending = tokens + finish(*pending, to_save=state), None
         ended = watch(step + 1, state.params, Spent(trained=tokens))
         writer.write_scores(step, validation.scores_at(c, stage_dir, step + 1))
         parts = dict(iterator=data.get_state(), tokens=tokens, supervisor=supervisor.record(), meter=meter.record())

@@ -247,6 +247,9 @@ SFT = LANGUAGE_MODEL | {
     " dataset, or 'generated:DOMAIN'.",
     empty=False,
   ),
+  "sources.*.heldout": text(
+    "Files of held-out conversations, as in path: their loss is measured at every checkpoint.", optional=True
+  ),
   "sources.*.count": whole(
     "Conversations of an epoch; more than the source has repeats them. Without count and weight: all.", optional=True
   ),

@@ -18,7 +18,10 @@ from configs.tiny import reward_model as judge_config
 from configs.tiny import sft as sft_config
 from experiments import reward_model, sft
 from nemocascade.config import ModelConfig
+from nemocascade.data.documents import to_documents
 from nemocascade.errors import StageStopped, UserError
+from nemocascade.generated import registry
+from nemocascade.generated.generator import demonstrations
 from nemocascade.mesh import make_mesh
 from nemocascade.rollout import episode
 from nemocascade.runtime import loading, parts, supervision
@@ -63,6 +66,9 @@ def assembled(tmp_path_factory):
     c.steps, c.save_every, c.rows, c.row_tokens = 4, 2, 2, 256
     c.domains, c.sources = recipe.generated("instruction", "preference"), recipe.conversations(instruction=40)
     c.tokenizer.conversations = 60
+    c.sources.instruction.heldout = str(root / "heldout.jsonl")
+  rows = demonstrations(registry.make("instruction", c.tasks), 1, 0, 5, non_thinking_share=0.1)
+  (root / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   return c, parts.build(c, root), root
 
 
@@ -71,6 +77,21 @@ def fine(assembled):
   c, p, root = assembled
   sft.run(c, root / "fine" / "sft", p)
   return lines(root / "fine" / "sft")
+
+
+def test_the_loss_of_held_out_conversations_is_written_at_every_checkpoint(assembled, fine):
+  """That of the last checkpoint, against each document alone in a row."""
+  c, p, root = assembled
+  assert ["heldout_loss/instruction" in line for line in fine] == [False, True, False, True]
+  store = Store(root / "fine" / "sft" / "checkpoints")
+  params, total, count = load_params(store.path_of(4), p.programs.template), 0.0, 0
+  for line in (root / "heldout.jsonl").read_text().splitlines():
+    for document in to_documents(json.loads(line), p.text.tokenizer):
+      rows_BT, n = np.zeros((2, c.rows, c.row_tokens), np.int32), len(document.tokens_T)
+      rows_BT[0, 0, :n], rows_BT[1, 0, :n] = document.tokens_T, 1
+      learned = np.asarray(p.programs.score(params, *rows_BT).logprobs_BT)[0, :n][document.loss_mask_T]
+      total, count = total - float(learned.sum()), count + learned.size
+  assert fine[-1]["heldout_loss/instruction"] == pytest.approx(total / count, rel=1e-4)
 
 
 def poisoned_at(module, monkeypatch, bad):
