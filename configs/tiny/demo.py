@@ -45,8 +45,9 @@ def instructed(arg: str) -> ConfigDict:
 
 
 def distilled(arg: str) -> ConfigDict:
-  c = short(mopd.stage(arg), arg, steps=20)
+  c = short(mopd.stage(arg), arg, steps=24)
   c.init_from = "sft"
+  c.optimizer.peak_lr = 1e-3  # At 2e-3 the score of `structured` falls by 0.1.
   c.mixture = ConfigDict(dict(instruction=1.0))
   c.teachers = ConfigDict(dict(instruction="if_rl"))
   return c
@@ -56,6 +57,7 @@ def questioned(arg: str) -> ConfigDict:
   """GRPO on questions about facts."""
   c = rl.fields()
   c.mixture = dict(stem=1.0)
+  c.optimizer.peak_lr = 5e-4  # At 1e-3 the score of `structured` falls by 0.1.
   if arg == "smoke":
     rl.shrink(c)
   return short(c, arg, steps=20)

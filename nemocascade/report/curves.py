@@ -5,14 +5,14 @@ from nemocascade.report.charts import Line, Point, panel, strip
 from nemocascade.report.markup import BLUE, GREEN, ORANGE, note, text
 from nemocascade.report.run import Run, Stage, words
 from nemocascade.state_files import read_state
-from nemocascade.step.optimizer import host_schedule
 from nemocascade.store.record import prompt_scores
 
 VALIDATIONS = {"type": "array", "items": {"type": "object", "required": ["step", "scores"]}}
-# Title, metric, what it is. Drawn for all RL stages on one scale.
+# Title, metric, what it is, factor. Drawn for all RL stages on one scale.
 STRIPS = (
-  ("Response length, tokens", "rollout/tokens", "mean number of sampled tokens of a completion"),
-  ("Entropy of the policy, nats per token", "policy/entropy", "mean entropy of the next token"),
+  ("Response length, tokens", "rollout/tokens", "mean number of sampled tokens of a completion", 1.0),
+  ("Entropy of the policy, nats per token", "policy/entropy", "mean entropy of the next token", 1.0),
+  ("Learning rate, in 1/1000", "optimizer/learning_rate", "that of the step's update", 1e3),
 )
 
 
@@ -49,12 +49,10 @@ def learning(run: Run) -> list[str]:
     number = {s["name"]: str(i) for i, s in enumerate(rl, 1)}
     strips = [
       strip(title, f"{title} over the RL stages: {about}", [
-        (number[s["name"]], Line(*_column(logs[s["name"]], metric), BLUE)) for s in rl
+        (number[s["name"]], Line(*_column(logs[s["name"]], metric, factor), BLUE)) for s in rl
       ])
-      for title, metric, about in STRIPS
+      for title, metric, about, factor in STRIPS
     ]  # fmt: skip
-    if rates := [(number[s["name"]], _rate(run, s, logs[s["name"]])) for s in rl if "optimizer" in run.settings(s)]:
-      strips.append(strip("Learning rate, in 1/1000", "Learning rate of the RL stages over their steps", rates))
     names = ", ".join(f"{number[s['name']]} {words(s['name'])}" for s in rl)
     parts += [
       "<h3>All RL stages on one scale</h3>", f"<div class='grid strips'>{''.join(strips)}</div>",
@@ -63,8 +61,10 @@ def learning(run: Run) -> list[str]:
   return parts
 
 
-def _column(log: list[dict], metric: str) -> tuple[list[int], list[float | None]]:
-  return [line["step"] for line in log], [line.get(metric) for line in log]
+def _column(log: list[dict], metric: str, factor: float = 1.0) -> tuple[list[int], list[float | None]]:
+  """(steps, values of the metric times `factor`); None where a step has no value."""
+  values = [line.get(metric) for line in log]
+  return [line["step"] for line in log], [None if v is None else factor * v for v in values]
 
 
 def _verdicts(run: Run, stage: Stage, log: list[dict]) -> str:
@@ -106,10 +106,8 @@ def _half(stage: Stage, domain: str) -> float:
 
 
 def _distance(stage: Stage, log: list[dict]) -> str:
-  steps, values = _column(log, "advantage/mean")
-  gap = [None if v is None else -v for v in values]
   says = f"{words(stage['name'])}: gap to the teachers over the steps, nats per token"
-  return panel(words(stage["name"]), says, [Line(steps, gap, GREEN)], low=0.0)
+  return panel(words(stage["name"]), says, [Line(*_column(log, "advantage/mean", -1.0), GREEN)], low=0.0)
 
 
 def _loss(stage: Stage, log: list[dict]) -> str:
@@ -122,10 +120,3 @@ def _loss(stage: Stage, log: list[dict]) -> str:
   if stage["kind"] == "sft":  # Most of the loss falls in the first steps; a log scale shows the rest.
     return panel(words(stage["name"]), says, [line], log=True)
   return panel(words(stage["name"]), says, [line], low=0.0)
-
-
-def _rate(run: Run, stage: Stage, log: list[dict]) -> Line:
-  """The learning rate by the stage's config, in thousandths."""
-  settings = run.settings(stage)
-  schedule, updates = host_schedule(settings["optimizer"], settings["steps"] * settings["updates"]), settings["updates"]
-  return Line([line["step"] for line in log], [1e3 * schedule(line["step"] * updates) for line in log], BLUE)
