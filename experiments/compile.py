@@ -7,7 +7,9 @@ Prints a JSON line per program: {"stage", "program", "topology", "chips", "token
 "temp_gib", "resident_gib", "host_gib", "flops", "compile_s"}. Memory is the compiler's count for one device (a chip;
 on tpu7x one of its two cores). `resident_gib` is what the stage keeps on a device beside the program's arguments,
 `host_gib` what it holds in the memory of a host; both are computed from shapes (runtime/footprint.py). flops cover
-all devices: 2 per parameter and token forward, 6 with the backward pass. Nothing is allocated. If programs do not
+all devices: 2 per parameter and token forward, 6 with the backward pass. An SFT step also has
+`work_ratio`, its operations over those that its documents need, and `remat_ratio`, those that model.remat adds
+(runtime/work.py). Nothing is allocated. If programs do not
 fit, an error at the end names them and what to change.
 
 The programs are those of a rollout (prefill, decode_step), of teachers and reference (score), of the update
@@ -39,7 +41,7 @@ from nemocascade.mesh import first_rows, make_mesh, placed, whole
 from nemocascade.mesh import rows as rows_sharding
 from nemocascade.model.size import matmul_params
 from nemocascade.rollout.sampling import Options
-from nemocascade.runtime import checks, objective, signals
+from nemocascade.runtime import checks, objective, signals, work
 from nemocascade.runtime.footprint import footprint
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Spent
@@ -62,6 +64,7 @@ class Program:
     trace: traces it.
     spent: the tokens that it processes.
     advice: what to change if it does not fit.
+    work: computes further fields of its line: for an SFT step, work.ratios.
     arguments: what it is given of the things that a stage keeps on the devices, see Footprint.resident.
   """
 
@@ -71,6 +74,7 @@ class Program:
   spent: Spent
   advice: str
   arguments: tuple[str, ...] = ("params",)
+  work: Callable[[], dict] = dict
 
 
 def run(c: ConfigDict, topology: str, stages: str = "", programs: str = "") -> list[dict]:
@@ -149,7 +153,7 @@ def _compiled(program: Program, programs: Programs) -> dict:
   """Compiles a program: the fields of its line that do not depend on the stage."""
   s, began = program.spent, time.time()
   line = {"tokens": s.sampled + s.prefilled + s.scored + s.trained}
-  line |= measure(program.trace) | {"flops": s.flops(matmul_params(programs.config))}
+  line |= measure(program.trace) | {"flops": s.flops(matmul_params(programs.config))} | program.work()
   return line | {"compile_s": round(time.time() - began, 1)}
 
 
@@ -216,10 +220,15 @@ def _sft_programs(c: ConfigDict, programs: Programs):
   _, state, step_fn = sft.program(c, programs)
   of = functools.partial(jax.ShapeDtypeStruct, (c.rows, c.row_tokens))
   batch = _rows(programs, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
+
+  def trace(config):
+    same = config == programs.config
+    return (step_fn if same else sft.program(c, Programs(config, programs.mesh))[2]).trace(state, batch)
+
   step = Program(
-    "sft_step", (c.to_json_best_effort(),), lambda: step_fn.trace(state, batch), Spent(trained=c.rows * c.row_tokens),
+    "sft_step", (c.to_json_best_effort(),), lambda: trace(programs.config), Spent(trained=c.rows * c.row_tokens),
     f"more pieces than pieces={c.pieces}, shorter rows than row_tokens={c.row_tokens}, or model.remat='block'",
-    ("params", "moments"),
+    ("params", "moments"), functools.partial(work.ratios, programs.config, c.rows, c.row_tokens, trace),
   )  # fmt: skip
   return state, [step, *_evaluation(c, programs)]
 

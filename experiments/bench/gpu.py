@@ -23,8 +23,9 @@ from nemocascade.config import ModelConfig
 from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
 from nemocascade.model.decode_state import row_axes
 from nemocascade.model.hybrid import Hybrid, init_params
-from nemocascade.model.size import count_params, matmul_params
+from nemocascade.model.size import count_params
 from nemocascade.rollout.engine import Engine
+from nemocascade.runtime.work import needed_flops
 from nemocascade.step.optimizer import make_optimizer, new_state
 from nemocascade.step.sft import sft_step
 from nemocascade.types import Batch
@@ -222,18 +223,6 @@ def score_fn(config: ModelConfig) -> Callable:
   return lambda params, *args: model.apply({"params": params}, *args, method="score")
 
 
-def flops_a_token(config: ModelConfig, length: int) -> float:
-  """FLOPs per token of a forward pass over documents of one length: weights, attention and scan.
-
-  A token attends to (length + 1) / 2 keys on average. The scan counts its recurrence: 3 multiplications and
-  3 additions per number of the state.
-  """
-  c, pattern = config, config.hybrid_override_pattern
-  attention = pattern.count("*") * 4 * c.num_attention_heads * c.head_dim * (length + 1) / 2
-  scan = pattern.count("M") * 6 * c.mamba_inner_size * c.ssm_state_size
-  return 2 * matmul_params(c) + attention + scan
-
-
 # Training.
 
 
@@ -261,7 +250,7 @@ def train(sizes: Sizes, dense: float) -> Iterator[dict]:
   if not math.isfinite(loss):
     raise RuntimeError(f"the loss of the benchmark's SFT step is {loss}")
   second = float(np.median(seconds[1:]))
-  flops = 3 * flops_a_token(config, length) * math.prod(shape) / 1e12
+  flops = 3 * needed_flops(config, length) * math.prod(shape) / 1e12
   params = count_params(config) / 1e9
   print(
     f"SFT step: {params:.2f}B parameters, {math.prod(shape)} tokens in {second:.3f} s"
