@@ -3,6 +3,7 @@
   python -m experiments.bench SUITE
   python -m experiments.bench kernels --static
   python -m experiments.bench gpu --table=TABLE.md
+  python -m experiments.bench train --table=TABLE.md
 
 A line is {"suite", "case", "ours", "peer", "peer_name", "unit", "ratio", "device"}. Both sides of a
 ratio run in this process, on this machine, in turns. With --static nothing is run: the schedules that the
@@ -32,6 +33,7 @@ SUITES = {
   "loader": "experiments.bench.loader",
   "rl": "experiments.bench.rl",
   "rollout": "experiments.bench.rollout",
+  "train": "experiments.bench.train",
   "verifiers": "experiments.bench.verifiers",
 }
 STATIC = "experiments.bench.schedules"  # The suite `kernels` with --static.
