@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import convert, cores, gpu, kernels, loader, rl, schedules, verifiers
+from experiments.bench import convert, cores, gpu, kernels, loader, rl, scan, schedules, verifiers
 from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
 from nemocascade.kernels.routed_matmul_tpu import Tile
@@ -118,6 +118,14 @@ def test_the_rows_of_each_core_are_those_counted_by_hand(monkeypatch):
   monkeypatch.setattr(cores, "of_loads", lambda: [(36, "even", np.array([20, 12, 32]))])
   (both,), (alone,) = (list(cores.slower_core("up", 7000, number, 1e9)) for number in (2, 1))
   assert (both["ratio"], alone["ratio"]) == (36 / 40, 36 / 72) and both["case"] == "up_slower_core_36_tokens_even"
+
+
+def test_the_least_bytes_of_the_scan_are_its_arrays_once():
+  """A token of Nano: 64 heads of 64 channels, 8 groups of 128 numbers in b and in c, in bf16; fp32 log decays."""
+  x, b_and_c, decays = 64 * 64 * 2, 2 * 8 * 128 * 2, 64 * 4
+  assert scan.least_bytes(backward=False) == x + b_and_c + decays + x
+  assert scan.least_bytes(backward=True) == 2 * (x + b_and_c + decays) + x
+  assert scan.fused_bytes(backward=False) - scan.least_bytes(backward=False) == 64 * 64 * 128 * 4 / 128
 
 
 def test_only_kernels_are_compared_without_running_them():

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu import megablox
 from jax.sharding import SingleDeviceSharding
 
+from experiments.bench import scan
 from experiments.bench.cores import slower_core
 from experiments.bench.kernels import TOKENS, D, E, F, X
 from nemocascade.errors import UserError
@@ -30,8 +31,8 @@ ROWS = 8192  # Rows of the compiled products. A kernel's schedule depends on nei
 EXPERTS = 16
 PEER_TILE = (512, 896, 640)  # (rows, summed, columns). F is padded to 1920 for it.
 # v5p, from its published 459 TFLOP/s and 2,765 GB/s: two cores, each with four 128 x 128 matrix units.
-# CLOCK in Hz, BANDWIDTH in bytes/s.
-CLOCK, CORES, BANDWIDTH = 1.75e9, 2, 2.765e12
+# CLOCK in Hz, FLOPS in FLOP/s, BANDWIDTH in bytes/s.
+CLOCK, CORES, FLOPS, BANDWIDTH = 1.75e9, 2, 459e12, 2.765e12
 KERNELS = "routed_product|routed_weight_product|gmm"  # In the names of the dump's files.
 
 
@@ -75,21 +76,22 @@ def cases() -> Iterator[dict]:
       )  # fmt: skip
 
   yield from attention_cases()
+  yield from scan.cases(FLOPS, BANDWIDTH)
 
 
 def attention_cases() -> Iterator[dict]:
   """Yields the share of matmul slots that each kernel of attention uses in a visit, beside all slots.
 
-  A visit has two stretches of instructions, with and without a mask; the lower share counts.
+  A visit has two stretches of instructions: without a mask, for blocks within a document, and a longer one with it.
   """
   with _dump("attention") as place:
     for kernel in ("forward", "dq", "dkv"):
-      masked, whole, *_ = sorted(_stretches(place, f"attention_{kernel}"), reverse=True)
-      share = min(busy / bundles for busy, bundles in (masked, whole))
-      yield dict(
-        case=f"attention_{kernel}_slots", ours=share, peer=1.0, peer_name="every slot used",
-        unit="share of matmul slots", ratio=share,
-      )  # fmt: skip
+      visits = sorted(_stretches(place, f"attention_{kernel}"), reverse=True)[:2]
+      for name, (busy, bundles) in zip(("within", "masked"), sorted(visits, key=lambda of: of[1]), strict=True):
+        yield dict(
+          case=f"attention_{kernel}_{name}_slots", ours=busy / bundles, peer=1.0, peer_name="every slot used",
+          unit=f"share of matmul slots, {bundles} bundles, {cores_of(place, kernel)} cores", ratio=busy / bundles,
+        )  # fmt: skip
 
 
 def bound(T: int, bundles: float, moved: int) -> float:
