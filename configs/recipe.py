@@ -16,6 +16,7 @@ DOMAINS = (
 
 SIDE_LINE = ("reward_model", "rlhf_teacher")  # No stage starts from these by "previous".
 ANNEALED = dict(schedule="linear", final_fraction=0.0)  # The learning rate falls linearly to 0.
+PLAIN = dict(long_domains=(), greedy=())  # Of the evaluation: no domain has long prompts, no stage greedy scores.
 COSINE = dict(schedule="cosine")  # It falls along a cosine to the optimizer's final_fraction.
 
 _RLHF = dict(
@@ -218,7 +219,7 @@ def shrink_rl(c: ConfigDict) -> None:
 def comparison() -> ConfigDict:
   """The fields of a comparison on mathematics. A scale adds arms, seeds, prompts and the steps that are scored."""
   c = ConfigDict()
-  c.evaluation = dict(long_domains=(), greedy=())
+  c.evaluation = dict(PLAIN)
   c.side_line = ()
   c.student = STUDENT
   c.rate_of = {}  # Arm -> the arm whose learning rate it has.

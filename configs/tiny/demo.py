@@ -13,7 +13,7 @@ on the questions alone. No RL stage trains on `structured`: it is the control, w
 from ml_collections import ConfigDict
 
 from configs import recipe
-from configs.tiny import base, if_rl, mopd, rl, sft
+from configs.tiny import base, mopd, rl, sft
 
 DOMAINS = ("instruction", "stem", "structured")
 TOKENS = 96  # Of a prompt and its completion. Rollouts and evaluation share it: one compiled sampler.
@@ -23,10 +23,12 @@ def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
   c.domains = recipe.generated(*DOMAINS)
   c.tokenizer.vocab_size = c.model.vocab_size = 512
-  c.evaluation.update(total_tokens=TOKENS, long_domains=(), greedy=())
+  c.evaluation.update(recipe.PLAIN | dict(total_tokens=TOKENS))
   c.order = ("sft", "if_rl", "mopd", "stem_rl")
   c.side_line = ("if_rl",)
-  c.stages = dict(sft=supervised(arg), if_rl=instructed(arg), mopd=distilled(arg), stem_rl=questioned(arg))
+  c.stages = dict(
+    sft=supervised(arg), if_rl=reinforced(arg, "instruction"), mopd=distilled(arg), stem_rl=questioned(arg)
+  )
   return c
 
 
@@ -36,37 +38,37 @@ def supervised(arg: str) -> ConfigDict:
     c.sources = recipe.conversations(**dict.fromkeys(DOMAINS, 60))
     return c
   c.sources = recipe.conversations(instruction=4000, stem=3000, structured=2000)
-  c.update(rows=16, steps=480, save_every=480)
+  c.update(rows=16, pieces=4, steps=480, save_every=480)
   return c
 
 
-def instructed(arg: str) -> ConfigDict:
-  return short(if_rl.stage(arg), arg, steps=20)
-
-
-def distilled(arg: str) -> ConfigDict:
-  c = short(mopd.stage(arg), arg, steps=24)
-  c.init_from = "sft"
-  c.optimizer.peak_lr = 1e-3  # At 2e-3 the score of `structured` falls by 0.1.
-  c.mixture = ConfigDict(dict(instruction=1.0))
-  c.teachers = ConfigDict(dict(instruction="if_rl"))
-  return c
-
-
-def questioned(arg: str) -> ConfigDict:
-  """GRPO on questions about facts."""
+def reinforced(arg: str, domain: str) -> ConfigDict:
+  """GRPO on the prompts of one domain."""
   c = rl.fields()
-  c.mixture = dict(stem=1.0)
-  c.optimizer.peak_lr = 5e-4  # At 1e-3 the score of `structured` falls by 0.1.
+  c.mixture = {domain: 1.0}
   if arg == "smoke":
     rl.shrink(c)
   return short(c, arg, steps=20)
 
 
+def distilled(arg: str) -> ConfigDict:
+  c = short(mopd.stage(arg), arg, steps=24)
+  c.init_from = "sft"
+  c.mixture = ConfigDict(dict(instruction=1.0))
+  c.teachers = ConfigDict(dict(instruction="if_rl"))
+  c.optimizer.peak_lr = 1e-3  # At 2e-3 the score of `structured` falls by 0.1.
+  return c
+
+
+def questioned(arg: str) -> ConfigDict:
+  c = reinforced(arg, "stem")
+  c.optimizer.peak_lr = 5e-4  # At 1e-3 the score of `structured` falls by 0.1.
+  return c
+
+
 def short(c: ConfigDict, arg: str, steps: int) -> ConfigDict:
-  """The stage with `steps` steps of one batch each, in the shapes that all stages of the demo share."""
+  """The stage with `steps` steps, in the shapes that all stages of the demo share."""
   c.rollout.total_tokens = TOKENS
-  c.refill_rounds = 1
   if arg != "smoke":
     c.update(steps=steps, save_every=steps, samples_every=steps)
   return c

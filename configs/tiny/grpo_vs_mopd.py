@@ -145,7 +145,7 @@ def shrink(c: ConfigDict) -> None:
   c.seeds = (0, 1)
   c.evaluation.update(prompts=32, batch=64)
   c.stages.sft.sources.math.count = 60
-  c.stages.sft.update(steps=4, save_every=4, rows=4)
+  c.stages.sft.update(steps=4, save_every=4, rows=4, pieces=1)
   for stage in (c.stages.teacher, *c.arms.values()):
     G = min(stage.rollout.completions, 4)
     stage.rollout.update(prompts=32 // G, completions=G)

@@ -22,13 +22,14 @@ def stage(arg: str = "") -> ConfigDict:
   c.look_ahead = 2**23  # More than all the data: rows are shuffled over the whole epoch.
   c.streams = 1
   c.rows = 32  # Per step.
+  c.pieces = 8  # Activations of 4 rows fit in a core's cache: a step takes 0.27 instead of 0.42 s of CPU time.
   c.row_tokens = 256
   c.steps = 600
   c.optimizer.update(peak_lr=6e-3, warmup_steps=20, final_fraction=base.FINAL_FRACTION)
   c.save_every = 200
   if arg == "smoke":
     c.sources = recipe.conversations(**dict.fromkeys(c.sources, 60))
-    c.rows, c.steps, c.save_every = 4, 6, 3
+    c.rows, c.pieces, c.steps, c.save_every = 4, 1, 6, 3
     c.optimizer.warmup_steps = 2
   return c
 
