@@ -96,7 +96,7 @@ def equal_shape() -> ConfigDict:
   c = rl.fields()
   c.mixture = dict(math=1.0)
   c.rollout.update(prompts=64, completions=8)
-  c.packing.rows = 176  # A row holds at least three completions of 80 tokens.
+  c.packing.rows = 192  # A row holds at least three completions of 80 tokens.
   c.save_every = 50
   c.optimizer.update(final_fraction=0.05, **recipe.COSINE)
   return c
