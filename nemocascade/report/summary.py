@@ -79,12 +79,11 @@ def five_answers(run: Run) -> str:
 
 def trained(run: Run) -> str:
   line = [s for s in run.stages if not run.is_side(s)]
-  side = [s for s in run.stages if run.is_side(s)]
   said = f"<p>A language model from random parameters: {text(model(run))}. Its stages, one after another: "
   if any(s["start"] and not run.start_of(s) for s in line):
     said = f"<p>A language model from a given checkpoint: {text(model(run))}. Its stages, one after another: "
   said += " → ".join(f"<b>{text(words(s['name']))}</b>" for s in line) + ".</p>"
-  items = "".join(f"<li><b>{text(words(s['name']))}</b>: {text(what(run, s))}</li>" for s in [*line, *side])
+  items = "".join(f"<li><b>{text(words(s['name']))}</b>: {text(what(run, s))}</li>" for s in run.stages)
   return said + f"<ul>{items}</ul>"
 
 
