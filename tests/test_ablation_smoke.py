@@ -118,6 +118,7 @@ def test_the_notebook_shows_equations_arms_and_pictures(finished, monkeypatch):
   printed = "".join(output.get("text", "") for output in outputs)
   assert all(name in printed for name in config.get_config("smoke").arms)
   assert "def grpo" in printed and "def mopd" in printed and "steps to teacher" in printed
+  assert all(f"\n{name:20} " in printed for name in ("student", "teacher of math", "grpo", "mopd"))
   assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
   assert (finished / "ablation.json").read_text() == before
   assert os.environ["NEMOCASCADE_WORKDIR"] == str(finished)

@@ -117,6 +117,7 @@ def test_the_quickstart_notebook_runs(finished, monkeypatch):
   from nbclient import NotebookClient
 
   workdir, _ = finished
+  monkeypatch.setenv("NEMOCASCADE_CONFIG", "configs/tiny/cascade.py:smoke")
   monkeypatch.setenv("NEMOCASCADE_WORKDIR", str(workdir))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = nbformat.read(ROOT / "colab" / "quickstart.ipynb", as_version=4)
@@ -124,6 +125,8 @@ def test_the_quickstart_notebook_runs(finished, monkeypatch):
   printed = "".join(
     output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
   )
+  assert "all stages were done before" in printed and "swe_agentic_rl" in printed
+  assert all(f"{domain}\n  asked: " in printed for domain in DOMAINS)
   assert "thinking=True" in printed and "thinking=False" in printed
 
 

@@ -60,7 +60,7 @@ def test_three_notebooks_run(tmp_path, monkeypatch):
   data, advantage, inside = (whole.cells[first:last] for first, last in zip([0, *ends], ends, strict=False))
   assert "CPU cores; computes on" in printed(data) and "words" in printed(data[-3:])
   assert "def below_the_best" in printed(advantage) and "student" in printed(advantage[-1:])
-  assert "share of tokens of each expert" in printed(inside) and "with thoughts" in printed(inside[-1:])
+  assert "share of tokens of each expert, E block 0" in printed(inside) and "with thoughts" in printed(inside[-1:])
   pictures = ["image/png" in output.get("data", {}) for cell in whole.cells for output in cell.get("outputs", ())]
   assert sum(pictures) == 4
   said = [output for cell in whole.cells for output in cell.get("outputs", ()) if output.get("name") == "stderr"]

@@ -107,7 +107,7 @@ def bucket(length: int) -> int:
 
 def batches(numbers: Sequence[int], B: int, *, desc: str) -> Iterator[Sequence[int]]:
   """Yields parts of at most B numbers, with a progress bar if there are several parts."""
-  bar = progress(len(numbers), initial=0, desc=desc) if len(numbers) > B else None
+  bar = progress(len(numbers), initial=0, desc=desc, unit="row") if len(numbers) > B else None
   for start in range(0, len(numbers), B):
     part = numbers[start : start + B]
     yield part
