@@ -153,8 +153,9 @@ def run(
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint!r}: has no tokenizer, so it cannot be talked to")
+  weights = programs.sampling_weights(params)
   make = lambda: Conversation(
-    programs.engine(context - 1, context), params, tokenizer,
+    programs.engine(context - 1, context), weights, tokenizer,
     seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
   )  # fmt: skip
   with server(host, port, Chats(make), checkpoint) as serving:

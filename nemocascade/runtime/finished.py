@@ -55,6 +55,7 @@ def cascade(c: ConfigDict, record: Record, choice: Choice, anew: list[str]) -> b
   """
   now = course.decided(c, record)
   done = not anew and all(record.is_done(n) and not lineage.is_grown(now, record, n) for n in choice.of(now))
-  report = record.path.parent / "report" / "index.html"
-  done = done and report.is_file() and report.stat().st_mtime_ns >= record.path.stat().st_mtime_ns
+  # The last file of the report, which is not written while the run goes on.
+  picture = record.path.parent / "report" / "scores.png"
+  done = done and picture.is_file() and picture.stat().st_mtime_ns >= record.path.stat().st_mtime_ns
   return exchange(bool(done), "whether the cascade is done")[0]
