@@ -159,6 +159,10 @@ def rl(stage: str = "") -> ConfigDict:
   c.rollout = dict(
     temperature=1.0,  # Above 0. Used by sampler, trainer, teachers and reference.
     top_p=1.0,  # A value below 1 needs a `correction`.
+    # Experts of each token: recorded by the sampler; taken by the trainer; by teachers and reference too.
+    record_experts=False,
+    replay=False,
+    replay_teachers=False,
   )
   # shared_prompts=True: a row holds what follows a prompt, at most row_tokens, and the model reads each
   # prompt once for all its completions.

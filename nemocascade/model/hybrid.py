@@ -19,7 +19,7 @@ from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
 from nemocascade.model.pattern import plan
 from nemocascade.model.remat import block_input, rematerialized
-from nemocascade.model.routing import all_blocks, by_token, of_units
+from nemocascade.model.routing import all_blocks, of_units, record_of
 from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import segment_starts
 from nemocascade.types import DistanceFn, Params, Prefix, Prompts, Routing, Scores
@@ -60,14 +60,14 @@ class Block(nn.Module):
   def after(self, state, x_BTD, segment_ids_BT, length_B, recorded_BTX=None):
     if self.letter == "E":
       return self(x_BTD, segment_ids_BT, recorded_BTX)
-    return self.extend(state, x_BTD, segment_ids_BT, length_B)[1], None
+    return self.extend(state, x_BTD, segment_ids_BT, length_B)[1:]
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
     if self.letter == "E":
-      return state, self(x_BTD, segment_ids_BT)[0]
+      return state, *self(x_BTD, segment_ids_BT)
     x_BTD = block_input(x_BTD)
     state, y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
-    return state, self._on(x_BTD).constrain(x_BTD + y)
+    return state, self._on(x_BTD).constrain(x_BTD + y), None
 
   def step(self, state, x_BD, length_B, active_B):
     state, y = self.mixer.step(state, self.norm(x_BD), length_B, active_B)
@@ -114,18 +114,19 @@ class Unit(nn.Module):
     return x_BTD, tuple(routings)
 
   def extend(self, x_BTD, state, segment_ids_BT, length_B):
-    states = []
+    states, routings = [], []
     for block, block_state in zip(self.blocks, state, strict=True):
-      block_state, x_BTD = block.extend(block_state, x_BTD, segment_ids_BT, length_B)
+      block_state, x_BTD, routing = block.extend(block_state, x_BTD, segment_ids_BT, length_B)
       states.append(block_state)
-    return x_BTD, tuple(states)
+      routings.append(routing)
+    return x_BTD, tuple(states), tuple(routings)
 
   def step(self, x_BD, state, length_B, active_B):
     states = []
     for block, block_state in zip(self.blocks, state, strict=True):
       block_state, x_BD = block.step(block_state, x_BD, length_B, active_B)
       states.append(block_state)
-    return x_BD, tuple(states)
+    return x_BD, tuple(states), ()
 
   def extend_at(self, carry, i, *shared):
     return _at(self.extend, carry, i, *shared)
@@ -135,10 +136,10 @@ class Unit(nn.Module):
 
 
 def _at(method, carry, i, *shared):
-  """`method` of repeat i, which replaces its part of the stacked state: ((x, stacked state), None)."""
+  """`method` of repeat i, which replaces its part of the stacked state: ((x, stacked state), Routings)."""
   x, stacked = carry
-  x, state = method(x, jax.tree.map(lambda a: a[i], stacked), *shared)
-  return (x, jax.tree.map(lambda a, new: a.at[i].set(new), stacked, state)), None
+  x, state, routings = method(x, jax.tree.map(lambda a: a[i], stacked), *shared)
+  return (x, jax.tree.map(lambda a, new: a.at[i].set(new), stacked, state)), routings
 
 
 def _scanned(n: int):
@@ -308,11 +309,7 @@ class Hybrid(nn.Module):
     """
     T = tokens_BT.shape[1]
     last_BD, state, routing = self._take_in(tokens_BT, length_B)
-    experts_BTY = by_token(routing and routing.experts_LBTX)
-    if experts_BTY is not None:
-      real_BT = jnp.arange(T)[None] < length_B[:, None]
-      experts_BTY = jnp.where(real_BT[..., None], experts_BTY[:, :T], 0)
-    return self._next(last_BD), grow(state, capacity), experts_BTY
+    return self._next(last_BD), grow(state, capacity), record_of(routing, length_B, T)
 
   def _take_in(self, tokens_BT, length_B, experts_BTY=None):
     """(last_BD: each row's last token before the final norm, DecodeState of at least T places, Routing or None)."""
@@ -342,26 +339,32 @@ class Hybrid(nn.Module):
     It equals `step` token by token, within rounding. A row whose length_B is 0 keeps its state; its logits mean
     nothing. The caches need room: at most `places` tokens a row, old and new ones together.
     """
+    return self.extend_recorded(state, tokens_BT, length_B)[:2]
+
+  def extend_recorded(self, state: DecodeState, tokens_BT, length_B):
+    """`extend` of a model whose config has router_record: (state, logits_BV, experts_BTY of the tokens)."""
+    T = tokens_BT.shape[1]
     tokens_BT, segment_ids_BT = self._given(tokens_BT, length_B)
-    x_BTD, units = self._go_on("extend", state, self._embed(tokens_BT), segment_ids_BT, state.length_B)
+    x_BTD, units, routing = self._go_on("extend", state, self._embed(tokens_BT), segment_ids_BT, state.length_B)
     state = state.replace(length_B=state.length_B + length_B.astype(jnp.int32), units=units)
-    return state, self._next(self._last(x_BTD, length_B))
+    return state, self._next(self._last(x_BTD, length_B)), record_of(routing, length_B, T)
 
   def step(self, state: DecodeState, tokens_B, active_B):
     """Processes one token of every active row: (state, logits_BV of the next token)."""
-    x_BD, units = self._go_on("step", state, self._embed(tokens_B), state.length_B, active_B)
+    x_BD, units, _ = self._go_on("step", state, self._embed(tokens_B), state.length_B, active_B)
     return state.replace(length_B=state.length_B + active_B.astype(jnp.int32), units=units), self._next(x_BD)
 
   def _go_on(self, method: str, state: DecodeState, x, *shared):
-    """(x after all units, their new states); `method` is "extend" or "step"."""
-    states = []
+    """(x after all units, their new states, Routing or None); `method` is "extend" or "step", which has no Routing."""
+    states, routings = [], []
     for unit, unit_state, (_, n) in zip(self.units, state.units, self.plan, strict=True):
       if n == 1:
-        x, unit_state = getattr(unit, method)(x, unit_state, *shared)
+        x, unit_state, routing = getattr(unit, method)(x, unit_state, *shared)
       else:
-        (x, unit_state), _ = getattr(unit, f"{method}_at")((x, unit_state), jnp.arange(n), *shared)
+        (x, unit_state), routing = getattr(unit, f"{method}_at")((x, unit_state), jnp.arange(n), *shared)
       states.append(unit_state)
-    return x, tuple(states)
+      routings.append(routing)
+    return x, tuple(states), all_blocks(routings)
 
 
 def _predicted(segment_ids_BT, wanted_BT=None, *, goes_on: bool = False):

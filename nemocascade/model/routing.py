@@ -70,6 +70,14 @@ def by_token(experts_LBTX: jax.Array | None) -> jax.Array | None:
   return experts_BTLX.reshape(*experts_BTLX.shape[:2], -1)
 
 
+def record_of(routing: Routing | None, length_B: jax.Array, T: int) -> jax.Array | None:
+  """experts_BTY of each row's first length_B tokens, 0 after them; None if they are not recorded."""
+  experts_BTY = by_token(routing and routing.experts_LBTX)
+  if experts_BTY is None:
+    return None
+  return jnp.where((jnp.arange(T)[None] < length_B[:, None])[..., None], experts_BTY[:, :T], 0)
+
+
 def of_units(experts_BTY: jax.Array | None, plan: Sequence[tuple[str, int]], X: int) -> list:
   """A record for the blocks of each unit: a tuple of [B, T, X], or [repeats, B, T, X] if it is scanned.
 

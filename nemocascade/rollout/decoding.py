@@ -59,6 +59,7 @@ class Decoding(struct.PyTreeNode):
   drawn_logprobs_BT: jax.Array | None = None  # fp32; under what the options' cuts leave; None without cuts.
   likeliest_tokens_BTK: jax.Array | None = None  # int32; the likeliest tokens at sampled places, or None.
   likeliest_logprobs_BTK: jax.Array | None = None  # fp32
+  experts_BTY: jax.Array | None = None  # The experts of each token, see Rollout; None without Engine's experts_fn.
   prompts: Pool | None = None  # None if each request has had a slot from the start.
   parked: Pool | None = None
 
@@ -67,6 +68,7 @@ BY_SLOT = ("row_S", "logits_SV", "state")
 BY_ROW = (
   "tokens_BT", "sampled_BT", "behaviour_logprobs_BT", "known_B", "limit_B", "done_B", "failed_B", "held_B", "waiting_B",
   "parked_B", "prompt_B", "row_id_B", "options", "drawn_logprobs_BT", "likeliest_tokens_BTK", "likeliest_logprobs_BTK",
+  "experts_BTY",
 )  # fmt: skip
 
 

@@ -41,6 +41,8 @@ class Engine:
     extend_fn: (params, state, tokens_BT, length_B) -> (state, logits_BV): takes in each row's first length_B tokens;
       rows of length 0 stay as they are. By default it calls step_fn for one token after the other.
     axes_fn: state -> a tree like it, with each array's axis of rows; by default all first axes.
+    experts_fn: state after a step -> experts_BY of the token that was taken in, to be recorded; prefill_fn and
+      extend_fn then also return experts_BTY of theirs. None records nothing.
     prompt_tokens: P.
     total_tokens: T.
     stop_ids: a request is done when it samples one of these tokens.
@@ -61,6 +63,7 @@ class Engine:
     step_fn: Callable,
     extend_fn: Callable | None = None,
     axes_fn: Callable | None = None,
+    experts_fn: Callable | None = None,
     *,
     prompt_tokens: int,
     total_tokens: int,
@@ -74,7 +77,7 @@ class Engine:
     self.mesh = mesh or make_mesh(1, 1)
     self._params_places = params_places or whole(self.mesh)
     axes = axes_fn or (lambda state: jax.tree.map(lambda _: 0, state))
-    model = loop.Model(prefill_fn, step_fn, extend_fn or loop.by_steps(step_fn), axes)
+    model = loop.Model(prefill_fn, step_fn, extend_fn or loop.by_steps(step_fn), axes, experts_fn)
     self.layout = functools.cache(lambda B: Layout(self.mesh, B, axes))
     self.chunk = min(CHUNK, total_tokens)
     self._ready: set = set()  # Shapes whose programs with fewer slots are compiled.

@@ -28,6 +28,7 @@ class Model(NamedTuple):
   step: Callable
   extend: Callable
   axes: Callable
+  experts: Callable | None = None
 
 
 def by_steps(step_fn: Callable) -> Callable:
@@ -69,7 +70,7 @@ def start(
   # Copies of a prompt's state: as many as it takes for a request and its prompt to lie on one device.
   copies = G if S == B else next(n for n in range(1, G + 1) if G % n == 0 and layout.divides(Q * n))
   own_B = jnp.arange(B, dtype=jnp.int32) % (B // layout.shards)
-  logits_QV, state = model.prefill(params, tokens_QP, length_Q, T if S == B else P)
+  logits_QV, state, *experts = model.prefill(params, tokens_QP, length_Q, T if S == B else P)
   axes = model.axes(state)
   pool = Pool(repeat_rows(state, copies, axes), jnp.repeat(logits_QV, copies, axis=0))
 
@@ -80,12 +81,13 @@ def start(
 
   slots = pool if S == B else empty(S)
   repeat, zeros = lambda a: jnp.repeat(a, G, axis=0), lambda *shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
+  whole = lambda a: jnp.pad(repeat(a), ((0, 0), (0, T - P)) + ((0, 0),) * (a.ndim - 2))
   scalar = lambda: jnp.zeros((), jnp.int32)
   d = Decoding(
     state=slots.state,
     logits_SV=slots.logits_KV,
     row_S=own_B if S == B else jnp.full((S,), B // layout.shards, jnp.int32),
-    tokens_BT=jnp.pad(repeat(tokens_QP), ((0, 0), (0, T - P))),
+    tokens_BT=whole(tokens_QP),
     sampled_BT=zeros(B, T, dtype=bool),
     behaviour_logprobs_BT=zeros(B, T),
     known_B=repeat(length_Q),
@@ -102,6 +104,7 @@ def start(
     drawn_logprobs_BT=zeros(B, T) if drawn else None,
     likeliest_tokens_BTK=zeros(B, T, k, dtype=jnp.int32) if k else None,
     likeliest_logprobs_BTK=zeros(B, T, k) if k else None,
+    experts_BTY=whole(experts[0]) if experts else None,
     prompts=None if S == B else pool,
     parked=empty(K) if K else None,
   )
@@ -203,6 +206,12 @@ def _write(stop_ids: tuple[int, ...], f: dict, busy_S, new_S, token_S, found: di
   return (f,)
 
 
+def _note(f: dict, new_S, place_S, experts_SY) -> tuple[dict]:
+  """Records the experts of the tokens that the slots have taken in."""
+  row_S = jnp.where(new_S, f["row_S"], f["experts_BTY"].shape[0])
+  return (f | {"experts_BTY": f["experts_BTY"].at[row_S, place_S].set(experts_SY, mode="drop")},)
+
+
 SETTLED = ("row_S", "done_B", "failed_B", "held_B", "waiting_B", "parked_B", "prompt_B", "known_B")
 MOVED = ("state", "logits_SV", "prompts", "parked")
 
@@ -244,6 +253,10 @@ def decode(
     (f,) = layout.own(write, d, ("row_S", *BY_ROW), given=given)(d, busy_S, new_S, token_S, found)
     # A stop token is taken in too, because a tool's result may follow it.
     state, logits_SV = model.step(params, d.state, token_S, new_S)
+    if model.experts is not None:
+      note = layout.own(_note, d, ("row_S", "experts_BTY"), given=(cut,) * 3)
+      (noted,) = note(d.replace(**f), new_S, place_S, model.experts(state))
+      f = f | noted
     busy, waits = jnp.sum(busy_S, dtype=jnp.int32), load_2[1] > 0
     count = lambda now: jnp.where(waits, now, 0)
     c = d.counts
@@ -291,6 +304,7 @@ def extend(
     "done_B",
     "waiting_B",
     "parked_B",
+    "experts_BTY",
   )
 
   def find(f, row_R, length_R, total_R):
@@ -309,7 +323,7 @@ def extend(
     here_R = (slot_R < S) | (place_R >= 0)
     return f, state, slot_R, place_R, jnp.where(room_R & here_R, length_R, 0)
 
-  def put(f, state, logits_RV, slot_R, place_R, row_R, tokens_RW, length_R, total_R):
+  def put(f, state, logits_RV, slot_R, place_R, row_R, tokens_RW, length_R, total_R, *experts):
     B, moved_R = f["known_B"].shape[0], length_R > 0
     f = dict(f)
     row_R = jnp.where(moved_R, row_R, B)
@@ -325,6 +339,8 @@ def extend(
     at_RW = _at(f["known_B"], row_R, 0)[:, None] + i_W
     at_RW = jnp.where(i_W < length_R[:, None], at_RW, f["tokens_BT"].shape[1])
     f["tokens_BT"] = f["tokens_BT"].at[row_R[:, None], at_RW].set(tokens_RW, mode="drop")
+    for experts_RWY in experts:
+      f["experts_BTY"] = f["experts_BTY"].at[row_R[:, None], at_RW].set(experts_RWY, mode="drop")
     f["known_B"] = f["known_B"].at[row_R].add(length_R, mode="drop")
     all_R = jnp.where(length_R == total_R, row_R, B)  # The last call for these requests.
     f["done_B"] = f["done_B"].at[all_R].set(False, mode="drop")
@@ -333,7 +349,7 @@ def extend(
 
   found = layout.own(find, d, names, given=(cut,) * 3, more=(of_state, cut, cut, cut))
   _, state, slot_R, place_R, length_R = found(d, row_R, length_R, total_R)
-  state, logits_RV = model.extend(params, state, tokens_RW, length_R)
-  args = state, logits_RV, slot_R, place_R, row_R, tokens_RW, length_R, total_R
-  (f,) = layout.own(put, d, names, given=(of_state, *(cut,) * 7))(d, *args)
+  state, logits_RV, *experts = model.extend(params, state, tokens_RW, length_R)
+  args = state, logits_RV, slot_R, place_R, row_R, tokens_RW, length_R, total_R, *experts
+  (f,) = layout.own(put, d, names, given=(of_state, *(cut,) * (len(args) - 1)))(d, *args)
   return layout.constrain(d.replace(**f))

@@ -133,6 +133,7 @@ def to_rollout(
     loss_mask_QGT=samples.loss_mask_QGT,
     behaviour_logprobs_QGT=samples.behaviour_logprobs_QGT,
     drawn_logprobs_QGT=samples.drawn_logprobs_QGT,
+    experts_QGTY=samples.experts_QGTY,
     rewards_QG=rewards_QG,
     valid_QG=valid_QG,
   )

@@ -38,6 +38,7 @@ class Samples:
   completions: list[list[Completion | None]]  # [Q][G]; None where another process has it.
   drawn_logprobs_QGT: jax.Array | None = None  # fp32; under the top_p nucleus; None at top_p = 1.
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # What the sampling has cost, in this process.
+  experts_QGTY: jax.Array | None = None  # uint8 or uint16; the sampler's experts, see Rollout; None if not recorded.
 
   @classmethod
   def pick(cls, parts: Sequence["Samples"], places: Sequence[tuple[int, int]]) -> "Samples":
@@ -62,7 +63,9 @@ class Samples:
     return cls(**values, **picked)
 
 
-ARRAYS = ("tokens_QGT", "segment_ids_QGT", "loss_mask_QGT", "behaviour_logprobs_QGT", "drawn_logprobs_QGT")
+ARRAYS = (
+  "tokens_QGT", "segment_ids_QGT", "loss_mask_QGT", "behaviour_logprobs_QGT", "drawn_logprobs_QGT", "experts_QGTY",
+)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="of_prompt")
@@ -72,7 +75,7 @@ def _replace(picked: dict, part: dict, place_Q, here_Q, of_prompt: Sharding) -> 
   Prompts move between devices WIDTH tokens at a time, because a device may get pieces of all prompts on the way.
 
   Args:
-    picked, part: name -> array [Q, G, T].
+    picked, part: name -> array [Q, G, T, ...].
     of_prompt: the sharding of the arrays.
   """
   T = picked["tokens_QGT"].shape[2]
@@ -84,7 +87,7 @@ def _replace(picked: dict, part: dict, place_Q, here_Q, of_prompt: Sharding) -> 
     def one(old_QGT, new_QGT):
       cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, width, axis=2)  # noqa: E731
       moved = jax.lax.with_sharding_constraint(jnp.take(cut(new_QGT), place_Q, axis=0), of_prompt)
-      kept = jnp.where(here_Q[:, None, None], moved, cut(old_QGT))
+      kept = jnp.where(here_Q.reshape(-1, *[1] * (moved.ndim - 1)), moved, cut(old_QGT))
       return jax.lax.dynamic_update_slice_in_dim(old_QGT, kept, start, axis=2)
 
     return jax.lax.with_sharding_constraint(jax.tree.map(one, picked, part), of_prompt)
@@ -93,13 +96,14 @@ def _replace(picked: dict, part: dict, place_Q, here_Q, of_prompt: Sharding) -> 
 
 
 def by_groups(d: Decoding, Q: int, mesh: Mesh) -> dict[str, Any]:
-  """The arrays [Q, G, T] of Samples by name, from the decoding state of their Q * G rows."""
-  return _by_groups(d.tokens_BT, d.sampled_BT, d.behaviour_logprobs_BT, d.drawn_logprobs_BT, d.known_B, Q=Q, mesh=mesh)
+  """The arrays [Q, G, T, ...] of Samples by name, from the decoding state of their Q * G rows."""
+  recorded = d.behaviour_logprobs_BT, d.drawn_logprobs_BT, d.experts_BTY
+  return _by_groups(d.tokens_BT, d.sampled_BT, *recorded, d.known_B, Q=Q, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("Q", "mesh"))
-def _by_groups(tokens_BT, sampled_BT, behaviour_BT, drawn_BT, known_B, *, Q: int, mesh: Mesh) -> dict:
-  group = lambda a_BT: constrain_rows(a_BT.reshape(Q, -1, a_BT.shape[1]), mesh)  # noqa: E731
+def _by_groups(tokens_BT, sampled_BT, behaviour_BT, drawn_BT, experts_BTY, known_B, *, Q: int, mesh: Mesh) -> dict:
+  group = lambda a_BT: constrain_rows(a_BT.reshape(Q, -1, *a_BT.shape[1:]), mesh)  # noqa: E731
   real_BT = jnp.arange(tokens_BT.shape[1])[None] < known_B[:, None]
   return dict(
     tokens_QGT=group(jnp.where(real_BT, tokens_BT, 0)),
@@ -107,4 +111,5 @@ def _by_groups(tokens_BT, sampled_BT, behaviour_BT, drawn_BT, known_B, *, Q: int
     loss_mask_QGT=group(sampled_BT),
     behaviour_logprobs_QGT=group(behaviour_BT),
     drawn_logprobs_QGT=None if drawn_BT is None else group(drawn_BT),
+    experts_QGTY=None if experts_BTY is None else group(experts_BTY),
   )

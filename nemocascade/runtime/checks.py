@@ -49,6 +49,11 @@ def check_rl(c: ConfigDict) -> None:
       f"rollout.top_p={c.rollout.top_p} with correction='none': tokens of the nucleus would weigh up to"
       f" 1 / {c.rollout.top_p} times too much; give correction tis, icepop or sequence_mask, or top_p=1"
     )
+  for name in ("record_experts", "replay", "replay_teachers"):
+    if c.rollout[name] and "E" not in c.model.hybrid_override_pattern:
+      raise UserError(
+        f"rollout.{name}=True: model.hybrid_override_pattern={c.model.hybrid_override_pattern!r} has no block E that routes"
+      )
   if c.advantage == "none" and not (c.distillation_weight or c.kl_weight or c.entropy_weight):
     raise UserError("advantage='none' with no other term in the loss teaches nothing: give distillation_weight")
   if c.distillation_weight and (k := topk(c)) and k > c.model.vocab_size:

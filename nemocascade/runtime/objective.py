@@ -89,9 +89,10 @@ def step_settings(c: ConfigDict) -> str:
   """The settings that a step depends on, as JSON. Stages with equal settings share a compiled program."""
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
+  c.replay = bool(c.rollout.replay)
   return settings(
     c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
-    "optimizer", "packing", "router_balance",
+    "optimizer", "packing", "router_balance", "replay",
   )  # fmt: skip
 
 
@@ -164,13 +165,14 @@ def _step_program(programs: Programs, fields: str):
   c = ConfigDict(json.loads(fields))
   tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
   balance = RouterBalance(**c.router_balance)
-  take_in_fn = programs.take_in_fn
+  take_in_fn = programs.take_in_fn_under(replay=c.replay)
   step = policy_gradient_step(
-    programs.score_fn_under(balance), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"),
+    programs.score_fn_under(balance, replay=c.replay), tx, ratio=chosen(c, "ratio"), correction=chosen(c, "correction"),
     kl=chosen(c, "kl"), kl_weight=c.kl_weight, entropy_weight=c.entropy_weight,
     distillation=chosen(c, "distillation"), distillation_weight=c.distillation_weight,
     accumulate=c.packing.pieces, balance=balance, add_to_bias=programs.add_to_bias, take_in_fn=take_in_fn,
   )  # fmt: skip
   state = abstract_state(tx, programs.template, programs.mesh)
-  proximal = functools.partial(proximal_logprobs, programs.score_fn, accumulate=c.packing.pieces, take_in_fn=take_in_fn)
+  score_fn = programs.score_fn_under(RouterBalance(), replay=c.replay)
+  proximal = functools.partial(proximal_logprobs, score_fn, accumulate=c.packing.pieces, take_in_fn=take_in_fn)
   return state, jit_step(step, state, programs.mesh), jax.jit(proximal)

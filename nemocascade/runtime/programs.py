@@ -15,6 +15,7 @@ from nemocascade.model.expert_parallel import check_experts
 from nemocascade.model.hybrid import Hybrid, init_params, logical_axes
 from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
 from nemocascade.model.router_bias import add_to_router_bias
+from nemocascade.model.routing import experts_of
 from nemocascade.model.sampling_weights import SHARDED, cast_products
 from nemocascade.rollout.engine import Engine
 from nemocascade.step.balance import RouterBalance
@@ -113,18 +114,21 @@ class Programs:
 
   @functools.cached_property
   def logprobs(self) -> Callable:
-    """(params, tokens_BT, segment_ids_BT, wanted_BT, temperature) -> logprobs_BT of the wanted tokens, 0 elsewhere."""
-    return self._by_rows(lambda *args: self.score_fn(*args[:4], temperature=args[4]).logprobs_BT)
+    """(params, tokens_BT, segment_ids_BT, wanted_BT, temperature) -> logprobs_BT of the wanted tokens, 0 elsewhere.
+
+    This and the next two take experts_BTY as one more argument, if the model is to replay them.
+    """
+    return self._by_rows(lambda *args: self.score_fn(*args[:4], None, None, *args[4:]).logprobs_BT)
 
   @functools.cached_property
   def states(self) -> Callable:
-    """(params, tokens_BT, segment_ids_BT) -> states_BTD of Hybrid.states."""
+    """(params, tokens_BT, segment_ids_BT[, experts_BTY]) -> states_BTD of Hybrid.states."""
     states = self._method("states")
     return self._by_rows(lambda *args: states(*args)[0])
 
   @functools.cached_property
   def likeliest(self) -> Callable:
-    """(params, tokens_BT, segment_ids_BT, wanted_BT, k, temperature) -> the result of Hybrid.likeliest."""
+    """(params, tokens_BT, segment_ids_BT, wanted_BT, k, temperature[, experts_BTY]) -> that of Hybrid.likeliest."""
     return self._by_rows(self._method("likeliest"), static_argnums=4)
 
   def _by_rows(self, fn: Callable, **how: Any) -> Callable:
@@ -158,53 +162,69 @@ class Programs:
   def _method(self, name: str) -> Callable:
     return lambda params, *args: self.model.apply({"params": params}, *args, method=name)
 
-  def engine(self, prompt_tokens: int, total_tokens: int) -> Engine:
-    """The engine for prompts of at most `prompt_tokens` and rows of at most `total_tokens`; cached."""
-    return self.once(("engine", prompt_tokens, total_tokens), lambda: self._engine(prompt_tokens, total_tokens))
+  def engine(self, prompt_tokens: int, total_tokens: int, *, records: bool = False) -> Engine:
+    """The engine for prompts of at most `prompt_tokens` and rows of at most `total_tokens`; cached.
 
-  def _engine(self, prompt_tokens: int, total_tokens: int) -> Engine:
+    Args:
+      records: whether it records the experts of each token; a model without routers has none.
+    """
+    records &= "E" in self.config.hybrid_override_pattern
+    key = prompt_tokens, total_tokens, records
+    return self.once(("engine", *key), lambda: self._engine(*key))
+
+  def _engine(self, prompt_tokens: int, total_tokens: int, records: bool) -> Engine:
+    model = Hybrid(dataclasses.replace(self.config, router_record=records), self.mesh)
+
+    recorded = "_recorded" if records else ""
+
     def prefill(params, tokens_BP, length_B, capacity):
-      return self.model.apply({"params": params}, tokens_BP, length_B, capacity, method="prefill")
+      return model.apply({"params": params}, tokens_BP, length_B, capacity, method=f"prefill{recorded}")
 
     def step(params, state, tokens_B, active_B):
-      return self.model.apply({"params": params}, state, tokens_B, active_B, method="step")
+      return model.apply({"params": params}, state, tokens_B, active_B, method="step")
 
     def extend(params, state, tokens_BT, length_B):
-      return self.model.apply({"params": params}, state, tokens_BT, length_B, method="extend")
+      return model.apply({"params": params}, state, tokens_BT, length_B, method=f"extend{recorded}")
 
     return Engine(
-      prefill, step, extend, row_axes, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
+      prefill, step, extend, row_axes, (lambda state: experts_of(state.units)) if records else None,
+      prompt_tokens=prompt_tokens, total_tokens=total_tokens,
       mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.sampling_template),
     )  # fmt: skip
 
   # Functions for training steps, which are jitted as a whole.
 
-  def score_fn(
-    self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None, temperature=1.0
-  ) -> Scores:
-    """A ScoreFn (see types.py) of the model."""
-    rows = tokens_BT, segment_ids_BT, wanted_BT
-    return self._apply(self.model, params, "score", *rows, distance, after, temperature)
+  @functools.cached_property
+  def score_fn(self) -> Callable:
+    """A ScoreFn (see types.py) of the model, whose routers replay the experts that they are given."""
+    return self._score_fn(self.model)
 
-  def score_fn_under(self, balance: RouterBalance) -> Callable:
-    """The score function of a training step. It computes the balance loss only if `balance` uses it."""
-    return self._balanced_score_fn if balance.has_loss else self.score_fn
+  def score_fn_under(self, balance: RouterBalance, *, replay: bool = True) -> Callable:
+    """The score function of a training step. It computes the balance loss only if `balance` uses it.
 
-  def _balanced_score_fn(
-    self, params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, temperature=1.0
-  ) -> Scores:
-    """score_fn whose result also has the routers' balance loss."""
-    model = Hybrid(dataclasses.replace(self.config, router_loss=True), self.mesh)
-    rows = tokens_BT, segment_ids_BT, wanted_BT
-    return self._apply(model, params, "score", *rows, distance, None, temperature)
+    Args:
+      replay: whether routers take given experts instead of their own choice; otherwise they only compare them.
+    """
+    fields = dict(router_loss=balance.has_loss, router_replay=replay)
+    return self._score_fn(Hybrid(dataclasses.replace(self.config, **fields), self.mesh))
+
+  def _score_fn(self, model: Hybrid) -> Callable:
+    def score(
+      params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, after=None, temperature=1.0, experts=None
+    ) -> Scores:
+      rows = tokens_BT, segment_ids_BT, wanted_BT
+      return self._apply(model, params, "score", *rows, distance, after, temperature, experts)
+
+    return score
 
   def reward_fn(self, params, tokens_BT, segment_ids_BT):
     """fp32 reward_B of rows of one document each, by the parameters of a reward model."""
     return RewardModel(self.config, self.mesh).apply({"params": params}, tokens_BT, segment_ids_BT)
 
-  def take_in_fn(self, params, prompts):
-    """A TakeInFn (see types.py) of the model."""
-    return self._apply(self.model, params, "take_in", prompts)
+  def take_in_fn_under(self, *, replay: bool = True) -> Callable:
+    """A TakeInFn (see types.py) of the model; `replay` as in score_fn_under."""
+    model = Hybrid(dataclasses.replace(self.config, router_replay=replay), self.mesh)
+    return lambda params, prompts: self._apply(model, params, "take_in", prompts)
 
   def _apply(self, model: Hybrid, params, method: str, *args):
     if self.mesh.size > 1:  # Gives gradients and their sums the parameters' shardings.

@@ -63,7 +63,8 @@ def sample(
     decided(prompts, "drawn prompts")
     too_long += left_out
     samples = episode.collect(
-      parts.programs.engine(r.prompt_tokens, r.total_tokens), weights, jax.random.fold_in(key, step * 100 + round_),
+      parts.programs.engine(r.prompt_tokens, r.total_tokens, records=recorded(c)), weights,
+      jax.random.fold_in(key, step * 100 + round_),
       rows, parts.domains, tokenizer=parts.text.tokenizer, G=r.completions, prompts=prompts,
       completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
       temperature=np.float32(r.temperature), top_p=r.top_p, exchange=exchange,
@@ -81,6 +82,11 @@ def sample(
   judged = [group for _, verdicts in rounds for group in verdicts]
   samples, verdicts = rewards.refill(rounds) if c.dynamic_filtering else rounds[0]
   return Sampled(samples, verdicts, judged, resharding, len(rounds), too_long, spent)
+
+
+def recorded(c: ConfigDict) -> bool:
+  """Whether the sampler of a stage records the experts of each token."""
+  return c.rollout.record_experts or c.rollout.replay or c.rollout.replay_teachers
 
 
 def sample_lines(sampled: Sampled, rollout: Rollout, count: int) -> list[dict]:

@@ -27,8 +27,9 @@ def scored_rows(programs: Programs) -> int:
 
 
 def over_rows(
-  programs: Programs, program: Program, samples: Samples, q: Sequence[int], into: Sequence[jax.Array] | None = None
-) -> Sequence[jax.Array]:
+  programs: Programs, program: Program, samples: Samples, q: Sequence[int], into: Sequence[jax.Array] | None = None,
+  *, replay: bool = False,
+) -> Sequence[jax.Array]:  # fmt: skip
   """Applies `program` to the samples of the prompts `q`, packed into batches of `scored_rows` rows.
 
   The host plans the packing of each device from lengths alone. No token moves to another device.
@@ -36,13 +37,15 @@ def over_rows(
   Args:
     q: indices of prompts.
     into: the result for other prompts, to which this one is added; it is donated.
+    replay: whether `program` gets the sampler's experts as one more argument.
 
   Returns:
     Each array of the program as [Q, G, T, ...], sharded like the samples' prompts; 0 for prompts not in q.
   """
   mesh, (Q, G, T), B = programs.mesh, samples.tokens_QGT.shape, scored_rows(programs)
-  names = ("tokens", "segment_ids", "mask")
-  arrays = programs.put((samples.tokens_QGT, samples.segment_ids_QGT, samples.loss_mask_QGT))
+  names = ("tokens", "segment_ids", "mask", *["experts"] * replay)
+  read = samples.tokens_QGT, samples.segment_ids_QGT, samples.loss_mask_QGT, *[samples.experts_QGTY] * replay
+  arrays = programs.put(read)
   documents, kept_QG = dict(zip(names, arrays, strict=True)), np.zeros((Q, G), bool)
   kept_QG[q] = True
   for places in placement.plan_batches(mesh, samples.length_QG, kept_QG, B=B, T=T):
@@ -63,20 +66,24 @@ def _zeros(programs: Programs, found: Sequence[jax.Array], QG: tuple[int, int]) 
 
 
 def score_rows(
-  programs: Programs, params: Params, samples: Samples, temperature, q: Sequence[int] | None = None
+  programs: Programs, params: Params, samples: Samples, temperature, q: Sequence[int] | None = None, *,
+  replay: bool = False,
 ) -> jax.Array:  # fmt: skip
   """fp32 logprobs_QGT of the sampled tokens of the prompts `q` (all of them by default); 0 on other tokens."""
-  program = lambda *rows: (programs.logprobs(params, *rows, temperature),)  # noqa: E731
-  return over_rows(programs, program, samples, range(len(samples.tokens_QGT)) if q is None else q)[0]
+  program = lambda *rows: (programs.logprobs(params, *rows[:3], temperature, *rows[3:]),)  # noqa: E731
+  return over_rows(programs, program, samples, range(len(samples.tokens_QGT)) if q is None else q, replay=replay)[0]
 
 
-def by_teachers(programs: Programs, teachers: Teachers, samples: Samples, program: Callable) -> Sequence[jax.Array]:
+def by_teachers(
+  programs: Programs, teachers: Teachers, samples: Samples, program: Callable, *, replay: bool = False
+) -> Sequence[jax.Array]:  # fmt: skip
   """Applies `program` to all samples, each prompt with the parameters of its domain's teacher.
 
   The teachers take turns on the devices: each checkpoint once, and afterwards none is left there.
 
   Args:
-    program: (params, tokens_BT, segment_ids_BT, wanted_BT) -> tuple of arrays [B, T, ...].
+    program: (params, tokens_BT, segment_ids_BT, wanted_BT[, experts_BTY]) -> tuple of arrays [B, T, ...].
+    replay: whether `program` gets the sampler's experts.
 
   Returns:
     Each array as [Q, G, T, ...].
@@ -84,7 +91,7 @@ def by_teachers(programs: Programs, teachers: Teachers, samples: Samples, progra
   out = None
   for q in teachers.by_checkpoint(samples.domains).values():
     params = teachers.params(samples.domains[q[0]])
-    out = over_rows(programs, lambda *rows, params=params: program(params, *rows), samples, q, out)
+    out = over_rows(programs, lambda *rows, params=params: program(params, *rows), samples, q, out, replay=replay)
     jax.block_until_ready(out)  # Otherwise the next teacher comes to the devices while this one is still needed.
     del params
     teachers.leave()

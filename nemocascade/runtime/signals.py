@@ -50,6 +50,11 @@ class Sources:
   reference: HostParams | None
   heads_ZDV: jax.Array | None
 
+  @property
+  def replays(self) -> bool:
+    """Whether teachers and reference take the experts that the sampler recorded."""
+    return self.c.rollout.replay_teachers
+
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
@@ -79,7 +84,8 @@ def _by_likeliest(c: ConfigDict) -> bool:
 
 def _reference(s: Sources, samples: Samples) -> dict:
   assert s.reference is not None  # open_sources loads it.
-  return dict(reference_logprobs_QGT=score_rows(s.programs, s.reference.put(), samples, s.temperature))
+  logprobs_QGT = score_rows(s.programs, s.reference.put(), samples, s.temperature, replay=s.replays)
+  return dict(reference_logprobs_QGT=logprobs_QGT)
 
 
 SIGNALS = (
@@ -92,13 +98,19 @@ SIGNALS = (
   Signal(
     "teacher_logprobs",
     lambda c: needs(c).teachers,
-    lambda s, samples: dict(teacher_logprobs_QGT=teacher_logprobs(s.programs, s.teachers, samples, s.temperature)),
+    lambda s, samples: dict(
+      teacher_logprobs_QGT=teacher_logprobs(s.programs, s.teachers, samples, s.temperature, replay=s.replays)
+    ),
   ),
-  Signal("teacher_states", by_states, lambda s, samples: teacher_states(s.programs, s.teachers, samples)),
+  Signal(
+    "teacher_states",
+    by_states,
+    lambda s, samples: teacher_states(s.programs, s.teachers, samples, replay=s.replays),
+  ),
   Signal(
     "teacher_likeliest",
     _by_likeliest,
-    lambda s, samples: teacher_likeliest(s.programs, s.teachers, samples, topk(s.c), s.temperature),
+    lambda s, samples: teacher_likeliest(s.programs, s.teachers, samples, topk(s.c), s.temperature, replay=s.replays),
   ),
   Signal("reference", lambda c: bool(c.kl_weight), _reference),
 )
@@ -158,22 +170,27 @@ def annotate(sampled: Sampled, signals: Sequence[Signal], s: Sources, phases: Ph
   return rollout, counts
 
 
-def teacher_logprobs(programs: Programs, teachers: Teachers, samples: Samples, temperature) -> jax.Array:
+def teacher_logprobs(
+  programs: Programs, teachers: Teachers, samples: Samples, temperature, *, replay: bool = False
+) -> jax.Array:  # fmt: skip
   """fp32 logprobs_QGT of the sampled tokens under the teacher of each prompt's domain; 0 on other tokens."""
-  program = lambda *args: (programs.logprobs(*args, temperature),)  # noqa: E731
-  return by_teachers(programs, teachers, samples, program)[0]
+  program = lambda *args: (programs.logprobs(*args[:4], temperature, *args[4:]),)  # noqa: E731
+  return by_teachers(programs, teachers, samples, program, replay=replay)[0]
 
 
-def teacher_likeliest(programs: Programs, teachers: Teachers, samples: Samples, k: int, temperature) -> dict:
+def teacher_likeliest(
+  programs: Programs, teachers: Teachers, samples: Samples, k: int, temperature, *, replay: bool = False
+) -> dict:  # fmt: skip
   """The teacher's k likeliest tokens at every sampled position, as the fields top_* of a Rollout."""
-  tokens, logprobs = by_teachers(programs, teachers, samples, lambda *args: programs.likeliest(*args, k, temperature))
+  program = lambda *args: programs.likeliest(*args[:4], k, temperature, *args[4:])  # noqa: E731
+  tokens, logprobs = by_teachers(programs, teachers, samples, program, replay=replay)
   return dict(top_tokens_QGTK=tokens, top_logprobs_QGTK=logprobs)
 
 
-def teacher_states(programs: Programs, teachers: Teachers, samples: Samples) -> dict:
+def teacher_states(programs: Programs, teachers: Teachers, samples: Samples, *, replay: bool = False) -> dict:
   """The teacher's hidden states from which each token is predicted, as the fields teacher_* of a Rollout."""
-  program = lambda params, *rows: (programs.states(params, *rows[:2]),)  # noqa: E731
-  (states,) = by_teachers(programs, teachers, samples, program)
+  program = lambda params, *rows: (programs.states(params, *rows[:2], *rows[3:]),)  # noqa: E731
+  (states,) = by_teachers(programs, teachers, samples, program, replay=replay)
   order = list(teachers.checkpoints())
   teacher_Q = np.array([order.index(teachers.of(name).checkpoint) for name in samples.domains], np.int32)
   return dict(teacher_states_QGTD=states, teacher_Q=teacher_Q)

@@ -84,7 +84,7 @@ class PolicyLoss:
 
     return self.score_fn(
       params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(self.distillation_weight),
-      **({"after": after} if after else {}), temperature=temperature,
+      **({"after": after} if after else {}), temperature=temperature, **_recorded(rows),
     )  # fmt: skip
 
   def _terms(self, scores: Scores, rows: Rows) -> tuple[jax.Array, jax.Array, Metrics]:
@@ -207,6 +207,11 @@ def rollout_metrics(r: Rollout) -> Metrics:
   }
 
 
+def _recorded(rows: Rows) -> dict[str, jax.Array]:
+  """The argument `experts` of a ScoreFn, if the sampler recorded them."""
+  return {"experts": rows["experts"]} if "experts" in rows else {}
+
+
 def sampler_gap(proximal_BT: jax.Array, rows: Rows, name: str) -> jax.Array:
   """proximal_BT less the sampler's log-probabilities rows[name], in nats, on learned tokens; 0 elsewhere."""
   return jnp.where(rows["mask"], proximal_BT - rows[name], 0.0)
@@ -250,7 +255,8 @@ def proximal_logprobs(
     how["after"] = (_given(take_in_fn)(params, prompts)[0], prompts.length_Q)
 
   def part(piece: Rows):
-    return (), score_fn(params, piece["tokens"], piece["segment_ids"], piece["mask"], **how).logprobs_BT
+    read = piece["tokens"], piece["segment_ids"], piece["mask"]
+    return (), score_fn(params, *read, **how, **_recorded(piece)).logprobs_BT
 
   _, logprobs = sum_over_parts(part, rows, accumulate)
   return logprobs.swapaxes(0, 1).reshape(rows["tokens"].shape)

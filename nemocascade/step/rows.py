@@ -45,6 +45,8 @@ def to_rows(r: Rollout, advantages_QGT: jax.Array, aggregation: Callable = loss.
   }
   if r.drawn_logprobs_QGT is not None:
     rows["drawn"] = flat(r.drawn_logprobs_QGT)
+  if r.experts_QGTY is not None:
+    rows["experts"] = flat(r.experts_QGTY)
   if r.reference_logprobs_QGT is not None:
     rows["reference"] = flat(r.reference_logprobs_QGT)
   learned = lambda a: jnp.where(mask_BT[..., None], flat(a), 0)  # noqa: E731
@@ -123,6 +125,6 @@ def after_prompts(rows: Rows, of: Lengths, *, mesh: Mesh, P: int, T: int) -> tup
   completions, prompts = placement.plan_prompts(mesh, of.length_QG, of.taught_QG, prompt_Q)
   Q, G = of.length_QG.shape
   cut = placement.pack(rows, put_rows(completions, mesh), mesh=mesh, Q=Q, B=Q * G, T=T)
-  read = {name: rows[name] for name in ("tokens", "segment_ids")}
-  tokens_QP = placement.pack(read, put_rows(prompts, mesh), mesh=mesh, Q=Q, B=Q, T=P)["tokens"]
-  return cut, Prompts(tokens_QP, put_rows(prompt_Q, mesh))
+  read = {name: rows[name] for name in ("tokens", "segment_ids", "experts") if name in rows}
+  taken = placement.pack(read, put_rows(prompts, mesh), mesh=mesh, Q=Q, B=Q, T=P)
+  return cut, Prompts(taken["tokens"], put_rows(prompt_Q, mesh), taken.get("experts"))
