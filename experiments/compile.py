@@ -260,7 +260,9 @@ def _one_document_rows(B: int, T: int, programs: Programs):
 def _rl_programs(c: ConfigDict, programs: Programs):
   r, p, struct = c.rollout, c.packing, jax.ShapeDtypeStruct
   Q, T, temperature = r.prompts, r.total_tokens, np.float32(r.temperature)
-  found = [*_sampling(programs, "", Q, r.completions, r.prompt_tokens, T, drawn=r.top_p < 1, section="rollout")]
+  found = [
+    *_sampling(programs, "", Q, r.completions, r.prompt_tokens, T, drawn=r.top_p < 1, section="rollout", slots=r.slots)
+  ]
   found += _scoring(c, programs)
   if checks.judged(c, c):
     e = c.evaluation
@@ -321,6 +323,7 @@ def _sampling(
   Args:
     prefix: of the programs' names.
     section: of the config, and what stands before its lengths' names, for advice.
+    slots: completions that are decoded at a time; 0 decodes all.
   """
   engine, struct, B = programs.engine(P, T), jax.ShapeDtypeStruct, Q * G
   prompts = _rows(programs, (struct((Q, P), jnp.int32), struct((Q,), jnp.int32)))
@@ -340,7 +343,7 @@ def _sampling(
     return engine.decode_fn.trace(weights, placed(d, engine.layout(B).places(d)), *scalars)
 
   yield Program(
-    f"{prefix}decode_step", ("decode", B, P, T, drawn), decode, Spent(sampled=B),
+    f"{prefix}decode_step", ("decode", B, S, P, T, drawn), decode, Spent(sampled=S),
     f"fewer sequences than {Q} x {G}, or {shorter('total_tokens', T)}", given,
   )  # fmt: skip
 

@@ -146,9 +146,13 @@ ROLLOUT = {
 def extended(monkeypatch):
   """Number of rows that got tool results, for each call of `Engine.extend`."""
   seen, extend = [], Engine.extend
-  monkeypatch.setattr(
-    Engine, "extend", lambda self, params, d, given: seen.append(len(given)) or extend(self, params, d, given)
-  )
+
+  def see(self, params, d, given):
+    if given:
+      seen.append(len(given))
+    return extend(self, params, d, given)
+
+  monkeypatch.setattr(Engine, "extend", see)
   return seen
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ from flax import struct
 
 from nemocascade.data import chat
 from nemocascade.data.tokenizer import IM_END, train_sentencepiece
-from nemocascade.domains.domain import Domain, one_by_one
+from nemocascade.domains.domain import Domain, Failed, one_by_one
 from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import UserError
+from nemocascade.rollout import rewards
 from nemocascade.rollout import samples as samples_file
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.episode import collect
@@ -32,7 +35,7 @@ TOKENIZER = train_sentencepiece(
 class Counter:
   """An environment whose tool counts its calls; each episode has its own world."""
 
-  max_turns = 3
+  max_turns, in_threads = 3, False
 
   def start(self, row):
     del row
@@ -49,12 +52,43 @@ def judge(row, completion):
   return Verdict(float(completion.content == "done"), "")
 
 
+class Beside(Counter):
+  """A Counter whose calls run in threads: all G episodes of a row must call at the same time."""
+
+  in_threads = True
+
+  def __init__(self):
+    self.meet = threading.Barrier(G, timeout=60)
+
+  def act(self, world, turn):
+    self.meet.wait()
+    return super().act(world, turn)
+
+
+class Troubled(Counter):
+  """A Counter whose call fails in the way that the row's last message names."""
+
+  in_threads = True
+
+  def start(self, row):
+    return [row["responses_create_params"]["input"][-1]["content"]]
+
+  def act(self, world, turn):
+    if not turn.tool_calls:
+      return None
+    if world[0] == "raise":
+      raise ValueError("no tool")
+    if world[0] == "hang":
+      time.sleep(60)
+    return ["done " * 200_000 if world[0] == "megabyte" else "the sum"]
+
+
 def domains(max_turns=3):
-  """A domain with a tool, and one of a single turn."""
+  """Domains with a tool, and one of a single turn."""
   verify = one_by_one(judge)
-  return {
-    "counter": Domain("counter", None, verify, Counter(), max_turns=max_turns),
-    "talk": Domain("talk", None, verify),
+  environments = {"counter": Counter(), "beside": Beside(), "troubled": Troubled()}
+  return {name: Domain(name, None, verify, env, max_turns=max_turns) for name, env in environments.items()} | {
+    "talk": Domain("talk", None, verify)
   }
 
 
@@ -128,12 +162,13 @@ CALLS = [
 SAYS = [assistant("the sum is two")]
 
 
-@pytest.mark.parametrize("thinking", [True, False])
-def test_tokens_and_mask_are_those_of_the_rendered_conversation(thinking):
-  rows, answers = [COUNTER, TALK], [CALLS, SAYS]
+@pytest.mark.parametrize("thinking, slots, name", [(True, 0, "counter"), (False, 0, "beside"), (True, 2, "counter")])
+def test_tokens_and_mask_are_those_of_the_rendered_conversation(thinking, slots, name):
+  rows, answers = [make_prompt(name, "add one", tools=TOOLS), TALK], [CALLS, SAYS]
   wanted = [conversation(r, a, thinking) for r, a in zip(rows, answers, strict=True)]
-  samples = run([tokens for tokens, _ in wanted], rows, thinking=thinking)
-  assert samples.tokens_QGT.shape == (2, G, T) and samples.domains == ["counter", "talk"]
+  samples = run([tokens for tokens, _ in wanted], rows, thinking=thinking, slots=slots)
+  assert samples.tokens_QGT.shape == (2, G, T) and samples.domains == [name, "talk"]
+  assert samples.metrics["speed/queued_occupancy"] > 0.5
   assert samples.finished_QG.all() and (samples.sampled_QG == samples.loss_mask_QGT.sum(-1)).all()
   for q, (tokens, loss_mask) in enumerate(wanted):
     end = np.flatnonzero(loss_mask)[-1] + 1  # The newline after the last turn is never sampled.
@@ -207,6 +242,22 @@ def test_an_episode_without_room_for_a_result_is_unfinished_and_ends_with_its_ca
   assert len(group[0].turns) == 1 and len(group[0].world) == 1
   assert not group[0].finished
   assert samples.segment_ids_QGT[0, 0].sum() == end
+
+
+def test_tools_that_raise_hang_or_return_a_megabyte_end_their_own_episodes_only():
+  rows = [make_prompt("troubled", how, tools=TOOLS) for how in ("raise", "hang", "megabyte", "say")]
+  calls = [CALLS[0], tool("the sum"), assistant("done")]
+  began = time.monotonic()
+  samples = run([conversation(row, calls, True)[0] for row in rows], rows, thinking=True, calls_s=4.0)
+  assert time.monotonic() - began < 50
+  raised, hung, large, sound = samples.completions
+  for group, why in ((raised, "ValueError: no tool"), (hung, "TookTooLong: no result within 4 s")):
+    assert all(c.world == Failed(f"tools failed: {why}") and len(c.turns) == 1 and not c.finished for c in group)
+  assert all(len(c.turns) == 1 and not c.finished and not isinstance(c.world, Failed) for c in large)
+  assert all(c.finished and c.content == "done" for c in sound)
+  verdicts = rewards.judge(samples, domains())
+  assert [[v.masked for v in group] for group in verdicts] == [[True] * G, [True] * G, [False] * G, [False] * G]
+  assert verdicts[1][0].reason.startswith("tools failed: TookTooLong") and verdicts[3][0].reward == 1
 
 
 def test_a_prompt_that_does_not_fit_is_refused():

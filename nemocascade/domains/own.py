@@ -162,6 +162,7 @@ class OwnEnvironment:
     """
     self._inner, self._where, self._limit_s, self._told = inner, where, limit_s, False
     self.max_turns = getattr(inner, "max_turns", MAX_TURNS)
+    self.in_threads = bool(getattr(inner, "in_threads", False))
 
   def start(self, row: Row) -> object:
     try:

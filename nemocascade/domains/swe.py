@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,12 @@ class Runner:
   """Runs programs in the sandbox; None creates one on first use."""
 
   def __init__(self, sandbox: Sandbox | None = None):
-    self.sandbox = sandbox
+    self.sandbox, self._lock = sandbox, threading.Lock()
 
   def run(self, programs: list[Program]) -> list[Result]:
-    if programs and self.sandbox is None:
-      self.sandbox = Sandbox()
+    with self._lock:
+      if programs and self.sandbox is None:
+        self.sandbox = Sandbox()
     return self.sandbox.run_batch(programs) if programs else []
 
 
@@ -66,6 +68,7 @@ class Editor:
   """The environment: the functions of SCHEMAS on the row's repository."""
 
   max_turns = 4  # Two turns of work and one to say "Done.", with one to spare for a failed call.
+  in_threads = True
 
   def __init__(self, sandbox: Sandbox | None = None):
     self.runner = Runner(sandbox)

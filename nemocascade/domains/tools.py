@@ -18,6 +18,7 @@ class Office:
   """The environment: each episode has its own workplace, filled from the row's `snapshot`."""
 
   max_turns = 4  # Two turns of work and one to say "Done.", with one to spare for a failed call.
+  in_threads = True
 
   def start(self, row: Row) -> Workplace:
     return Workplace(row.get("snapshot"))

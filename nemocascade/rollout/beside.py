@@ -75,8 +75,7 @@ class Beside:
         wait = False
         if self._running.get(work.name) is work:  # Otherwise it was left behind.
           del self._running[work.name]
-          self.busy_s += seconds
-          found.append((work.name, result, error))
+          found.append((work.name, result, error, seconds))
     for work in [work for work in self._running.values() if time.monotonic() > work.deadline]:
       del self._running[work.name]
       found.append((work.name, None, TookTooLong(f"no result within {work.limit_s:g} s"), work.limit_s))

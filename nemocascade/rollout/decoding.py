@@ -53,6 +53,7 @@ class Decoding(struct.PyTreeNode):
   parked_B: jax.Array  # int32; its place among the parked, or -1.
   prompt_B: jax.Array  # int32; its place among the prompts.
   row_id_B: jax.Array  # int32; selects the request's random numbers.
+  order_B: jax.Array  # int32; of the requests that wait, the lowest gets the next slot.
   options: Options  # Arrays [B].
 
   counts: Counts
@@ -67,8 +68,8 @@ class Decoding(struct.PyTreeNode):
 BY_SLOT = ("row_S", "logits_SV", "state")
 BY_ROW = (
   "tokens_BT", "sampled_BT", "behaviour_logprobs_BT", "known_B", "limit_B", "done_B", "failed_B", "held_B", "waiting_B",
-  "parked_B", "prompt_B", "row_id_B", "options", "drawn_logprobs_BT", "likeliest_tokens_BTK", "likeliest_logprobs_BTK",
-  "experts_BTY",
+  "parked_B", "prompt_B", "row_id_B", "order_B", "options", "drawn_logprobs_BT", "likeliest_tokens_BTK",
+  "likeliest_logprobs_BTK", "experts_BTY",
 )  # fmt: skip
 
 

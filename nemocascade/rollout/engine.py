@@ -50,7 +50,7 @@ class Engine:
     params_places: the parameters' sharding, or a tree of shardings; replicated by default.
 
   Attributes:
-    start_fn, decode_fn, extend_fn, shrink_fn: the jitted programs; see loop.py.
+    start_fn, decode_fn, extend_fn, admit_fn, shrink_fn: the jitted programs; see loop.py.
     mesh: the mesh of the rows.
 
   Raises:
@@ -80,11 +80,13 @@ class Engine:
     model = loop.Model(prefill_fn, step_fn, extend_fn or loop.by_steps(step_fn), axes, experts_fn)
     self.layout = functools.cache(lambda B: Layout(self.mesh, B, axes))
     self.chunk = min(CHUNK, total_tokens)
-    self._ready: set = set()  # Shapes whose programs with fewer slots are compiled.
+    self._ready: set = set()  # Shapes of Decodings whose programs with fewer slots are compiled.
+    self._extends: set = set()  # Shapes of Decodings for which extend_fn is compiled.
     of = lambda fn, *more: functools.partial(fn, model, self.layout, *more)  # noqa: E731
     self.start_fn = jax.jit(of(loop.start, self.T), static_argnums=(5, 6, 7, 8, 9))
     self.decode_fn = jax.jit(of(loop.decode, self.stop_ids), donate_argnums=1)
     self.extend_fn = jax.jit(of(loop.extend), donate_argnums=1)
+    self.admit_fn = jax.jit(of(loop.admit, self.P), donate_argnums=1)
     self.shrink_fn = jax.jit(of(loop.shrink), static_argnums=1)
 
   def start(
@@ -126,18 +128,21 @@ class Engine:
   def _placed(self, params: Params) -> Params:
     return jax.device_put(params, self._params_places)
 
-  def decode(self, params: Params, d: Decoding, key: jax.Array, ticks: int = NEVER) -> Decoding:
+  def decode(
+    self, params: Params, d: Decoding, key: jax.Array, ticks: int = NEVER, *, shrinks: bool = True
+  ) -> Decoding:
     """Decodes until every request is done, for at most `ticks` tokens each. `d` is donated.
 
-    When few requests are left, the Decoding goes on with fewer slots.
+    When few requests are left, the Decoding goes on with fewer slots, if it `shrinks`.
 
     Arrays of `d` may be numpy arrays of all rows; each process copies those of its own devices.
     """
     params, d, B = self._placed(params), self._put(d), d.known_B.shape[0]
     shards = self.layout(B).shards
-    self._compile_smaller(params, d, key)
+    if shrinks:
+      self._compile_smaller(params, d, key)
     while True:
-      fewer = self._smaller(d)
+      fewer = self._smaller(d) if shrinks else 0
       d, ran_3 = self.decode_fn(params, d, key, np.int32(ticks), np.int32(fewer // shards if fewer else -1))
       if not fewer:
         return d
@@ -149,6 +154,31 @@ class Engine:
         d = self.shrink_fn(d, fewer)
         fewer = self._smaller(d)
 
+  def empty(self, params: Params, requests: int, slots: int, likeliest: int = 0) -> Decoding:
+    """A Decoding whose requests are all over, to be replaced by `admit`. It must have fewer slots than requests."""
+    options = Options(top_p=0.5)  # So that drawn_logprobs_BT are recorded.
+    d = self.start(params, [[0]] * requests, 1, options=options, slots=slots, likeliest=likeliest)
+    if d.prompts is None:
+      raise UserError(f"{requests} requests need fewer slots than {len(d.row_S)}")
+    return d.replace(waiting_B=np.zeros(requests, bool), done_B=np.ones(requests, bool))
+
+  def admit(
+    self, params: Params, d: Decoding, prompts: Mapping[int, Sequence[int]], width: int, **fields: Any
+  ) -> Decoding:
+    """Puts new requests in the place of requests that are over. `d` is donated; it is one of `empty`, on one device.
+
+    Args:
+      prompts: number of the request that is replaced -> its prompt, of 1 to `width` tokens; at most TOGETHER.
+      width: each width compiles once.
+      fields: limit_B, held_B, row_id_B, order_B and options: arrays with a value for each prompt, in their order.
+    """
+    R, B = TOGETHER, d.known_B.shape[0]
+    tokens_RP, length_R, row_R = np.zeros((R, width), np.int32), np.ones(R, np.int32), np.full(R, B, np.int32)
+    for i, (b, prompt) in enumerate(prompts.items()):
+      tokens_RP[i, : len(prompt)], length_R[i], row_R[i] = prompt, len(prompt), b
+    filled = jax.tree.map(lambda a: np.pad(a, (0, R - len(a))), fields)
+    return self.admit_fn(self._placed(params), self._put(d), tokens_RP, length_R, row_R, filled)
+
   def _smaller(self, d: Decoding) -> int:
     """The next smaller number of slots that the Decoding may go on with, or 0."""
     half, layout = d.row_S.shape[0] // 2, self.layout(d.known_B.shape[0])
@@ -156,12 +186,14 @@ class Engine:
 
   def _compile_smaller(self, params: Params, d: Decoding, key: jax.Array) -> None:
     """Compiles the programs with fewer slots at the first call with these shapes, so that none compiles later."""
-    shapes = jax.tree.structure(d), tuple((a.shape, a.dtype) for a in jax.tree.leaves(d))
-    if shapes in self._ready:
+    if (shapes := _shapes(d)) in self._ready:
       return
     self._ready.add(shapes)
+    extends = shapes in self._extends
     while fewer := self._smaller(d):
       d, _ = self.decode_fn(params, self.shrink_fn(d, fewer), key, np.int32(0), np.int32(-1))
+      if extends:
+        d = self.extend(params, d, {})
 
   def extend(self, params: Params, d: Decoding, given: Mapping[int, Sequence[int]]) -> Decoding:
     """Appends tokens (tool results) to requests that are done and held, and lets them go on. `d` is donated.
@@ -170,15 +202,18 @@ class Engine:
 
     Args:
       given: number of the request -> tokens. All processes give the same requests and numbers of tokens; which
-        tokens matters only for the rows of a process's own devices.
+        tokens matters only for the rows of a process's own devices. If it is empty, the program is compiled, and
+        nothing changes; called before the first `decode`, this compiles it for fewer slots too.
     """
     layout, params, d = self.layout(d.known_B.shape[0]), self._placed(params), self._put(d)
     own, r = d.known_B.shape[0] // layout.shards, min(TOGETHER, d.known_B.shape[0] // layout.shards)
     left: list[list[tuple[int, list[int]]]] = [[] for _ in range(layout.shards)]
     for b, tokens in given.items():
       left[b // own].append((b % own, list(tokens)))
-    place = NamedSharding(self.mesh, layout.cut)
-    while any(left):
+    place, compiled = NamedSharding(self.mesh, layout.cut), _shapes(d) in self._extends
+    self._extends.add(_shapes(d))
+    while any(left) or not compiled:
+      compiled = True
       row_R = np.full((layout.shards, r), own, np.int32)
       tokens_RW = np.zeros((layout.shards, r, self.chunk), np.int32)
       length_R, total_R = np.zeros_like(row_R), np.zeros_like(row_R)
@@ -195,6 +230,10 @@ class Engine:
 
   def _put(self, d: Decoding) -> Decoding:
     return jax.tree.map(_put, d, self.layout(d.known_B.shape[0]).places(d))
+
+
+def _shapes(d: Decoding) -> tuple:
+  return jax.tree.structure(d), tuple((a.shape, a.dtype) for a in jax.tree.leaves(d))
 
 
 def _put(array: jax.Array | np.ndarray, place: jax.sharding.Sharding) -> jax.Array:

@@ -92,6 +92,8 @@ def collect(
   options = Options(temperature, top_p=top_p)
   d = engine.start(params, prompts, G, options=options, slots=slots, held=held_B)
   slots = len(d.row_S)
+  if held_B.any():
+    d = engine.extend(params, d, {})  # Compiles it.
   if completion_tokens is not None:
     limit_B = np.minimum(limit_B, prompt_B + np.int32(completion_tokens))
     d = d.replace(limit_B=limit_B)
@@ -246,15 +248,15 @@ class _Run:
     episode.world, self.held_B[b] = Failed(why), False
 
   def metrics(self, d: Decoding, slots: int) -> dict[str, float]:
-    """What the sampling has cost, "rollout/<name>"."""
+    """What the sampling has cost in this process; what depends on how long tools take is under speed/ and time/."""
     c = jax.tree.map(int, d.counts)
     return {
-      "rollout/ticks": float(c.ticks),
-      "rollout/occupancy": c.busy / max(c.ticks * slots, 1),
-      "rollout/queued_occupancy": c.queued_busy / max(c.queued_ticks * slots, 1) if c.queued_ticks else 1.0,
-      "rollout/decode_s": self.decode_s,
-      "rollout/host_s": self.host_s,
-      "rollout/tools_s": self.tools_s,
+      "speed/ticks": float(c.ticks),
+      "speed/occupancy": c.busy / max(c.ticks * slots, 1),
+      "speed/queued_occupancy": c.queued_busy / max(c.queued_ticks * slots, 1) if c.queued_ticks else 1.0,
+      "time/decode": self.decode_s,
+      "time/host": self.host_s,
+      "time/tools": self.tools_s,
     }
 
 

@@ -99,6 +99,7 @@ def start(
     parked_B=jnp.full((B,), -1, jnp.int32),
     prompt_B=own_B // (G // copies),
     row_id_B=jnp.arange(B, dtype=jnp.int32),
+    order_B=own_B,
     options=options,
     counts=Counts(scalar(), scalar(), scalar(), scalar()),
     drawn_logprobs_BT=zeros(B, T) if drawn else None,
@@ -163,11 +164,12 @@ def _park(axes: Any, f: dict) -> dict:
 
 def _refill(axes: Any, f: dict, pool: Pool, place_B, ready_B) -> dict:
   """Gives free slots to requests that are ready, in their order, with their states of the pool."""
-  B = ready_B.shape[0]
+  B, order_B = ready_B.shape[0], f["order_B"]
+  last = jnp.iinfo(order_B.dtype).max
 
   def one(c):
     row_S, state, logits_SV, ready_B = c
-    s, b = jnp.argmax(row_S >= B), jnp.argmax(ready_B)
+    s, b = jnp.argmax(row_S >= B), jnp.argmin(jnp.where(ready_B, order_B, last))
     state = copy_row(pool.state, place_B[b], state, s, axes)
     logits_SV = logits_SV.at[s].set(pool.logits_KV[place_B[b]])
     return row_S.at[s].set(b.astype(jnp.int32)), state, logits_SV, ready_B.at[b].set(False)
@@ -212,7 +214,7 @@ def _note(f: dict, new_S, place_S, experts_SY) -> tuple[dict]:
   return (f | {"experts_BTY": f["experts_BTY"].at[row_S, place_S].set(experts_SY, mode="drop")},)
 
 
-SETTLED = ("row_S", "done_B", "failed_B", "held_B", "waiting_B", "parked_B", "prompt_B", "known_B")
+SETTLED = ("row_S", "done_B", "failed_B", "held_B", "waiting_B", "parked_B", "prompt_B", "order_B", "known_B")
 MOVED = ("state", "logits_SV", "prompts", "parked")
 
 
@@ -267,6 +269,51 @@ def decode(
   goes_on = lambda carry: jnp.any(carry[2]) & (carry[0] < ticks) & (carry[3][0] > least)
   i, d, busy_S, load_2 = jax.lax.while_loop(goes_on, tick, (jnp.int32(0), *settle(d)))
   return d, jnp.stack([i, load_2[0], jnp.sum(busy_S, dtype=jnp.int32)])
+
+
+def admit(
+  model: Model, layout_of: Callable[[int], Layout], places: int, params: Params, d: Decoding, tokens_RP, length_R,
+  row_R, fields_R,
+) -> Decoding:  # fmt: skip
+  """Puts R new requests in the place of requests that are over; they wait for a slot.
+
+  Args:
+    places: those of the key-value caches of the prompts of `d`.
+    row_R: the requests that are replaced; a number that does not exist is ignored.
+    fields_R: name of a field of d -> its values for the new requests.
+  """
+  layout, (R, P) = layout_of(d.known_B.shape[0]), tokens_RP.shape
+  assert d.prompts is not None
+  logits_RV, state = model.prefill(params, tokens_RP, length_R, places)
+  axes, of_state, cut = model.axes(state), layout.of_state(state), layout.cut
+  fields_R = fields_R | {
+    "tokens_BT": jnp.pad(tokens_RP, ((0, 0), (0, d.tokens_BT.shape[1] - P))), "known_B": length_R, "prompt_B": row_R,
+    "parked_B": jnp.full(R, -1, jnp.int32), "waiting_B": jnp.ones(R, bool),
+  }  # fmt: skip
+  reset = (
+    "sampled_BT",
+    "behaviour_logprobs_BT",
+    "done_B",
+    "failed_B",
+    *(n for n in OPTIONAL if getattr(d, n) is not None),
+  )
+  fields_R |= {name: jnp.zeros((R, *getattr(d, name).shape[1:]), getattr(d, name).dtype) for name in reset}
+
+  def put(f, state, logits_RV, row_R, fields_R):
+    pool, row_S, B = f["prompts"], f["row_S"], f["known_B"].shape[0]
+    # A request that was ended between two looks may still have its slot.
+    row_S = jnp.where(jnp.any(row_S[:, None] == row_R[None], axis=1), B, row_S)
+    f = {name: put_rows(f[name], row_R, new, jax.tree.map(lambda _: 0, new)) for name, new in fields_R.items()}
+    logits_KV = pool.logits_KV.at[row_R].set(logits_RV, mode="drop")
+    return (f | {"row_S": row_S, "prompts": Pool(put_rows(pool.state, row_R, state, axes), logits_KV)},)
+
+  names = ("prompts", "row_S", *fields_R)
+  given = of_state, cut, cut, jax.tree.map(lambda _: cut, fields_R)
+  (f,) = layout.own(put, d, names, given=given)(d, state, logits_RV, row_R, fields_R)
+  return layout.constrain(d.replace(**f))
+
+
+OPTIONAL = ("drawn_logprobs_BT", "likeliest_tokens_BTK", "likeliest_logprobs_BTK")
 
 
 def shrink(model: Model, layout_of: Callable[[int], Layout], d: Decoding, S: int) -> Decoding:

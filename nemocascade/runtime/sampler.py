@@ -26,23 +26,23 @@ class Sampled:
 
   Attributes:
     judged: the verdicts of all rounds, those of groups that were not kept included.
-    resharding: metrics of making the sampler's weights.
     rounds: batches that were sampled.
     too_long: prompts that were skipped because they are too long.
     spent: tokens that all rounds have cost.
+    cost: metrics of making the sampler's weights and of the last round's decoding, in this process.
   """
 
   samples: Samples
   verdicts: rewards.Verdicts
   judged: rewards.Verdicts
-  resharding: Mapping[str, float]
   rounds: int
   too_long: int
   spent: Spent
+  cost: Mapping[str, float]
 
   @property
   def metrics(self) -> dict[str, float]:
-    return {"rollout/rounds": self.rounds, "rollout/too_long_prompts": self.too_long, **self.resharding}
+    return {"rollout/rounds": self.rounds, "rollout/too_long_prompts": self.too_long, **self.cost}
 
 
 def sample(
@@ -67,7 +67,8 @@ def sample(
       jax.random.fold_in(key, step * 100 + round_),
       rows, parts.domains, tokenizer=parts.text.tokenizer, G=r.completions, prompts=prompts,
       completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
-      temperature=np.float32(r.temperature), top_p=r.top_p, exchange=exchange,
+      temperature=np.float32(r.temperature), top_p=r.top_p, slots=r.slots, calls_s=r.calls_s, episode_s=r.episode_s,
+      exchange=exchange,
     )  # fmt: skip
     decided([samples.length_QG.tolist(), samples.sampled_QG.tolist(), samples.finished_QG.tolist()], "ends of episodes")
     phases.end("rollout")
@@ -81,7 +82,8 @@ def sample(
   decided(len(rounds), "rounds")
   judged = [group for _, verdicts in rounds for group in verdicts]
   samples, verdicts = rewards.refill(rounds) if c.dynamic_filtering else rounds[0]
-  return Sampled(samples, verdicts, judged, resharding, len(rounds), too_long, spent)
+  cost = resharding | rounds[-1][0].metrics
+  return Sampled(samples, verdicts, judged, len(rounds), too_long, spent, cost)
 
 
 def recorded(c: ConfigDict) -> bool:
