@@ -206,9 +206,11 @@ def test_a_stage_whose_prompts_are_shared_learns_what_it_learns_when_they_are_re
   with shared.unlocked():
     shared.steps = 1
     shared.packing.update(rows=8, row_tokens=c.rollout.total_tokens, pieces=2, shared_prompts=True)
+    shared.rollout.record_experts = True
   assert moved(rl.run(shared, root / "shared" / "if_rl", p, start), start)
   assert asked["completion_tokens"] == shared.packing.row_tokens  # A completion must fit in its row.
   (got,), expected = lines(root / "shared" / "if_rl"), lines(root / "whole" / "if_rl")[0]
+  assert got["expert/agreement"] > 0.99 and "expert/agreement" not in expected
   # Router loads differ, because the tokens of a prompt are counted once; these metrics must agree.
   for name in [n for n in expected if n.split("/")[0] in ("loss", "norm", "policy", "reward", "advantage", "tokens")]:
     np.testing.assert_allclose(got[name], expected[name], rtol=2e-3, atol=1e-5, err_msg=name)
@@ -219,10 +221,12 @@ def test_several_updates_a_batch_are_counted_as_one_step_and_all_learn(stage):
   twice = c.copy_and_resolve_references()
   with twice.unlocked():
     twice.updates, twice.steps, twice.ratio = 2, 1, "token_clip"
+    twice.rollout.replay = True
   outcome = rl.run(twice, root / "twice", p, start)
   (line,) = lines(root / "twice")
   assert change(outcome, start) > 1.5e-3 and line["step/skipped_nonfinite"] == 0
   assert line["policy/sampler_error"] < 1e-4  # Measured with the policy that sampled, before both updates.
+  assert line["expert/agreement"] > 0.999  # So is this; after an update other experts are chosen.
   assert outcome.steps == 1 and len(lines(root / "twice")) == 1
   assert int(Store(root / "twice" / "checkpoints").latest()) == 1
   assert rl.run(twice, root / "twice", p, start).steps == 1  # The stage is finished, so nothing runs again.

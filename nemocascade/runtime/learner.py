@@ -7,9 +7,13 @@ import numpy as np
 
 from nemocascade.runtime.objective import rows_program, settings, step_program
 from nemocascade.runtime.signals import Sources
+from nemocascade.step.mismatch import AGREEMENT
 from nemocascade.step.rows import Rows, after_prompts, lengths_of, pack_rows
 from nemocascade.step.update import SKIPPED
 from nemocascade.types import Metrics, Prompts, Rollout, TrainState
+
+# Metrics of a batch's first update, which has the sampler's parameters; others are those of the last one.
+FIRST = (AGREEMENT,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +74,9 @@ def learn(state: TrainState, batch: TrainingRows, s: Sources) -> tuple[TrainStat
     if updates > 1:
       rows["proximal"] = proximal_fn(state.params, rows, batch.prompts, s.temperature)
     for _ in range(updates):
-      state, metrics = step_fn(state, rows, batch.count, s.heads_ZDV, batch.prompts, s.temperature)
-      skipped.append(metrics[SKIPPED])
+      state, found = step_fn(state, rows, batch.count, s.heads_ZDV, batch.prompts, s.temperature)
+      skipped.append(found[SKIPPED])
+      metrics = found | {name: metrics[name] for name in FIRST if name in metrics}
     skipped = jax.device_get(skipped)
     metrics[SKIPPED] = sum(skipped)
   return state, {name: float(x) for name, x in jax.device_get(metrics | batch.metrics).items()}, skipped

@@ -10,7 +10,8 @@ from nemocascade.state_files import place
 from nemocascade.store import hf
 
 # How a run computes rather than what it computes: these fields stay those of the config.
-HOW = ("dtype", "param_dtype", "remat", "chunk_size", "router_loss", "sequence_parallel", "sampling_weights")
+ROUTERS = ("router_loss", "router_record", "router_replay")
+HOW = ("dtype", "param_dtype", "remat", "chunk_size", "sequence_parallel", "sampling_weights", *ROUTERS)
 
 
 def take_model(c: ConfigDict) -> None:

@@ -12,6 +12,7 @@ from nemocascade.step.loss import bounded_exp, k3
 from nemocascade.types import Metrics, Routing
 
 FAR = 2.0  # A completion is far off if its tokens' probabilities differ by more than this factor on average.
+AGREEMENT = "expert/agreement"
 PLACES = (0, 64, 512, 4096, 32768)  # The first learned token of each part of a completion that has its own mean.
 
 
@@ -77,5 +78,5 @@ def metrics(of_batch: Metrics, largest: jax.Array, routing: Routing | None) -> M
   starts = [name.removeprefix("tokens_") for name in s if name.startswith("tokens_")]
   found |= {f"sampler_error/from_{n}": share(s[f"error_{n}"], s[f"tokens_{n}"]) for n in starts}
   if routing is not None and routing.recorded_L is not None:
-    found["expert/agreement"] = share(jnp.sum(routing.agreed_L), jnp.sum(routing.recorded_L))
+    found[AGREEMENT] = share(jnp.sum(routing.agreed_L), jnp.sum(routing.recorded_L))
   return found
