@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nemocascade.kernels import attention_tpu
 from nemocascade.kernels.attention import attention, attention_ref, cached, decode_attention
 from nemocascade.kernels.attention_blocks import blocks_touched
 
 B, T, K, R, H = 2, 22, 2, 3, 4
 PACKINGS = {"one": [1] * 22, "several": [1] * 3 + [2] * 9 + [3] * 10, "padded": [1] * 8 + [2] * 9 + [0] * 5}
+
+
+@pytest.fixture(autouse=True)
+def several_parts_of_a_block(monkeypatch):
+  """The TPU form handles the keys of a block of 4 in two parts."""
+  monkeypatch.setattr(attention_tpu, "PART", 2)
 
 
 def inputs(packing, dtype=jnp.float32):

@@ -17,6 +17,8 @@ from nemocascade.kernels.attention_blocks import MASKED, aligned
 from nemocascade.kernels.pallas_product import VMEM, like
 from nemocascade.kernels.product import precision
 
+LOG2E = 1.4426950408889634
+PART = 128  # Keys whose products are computed while the softmax of those before runs.
 MOST_VISITS = 1 << 17  # Entries of a list of visits, of 4 bytes each, in scalar memory.
 # A visit is one int32: flags in the low bits, then the block of keys, then the block of queries of all rows.
 FIRST, LAST, WHOLE, FLAG_BITS, KEY_BITS = 1, 2, 4, 3, 13
@@ -111,17 +113,27 @@ def _dot(a, b, over: tuple[int, int]):
   )
 
 
-def _scores(q_ref, k_ref, ids_q_ref, ids_k_ref, code, N: int, M: int, masked: bool):
-  """fp32 scores_MN of a visit, [keys, queries]."""
-  score_MN = _dot(k_ref[...], q_ref[...], (1, 1)) * q_ref.shape[-1] ** -0.5
+def _products(q_ref, k_ref, ids_q_ref, ids_k_ref, code, N: int, M: int, masked: bool, keys=None):
+  """fp32 products_MN of a visit's keys and queries, MASKED where they may not see each other.
+
+  Args:
+    keys: a slice of the block's keys with a start and an end, or None for all.
+  """
+  block = q_ref.shape[0]
+  keys = keys or slice(0, block)
+  product_MN = _dot(k_ref[keys, :], q_ref[...], (1, 1))
   if not masked:
-    return score_MN
-  block = score_MN.shape[0]
-  # How many tokens the block of queries lies behind the block of keys.
-  behind = (jax.lax.rem(_row(code), N) + M - N - _key(code)) * block
-  n, m = (jax.lax.broadcasted_iota(jnp.int32, score_MN.shape, axis) for axis in (1, 0))
-  see_MN = (ids_k_ref[...] == ids_q_ref[...]) & (n + behind >= m)
-  return jnp.where(see_MN, score_MN, MASKED)
+    return product_MN
+  # How many tokens the block of queries lies behind these keys.
+  behind = (jax.lax.rem(_row(code), N) + M - N - _key(code)) * block - keys.start
+  n, m = (jax.lax.broadcasted_iota(jnp.int32, product_MN.shape, axis) for axis in (1, 0))
+  see_MN = (ids_k_ref[keys, :] == ids_q_ref[...]) & (n + behind >= m)
+  return jnp.where(see_MN, product_MN, MASKED)
+
+
+def _scores(q_ref, *args):
+  """fp32 scores_MN of a visit, [keys, queries]; the arguments are those of _products."""
+  return _products(q_ref, *args) * q_ref.shape[-1] ** -0.5
 
 
 def _for_mask(code, body):
@@ -139,24 +151,34 @@ def _forward_kernel(code_V, q_ref, k_ref, v_ref, ids_q_ref, ids_k_ref, y_ref, ls
     total[...] = jnp.zeros_like(total)
     sums[...] = jnp.zeros_like(sums)
 
+  bits = q_ref.shape[-1] ** -0.5 * LOG2E  # A product times this is a score in powers of two.
+
   def visit(masked: bool):
-    score_MN = _scores(q_ref, k_ref, ids_q_ref, ids_k_ref, code, N, M, masked)
-    old = most[...]
-    new = jnp.maximum(old, jnp.max(score_MN, axis=0, keepdims=True))
-    prob_MN = jnp.exp(score_MN - new)
-    if masked:  # A query that sees no key of this block has `new` = MASKED, and exp(0) = 1.
-      prob_MN = jnp.where(score_MN > MASKED / 2, prob_MN, 0.0)
-    scale = jnp.exp(old - new)
-    most[...] = new
-    total[...] = total[...] * scale + jnp.sum(prob_MN, axis=0, keepdims=True)
-    sums[...] = sums[...] * scale + _dot(v_ref[...], prob_MN.astype(v_ref.dtype), (0, 0))
+    block = q_ref.shape[0]
+    part = PART if not masked and block % PART == 0 else block  # With masks, parts take longer than the whole.
+    parts = [slice(start, start + part) for start in range(0, block, part)]
+    products = functools.partial(_products, q_ref, k_ref, ids_q_ref, ids_k_ref, code, N, M, masked)
+    ahead = products(parts[0])
+    for keys, after in zip(parts, [*parts[1:], None], strict=True):
+      product_MN = ahead
+      if after is not None:  # In front of the softmax that it overlaps with.
+        ahead = products(after)
+      old = most[...]
+      new = jnp.maximum(old, jnp.max(product_MN, axis=0, keepdims=True) * bits)
+      prob_MN = jnp.exp2(product_MN * bits - new)
+      if masked:  # A query that has seen no key has `new` near MASKED, and exp2(0) = 1.
+        prob_MN = jnp.where(product_MN > MASKED / 2, prob_MN, 0.0)
+      scale = jnp.exp2(old - new)
+      most[...] = new
+      total[...] = total[...] * scale + jnp.sum(prob_MN, axis=0, keepdims=True)
+      sums[...] = sums[...] * scale + _dot(v_ref[keys, :], prob_MN.astype(v_ref.dtype), (0, 0))
 
   _for_mask(code, visit)
 
   @pl.when(_is(code, LAST))
   def _():
     y_ref[...] = jnp.transpose(sums[...] / total[...]).astype(y_ref.dtype)
-    lse_ref[...] = most[...] + jnp.log(total[...])
+    lse_ref[...] = most[...] / LOG2E + jnp.log(total[...])
 
 
 def _dscores(score_MN, dy_ref, v_ref, lse_ref, mean_ref, dtype):
