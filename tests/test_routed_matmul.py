@@ -13,7 +13,7 @@ from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul as kernel
 from nemocascade.kernels import routed_matmul_gpu as gpu
 from nemocascade.kernels import routed_matmul_tpu as tpu
-from nemocascade.kernels.groups import group_bounds, group_tiles, in_halves, tile_visits
+from nemocascade.kernels.groups import group_bounds, group_tiles, in_halves, parts_of_visits, tile_visits
 from nemocascade.kernels.routed_matmul_blocked import FEWEST, MOST, choose_block
 from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile
 from nemocascade.kernels.routed_mlp_padded import capacity
@@ -118,22 +118,26 @@ def test_every_row_is_visited_once_by_its_own_group():
 
 
 @settings(deadline=None, max_examples=20)
-@given(sizes=st.lists(st.integers(0, 40), min_size=4, max_size=4), before=st.integers(0, 20))
-def test_two_halves_have_every_visit_once_and_equal_rows_but_for_a_tile(sizes, before):
-  N, tile = 200, 8
+@given(sizes=st.lists(st.integers(0, 40), min_size=4, max_size=4), before=st.integers(0, 20), whole=st.booleans())
+def test_two_halves_have_every_visit_once_and_equal_work_but_for_a_tile(sizes, before, whole):
+  N, tile, part = 200, 8, 4
   bounds = before + group_bounds(jnp.array(sizes, jnp.int32), N, 4)
-  group_V, tile_V, count = (np.asarray(a) for a in tile_visits(bounds[:-1], bounds[1:], N, tile, empty=True))
-  first_H, last_H = (np.asarray(a) for a in in_halves(jnp.asarray(tile_V), jnp.asarray(count), bounds, N, tile))
-  visits = [list(range(first, last)) for first, last in zip(first_H, last_H, strict=True)]
-  assert sum(visits, []) == list(range(count)) and all(visits)
-  bounds = np.asarray(bounds)
-  low_V, high_V = np.maximum(bounds[group_V], tile_V * tile), np.minimum(bounds[group_V + 1], (tile_V + 1) * tile)
-  rows = [np.maximum(high_V - low_V, 0)[of].sum() for of in visits]
-  assert sum(rows) == sum(sizes) and abs(rows[0] - rows[1]) <= tile
+  group_V, tile_V, count = tile_visits(bounds[:-1], bounds[1:], N, tile, empty=True)
+  work_V = parts_of_visits(bounds[:-1], bounds[1:], group_V, tile_V, tile, part)
+  first_H, last_H = in_halves(work_V, tile_V, count, whole_tiles=whole)
+  visits = [list(range(first, last)) for first, last in zip(first_H.tolist(), last_H.tolist(), strict=True)]
+  assert all(visits) and (sum(visits, []) == list(range(count)) or len(set(tile_V[:count].tolist())) == 1)
+  rows = [{(int(tile_V[v]) * tile + i) // part for i in range(tile)} for v in range(count)]
+  low, high = np.asarray(bounds)[group_V], np.asarray(bounds)[group_V + 1]
+  by_hand = [len({p for p in rows[v] if p * part < high[v] and (p + 1) * part > low[v]}) if high[v] > low[v] else 0
+             for v in range(count)]  # fmt: skip
+  assert work_V[:count].tolist() == by_hand
+  work = [sum(by_hand[v] for v in half) for half in visits]
+  assert abs(work[0] - work[1]) <= (4 * tile // part if whole else tile // part)
 
 
 def test_a_single_visit_is_in_both_halves():
-  first_H, last_H = in_halves(jnp.zeros(2, jnp.int32), jnp.int32(1), jnp.array([0, 5]), 16, 8)
+  first_H, last_H = in_halves(jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), jnp.int32(1), whole_tiles=True)
   assert first_H.tolist() == [0, 0] and last_H.tolist() == [1, 1]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.kernels import LOADS, TOKENS, D, E, F, X, choices
-from nemocascade.kernels.groups import group_bounds, tile_visits, with_strangers
+from nemocascade.kernels.groups import group_bounds, parts_of_visits, tile_visits, with_strangers
 from nemocascade.kernels.routed_matmul_tpu import Tile, choose_tile, halves
 
 
@@ -19,14 +19,9 @@ def rows_of_cores(sizes_E, tile: Tile, *, weights: bool) -> tuple[int, ...]:
   N, experts = int(np.sum(sizes_E)), len(sizes_E)
   bounds = group_bounds(jnp.asarray(sizes_E, jnp.int32), N, experts)
   start_G, end_G = (bounds[:-1], bounds[1:]) if weights else with_strangers(bounds, N)
-  group_V, tile_V, count = tile_visits(start_G, end_G, N, tile.rows, empty=weights)
-  cut = halves(tile_V, count, bounds, N, tile)
-  group_V, base_V = np.asarray(group_V), np.asarray(tile_V) * tile.rows
-  first_V = np.maximum(np.asarray(start_G)[group_V] - base_V, 0)
-  last_V = np.minimum(np.asarray(end_G)[group_V] - base_V, tile.rows)
-  whole_V = last_V - first_V == tile.rows
-  parts_V = np.where(last_V > first_V, -(-last_V // tile.part) - first_V // tile.part, 0)
-  rows_V = np.where(whole_V, tile.rows, parts_V * tile.part)
+  group_V, tile_V, _ = visits = tile_visits(start_G, end_G, N, tile.rows, empty=weights)
+  cut = halves(start_G, end_G, visits, N, tile, strangers=not weights)
+  rows_V = np.asarray(parts_of_visits(start_G, end_G, group_V, tile_V, tile.rows, tile.part)) * tile.part
   return tuple(int(rows_V[first:last].sum()) for first, last in zip(*cut, strict=True))
 
 

@@ -63,22 +63,34 @@ def tile_visits(start_G, end_G, N: int, tile: int, *, empty: bool = False):
   return group_V, jnp.clip(first_G[group_V] + turn_V, 0, tiles - 1), count
 
 
-def in_halves(tile_V, count, bounds, N: int, tile: int):
-  """Cuts the visits of `tile_visits` into two halves with about equally many of the experts' rows.
+def parts_of_visits(start_G, end_G, group_V, tile_V, tile: int, part: int):
+  """int32 [V]: the parts of `part` rows of each visit's tile that hold rows of its group."""
+  base_V = tile_V * tile
+  first_V = jnp.maximum(start_G[group_V] - base_V, 0)
+  last_V = jnp.minimum(end_G[group_V] - base_V, tile)
+  return jnp.where(last_V > first_V, -(-last_V // part) - first_V // part, 0)
 
-  The cut is between two tiles, unless one half would be empty. Where there is a single visit, both halves have it.
+
+def in_halves(work_V, tile_V, count, *, whole_tiles: bool):
+  """Cuts visits where the work before and after the cut differs least.
 
   Args:
-    tile_V, count: of `tile_visits`, with at least two tiles.
-    bounds: int32 [E + 1], the row range of each expert.
+    work_V: of each visit.
+    tile_V, count: of `tile_visits`.
+    whole_tiles: whether the visits of a tile stay together.
 
   Returns:
-    (first_H, last_H), int32 [2]: half h has the visits first[h] .. last[h].
+    (first_H, last_H), int32 [2]: half h has the visits first[h] .. last[h]. A single visit is in both halves.
   """
-  cut = jnp.clip((bounds[0] + bounds[-1] + tile) // (2 * tile), 1, -(-N // tile) - 1)
-  before = jnp.sum((tile_V < cut) & (jnp.arange(tile_V.shape[0]) < count), dtype=jnp.int32)
-  before = jnp.clip(before, 1, jnp.maximum(count - 1, 1))
-  return jnp.stack([jnp.zeros_like(count), jnp.minimum(before, count - 1)]), jnp.stack([before, count])
+  place_V = jnp.arange(work_V.shape[0], dtype=jnp.int32)
+  work_V = jnp.where(place_V < count, work_V, 0)
+  before_V = jnp.cumsum(work_V) - work_V
+  allowed_V = (place_V > 0) & (place_V < count)
+  if whole_tiles:
+    allowed_V &= tile_V != jnp.roll(tile_V, 1)
+  apart_V = jnp.where(allowed_V, jnp.abs(2 * before_V - jnp.sum(work_V)), jnp.iinfo(jnp.int32).max)
+  cut = jnp.where(jnp.any(allowed_V), jnp.argmin(apart_V), 1).astype(jnp.int32)
+  return jnp.stack([jnp.zeros_like(cut), jnp.minimum(cut, count - 1)]), jnp.stack([jnp.minimum(cut, count), count])
 
 
 def group_tiles(start_G, end_G, N: int, tile: int):

@@ -1,7 +1,7 @@
 """The routed matmul for TPUs, in Pallas: the product and its transposes.
 
 v4 and v5p chips have two cores, which share a grid only along parallel dimensions longer than 1. The first grid
-dimension is therefore two halves of the rows. Both halves multiply one expert where the cut is within its rows.
+dimension is therefore two halves of the work. Both halves multiply one expert where the cut is within its rows.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nemocascade.errors import UserError
-from nemocascade.kernels.groups import in_halves, tile_visits, with_strangers
+from nemocascade.kernels.groups import in_halves, parts_of_visits, tile_visits, with_strangers
 from nemocascade.kernels.pallas_product import VMEM, as_it_is, like
 from nemocascade.kernels.product import precision
 
 LANES = 128
-# The grid is (halves of the rows, blocks of columns, visits).
+# The grid is (halves of the work, blocks of columns, visits).
 HALVES = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM)
 
 
@@ -75,11 +75,21 @@ def _in_chunks(total: int, chunk: int, body):
   jax.lax.fori_loop(0, total // chunk, step, 0)
 
 
-def halves(tile_V, count, bounds, N: int, tile: Tile):
-  """(first_H, last_H) of `in_halves`, or one part with all visits where there is one tile."""
+def halves(start_G, end_G, visits, N: int, tile: Tile, *, strangers: bool):
+  """(first_H, last_H) of `in_halves` by multiplied rows, or one part with all visits where there is one tile.
+
+  Args:
+    visits: of `tile_visits`.
+    strangers: whether the first and the last group are unassigned rows, which are only zeroed; a tile's rows are
+      then written by one half alone.
+  """
+  group_V, tile_V, count = visits
   if N <= tile.rows:
     return jnp.zeros(1, jnp.int32), count[None]
-  return in_halves(tile_V, count, bounds, N, tile.rows)
+  work_V = parts_of_visits(start_G, end_G, group_V, tile_V, tile.rows, tile.part)
+  if strangers:
+    work_V = jnp.where((group_V > 0) & (group_V < start_G.shape[0] - 1), work_V, 0)
+  return in_halves(work_V, tile_V, count, whole_tiles=strangers)
 
 
 def _visit(h, i, first_H, last_H):
@@ -179,9 +189,9 @@ def product(x_ND, w, bounds, *, tile: Tile | None = None, transpose=False, finis
   )  # fmt: skip
   columns = _columns(F, tile.chunk, fits)
   start_G, end_G = with_strangers(bounds, N)  # Unassigned rows are zeroed.
-  group_V, tile_V, count = tile_visits(start_G, end_G, N, tile.rows)
+  visits = group_V, tile_V, _ = tile_visits(start_G, end_G, N, tile.rows)
   source_V = _sources(tile_V, bounds, N, tile)
-  first_H, last_H = halves(tile_V, count, bounds, N, tile)
+  first_H, last_H = halves(start_G, end_G, visits, N, tile, strangers=True)
 
   def spec(shape, place):
     """A block spec whose index is place(expert, tile of rows to read, tile to write, block of columns)."""
@@ -301,8 +311,8 @@ def weight_product(x_ND, dy_NF, bounds, *, tile: Tile | None = None, dtype, inte
   )  # fmt: skip
   columns = _columns(F, wide, fits)
   start_E, end_E = bounds[:-1], bounds[1:]
-  group_V, tile_V, count = tile_visits(start_E, end_E, N, tile.rows, empty=True)
-  first_H, last_H = halves(tile_V, count, bounds, N, tile)
+  visits = group_V, tile_V, _ = tile_visits(start_E, end_E, N, tile.rows, empty=True)
+  first_H, last_H = halves(start_E, end_E, visits, N, tile, strangers=False)
   shared = _shared(group_V, first_H, last_H, E)
   parts, blocks = first_H.shape[0], -(-F // columns)
 
