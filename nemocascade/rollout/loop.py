@@ -332,6 +332,12 @@ def shrink(model: Model, layout_of: Callable[[int], Layout], d: Decoding, S: int
 
 
 def extend(
+EXTENDED = (
+  "row_S", "logits_SV", "state", "parked", "tokens_BT", "known_B", "limit_B", "done_B", "waiting_B", "parked_B",
+  "experts_BTY",
+)  # fmt: skip
+
+
   model: Model, layout_of: Callable[[int], Layout], params: Params, d: Decoding, row_R, tokens_RW, length_R, total_R
 ) -> Decoding:
   """Adds given tokens to R requests: length_R each now, and total_R in this and the following calls.
@@ -340,19 +346,6 @@ def extend(
   """
   layout, axes = layout_of(d.known_B.shape[0]), model.axes(d.state)
   of_state, cut = layout.of_state(d.state), layout.cut
-  names = (
-    "row_S",
-    "logits_SV",
-    "state",
-    "parked",
-    "tokens_BT",
-    "known_B",
-    "limit_B",
-    "done_B",
-    "waiting_B",
-    "parked_B",
-    "experts_BTY",
-  )
 
   def find(f, row_R, length_R, total_R):
     """(fields, the rows' states, their slots, their places among the parked, tokens to add now)."""
@@ -394,9 +387,9 @@ def extend(
     f["waiting_B"] = f["waiting_B"].at[all_R].set(_at(f["parked_B"], all_R, -1) >= 0, mode="drop")
     return (f,)
 
-  found = layout.own(find, d, names, given=(cut,) * 3, more=(of_state, cut, cut, cut))
+  found = layout.own(find, d, EXTENDED, given=(cut,) * 3, more=(of_state, cut, cut, cut))
   _, state, slot_R, place_R, length_R = found(d, row_R, length_R, total_R)
   state, logits_RV, *experts = model.extend(params, state, tokens_RW, length_R)
   args = state, logits_RV, slot_R, place_R, row_R, tokens_RW, length_R, total_R, *experts
-  (f,) = layout.own(put, d, names, given=(of_state, *(cut,) * (len(args) - 1)))(d, *args)
+  (f,) = layout.own(put, d, EXTENDED, given=(of_state, *(cut,) * (len(args) - 1)))(d, *args)
   return layout.constrain(d.replace(**f))
