@@ -78,6 +78,11 @@ def fields(d: Decoding, names: tuple[str, ...]) -> dict[str, Any]:
   return {name: value for name in names if (value := getattr(d, name)) is not None}
 
 
+def at(a_B, row_N, otherwise):
+  """a_B[row_N], and `otherwise` at rows that do not exist."""
+  return a_B.at[row_N].get(mode="fill", fill_value=otherwise)
+
+
 # Model states. `axes` is a tree like the state: for each array, its axis of rows.
 
 
@@ -153,6 +158,10 @@ class Layout:
 
   def constrain(self, d: Decoding) -> Decoding:
     return d if self.mesh.size == 1 else jax.lax.with_sharding_constraint(d, self.places(d))
+
+  def everywhere(self, array: jax.Array) -> jax.Array:
+    """The array on every device."""
+    return array if self.mesh.size == 1 else jax.lax.with_sharding_constraint(array, mesh_lib.whole(self.mesh))
 
   def own(self, fn: Callable, d: Decoding, names: tuple[str, ...], *, given: tuple = (), more: tuple = ()) -> Callable:
     """Wraps `fn` so that each device applies it to its own rows.

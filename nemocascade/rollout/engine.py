@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh, whole
-from nemocascade.rollout import loop
+from nemocascade.rollout import intake, loop
 from nemocascade.rollout.decoding import Decoding, Layout
 from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
@@ -19,7 +19,9 @@ NEVER = 2**31 - 1  # Ticks.
 CHUNK = 64  # Given tokens that a call of the model takes in for a row.
 TOGETHER = 8  # Rows of a device that take in given tokens together.
 PLAIN = Options()
-FEWEST = 16  # Slots of a device; they are halved when requests run out, but not below this.
+# When requests run out, decoding goes on with one slot of SHRINK, but not with fewer than FEWEST on a device. A program
+# is compiled for each of these sizes.
+SHRINK, FEWEST = 4, 32
 
 
 class Engine:
@@ -50,7 +52,7 @@ class Engine:
     params_places: the parameters' sharding, or a tree of shardings; replicated by default.
 
   Attributes:
-    start_fn, decode_fn, extend_fn, admit_fn, shrink_fn: the jitted programs; see loop.py.
+    start_fn, decode_fn, extend_fn, admit_fn, shrink_fn: the jitted programs; see loop.py and intake.py.
     mesh: the mesh of the rows.
 
   Raises:
@@ -77,7 +79,7 @@ class Engine:
     self.mesh = mesh or make_mesh(1, 1)
     self._params_places = params_places or whole(self.mesh)
     axes = axes_fn or (lambda state: jax.tree.map(lambda _: 0, state))
-    model = loop.Model(prefill_fn, step_fn, extend_fn or loop.by_steps(step_fn), axes, experts_fn)
+    model = loop.Model(prefill_fn, step_fn, extend_fn or intake.by_steps(step_fn), axes, experts_fn)
     self.layout = functools.cache(lambda B: Layout(self.mesh, B, axes))
     self.chunk = min(CHUNK, total_tokens)
     self._ready: set = set()  # Shapes of Decodings whose programs with fewer slots are compiled.
@@ -85,8 +87,8 @@ class Engine:
     of = lambda fn, *more: functools.partial(fn, model, self.layout, *more)  # noqa: E731
     self.start_fn = jax.jit(of(loop.start, self.T), static_argnums=(5, 6, 7, 8, 9))
     self.decode_fn = jax.jit(of(loop.decode, self.stop_ids), donate_argnums=1)
-    self.extend_fn = jax.jit(of(loop.extend), donate_argnums=1)
-    self.admit_fn = jax.jit(of(loop.admit, self.P), donate_argnums=1)
+    self.extend_fn = jax.jit(of(intake.extend), donate_argnums=1)
+    self.admit_fn = jax.jit(of(intake.admit, self.P), donate_argnums=1)
     self.shrink_fn = jax.jit(of(loop.shrink), static_argnums=1)
 
   def start(
@@ -113,12 +115,10 @@ class Engine:
         raise UserError(f"prompt {q} has {len(prompt)} tokens: allowed are 1 to prompt_tokens={width}")
       tokens_QP[q, : len(prompt)] = prompt
     length_Q, B = np.array([len(prompt) for prompt in prompts], np.int32), len(prompts) * G
-    S = self.slots_of(B, slots)
+    S, options = self.slots_of(B, slots), options.by_row(B)
     held_B = np.array(np.broadcast_to(held, (B,)), bool)
-    places = S if S < B and held_B.any() else 0
-    return self.start_fn(
-      self._placed(params), tokens_QP, length_Q, options.by_row(B), held_B, G, S, options.cut, likeliest, places
-    )
+    places, drawn = S if S < B and held_B.any() else 0, bool(options.cuts.any())
+    return self.start_fn(self._placed(params), tokens_QP, length_Q, options, held_B, G, S, drawn, likeliest, places)
 
   def slots_of(self, B: int, wanted: int) -> int:
     """The number of slots of a Decoding of B requests."""
@@ -181,8 +181,8 @@ class Engine:
 
   def _smaller(self, d: Decoding) -> int:
     """The next smaller number of slots that the Decoding may go on with, or 0."""
-    half, layout = d.row_S.shape[0] // 2, self.layout(d.known_B.shape[0])
-    return half if half >= FEWEST * layout.shards and layout.divides(half) else 0
+    part, layout = d.row_S.shape[0] // SHRINK, self.layout(d.known_B.shape[0])
+    return part if part >= FEWEST * layout.shards and layout.divides(part) else 0
 
   def _compile_smaller(self, params: Params, d: Decoding, key: jax.Array) -> None:
     """Compiles the programs with fewer slots at the first call with these shapes, so that none compiles later."""

@@ -92,8 +92,6 @@ def collect(
   options = Options(temperature, top_p=top_p)
   d = engine.start(params, prompts, G, options=options, slots=slots, held=held_B)
   slots = len(d.row_S)
-  if held_B.any():
-    d = engine.extend(params, d, {})  # Compiles it.
   if completion_tokens is not None:
     limit_B = np.minimum(limit_B, prompt_B + np.int32(completion_tokens))
     d = d.replace(limit_B=limit_B)
@@ -167,6 +165,8 @@ class _Run:
   def to_the_end(self, params: Params, d: Decoding, key: jax.Array) -> Decoding:
     """Samples turns and adds tool results, until all episodes have ended. Returns the final decoding state."""
     idle = False
+    if self.look < NEVER:
+      d = self.engine.extend(params, d, {})  # Compiles it.
     while True:
       began = time.monotonic()
       d = self.engine.decode(params, d, key, self.look)

@@ -29,9 +29,9 @@ class Options(struct.PyTreeNode):
     return Options(of(self.temperature, f32), of(self.top_k, np.int32), of(self.top_p, f32), of(self.min_p, f32))
 
   @property
-  def cut(self) -> bool:
-    """Whether any row leaves out tokens; of host values."""
-    return bool(np.any(np.asarray(self.top_k) > 0) | np.any(np.asarray(self.top_p) < 1) | np.any(self.min_p > 0))
+  def cuts(self):
+    """Whether tokens are left out, for each row."""
+    return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
 
 def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.Array:
@@ -40,7 +40,7 @@ def row_keys(key: jax.Array, row_id_B: jax.Array, position_B: jax.Array) -> jax.
   return jax.vmap(fold)(row_id_B, position_B)
 
 
-def sample(key_B, logits_BV, options: Options):
+def sample(key_B, logits_BV, options: Options, any_cuts=None):
   """(tokens_B int32, logprobs_B fp32, drawn_B fp32).
 
   `logprobs_B` is the token's log-probability under softmax(logits / temperature), which a trainer can
@@ -54,10 +54,11 @@ def sample(key_B, logits_BV, options: Options):
     logits_BV: fp32.
     options: arrays [B], traced. Rows of temperature 0 take the likeliest token; its log-probabilities are those
       at temperature 1 without cuts.
+    any_cuts: whether a row's options cut off tokens, if the caller knows it already; bool scalar.
   """
   greedy_B = options.temperature <= 0
   logprobs_BV = _tempered(logits_BV, options)
-  kept_BV = _cut(logprobs_BV, options, ~greedy_B)
+  kept_BV = _cut(logprobs_BV, options, jnp.any(options.cuts) if any_cuts is None else any_cuts)
   drawn_B = _draw(key_B, jnp.exp(kept_BV))
   tokens_B = jnp.where(greedy_B, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
   of_tokens = lambda a_BV: jnp.take_along_axis(a_BV, tokens_B[:, None], axis=-1)[:, 0]  # noqa: E731
@@ -102,14 +103,13 @@ def _invert(weight_BC, uniform_B):
   return jnp.where(jnp.any(hit_BC, axis=1), jnp.argmax(hit_BC, axis=1), last_B)
 
 
-def _cut(logprobs_BV, options: Options, drawn_B):
+def _cut(logprobs_BV, options: Options, any_cuts):
   """Log-probabilities of the tokens that the options keep, renormalised; others get -inf.
 
-  Rows without cuts, and those that are not `drawn`, are returned unchanged.
+  Rows without cuts are returned unchanged.
   """
   V = logprobs_BV.shape[1]
   top_k_B = jnp.where(options.top_k > 0, options.top_k, V)
-  cut_B = drawn_B & ((top_k_B < V) | (options.top_p < 1.0) | (options.min_p > 0.0))
 
   def cut(logprobs_BV):
     rank_BV = token_BV = jax.lax.broadcasted_iota(jnp.int32, logprobs_BV.shape, 1)
@@ -124,6 +124,6 @@ def _cut(logprobs_BV, options: Options, drawn_B):
     kept_BV &= prob_BV >= options.min_p[:, None] * prob_BV[:, :1]
     _, kept_BV = jax.lax.sort((order_BV, kept_BV | (rank_BV == 0)), num_keys=1)
     left_BV = jax.nn.log_softmax(jnp.where(kept_BV, logprobs_BV, -jnp.inf), axis=-1)
-    return jnp.where(cut_B[:, None], left_BV, logprobs_BV)
+    return jnp.where(options.cuts[:, None], left_BV, logprobs_BV)
 
-  return jax.lax.cond(jnp.any(cut_B), cut, lambda x: x, logprobs_BV)
+  return jax.lax.cond(any_cuts, cut, lambda x: x, logprobs_BV)

@@ -219,7 +219,7 @@ class Scheduler:
       why = "stop" if token in stop_ids else ""
       if one.detokenizer is not None:
         if not why:
-          answer.text += one.detokenizer.add([token])
+          answer.text = (answer.text or "") + one.detokenizer.add([token])
         why = self._cut(answer, request.stop_strings) or why
       if why:
         return why
@@ -245,5 +245,5 @@ class Scheduler:
       one = self._at.pop(row)
       one.answer.finish_reason, done_B[row], waiting_B[row] = why, True, False
       if one.detokenizer is not None and why in ("length", "cancelled", "error"):
-        one.answer.text += one.detokenizer.finish()
+        one.answer.text = (one.answer.text or "") + one.detokenizer.finish()
     self._d = self._d.replace(done_B=done_B, waiting_B=waiting_B)
