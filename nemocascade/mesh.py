@@ -293,20 +293,22 @@ def constrain_batch(tree: Any, B: int, mesh: Mesh) -> Any:
   return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, by_rows(tree, B, mesh))
 
 
-def on_own_rows(fn: Callable, mesh: Mesh | None, *, shared: Sequence[int] = ()) -> Callable:
+def on_own_rows(fn: Callable, mesh: Mesh | None, *, shared: Sequence[int] = (), second: Sequence[int] = ()) -> Callable:
   """Wraps fn in a shard_map, so that each device applies it to its own rows.
 
   Args:
     fn: takes and returns arrays whose first dimension is independent rows.
     shared: positions of the arguments that are not rows; they are replicated.
+    second: positions of the arguments whose second dimension is the rows.
   """
   if mesh is None or mesh.size == 1:
     return fn
 
   def apart(*args):
-    B = next(a.shape[0] for i, a in enumerate(args) if i not in shared)
+    B = next(a.shape[0] for i, a in enumerate(args) if i not in (*shared, *second))
     cut = rows(mesh, B).spec
-    specs = tuple(PartitionSpec() if i in shared else cut for i in range(len(args)))
+    spec = lambda i: PartitionSpec() if i in shared else PartitionSpec(None, *cut) if i in second else cut
+    specs = tuple(map(spec, range(len(args))))
     # check_vma=False, so that constants inside fn need no pcast to device-varying values.
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(*args)
 

@@ -159,5 +159,7 @@ def test_one_query_is_the_row_s_last(block):
   for t in (0, 7, T - 1):
     got = decode(q[:, t], k_BKSH, v_BKSH, jnp.full((B,), t + 1))
     np.testing.assert_allclose(got, whole[:, t], atol=2e-6)
+  two = (jnp.stack([jnp.full_like(a, jnp.nan), a]) for a in (k_BKSH, v_BKSH))  # Of which the second is used.
+  np.testing.assert_array_equal(decode(q[:, T - 1], *two, jnp.full((B,), T), 1), got)
   beside = decode(q[:, 7], k_BKSH, v_BKSH, jnp.array([8, T]))
   np.testing.assert_array_equal(beside[0], decode(q[:, 7], k_BKSH, v_BKSH, jnp.array([8, 8]))[0])

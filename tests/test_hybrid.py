@@ -22,7 +22,7 @@ from nemocascade.types import Prompts
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 V, T = 50, 24
-PATTERNS = ["M", "E", "*", "-", "ME*E", "MEMEME*ME-"]
+PATTERNS = ["M", "E", "*", "-", "*M*M*M", "MEMEME*ME-"]
 
 
 def make(pattern, **fields):

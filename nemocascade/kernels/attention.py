@@ -171,19 +171,22 @@ def _part(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BS, first: int, queries: int):
   return y.reshape(*y.shape[:3], -1, y.shape[-1])[:, :, :, :T]
 
 
-def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B, *, block: int = CACHE_BLOCK):
+def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B, at=None, *, block: int = CACHE_BLOCK):
   """Attention of one query per row to the first length_B keys of its cache: [B, K, R, H] of v's dtype.
 
   Longer caches are read in blocks of `block` places, up to the longest row's end. A row's result has the same bits
   whatever the other rows' lengths are: blocks after its end change nothing.
+
+  Args:
+    at: None, or the index of the caches among several, [n, B, K, S, H].
   """
-  (B, K, R, H), S = q_BKRH.shape, k_BKSH.shape[2]
+  (B, K, R, H), S = q_BKRH.shape, k_BKSH.shape[-2]
 
   def add(j, carry):
     """Adds block j to the maximum, the sum of weights and the weighted sum of values, as in flash attention."""
     max_BKR, sum_BKR, y_BKRH = carry
     first = jnp.minimum(j * block, S - block)  # The last block overlaps the one before it.
-    of_block = lambda a_BKSH: jax.lax.dynamic_slice_in_dim(a_BKSH, first, block, axis=2)
+    of_block = lambda a_BKSH: _places(a_BKSH, at, first, block)
     place_S = first + jnp.arange(block)
     see_BS = (place_S >= j * block)[None] & (place_S[None] < length_B[:, None])
     score_BKRS, see_BKRS = _scores(q_BKRH, of_block(k_BKSH)), see_BS[:, None, None]
@@ -198,10 +201,19 @@ def decode_attention(q_BKRH, k_BKSH, v_BKSH, length_B, *, block: int = CACHE_BLO
     start = jnp.full((B, K, R), -1e30), jnp.zeros((B, K, R)), jnp.zeros((B, K, R, H))
     _, sum_BKR, y_BKRH = jax.lax.fori_loop(0, -(-jnp.max(length_B) // block), add, start)
     return (y_BKRH / sum_BKR[..., None]).astype(v_BKSH.dtype)
+  k_BKSH, v_BKSH = (_places(a, at, 0, S) for a in (k_BKSH, v_BKSH))
   see_BS = jnp.arange(S)[None] < length_B[:, None]
   score_BKRS = jnp.where(see_BS[:, None, None], _scores(q_BKRH, k_BKSH), -1e30)
   prob_BKRS = jax.nn.softmax(score_BKRS, axis=-1).astype(v_BKSH.dtype)
   return einsum_fp32("BKRS,BKSH->BKRH", prob_BKRS, v_BKSH).astype(v_BKSH.dtype)
+
+
+def _places(a_BKSH, at, first, count: int):
+  """`count` places of a cache, or of that at index `at` of several."""
+  if at is None:
+    return jax.lax.dynamic_slice_in_dim(a_BKSH, first, count, axis=2)
+  _, B, K, _, H = a_BKSH.shape
+  return jax.lax.dynamic_slice(a_BKSH, (at, 0, 0, first, 0), (1, B, K, count, H))[0]
 
 
 def _scores(q_BKRH, k_BKSH):

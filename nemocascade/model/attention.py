@@ -57,13 +57,17 @@ class Attention(nn.Module):
     put = jax.vmap(lambda old_KSH, new_TKH, place_T: old_KSH.at[:, place_T].set(new_TKH.swapaxes(0, 1), mode="drop"))
     return {"k_BKSH": put(k_BKSH, k, place_BT), "v_BKSH": put(v_BKSH, v, place_BT)}, self._out(y)
 
-  def step(self, state, x_BD, length_B, active_B):
+  def step(self, state, x_BD, length_B, active_B, at=None):
+    """`at`: None, or the index of the caches to use in a state of several, [n, B, K, S, H]."""
     # An inactive row also writes, but its length does not grow, so its next token overwrites the entry.
     del active_B
     q, k, v = self._qkv(x_BD)
     # vmap instead of indexing by row number: XLA then knows that sharded rows stay on their device.
-    put = jax.vmap(lambda cache_KSH, new_KH, length: cache_KSH.at[:, length].set(new_KH, mode="drop"))
+    place = () if at is None else (at,)
+    put = lambda cache, new_KH, length: cache.at[(*place, slice(None), length)].set(new_KH, mode="drop")
+    put = jax.vmap(put, in_axes=(len(place), 0, 0), out_axes=len(place))
     k_BKSH, v_BKSH = put(state["k_BKSH"], k, length_B), put(state["v_BKSH"], v, length_B)
     # Each device reads the caches up to the end of its own longest row.
-    y = on_own_rows(kernel.decode_attention, self.mesh)(q, k_BKSH, v_BKSH, length_B + 1)
+    caches = dict(second=(1, 2), shared=(4,)) if place else {}
+    y = on_own_rows(kernel.decode_attention, self.mesh, **caches)(q, k_BKSH, v_BKSH, length_B + 1, *place)
     return {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, self._out(y)

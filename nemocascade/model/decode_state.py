@@ -1,5 +1,7 @@
 """The state of rows that are being decoded, and what is done to it between tokens."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -44,3 +46,17 @@ def grow(state: DecodeState, places: int) -> DecodeState:
     return jnp.pad(leaf, room)
 
   return state.replace(units=jax.tree_util.tree_map_with_path(resized, state.units))
+
+
+def at_repeat(method: Callable, carry, i, *shared, stacked_caches: bool = False):
+  """`method` of repeat i of a unit, which replaces its part of the stacked state: ((x, stacked state), Routings).
+
+  Args:
+    method: (x, state, *shared) -> (x, new state, Routings).
+    carry: (x, stacked state).
+    stacked_caches: whether the method takes and returns the caches of all repeats.
+  """
+  own = lambda path: not (stacked_caches and getattr(path[-1], "key", None) in CACHES)
+  over, (x, stacked) = jax.tree_util.tree_map_with_path, carry
+  x, state, routings = method(x, over(lambda path, a: a[i] if own(path) else a, stacked), *shared)
+  return (x, over(lambda path, a, new: a.at[i].set(new) if own(path) else new, stacked, state)), routings

@@ -13,7 +13,7 @@ from nemocascade.kernels.product import product
 from nemocascade.kernels.token_logprob import token_logprob
 from nemocascade.mesh import constrain_batch, constrain_rows
 from nemocascade.model.attention import Attention
-from nemocascade.model.decode_state import DecodeState, grow, repeat_state
+from nemocascade.model.decode_state import DecodeState, at_repeat, grow, repeat_state
 from nemocascade.model.layers import MLP, RMSNorm, normal
 from nemocascade.model.mamba import Mamba
 from nemocascade.model.moe import MoE
@@ -69,8 +69,9 @@ class Block(nn.Module):
     state, y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
     return state, self._on(x_BTD).constrain(x_BTD + y), None
 
-  def step(self, state, x_BD, length_B, active_B):
-    state, y = self.mixer.step(state, self.norm(x_BD), length_B, active_B)
+  def step(self, state, x_BD, length_B, active_B, at=None):
+    at = (at,) if self.letter == "*" else ()
+    state, y = self.mixer.step(state, self.norm(x_BD), length_B, active_B, *at)
     return state, constrain_rows(x_BD + y, self.mesh)
 
 
@@ -121,25 +122,20 @@ class Unit(nn.Module):
       routings.append(routing)
     return x_BTD, tuple(states), tuple(routings)
 
-  def step(self, x_BD, state, length_B, active_B):
+  def step(self, x_BD, state, length_B, active_B, at=None):
+    """`at`: the repeat of this unit, if its key-value caches are those of all repeats; other states are its own."""
     states = []
     for block, block_state in zip(self.blocks, state, strict=True):
-      block_state, x_BD = block.step(block_state, x_BD, length_B, active_B)
+      block_state, x_BD = block.step(block_state, x_BD, length_B, active_B, at)
       states.append(block_state)
     return x_BD, tuple(states), ()
 
   def extend_at(self, carry, i, *shared):
-    return _at(self.extend, carry, i, *shared)
+    return at_repeat(self.extend, carry, i, *shared)
 
   def step_at(self, carry, i, *shared):
-    return _at(self.step, carry, i, *shared)
-
-
-def _at(method, carry, i, *shared):
-  """`method` of repeat i, which replaces its part of the stacked state: ((x, stacked state), Routings)."""
-  x, stacked = carry
-  x, state, routings = method(x, jax.tree.map(lambda a: a[i], stacked), *shared)
-  return (x, jax.tree.map(lambda a, new: a.at[i].set(new), stacked, state)), routings
+    # A copy of a whole cache would cost more than the rest of a step.
+    return at_repeat(self.step, carry, i, *shared, i, stacked_caches=True)
 
 
 def _scanned(n: int):
