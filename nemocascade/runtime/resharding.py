@@ -11,6 +11,7 @@ from nemocascade.types import Params
 
 def for_sampling(programs: Programs, params: Params) -> tuple[Params, dict[str, float]]:
   """(Programs.sampling_weights, metrics: the milliseconds that they take and the bytes that a device writes)."""
+  jax.block_until_ready(params)  # An update that is still running is not a part of it.
   began = time.perf_counter()
   weights = jax.block_until_ready(programs.sampling_weights(params))
   took = time.perf_counter() - began
