@@ -62,19 +62,17 @@ def all_blocks(of_units: list[tuple[Routing | None, ...]]) -> Routing | None:
   return joined.replace(loss=_total([unit.loss for unit in units]))
 
 
-def by_token(experts_LBTX: jax.Array | None) -> jax.Array | None:
+def by_token(experts_LBTX: jax.Array) -> jax.Array:
   """experts_BTY of the blocks' records."""
-  if experts_LBTX is None:
-    return None
   experts_BTLX = jnp.moveaxis(experts_LBTX, 0, 2)
   return experts_BTLX.reshape(*experts_BTLX.shape[:2], -1)
 
 
 def record_of(routing: Routing | None, length_B: jax.Array, T: int) -> jax.Array | None:
   """experts_BTY of each row's first length_B tokens, 0 after them; None if they are not recorded."""
-  experts_BTY = by_token(routing and routing.experts_LBTX)
-  if experts_BTY is None:
+  if routing is None or routing.experts_LBTX is None:
     return None
+  experts_BTY = by_token(routing.experts_LBTX)
   return jnp.where((jnp.arange(T)[None] < length_B[:, None])[..., None], experts_BTY[:, :T], 0)
 
 

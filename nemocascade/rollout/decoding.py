@@ -138,7 +138,7 @@ class Layout:
     return jax.tree.map(lambda axis: PartitionSpec(*[None] * axis, *self.cut), self.axes_fn(state))
 
   def _of_pool(self, pool: Pool | None) -> Any:
-    return None if pool is None else Pool(self.of_state(pool.state), self.cut)
+    return None if pool is None else pool.replace(state=self.of_state(pool.state), logits_KV=self.cut)
 
   def specs(self, d: Decoding) -> Decoding:
     """A PartitionSpec for each array of a Decoding."""

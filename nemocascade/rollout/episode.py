@@ -6,7 +6,7 @@ Tools run beside decoding: an episode waits for its own results only.
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -180,7 +180,7 @@ class _Run:
       told = dict(item for *_, items in parts for item in items)
       idle = not told and not any(sampling for sampling, *_ in parts)
       if told:
-        of = lambda b, tokens: given.get(b, tokens if self.shared else [0] * tokens)  # noqa: E731
+        of: Callable = lambda b, tokens: given.get(b, tokens if self.shared else [0] * tokens)  # noqa: E731
         d = d.replace(held_B=self.held_B.copy())
         d = self.engine.extend(params, d, {b: of(b, tokens) for b, tokens in told.items()})
       elif self.look < NEVER:

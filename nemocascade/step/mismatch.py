@@ -77,6 +77,6 @@ def metrics(of_batch: Metrics, largest: jax.Array, routing: Routing | None) -> M
   }
   starts = [name.removeprefix("tokens_") for name in s if name.startswith("tokens_")]
   found |= {f"sampler_error/from_{n}": share(s[f"error_{n}"], s[f"tokens_{n}"]) for n in starts}
-  if routing is not None and routing.recorded_L is not None:
+  if routing is not None and routing.agreed_L is not None and routing.recorded_L is not None:
     found[AGREEMENT] = share(jnp.sum(routing.agreed_L), jnp.sum(routing.recorded_L))
   return found
