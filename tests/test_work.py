@@ -6,6 +6,7 @@ import pytest
 
 from nemocascade.kernels.attention import attention
 from nemocascade.kernels.routed_matmul import routed_matmul
+from nemocascade.mesh import make_mesh
 from nemocascade.runtime.work import program_flops
 
 
@@ -42,3 +43,10 @@ def test_attention_counts_the_blocks_that_its_documents_meet(document, blocks):
   """512 tokens are four blocks of 128; documents of 384 leave the last block alone."""
   ids, q, k = ((1, 512), jnp.int32), f32(1, 512, 1, 2, 8), f32(1, 512, 1, 8)
   assert flops(attention, q, k, k, ids, document=document) == 2 * 2 * blocks * 128**2 * 8 * 2
+
+
+def test_work_inside_shard_map_counts_on_all_its_devices():
+  mesh = make_mesh(data=4, expert=2)
+  spec = jax.sharding.PartitionSpec(("data", "expert"))
+  own = jax.shard_map(lambda x: x @ jnp.ones((4, 4)), mesh=mesh, in_specs=spec, out_specs=spec)
+  assert flops(own, f32(16, 4)) == 2 * 16 * 4 * 4

@@ -78,7 +78,7 @@ def program_flops(jaxpr: ClosedJaxpr | Jaxpr, document: int = DOCUMENT, platform
       total += max(inside) if branch is None else inside[branch]
     elif name == "shard_map":
       mesh = eqn.params["mesh"]
-      total += math.prod(mesh.shape[axis] for axis in eqn.params["manual_axes"]) * sum(inside)
+      total += math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"]) * sum(inside)
     else:
       total += sum(inside)
   return total
