@@ -120,7 +120,7 @@ def report(name: str, count: int, one: Path, workdir: Path, seconds: float) -> i
   lines = [[json.loads(line) for line in (d / name / "metrics.jsonl").open()] for d in (one, workdir)]
   same = first_step(one / name, lines[0]) == first_step(workdir / name, lines[1])
   error, single = differences(one / name, workdir / name)
-  moved = max(line["norm/update"] / line["norm/param"] for line in lines[0] if "norm/update" in line)
+  moved = max((line["norm/update"] / line["norm/param"] for line in lines[0] if "norm/update" in line), default=0.0)
   spent = [(line.get("exchange/bytes", 0), line.get("exchange/ms", 0)) for line in lines[1]]
   size, milliseconds = np.mean(spent, axis=0)
   print(
