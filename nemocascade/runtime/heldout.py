@@ -15,13 +15,12 @@ from nemocascade.errors import UserError
 from nemocascade.evaluate import suites
 from nemocascade.report.metrics import progress
 from nemocascade.rollout import episode, rewards
-from nemocascade.rollout.exchange import merge
-from nemocascade.rollout.samples import Samples
+from nemocascade.runtime.answer_lines import answer_lines
 from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.parts import Parts
 from nemocascade.state_files import whole
 from nemocascade.types import Params
-from nemocascade.verifiers.verdict import Row, Verdict
+from nemocascade.verifiers.verdict import Row
 
 SHOWN = 4  # Prompts of each domain whose answers a score carries.
 
@@ -63,7 +62,7 @@ class Heldout:
       def judge(samples, count):
         verdicts = rewards.judge(samples, parts.domains, prompts=count, exchange=exchange)
         room = {name: SHOWN - len(of) for name, of in answers.items()}
-        for line in _answers(samples, verdicts, _first(samples.domains[:count], room)):
+        for line in answer_lines(samples, verdicts, _first(samples.domains[:count], room), "texts of answers"):
           answers[line["domain"]].append(line)
         bar.update(count)
         return verdicts
@@ -77,29 +76,6 @@ def _first(domains: Sequence[str], room: Mapping[str, int]) -> list[int]:
   """Places of the first `room` prompts of each domain; `domains` has the domain of each place."""
   places = {name: [q for q, domain in enumerate(domains) if domain == name][: room[name]] for name in set(domains)}
   return sorted(q for of in places.values() for q in of)
-
-
-def _answers(samples: Samples, verdicts: list[list[Verdict]], wanted: list[int]) -> list[dict]:
-  """The first completion of the prompts `wanted`, with its verdict. The processes exchange the texts."""
-  if not wanted:
-    return []
-  own = ([q, one.text] for q in wanted if (one := samples.completions[q][0]) is not None)
-  text = dict(merge(own, exchange, "texts of answers"))
-  lines = []
-  for q in wanted:
-    said = [message["content"] for message in prompt_messages(samples.rows[q]) if message["role"] == "user"]
-    verdict = verdicts[q][0]
-    lines.append(
-      {
-        "domain": samples.domains[q],
-        "prompt": said[-1] if said else "",
-        "completion": text[q],
-        "verdict": verdict.reward,
-        "reason": verdict.reason,
-        "masked": verdict.masked,
-      }  # fmt: skip
-    )
-  return lines
 
 
 def write_answers(path: Path, steps: int, scores: Mapping[str, suites.DomainScore]) -> None:

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nemocascade.domains.rows import prompt_messages
 from nemocascade.report.metrics import Phases
 from nemocascade.rollout import episode, rewards
-from nemocascade.rollout.exchange import merge
 from nemocascade.rollout.samples import Samples
+from nemocascade.runtime.answer_lines import answer_lines
 from nemocascade.runtime.hosts import decided, exchange
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.outcome import Spent
@@ -94,25 +93,9 @@ def recorded(c: ConfigDict) -> bool:
 def sample_lines(sampled: Sampled, rollout: Rollout, count: int) -> list[dict]:
   """Lines of samples.jsonl: the first completion of up to `count` prompts, spread over the batch.
 
-  A line has the last message of the user and the whole completion, with calls and their results. The processes
-  exchange these completions: all of them call it.
+  All processes call it.
   """
-  samples, lines = sampled.samples, []
+  samples = sampled.samples
   places = np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).astype(int).tolist()
-  own = ([q, one.text] for q in places if (one := samples.completions[q][0]) is not None)
-  text = dict(merge(own, exchange, "texts of samples"))
-  for q in places:
-    verdict = sampled.verdicts[q][0]
-    said = [message["content"] for message in prompt_messages(samples.rows[q]) if message["role"] == "user"]
-    lines.append(
-      {
-        "domain": samples.domains[q],
-        "prompt": said[-1] if said else "",
-        "completion": text[q],
-        "reward": float(rollout.rewards_QG[q][0]),
-        "verdict": verdict.reward,
-        "reason": verdict.reason,
-        "masked": verdict.masked,
-      }
-    )
-  return lines
+  lines = answer_lines(samples, sampled.verdicts, places, "texts of samples")
+  return [line | {"reward": float(rollout.rewards_QG[q][0])} for q, line in zip(places, lines, strict=True)]
