@@ -287,7 +287,9 @@ RL = LANGUAGE_MODEL | {
   "rollout.prompt_tokens": whole("Most tokens of a prompt."),
   "rollout.total_tokens": whole("Most tokens of prompt, completion and tool responses together."),
   "rollout.slots": whole("Completions that are decoded at a time; 0 decodes all of them.", 0),
-  "rollout.calls_s": number("Time limit of the tool calls of one turn, in seconds.", above=0),
+  "rollout.calls_s": number(
+    "Time limit of the tool calls of one turn, in seconds, of environments that run in threads.", above=0
+  ),
   "rollout.episode_s": number("Time limit of all tool calls of a completion, in seconds.", above=0),
   "rollout.temperature": number("Sampling temperature.", above=0, high=100),
   "rollout.top_p": number("Probability mass of the likeliest tokens, from which one is drawn.", above=0, high=1),

@@ -63,9 +63,10 @@ class Block(nn.Module):
     return self.extend(state, x_BTD, segment_ids_BT, length_B)[1:]
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
-    if self.letter == "E":
-      return state, *self(x_BTD, segment_ids_BT)
     x_BTD = block_input(x_BTD)
+    if self.letter == "E":
+      y, routing = self.mixer.extend(self.norm(x_BTD), segment_ids_BT)
+      return state, self._on(x_BTD).constrain(x_BTD + y), routing
     state, y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
     return state, self._on(x_BTD).constrain(x_BTD + y), None
 

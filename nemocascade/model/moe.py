@@ -116,6 +116,11 @@ class MoE(nn.Module):
   def __call__(self, x_BTD, segment_ids_BT, recorded_BTX=None):
     return self._mix(layout(self.config, self.mesh, x_BTD.shape[0]), x_BTD, segment_ids_BT, recorded_BTX)
 
+  def extend(self, x_BTD, segment_ids_BT):
+    """The call of a model that samples, whose weights may be gathered."""
+    on, whole = layout(self.config, self.mesh, x_BTD.shape[0]), self.config.sampling_weights == GATHERED
+    return self._mix(on, x_BTD, segment_ids_BT, whole=whole)
+
   def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None, *, whole: bool = False):
     """`whole`: whether each device has whole matrices of its experts; otherwise they are gathered over `data`."""
     c, B = self.config, x_BTD.shape[0]

@@ -107,12 +107,13 @@ class Conversation:
       stopped: called every STRIDE tokens; the turn ends when it returns true.
     """
     parser = TurnParser(self.tokenizer, thinking=self.thinking)
-    begin, new = len(self.tokens), []
+    begin, new, failed = len(self.tokens), [], False
     limit = min(begin + self.max_new_tokens, self.engine.T)
     while len(self.tokens) < limit and not stopped():
       new = self._sample(min(len(self.tokens) + STRIDE, limit))
       yield from parser.feed(new)
-      if not new or new[-1] in self.engine.stop_ids:  # No token: the logits are not finite.
+      failed = not new  # The logits are not finite.
+      if failed or new[-1] in self.engine.stop_ids:
         break
     yield from parser.finish()
     self.turn = parser.turn()
@@ -123,6 +124,8 @@ class Conversation:
       self._owed = [THINK_END, IM_END] if in_thought else [IM_END]
     self._has_thoughts |= bool((self.turn.reasoning or "").strip())
     self.messages.append(_message(self.turn))
+    if failed:  # The engine has dropped the state: the next message prefills the history again.
+      self._forget()
 
   def _begin(self, messages: Sequence[dict[str, Any]]) -> None:
     system = [] if self.system is None else [{"role": "system", "content": self.system}]

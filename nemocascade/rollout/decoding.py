@@ -65,7 +65,6 @@ class Decoding(struct.PyTreeNode):
   parked: Pool | None = None
 
 
-BY_SLOT = ("row_S", "logits_SV", "state")
 BY_ROW = (
   "tokens_BT", "sampled_BT", "behaviour_logprobs_BT", "known_B", "limit_B", "done_B", "failed_B", "held_B", "waiting_B",
   "parked_B", "prompt_B", "row_id_B", "order_B", "options", "drawn_logprobs_BT", "likeliest_tokens_BTK",

@@ -82,7 +82,7 @@ class Engine:
     model = loop.Model(prefill_fn, step_fn, extend_fn or intake.by_steps(step_fn), axes, experts_fn)
     self.layout = functools.cache(lambda B: Layout(self.mesh, B, axes))
     self.chunk = min(CHUNK, total_tokens)
-    self._ready: set = set()  # Shapes of Decodings whose programs with fewer slots are compiled.
+    self._ready: set = set()  # Decodings whose programs with fewer slots are compiled: (shapes, extends).
     self._extends: set = set()  # Shapes of Decodings for which extend_fn is compiled.
     of = lambda fn, *more: functools.partial(fn, model, self.layout, *more)  # noqa: E731
     self.start_fn = jax.jit(of(loop.start, self.T), static_argnums=(5, 6, 7, 8, 9))
@@ -186,10 +186,10 @@ class Engine:
 
   def _compile_smaller(self, params: Params, d: Decoding, key: jax.Array) -> None:
     """Compiles the programs with fewer slots at the first call with these shapes, so that none compiles later."""
-    if (shapes := _shapes(d)) in self._ready:
+    extends = (shapes := _shapes(d)) in self._extends
+    if (shapes, extends) in self._ready:
       return
-    self._ready.add(shapes)
-    extends = shapes in self._extends
+    self._ready.add((shapes, extends))
     while fewer := self._smaller(d):
       d, _ = self.decode_fn(params, self.shrink_fn(d, fewer), key, np.int32(0), np.int32(-1))
       if extends:

@@ -159,12 +159,13 @@ class _Run:
     # Unless the devices divide the rows, other processes may hold a row too; they need its results as well.
     self.shared = len(limit_B) % engine.mesh.size > 0
     self.sampling = set(episodes)
+    self.over: list[int] = []  # Held episodes that have ended since the last exchange.
     self.inline: list[int] = []  # Episodes whose tools run in this thread.
     self.decode_s = self.host_s = self.tools_s = 0.0
 
   def to_the_end(self, params: Params, d: Decoding, key: jax.Array) -> Decoding:
     """Samples turns and adds tool results, until all episodes have ended. Returns the final decoding state."""
-    idle = False
+    idle, ticks = False, 0
     if self.look < NEVER:
       d = self.engine.extend(params, d, {})  # Compiles it.
     while True:
@@ -176,9 +177,14 @@ class _Run:
       given = self._answers(idle)
       # Every process must make the same calls, so all of them go on until none has anything left to do.
       mine = [[b, tokens if self.shared else len(tokens)] for b, tokens in given.items()]
-      parts = self.exchange([len(self.sampling), len(self.beside) + len(self.inline), mine], "tools' results")
+      working = len(self.beside) + len(self.inline)
+      parts = self.exchange([len(self.sampling) + working, self.over, mine], "tools' results")
       told = dict(item for *_, items in parts for item in items)
-      idle = not told and not any(sampling for sampling, *_ in parts)
+      # Processes that hold the same row must agree when it leaves its slot.
+      self.held_B[[b for _, over, _ in parts for b in over]] = False
+      self.over = []
+      before, ticks = ticks, int(d.counts.ticks)
+      idle = not told and ticks == before
       if told:
         of: Callable = lambda b, tokens: given.get(b, tokens if self.shared else [0] * tokens)  # noqa: E731
         d = d.replace(held_B=self.held_B.copy())
@@ -186,7 +192,7 @@ class _Run:
       elif self.look < NEVER:
         d = d.replace(held_B=self.held_B.copy())
       self.decode_s, self.host_s = self.decode_s + decoded - began, self.host_s + time.monotonic() - decoded
-      if idle and not any(working for _, working, _ in parts):
+      if not told and not any(unfinished for unfinished, *_ in parts):
         return d
 
   def _take_turns(self, d: Decoding, done_B: np.ndarray) -> None:
@@ -203,7 +209,7 @@ class _Run:
       if failed_B[i]:
         self._fail(b, "the model's logits are not finite")
       elif not asks:
-        self.held_B[b] = False
+        self._end(b)
       elif episode.domain.in_threads:
         limit_s = max(min(self.calls_s, self.episode_s - episode.tools_s), 0.0)
         self.beside.start(b, functools.partial(episode.act, self.tokenizer), limit_s)
@@ -238,14 +244,20 @@ class _Run:
         self.sampling.add(b)
         return tokens
       episode.turns[-1] = dataclasses.replace(episode.turns[-1], finished=False)  # The results do not fit.
-    self.held_B[b] = False
+    self._end(b)
     return None
+
+  def _end(self, b: int) -> None:
+    """Lets the episode's slot go, in all processes from the next exchange on."""
+    if self.held_B[b] and b not in self.over:
+      self.over.append(b)
 
   def _fail(self, b: int, why: str) -> None:
     """Ends the episode; its verdict will be masked."""
     episode = self.episodes[b]
     episode.turns[-1] = dataclasses.replace(episode.turns[-1], finished=False)
-    episode.world, self.held_B[b] = Failed(why), False
+    episode.world = Failed(why)
+    self._end(b)
 
   def metrics(self, d: Decoding, slots: int) -> dict[str, float]:
     """What the sampling has cost in this process; what depends on how long tools take is under speed/ and time/."""

@@ -40,7 +40,7 @@ def admit(
     fields_R: name of a field of d -> its values for the new requests.
   """
   layout, (R, P) = layout_of(d.known_B.shape[0]), tokens_RP.shape
-  assert d.prompts is not None
+  assert d.prompts is not None and d.experts_BTY is None  # Requests that come later are not recorded.
   logits_RV, state, *_ = model.prefill(params, tokens_RP, length_R, places)
   axes, of_state, cut = model.axes(state), layout.of_state(state), layout.cut
   fields_R = fields_R | {
