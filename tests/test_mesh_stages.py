@@ -40,7 +40,7 @@ def config(data, expert, split=False) -> ConfigDict:
   c.update(rl_config.fields())
   c.packing = dict(rows=B, row_tokens=T, pieces=4 if split else 2, shared_prompts=False)
   c.rollout.update(prompts=8, completions=2, total_tokens=T)
-  c.rows, c.row_tokens, c.pieces = B, T, 4 if split else 1
+  c.rows, c.row_tokens, c.pieces, c.z_loss = B, T, 4 if split else 1, 0.0
   # A large eps makes Adam's first step nearly equal to the gradient where the gradient is small.
   c.optimizer.update(peak_lr=1.0, warmup_steps=0, eps=1.0, clip_norm=1e3)
   return c

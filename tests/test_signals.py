@@ -72,7 +72,7 @@ def annotated(judge):
   c = if_rl.get_config("smoke")
   c.update(NONE | {"reward": "pairwise", "dynamic_filtering": False, "overlong": "keep"})
   verdicts = [[no_verdict("row", "no judge")] * 2] * 2
-  sampled = Sampled(samples(), verdicts, verdicts, rounds=1, too_long=0, spent=Spent())
+  sampled = Sampled(samples(), verdicts, verdicts, rounds=1, too_long=0, spent=Spent(), cost={})
   s = Sources(c, None, Words(), np.float32(1), judge, None, None, None)
   return signals.annotate(sampled, signals.wanted(c), s, Phases())
 
@@ -99,7 +99,10 @@ def test_a_new_signal_needs_its_entry_alone_to_reach_an_advantage():
   c.update(NONE | {"dynamic_filtering": False})
   surprise = Signal("surprise", lambda c: True, lambda s, samples: {"surprise_QGT": samples.behaviour_logprobs_QGT - 1})
   verdicts = [[Verdict(1.0, "")] * 2] * 2
-  sampled, s = Sampled(samples(), verdicts, verdicts, 1, 0, Spent()), Sources(c, None, None, 1, None, None, None, None)
+  sampled, s = (
+    Sampled(samples(), verdicts, verdicts, 1, 0, Spent(), {}),
+    Sources(c, None, None, 1, None, None, None, None),
+  )
   rollout, _ = signals.annotate(sampled, [surprise], s, Phases())
   advantages_QGT = jax.jit(lambda r: r.signals["surprise_QGT"] * r.rewards_QG[..., None])(rollout)
   np.testing.assert_array_equal(advantages_QGT, -1)

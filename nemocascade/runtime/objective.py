@@ -89,7 +89,8 @@ def step_settings(c: ConfigDict) -> str:
   """The settings that a step depends on, as JSON. Stages with equal settings share a compiled program."""
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
-  c.replay = bool(c.rollout.replay)
+  with c.unlocked():
+    c.replay = bool(c.rollout.replay)
   return settings(
     c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
     "optimizer", "packing", "router_balance", "replay",
