@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "nemocascade"
-EXTRAS = {"TPU": "tpu", "GPU": "cuda", "CPU": ""}  # What a machine computes on -> the extra of this package for it.
+EXTRAS = {"TPU": "tpu", "GPU": "cuda", "CPU": ""}  # The extra that the package needs on each kind of device.
 
 
 def start() -> None:

@@ -16,7 +16,7 @@ DOMAINS = (
 
 SIDE_LINE = ("reward_model", "rlhf_teacher")  # No stage starts from these by "previous".
 ANNEALED = dict(schedule="linear", final_fraction=0.0)  # The learning rate falls linearly to 0.
-PLAIN = dict(long_domains=(), greedy=())  # Of the evaluation: no domain has long prompts, no stage greedy scores.
+PLAIN = dict(long_domains=(), greedy=())  # The evaluation has no long prompts and no greedy scores.
 COSINE = dict(schedule="cosine")  # It falls along a cosine to the optimizer's final_fraction.
 
 _RLHF = dict(

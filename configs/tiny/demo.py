@@ -16,7 +16,7 @@ from configs import recipe
 from configs.tiny import base, mopd, rl, sft
 
 DOMAINS = ("instruction", "stem", "structured")
-TOKENS = 96  # Of a prompt and its completion. Rollouts and evaluation share it: one compiled sampler.
+TOKENS = 96  # A prompt and its completion have at most this many. Rollouts and evaluation share one compiled sampler.
 
 
 def get_config(arg: str = "") -> ConfigDict:

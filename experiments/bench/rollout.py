@@ -38,7 +38,7 @@ from nemocascade.runtime.resharding import for_sampling
 from nemocascade.runtime.step_time import Sizes
 from nemocascade.types import Params
 
-TURNS = 3  # Of each side; the best is compared.
+TURNS = 3  # Each side runs this many times, and its best time is compared.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,11 @@ from nemocascade.data.chat_parse import Delta, Turn, TurnParser
 from nemocascade.data.tokenizer import IM_END, THINK_END, Tokenizer
 from nemocascade.errors import UserError
 from nemocascade.rollout.decoding import Decoding
-from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.engine import Engine, width_of
 from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
 
 STRIDE = 4  # Tokens that a call of the decoding loop samples before they are parsed.
-NARROWEST = 64  # The smallest width that prompts are padded to.
 
 
 class Conversation:
@@ -153,7 +152,7 @@ class Conversation:
 
   def _take_in(self, tokens: list[int]) -> None:
     self._check_room(len(tokens))
-    width = max(NARROWEST, 1 << (len(tokens) - 1).bit_length())
+    width = width_of(len(tokens))
     self._d = self.engine.start(self.params, [tokens], 1, width=width, options=self.options, held=True)
     self.tokens = tokens
     self.prefills += 1

@@ -18,6 +18,7 @@ from nemocascade.types import Params
 NEVER = 2**31 - 1  # Ticks.
 CHUNK = 64  # Given tokens that a call of the model takes in for a row.
 TOGETHER = 8  # Rows of a device that take in given tokens together.
+NARROWEST = 64  # The smallest width that prompts of any length are padded to.
 PLAIN = Options()
 # When requests run out, decoding goes on with one slot of SHRINK, but not with fewer than FEWEST on a device. A program
 # is compiled for each of these sizes.
@@ -230,6 +231,11 @@ class Engine:
 
   def _put(self, d: Decoding) -> Decoding:
     return jax.tree.map(_put, d, self.layout(d.known_B.shape[0]).places(d))
+
+
+def width_of(tokens: int) -> int:
+  """A width for a prompt of so many tokens: a power of 2, so that few widths are compiled."""
+  return max(NARROWEST, 1 << (tokens - 1).bit_length())
 
 
 def _shapes(d: Decoding) -> tuple:

@@ -10,11 +10,9 @@ import numpy as np
 from nemocascade.data.detokenizer import Detokenizer
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
-from nemocascade.rollout.engine import TOGETHER, Engine
+from nemocascade.rollout.engine import TOGETHER, Engine, width_of
 from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
-
-NARROWEST = 64  # The smallest width that prompts are padded to.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +188,7 @@ class Scheduler:
     for start in range(0, len(now), TOGETHER):
       some = dict(zip(free[start:], now[start : start + TOGETHER], strict=False))
       asked = [one.request for one in some.values()]
-      width = max(NARROWEST, 1 << (max(len(r.prompt) for r in asked) - 1).bit_length())
+      width = width_of(max(len(r.prompt) for r in asked))
       whole = lambda values: np.array(values, np.int32)  # noqa: E731
       options = [r.options.by_row(1) for r in asked]
       self._d = self.engine.admit(
