@@ -12,23 +12,22 @@ all devices: 2 per parameter and token forward, 6 with the backward pass. An SFT
 (runtime/work.py). Nothing is allocated. If programs do not
 fit, an error at the end names them and what to change.
 
-The programs are those of a rollout (prefill, decode_step), of teachers and reference (score), of the update
-(sft_step, rl_step, reward_step), of the judge, and of the evaluation. Teachers, reference and judge change places
-with one another by copies between host and chips, for which nothing is compiled.
+The programs are those of a rollout (prefill, decode_step, and tool_results where there are tools), of teachers and
+reference (score), of the update (sft_step, rl_step, reward_step), of the judge, and of the evaluation. Teachers,
+reference and judge change places with one another by copies between host and chips, for which nothing is compiled.
+Small programs between these, which copy rows from one layout to another, are left out.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -37,44 +36,20 @@ from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import kind_of
 from nemocascade.fields import text
-from nemocascade.mesh import first_rows, make_mesh, placed, whole
-from nemocascade.mesh import rows as rows_sharding
+from nemocascade.mesh import make_mesh
 from nemocascade.model.size import matmul_params
-from nemocascade.rollout.sampling import Options
-from nemocascade.runtime import checks, objective, signals, work
+from nemocascade.runtime import traced, work
 from nemocascade.runtime.footprint import footprint
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.programs import Programs
-from nemocascade.runtime.scoring import scored_rows
-from nemocascade.types import Batch, Prompts, Rollout
+from nemocascade.runtime.traced import Program
+from nemocascade.types import Batch
 
 GIB = 1 << 30
 # Kind of chip -> (GiB per device, devices per chip).
 CHIPS = {"v5e": (16, 1), "v5p": (95, 1), "v6e": (32, 1), "tpu7x": (96, 2)}
 MORE = "more chips, or mesh.expert and mesh.data that cut the parameters finer"
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """A program to compile.
-
-  Attributes:
-    key: programs of equal keys are the same.
-    trace: traces it.
-    spent: the tokens that it processes.
-    advice: what to change if it does not fit.
-    work: computes further fields of its line: for an SFT step, work.ratios.
-    arguments: what it is given of the things that a stage keeps on the devices, see Footprint.resident.
-  """
-
-  name: str
-  key: tuple
-  trace: Callable
-  spent: Spent
-  advice: str
-  arguments: tuple[str, ...] = ("params",)
-  work: Callable[[], dict] = dict
 
 
 def run(c: ConfigDict, topology: str, stages: str = "", programs: str = "") -> list[dict]:
@@ -208,18 +183,13 @@ def measure(trace: Callable) -> dict[str, float | None]:
   }
 
 
-def _rows(programs: Programs, tree):
-  """Shapes and dtypes with the shardings that Programs.put gives rows."""
-  return placed(tree, first_rows(tree, programs.mesh))
-
-
 # Kind of stage -> a function (config, programs) -> (abstract state, its programs).
 
 
 def _sft_programs(c: ConfigDict, programs: Programs):
   _, state, step_fn = sft.program(c, programs)
   of = functools.partial(jax.ShapeDtypeStruct, (c.rows, c.row_tokens))
-  batch = _rows(programs, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
+  batch = traced.as_rows(programs, Batch(of(jnp.int32), of(jnp.int32), of(bool)))
 
   def trace(config):
     same = config == programs.config
@@ -230,162 +200,21 @@ def _sft_programs(c: ConfigDict, programs: Programs):
     f"more pieces than pieces={c.pieces}, shorter rows than row_tokens={c.row_tokens}, or model.remat='block'",
     ("params", "moments"), functools.partial(work.ratios, programs.config, c.rows, c.row_tokens, trace),
   )  # fmt: skip
-  return state, [step, *_evaluation(c, programs)]
+  return state, [step, *traced.evaluation(c, programs)]
 
 
 def _reward_programs(c: ConfigDict, programs: Programs):
   _, state, step_fn = reward_model.program(c, programs)
-  side = _one_document_rows(c.pairs, c.row_tokens, programs)
+  side = traced.one_document_rows(c.pairs, c.row_tokens, programs)
   advice = f"fewer pairs than pairs={c.pairs}, or shorter rows than row_tokens={c.row_tokens}"
   step = Program(
     "reward_step", (c.to_json_best_effort(),), lambda: step_fn.trace(state, side, side),
     Spent(trained=2 * c.pairs * c.row_tokens), advice, ("params", "moments"),
   )  # fmt: skip
-  return state, [step, _judge(programs, c.pairs, c.row_tokens, advice, ("params",))]
+  return state, [step, traced.judge(programs, c.pairs, c.row_tokens, advice, ("params",))]
 
 
-def _judge(programs: Programs, B: int, T: int, advice: str, arguments: tuple[str, ...] = ()) -> Program:
-  """The reward model, reading B answers of at most T tokens with their prompts."""
-  rows = _one_document_rows(B, T, programs)
-  trace = lambda: programs.reward.trace(programs.reward_template, *rows)
-  return Program("judge", ("judge", B, T), trace, Spent(scored=B * T), advice, arguments)
-
-
-def _one_document_rows(B: int, T: int, programs: Programs):
-  """(tokens_BT, segment_ids_BT), as shapes with shardings."""
-  rows_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
-  return _rows(programs, (rows_BT, rows_BT))
-
-
-def _rl_programs(c: ConfigDict, programs: Programs):
-  r, p, struct = c.rollout, c.packing, jax.ShapeDtypeStruct
-  Q, T, temperature = r.prompts, r.total_tokens, np.float32(r.temperature)
-  found = [
-    *_sampling(programs, "", Q, r.completions, r.prompt_tokens, T, drawn=r.top_p < 1, section="rollout", slots=r.slots)
-  ]
-  found += _scoring(c, programs)
-  if checks.judged(c, c):
-    e = c.evaluation
-    advice = (
-      f"fewer rows than evaluation.batch={e.batch}, or shorter ones than evaluation.prompt_tokens={e.prompt_tokens}"
-    )
-    found.append(_judge(programs, e.batch, e.prompt_tokens, advice))
-
-  state, step_fn, proximal_fn = objective.step_program(c, programs)
-  rows, count = _taught_rows(c, programs.config.hidden_size, programs.config.dtype)
-  rows = {name: struct((p.rows, p.row_tokens, *row.shape[2:]), row.dtype) for name, row in rows.items()}
-  # As step/rows.py leaves them on the devices.
-  held = rows_sharding(programs.mesh, p.rows if p.shared_prompts else p.rows // p.pieces)
-  rows, count = placed(rows, dict.fromkeys(rows, held)), _rows(programs, count)
-  pieces = f"more pieces than packing.pieces={p.pieces}, or shorter rows than packing.row_tokens={p.row_tokens}"
-  prompts = None
-  if p.shared_prompts:
-    prompts = Prompts(*_rows(programs, (struct((Q, r.prompt_tokens), jnp.int32), struct((Q,), jnp.int32))))
-  tokens = p.rows * p.row_tokens + (Q * r.prompt_tokens if p.shared_prompts else 0)
-  key = objective.step_settings(c), tuple(sorted(rows)), Q, r.prompt_tokens
-  if c.updates > 1:
-    trace = lambda rows=rows: proximal_fn.trace(programs.template, dict(rows), prompts, temperature)
-    found.append(Program("proximal_logprobs", ("proximal", *key), trace, Spent(scored=tokens), pieces))
-    rows = rows | {"proximal": rows["behaviour"]}
-  trace = lambda: step_fn.trace(state, rows, count, _heads(c, programs), prompts, temperature)
-  found.append(Program("rl_step", ("step", *key), trace, Spent(trained=tokens), pieces, ("params", "moments")))
-  return state, [*found, *_evaluation(c, programs)]
-
-
-def _scoring(c: ConfigDict, programs: Programs) -> Iterator[Program]:
-  """The programs by which teachers and reference read samples."""
-  n, T, temperature = scored_rows(programs), c.rollout.total_tokens, np.float32(c.rollout.temperature)
-  rows = _rows(programs, tuple(jax.ShapeDtypeStruct((n, T), dtype) for dtype in (jnp.int32, jnp.int32, bool)))
-  traces = {  # A signal that is not named here has the log-probabilities of "score".
-    "score": lambda: programs.logprobs.trace(programs.template, *rows, temperature),
-    "teacher_states": lambda: programs.states.trace(programs.template, *rows[:2]),
-    "teacher_likeliest": lambda: programs.likeliest.trace(programs.template, *rows, objective.topk(c), temperature),
-  }
-  for name in dict.fromkeys(s.name if s.name in traces else "score" for s in signals.wanted(c) if s.phase == "score"):
-    advice = f"shorter ones than rollout.total_tokens={T}"
-    yield Program(name, (name, n, T, objective.topk(c)), traces[name], Spent(scored=n * T), advice, ())
-
-
-def _heads(c: ConfigDict, programs: Programs):
-  """The shape of the teachers' heads, which a step needs that distils from their states; else None."""
-  if not signals.by_states(c):
-    return None
-  m, checkpoints = programs.config, len(set(c.teachers.values()))
-  shape = jax.ShapeDtypeStruct((checkpoints, m.hidden_size, m.vocab_size), m.dtype)
-  return placed(shape, whole(programs.mesh))
-
-
-def _sampling(
-  programs: Programs, prefix: str, Q: int, G: int, P: int, T: int, *, drawn: bool, section: str, slots: int = 0
-) -> Iterator[Program]:
-  """The two programs of a rollout of G completions of Q prompts.
-
-  Args:
-    prefix: of the programs' names.
-    section: of the config, and what stands before its lengths' names, for advice.
-    slots: completions that are decoded at a time; 0 decodes all.
-  """
-  engine, struct, B = programs.engine(P, T), jax.ShapeDtypeStruct, Q * G
-  prompts = _rows(programs, (struct((Q, P), jnp.int32), struct((Q,), jnp.int32)))
-  S = engine.slots_of(B, slots)
-  options = Options(top_p=0.5 if drawn else 1.0).by_row(B), np.zeros(B, bool)
-  weights, given = programs.sampling_template, () if programs.resharded else ("params",)
-  prefill = functools.cache(lambda: engine.start_fn.trace(weights, *prompts, *options, G, S, drawn, 0, 0))
-  shorter = f"shorter ones than {section}.{{}}={{}}".format
-  yield Program(
-    f"{prefix}prefill", ("prefill", Q, G, P, T, drawn), prefill, Spent(prefilled=Q * P),
-    f"fewer prompts than {Q}, or {shorter('prompt_tokens', P)}", given,
-  )  # fmt: skip
-
-  def decode():
-    d = prefill().out_info
-    scalars = struct((), jax.eval_shape(lambda: jax.random.key(0)).dtype), *[struct((), jnp.int32)] * 2
-    return engine.decode_fn.trace(weights, placed(d, engine.layout(B).places(d)), *scalars)
-
-  yield Program(
-    f"{prefix}decode_step", ("decode", B, S, P, T, drawn), decode, Spent(sampled=S),
-    f"fewer sequences than {Q} x {G}, or {shorter('total_tokens', T)}", given,
-  )  # fmt: skip
-
-
-def _evaluation(c: ConfigDict, programs: Programs) -> Iterator[Program]:
-  """The programs that score held-out prompts: of domains of usual length, and of those with long prompts."""
-  e, G = c.evaluation, c.evaluation.completions
-  long = [name for name in c.domains if name in e.long_domains]
-  if len(long) < len(c.domains):
-    yield from _sampling(
-      programs, "evaluation_", e.batch // G, G, e.prompt_tokens, e.total_tokens, drawn=False, section="evaluation"
-    )
-  if long:
-    yield from _sampling(
-      programs, "long_evaluation_", e.long_batch // G, G, e.long_prompt_tokens, e.long_total_tokens, drawn=False,
-      section="evaluation",
-    )  # fmt: skip
-
-
-def _taught_rows(c: ConfigDict, D: int, dtype: str):
-  """(shapes of the training rows of a rollout, shape of the loss's count) of a stage; D and dtype are the model's."""
-  r = c.rollout
-  of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-  f32, QG, QGT = jnp.float32, (r.prompts, r.completions), (r.prompts, r.completions, r.total_tokens)
-  names, k = {signal.name for signal in signals.wanted(c)}, objective.topk(c)
-  states, likeliest = "teacher_states" in names, "teacher_likeliest" in names
-  rollout = Rollout(
-    tokens_QGT=of(jnp.int32, *QGT), segment_ids_QGT=of(jnp.int32, *QGT), loss_mask_QGT=of(bool, *QGT),
-    behaviour_logprobs_QGT=of(f32, *QGT), rewards_QG=of(f32, *QG), valid_QG=of(bool, *QG),
-    drawn_logprobs_QGT=of(f32, *QGT) if r.top_p < 1 else None,
-    teacher_logprobs_QGT=of(f32, *QGT) if "teacher_logprobs" in names else None,
-    reference_logprobs_QGT=of(f32, *QGT) if "reference" in names else None,
-    teacher_states_QGTD=of(dtype, *QGT, D) if states else None,
-    teacher_Q=of(jnp.int32, r.prompts) if states else None,
-    top_tokens_QGTK=of(jnp.int32, *QGT, k) if likeliest else None,
-    top_logprobs_QGTK=of(f32, *QGT, k) if likeliest else None,
-  )  # fmt: skip
-  rows, count, _ = jax.eval_shape(objective.rows_program(objective.settings(c, "advantage", "aggregation")), rollout)
-  return rows, count
-
-
-PROGRAMS = {"sft": _sft_programs, "rl": _rl_programs, "reward_model": _reward_programs}
+PROGRAMS = {"sft": _sft_programs, "rl": traced.of_rl, "reward_model": _reward_programs}
 
 if __name__ == "__main__":
   launch(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs.nano_30b import cascade as nano
@@ -125,13 +126,15 @@ def test_a_step_behind_shared_prompts_takes_their_tokens_once(traced, top_p, cor
 
 
 ROLLOUT = ["prefill", "decode_step"]
-EVALUATION = [f"{length}evaluation_{name}" for length in ("", "long_") for name in ROLLOUT]
+TOOLS = [*ROLLOUT, "tool_results"]
+EVALUATION = [f"evaluation_{name}" for name in TOOLS] + [f"long_evaluation_{name}" for name in ROLLOUT]
 PROGRAMS = {  # Stage of the cascade -> its programs, without those of the evaluation.
   "sft": ["sft_step"],
   "reward_model": ["reward_step", "judge"],
-  **dict.fromkeys(("if_rl", "multi_domain_rl", "long_context_rl", "code_rl"), [*ROLLOUT, "rl_step"]),
-  **dict.fromkeys(("swe_agentless_rl", "swe_agentic_rl"), [*ROLLOUT, "rl_step"]),
-  **dict.fromkeys(("rlhf_teacher", "mopd", "rlhf"), [*ROLLOUT, "score", "judge", "rl_step"]),
+  **dict.fromkeys(("if_rl", "long_context_rl", "code_rl", "swe_agentless_rl"), [*ROLLOUT, "rl_step"]),
+  **dict.fromkeys(("multi_domain_rl", "swe_agentic_rl"), [*TOOLS, "rl_step"]),
+  **dict.fromkeys(("rlhf_teacher", "rlhf"), [*ROLLOUT, "score", "judge", "rl_step"]),
+  "mopd": [*TOOLS, "score", "judge", "rl_step"],
 }
 
 
@@ -148,12 +151,29 @@ def test_every_program_of_every_stage_is_listed_and_equal_ones_are_compiled_once
   assert rlhf["score"]["resident_gib"] >= rlhf["prefill"]["resident_gib"] >= rlhf["rl_step"]["resident_gib"]
 
 
-@pytest.mark.parametrize("loss, program", [("reverse_kl", "teacher_states"), ("reverse_kl_topk", "teacher_likeliest")])
-def test_what_teachers_send_beside_log_probabilities_is_in_the_step(traced, loss, program):
+@pytest.mark.parametrize(
+  "loss, program, replay", [("reverse_kl", "teacher_states", False), ("reverse_kl_topk", "teacher_likeliest", True)]
+)
+def test_what_teachers_send_and_which_experts_are_replayed_is_in_the_programs(traced, loss, program, replay):
   c = mopd.get_config("smoke")
   c.distillation, c.distillation_weight = loss, 1.0
+  c.rollout.replay = c.rollout.replay_teachers = replay
   lines = compile_lib.run(c, "v5e:2x4", programs=f"score,{program},rl_step")
   assert [line["program"] for line in lines] == ["score", program, "rl_step"]
+  experts = 2 * c.model.num_experts_per_tok  # Of a token, in the two MoE blocks.
+  recorded = [[a.shape[-1] for a in jax.tree.leaves(of.in_avals) if a.dtype == jnp.uint8] for of in traced]
+  assert recorded == [[experts] * replay] * 3
+
+
+def test_a_rollout_in_fewer_slots_has_places_for_states_that_wait_for_tools(traced):
+  c = mopd.get_config("smoke")
+  for slots, records in ((0, False), (16, True)):
+    c.rollout.update(slots=slots, record_experts=records)
+    compile_lib.run(c, "v5e:2x4", programs="prefill,decode_step,tool_results")
+  whole, cut = (start.out_info for start in traced[::3])
+  assert whole.parked is None and whole.logits_SV.shape == (64, c.model.vocab_size) and whole.experts_BTY is None
+  assert cut.parked.logits_KV.shape == cut.logits_SV.shape == (16, c.model.vocab_size)
+  assert cut.experts_BTY.shape == (64, c.rollout.total_tokens, 2 * c.model.num_experts_per_tok)
 
 
 def test_a_stage_holds_the_bytes_counted_by_hand():

@@ -132,6 +132,16 @@ def that_need(c: ConfigDict, what: str, among: Container[str] | None = None) -> 
   return found
 
 
+def of_turns(c: ConfigDict, among: Container[str] | None = None) -> list[str]:
+  """The domains whose episodes may have several turns; `among` as in `that_need`.
+
+  It builds no environment. One that allows a single turn counts too, unless `max_turns` says so.
+  """
+  found = entries(c).items()
+  has_tools = lambda entry: bool(entry.environment or (entry.built_in and entry.built_in.environment))
+  return [name for name, e in found if (among is None or name in among) and has_tools(e) and e.max_turns != 1]
+
+
 def build(c: ConfigDict, *, sandbox: object = None, names: Container[str] | None = None) -> dict[str, Domain]:
   """Builds the config's domains: indexes their files, and tries a user's own functions on some rows.
 
