@@ -37,6 +37,8 @@ CONFIG = "configs/tiny/cascade.py:smoke"
 ORDER = "reward_model,sft,if_rl,multi_domain_rl,rlhf_teacher,mopd,rlhf,long_context_rl,code_rl,swe_rl,swe_agentic_rl"
 SAMPLING_NOTHING = ("sft", "reward_model")
 DEVICES, STEPS = 4, 4
+# Stage -> fields of its config. A smoke model repairs nothing with tools: an entropy bonus gives it a gradient.
+FIELDS = {"swe_agentic_rl": ("dynamic_filtering=False", "entropy_weight=0.01")}
 # Fields of cascade.json that vary by run, and those that `scores` compares.
 OF_PROCESS = ("wall_s", "train_s", "eval_s_after", "compilations", "probe", "checkpoint")
 SCORES = ("scores_", "greedy_", "of_prompts_")
@@ -89,7 +91,8 @@ def run(workdir: Path, count: int, order: list[str], sft_steps: int = STEPS) -> 
   address, steps = free_address(), []
   for name in order:
     count_of = sft_steps if name == "sft" else STEPS
-    steps += [f"--config.stages.{name}.steps={count_of}", f"--config.stages.{name}.save_every={count_of}"]
+    fields = f"steps={count_of}", f"save_every={count_of}", *FIELDS.get(name, ())
+    steps += [f"--config.stages.{name}.{field}" for field in fields]
     if name not in SAMPLING_NOTHING:
       steps.append(f"--config.stages.{name}.samples=1000")
   command = [
