@@ -253,6 +253,7 @@ if __name__ == "__main__":
   launch(
     main,
     several=True,
+    buckets=True,
     without_workdir=("dry_run",),
     dry_run=(flag("Print the plan of all stages, computing and writing nothing."), False),
     compiled=(text("For --dry_run: a file of what experiments.compile printed for this config."), ""),

@@ -1,4 +1,4 @@
-"""A run in a bucket (gs://): checkpoints, records, metrics and data of a stage, on a file system that is no POSIX path."""
+"""A run in a bucket (gs://): checkpoints, records, metrics, data and report, on a file system that is no POSIX path."""
 
 import json
 
@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from test_checkpoint import state, template
 
 from configs import recipe
+from configs.tiny import cascade as tiny_cascade
 from configs.tiny import sft as sft_config
-from experiments import sft
+from experiments import cascade
 from nemocascade import state_files
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import MetricsWriter, read_lines
@@ -19,6 +20,7 @@ from nemocascade.runtime import launch, loading
 from nemocascade.state_files import place, read_state, write_json
 from nemocascade.store import checksums
 from nemocascade.store.checkpoint import Store, load_params
+from nemocascade.store.record import Record
 
 
 @pytest.fixture(scope="module")
@@ -106,30 +108,58 @@ def test_a_bucket_that_cannot_be_written_is_refused(bucket, takes):
     assert str(launch._workdir(f"{bucket}/run", takes)) == f"{bucket}/run" and not objects("mine/run")
 
 
-def test_sft_runs_in_a_bucket_and_resumes_there(bucket, capsys):
-  c = sft_config.get_config("smoke")
+def cascade_config(verify: str) -> ConfigDict:
+  """Three stages of SFT. The second one teaches the model to end its answers, and a gate guards that it does not."""
+  c = tiny_cascade.get_config("smoke")
   with c.unlocked():
-    c.steps, c.save_every, c.rows, c.row_tokens, c.look_ahead = 3, 1, 2, 256, 2048
-    c.domains, c.sources = recipe.generated("instruction"), recipe.conversations(instruction=40)
     c.model, c.tokenizer.vocab_size, c.tokenizer.conversations = ConfigDict(tiny_checkpoint.MODEL), 600, 60
     c.model.hybrid_override_pattern = "*"  # One block compiles fast.
-  workdir = place(f"{bucket}/sft_run")
-  sft.main(c, workdir)
-  made = f"{workdir}/sft/checkpoints/3"
-  assert f"checkpoint: {made}" in capsys.readouterr().err
-  before = read_lines(workdir / "sft" / "metrics.jsonl")
-  for name in objects("mine/sft_run/sft/checkpoints/3/"):
+    c.domains = {"endless": dict(rows="generated:instruction", verify=verify)}
+    c.evaluation.update(prompts=32, batch=32, greedy=())
+    c.order, c.side_line, c.stages = ("first", "ends", "last"), (), {}
+    for name, steps in zip(c.order, (1, 12, 1), strict=True):
+      stage = sft_config.stage("smoke")
+      stage.update(steps=steps, save_every=6, init_from="previous", rows=2, row_tokens=256, look_ahead=2048)
+      stage.sources = recipe.conversations(instruction=40)
+      stage.optimizer.peak_lr = 2e-2
+      c.stages[name] = stage
+    c.stages.ends.gates = {"endless": dict(tolerance=0.1, action="back")}
+  return c
+
+
+def test_a_cascade_in_a_bucket_resumes_there_and_goes_back_from_a_stage_that_makes_a_domain_worse(
+  bucket, tmp_path, monkeypatch, capsys
+):
+  (own := tmp_path / "own.py").write_text("def goes_on(row, completion):\n  return float(not completion.finished)\n")
+  c, workdir = cascade_config(f"{own}:goes_on"), place(f"{bucket}/cascade")
+
+  def interrupted(c, p, heldout, params, name, scores=cascade.scores):
+    if name == "ends":
+      raise KeyboardInterrupt
+    return scores(c, p, heldout, params, name)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(cascade, "scores", interrupted)
+    cascade.run(c, workdir)
+  for name in objects("mine/cascade/ends/checkpoints/12/"):
     del buckets.OBJECTS[name]
-  sft.main(c, workdir)
-  assert f"sft: goes on after 2 steps, from {workdir}/sft/checkpoints/2" in capsys.readouterr().err
-  after = read_lines(workdir / "sft" / "metrics.jsonl")
-  assert [line["loss/sft"] for line in after] == [line["loss/sft"] for line in before]
-  found = loading.find(made)
-  assert found.tokenizer is not None and found.config.hidden_size == c.model.hidden_size
-  assert json.loads(buckets.OBJECTS["mine/sft_run/config.json"][0])["config"]["steps"] == 3
-  c.steps = 4
-  with pytest.raises(UserError, match=f"--workdir {workdir} belongs to another config: config.steps is 3"):
-    sft.main(c, workdir)
+  before = read_lines(workdir / "ends" / "metrics.jsonl")
+  cascade.run(c, workdir)
+  said = capsys.readouterr().err
+  assert f"ends: goes on after 6 steps, from {workdir}/ends/checkpoints/6" in said
+  after = read_lines(workdir / "ends" / "metrics.jsonl")
+  assert [line["loss/sft"] for line in after] == [line["loss/sft"] for line in before] and len(after) == 12
+
+  first, ends, last = Record.open(workdir).stages
+  assert ends["decision"] == "back" and ends["start"] == last["start"] == first["checkpoint"]
+  assert "gates of ends: endless changed by -0." in said and last["parent"] == "first"
+  assert loading.find(f"{workdir}/last/checkpoints/1").config.hidden_size == c.model.hidden_size
+  assert b"endless" in buckets.OBJECTS["mine/cascade/report/index.html"][0]
+  cascade.run(c, workdir)
+  assert f"all stages were done before: {workdir}/report/index.html" in capsys.readouterr().out
+  c.seed = 9
+  with pytest.raises(UserError, match=f"--workdir {workdir} belongs to another config: config.seed is 0"):
+    cascade.run(c, workdir)
 
 
 def test_the_checksums_of_a_bucket_read_no_object(bucket, monkeypatch):

@@ -13,7 +13,7 @@ from nemocascade.report import answers, curves, figures, scores, summary
 from nemocascade.report.markup import link, note, page, section, text
 from nemocascade.report.run import Run, words
 from nemocascade.report.tree import tree
-from nemocascade.state_files import whole
+from nemocascade.state_files import place, whole
 
 RELOAD_S = 15  # Seconds between two states of the page while the run goes on.
 TERMS = {
@@ -34,7 +34,7 @@ def write(workdir: str | Path, *, live: bool = False) -> Path:
   Args:
     live: whether the run goes on: the page then reloads itself, and no pictures are drawn beside it.
   """
-  run = Run.open(Path(workdir))
+  run = Run.open(place(workdir))
   out = run.workdir / "report"
   out.mkdir(parents=True, exist_ok=True)
   sections = list(_sections(run, out))

@@ -11,7 +11,7 @@ from nemocascade.runtime import course, guards, lineage, validation
 from nemocascade.runtime.course import Choice
 from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.start import RECORD
-from nemocascade.state_files import absolute, read_state
+from nemocascade.state_files import absolute, on_bucket, read_state
 from nemocascade.store import checksums
 from nemocascade.store.checkpoint import steps_in
 from nemocascade.store.record import Record
@@ -57,5 +57,11 @@ def cascade(c: ConfigDict, record: Record, choice: Choice, anew: list[str]) -> b
   done = not anew and all(record.is_done(n) and not lineage.is_grown(now, record, n) for n in choice.of(now))
   # The last file of the report, which is not written while the run goes on.
   picture = record.path.parent / "report" / "scores.png"
-  done = done and picture.is_file() and picture.stat().st_mtime_ns >= record.path.stat().st_mtime_ns
+  done = done and picture.is_file() and _written(picture) >= _written(record.path)
   return exchange(bool(done), "whether the cascade is done")[0]
+
+
+def _written(path: Path) -> int:
+  """When the file was written; buckets count in seconds, folders in nanoseconds."""
+  found = path.stat()
+  return found.mtime if on_bucket(path) else found.st_mtime_ns  # type: ignore[attr-defined]
