@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from nemocascade.config import ModelConfig
 from nemocascade.kernels import attention as kernel
 from nemocascade.kernels.product import product
+from nemocascade.kernels.scatter import put
 from nemocascade.mesh import on_own_rows
 from nemocascade.model.layers import normal
 from nemocascade.model.sequence_parallel import layout
@@ -54,8 +55,8 @@ class Attention(nn.Module):
     y = self._attend(q, k, v, segment_ids_BT, k_BKSH, v_BKSH, length_B)
     place_BT = length_B[:, None] + jnp.arange(x_BTD.shape[1])[None]
     place_BT = jnp.where(segment_ids_BT > 0, place_BT, k_BKSH.shape[2])  # Dropped: padding is not stored.
-    put = jax.vmap(lambda old_KSH, new_TKH, place_T: old_KSH.at[:, place_T].set(new_TKH.swapaxes(0, 1), mode="drop"))
-    return {"k_BKSH": put(k_BKSH, k, place_BT), "v_BKSH": put(v_BKSH, v, place_BT)}, self._out(y)
+    write = jax.vmap(lambda cache_KSH, new_TKH, place_T: put(cache_KSH, (slice(None), place_T), new_TKH.swapaxes(0, 1)))
+    return {"k_BKSH": write(k_BKSH, k, place_BT), "v_BKSH": write(v_BKSH, v, place_BT)}, self._out(y)
 
   def step(self, state, x_BD, length_B, active_B, at=None):
     """`at`: None, or the index of the caches to use in a state of several, [n, B, K, S, H]."""
@@ -64,9 +65,9 @@ class Attention(nn.Module):
     q, k, v = self._qkv(x_BD)
     # vmap instead of indexing by row number: XLA then knows that sharded rows stay on their device.
     place = () if at is None else (at,)
-    put = lambda cache, new_KH, length: cache.at[(*place, slice(None), length)].set(new_KH, mode="drop")
-    put = jax.vmap(put, in_axes=(len(place), 0, 0), out_axes=len(place))
-    k_BKSH, v_BKSH = put(state["k_BKSH"], k, length_B), put(state["v_BKSH"], v, length_B)
+    write = lambda cache, new_KH, length: put(cache, (*place, slice(None), length), new_KH)
+    write = jax.vmap(write, in_axes=(len(place), 0, 0), out_axes=len(place))
+    k_BKSH, v_BKSH = write(state["k_BKSH"], k, length_B), write(state["v_BKSH"], v, length_B)
     # Each device reads the caches up to the end of its own longest row.
     caches = dict(second=(1, 2), shared=(4,)) if place else {}
     y = on_own_rows(kernel.decode_attention, self.mesh, **caches)(q, k_BKSH, v_BKSH, length_B + 1, *place)

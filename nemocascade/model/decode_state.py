@@ -59,4 +59,5 @@ def at_repeat(method: Callable, carry, i, *shared, stacked_caches: bool = False)
   own = lambda path: not (stacked_caches and getattr(path[-1], "key", None) in CACHES)
   over, (x, stacked) = jax.tree_util.tree_map_with_path, carry
   x, state, routings = method(x, over(lambda path, a: a[i] if own(path) else a, stacked), *shared)
-  return (x, over(lambda path, a, new: a.at[i].set(new) if own(path) else new, stacked, state)), routings
+  put = lambda path, a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, 0) if own(path) else new
+  return (x, over(put, stacked, state)), routings

@@ -15,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemocascade import mesh as mesh_lib
+from nemocascade.kernels.scatter import put
 from nemocascade.rollout.sampling import Options
 
 
@@ -91,8 +92,7 @@ def take_rows(state: Any, index_N, axes: Any) -> Any:
 
 def put_rows(state: Any, index_N, rows: Any, axes: Any) -> Any:
   """Replaces the rows at index_N; an index beyond the last row is ignored."""
-  put = lambda a, new, axis: a.at[(slice(None),) * axis + (index_N,)].set(new, mode="drop")
-  return jax.tree.map(put, state, rows, axes)
+  return jax.tree.map(lambda a, new, axis: put(a, (slice(None),) * axis + (index_N,), new), state, rows, axes)
 
 
 def repeat_rows(state: Any, times: int, axes: Any) -> Any:
