@@ -51,12 +51,6 @@ MODEL = {
   "model.norm_topk_prob": flag("Whether the chosen experts' weights sum to 1.", optional=True),
   "model.routed_scaling_factor": number("Factor of the sum of the routed experts' outputs.", above=0, optional=True),
   "model.moe_latent_size": whole("Width of the experts' inputs; None is hidden_size.", also=(None,), optional=True),
-  "model.router_loss": flag("Whether a forward pass computes the balance loss; training sets it.", optional=True),
-  "model.router_record": flag("Whether the sampler records each token's experts; a rollout sets it.", optional=True),
-  "model.router_replay": flag(
-    "Whether recorded experts replace the router's choice, or are only compared with it; training sets it.",
-    optional=True,
-  ),
   "model.intermediate_size": whole("Width of an MLP block.", optional=True),
   "model.layer_norm_epsilon": number("Epsilon of the RMS norms.", above=0, optional=True),
   "model.tie_word_embeddings": flag("Whether the output head uses the embedding's weights.", optional=True),

@@ -19,7 +19,7 @@ from configs.tiny import reward_model as reward_model_config
 from configs.tiny import sft as sft_config
 from experiments import cascade, reward_model, rl, sft
 from nemocascade import field_check
-from nemocascade.config import ModelConfig
+from nemocascade.config import SET_BY_PROGRAMS, ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.field_table import BALANCE, MODEL, RL, STAGE, WHOLE
 from nemocascade.runtime import config_file, launch, objective
@@ -48,9 +48,18 @@ def test_every_field_of_every_config_is_in_the_table_and_within_it(path, argumen
     field_check.check(c)
 
 
+@pytest.mark.parametrize("name", SET_BY_PROGRAMS)
+def test_what_programs_set_for_themselves_is_no_field_of_a_config(name):
+  c = config_file.load("configs/tiny/if_rl.py:smoke")
+  with c.unlocked():
+    c.model[name] = True
+  with pytest.raises(UserError, match=f"model.{name}: no such field"):
+    field_check.check(c)
+
+
 def test_a_function_takes_the_fields_of_its_section_and_no_others():
   names = lambda part, table: {name.removeprefix(f"{part}.") for name in table if name.startswith(f"{part}.")}
-  assert names("model", MODEL) == {field.name for field in dataclasses.fields(ModelConfig)}
+  assert names("model", MODEL) == {field.name for field in dataclasses.fields(ModelConfig)} - {*SET_BY_PROGRAMS}
   assert names("optimizer", STAGE) | {"total_steps"} == set(inspect.signature(make_optimizer).parameters)
   assert names("router_balance", BALANCE) == {field.name for field in dataclasses.fields(RouterBalance)}
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from nemocascade.config import ModelConfig
 from nemocascade.mesh import make_mesh
+from nemocascade.rollout.sampling import Options
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.resharding import for_sampling
 
@@ -80,6 +81,14 @@ def test_on_a_mesh_a_token_moves_no_weight_and_is_the_token_of_sharded_weights()
   np.testing.assert_allclose(logprobs_BT, logprobs_there, atol=1e-5)
   # Tokens, at most 8 of 16 numbers, still go to the devices of their experts.
   assert moved(text) <= B * 16 < moved(text_there)
+  assert gathers_of_prefill(programs, weights) == 0 < gathers_of_prefill(sharded, params)
+
+
+def gathers_of_prefill(programs, params):
+  """The arrays that prefilling gathers explicitly over the two devices of `data`: experts are the only ones."""
+  arrays = np.zeros((B, 6), np.int32), np.ones(B, np.int32), Options().by_row(B), np.zeros(B, bool)
+  text = programs.engine(6, T).start_fn.lower(params, *arrays, 1, B, False, 0, 0).as_text()
+  return len(re.findall(r"all_gather.*: tensor<4x2xi64>", text))
 
 
 def moved(text: str) -> int:

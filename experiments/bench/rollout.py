@@ -172,8 +172,8 @@ def run(programs: Programs, weights: Params, prompts: Sequence[Sequence[int]], n
   if (known_B != np.asarray(new) + P).any():
     raise RuntimeError(f"a completion of ours stopped early: {known_B.tolist()}")
   passed("host")
-  busy, ticks = (count.queued_busy, count.queued_ticks) if count.queued_ticks else (count.busy, count.ticks)
-  return Run(parts, sum(new), float(busy / (ticks * slots)))
+  busy, of = (count.queued_busy, count.queued_slots) if count.queued_slots else (count.busy, count.slots)
+  return Run(parts, sum(new), float(busy / of))
 
 
 def _best(make: Callable[[], Run]) -> Run:

@@ -33,11 +33,12 @@ class Block(nn.Module):
   config: ModelConfig
   letter: str
   mesh: Mesh | None = None
+  samples: bool = False
 
   def setup(self):
     self.norm = RMSNorm(self.config)
-    where = () if self.letter == "-" else (self.mesh,)  # An MLP treats each token independently.
-    self.mixer = MIXERS[self.letter](self.config, *where)
+    where = {"-": (), "E": (self.mesh, self.samples)}  # An MLP treats each token independently.
+    self.mixer = MIXERS[self.letter](self.config, *where.get(self.letter, (self.mesh,)))
 
   def _on(self, x_BTD) -> Layout:
     return layout(self.config, self.mesh, x_BTD.shape[0])
@@ -63,10 +64,9 @@ class Block(nn.Module):
     return self.extend(state, x_BTD, segment_ids_BT, length_B)[1:]
 
   def extend(self, state, x_BTD, segment_ids_BT, length_B):
-    x_BTD = block_input(x_BTD)
     if self.letter == "E":
-      y, routing = self.mixer.extend(self.norm(x_BTD), segment_ids_BT)
-      return state, self._on(x_BTD).constrain(x_BTD + y), routing
+      return state, *self(x_BTD, segment_ids_BT)
+    x_BTD = block_input(x_BTD)
     state, y = self.mixer.extend(state, self.norm(x_BTD), segment_ids_BT, length_B)
     return state, self._on(x_BTD).constrain(x_BTD + y), None
 
@@ -85,10 +85,11 @@ class Unit(nn.Module):
   config: ModelConfig
   letters: str
   mesh: Mesh | None = None
+  samples: bool = False
 
   def setup(self):
     block = rematerialized(Block, self.config.remat, methods=["__call__", "prefill", "after"])
-    self.blocks = [block(self.config, letter, self.mesh) for letter in self.letters]
+    self.blocks = [block(self.config, letter, self.mesh, self.samples) for letter in self.letters]
 
   def _each(self, recorded):
     return zip(self.blocks, recorded or (None,) * len(self.blocks), strict=True)
@@ -159,17 +160,19 @@ class Hybrid(nn.Module):
 
   With a mesh, rows are sharded over its devices and experts over its axis `expert`; results are the same. With
   config.sequence_parallel, rows that would not fill the devices are split by tokens (model/sequence_parallel.py).
+  `samples`: whether its weights are those of sampling (config.sampling_weights). It changes no number.
   """
 
   config: ModelConfig
   mesh: Mesh | None = None
+  samples: bool = False
 
   def setup(self):
     c = self.config
     V, D = c.vocab_size, c.hidden_size
     self.embedding = self.param("embedding", normal(c, "vocab", "embed"), (V, D), c.param_dtype)
     self.plan = plan(c.hybrid_override_pattern)
-    unit = lambda letters, n: (Unit if n == 1 else _scanned(n))(c, letters, self.mesh)
+    unit = lambda letters, n: (Unit if n == 1 else _scanned(n))(c, letters, self.mesh, self.samples)
     self.units = [unit(letters, n) for letters, n in self.plan]
     self.norm_f = RMSNorm(c)
     if not c.tie_word_embeddings:

@@ -91,6 +91,7 @@ class MoE(nn.Module):
 
   config: ModelConfig
   mesh: Mesh | None = None
+  samples: bool = False  # Whether its weights are those of sampling.
 
   def setup(self):
     c = self.config
@@ -116,13 +117,7 @@ class MoE(nn.Module):
   def __call__(self, x_BTD, segment_ids_BT, recorded_BTX=None):
     return self._mix(layout(self.config, self.mesh, x_BTD.shape[0]), x_BTD, segment_ids_BT, recorded_BTX)
 
-  def extend(self, x_BTD, segment_ids_BT):
-    """The call of a model that samples, whose weights may be gathered."""
-    on, whole = layout(self.config, self.mesh, x_BTD.shape[0]), self.config.sampling_weights == GATHERED
-    return self._mix(on, x_BTD, segment_ids_BT, whole=whole)
-
-  def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None, *, whole: bool = False):
-    """`whole`: whether each device has whole matrices of its experts; otherwise they are gathered over `data`."""
+  def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None):
     c, B = self.config, x_BTD.shape[0]
     x_TD, real_T, w = on.tokens(x_BTD), on.tokens(segment_ids_BT > 0), lambda p: p.astype(x_BTD.dtype)
     # Runs per device; otherwise XLA gathers the scores of all tokens on every device for top_k.
@@ -139,6 +134,8 @@ class MoE(nn.Module):
         expert_TX, weight_TX = there_TX, there_weight_TX
     if c.router_record:
       record["experts_LBTX"] = on.of_tokens(as_record(expert_TX, c.n_routed_experts), B)[None]
+    # Whether each device has whole matrices of its experts; otherwise they are gathered over `data`.
+    whole = self.samples and c.sampling_weights == GATHERED
     inside_TL = product(x_TD, self.fc1_latent_proj) if c.moe_latent_size else x_TD
     choices = expert_TX, weight_TX.astype(x_BTD.dtype)
     y_TL, rows = sharded_routed_mlp(self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), *choices, whole=whole)
@@ -163,8 +160,7 @@ class MoE(nn.Module):
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B
-    whole = self.config.sampling_weights == GATHERED
-    y, routing = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32), whole=whole)
+    y, routing = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32))
     if self.config.router_record:
       state = {"experts_BX": routing.experts_LBTX[0, :, 0]}
     return state, y[:, 0]

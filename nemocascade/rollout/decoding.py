@@ -30,8 +30,9 @@ class Counts(struct.PyTreeNode):
   """What decoding has cost so far; int32 scalars, the same on all devices."""
 
   ticks: jax.Array
+  slots: jax.Array  # Slots that there were, summed over the ticks.
   busy: jax.Array  # Slots that decoded a token, summed over the ticks.
-  queued_ticks: jax.Array  # Ticks at which requests waited for a slot.
+  queued_slots: jax.Array  # `slots` of the ticks at which requests waited for one.
   queued_busy: jax.Array  # `busy` of these ticks.
 
 
@@ -162,6 +163,13 @@ class Layout:
     """The array on every device."""
     return array if self.mesh.size == 1 else jax.lax.with_sharding_constraint(array, mesh_lib.whole(self.mesh))
 
+  def apart(self, fn: Callable, given: tuple, more: tuple) -> Callable:
+    """Wraps `fn` so that each device applies it to its own rows; the specs of the arrays that it takes and returns."""
+    if self.mesh.size == 1:
+      return fn
+    # check_vma=False, so that constants inside fn need no pcast to device-varying values.
+    return jax.shard_map(fn, mesh=self.mesh, in_specs=given, out_specs=more, check_vma=False)
+
   def own(self, fn: Callable, d: Decoding, names: tuple[str, ...], *, given: tuple = (), more: tuple = ()) -> Callable:
     """Wraps `fn` so that each device applies it to its own rows.
 
@@ -170,9 +178,6 @@ class Layout:
       names: the fields of `d` that it takes and returns; it does not get those that are None.
       given, more: for each of the others that it takes and returns, the specs of its arrays.
     """
-    if self.mesh.size == 1:
-      return lambda d, *args: fn(fields(d, names), *args)
     specs = fields(self.specs(d), names)
-    # check_vma=False, so that constants inside fn need no pcast to device-varying values.
-    apart = jax.shard_map(fn, mesh=self.mesh, in_specs=(specs, *given), out_specs=(specs, *more), check_vma=False)
+    apart = self.apart(fn, (specs, *given), (specs, *more))
     return lambda d, *args: apart(fields(d, names), *args)

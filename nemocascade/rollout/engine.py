@@ -90,7 +90,7 @@ class Engine:
     self.decode_fn = jax.jit(of(loop.decode, self.stop_ids), donate_argnums=1)
     self.extend_fn = jax.jit(of(intake.extend), donate_argnums=1)
     self.admit_fn = jax.jit(of(intake.admit, self.P), donate_argnums=1)
-    self.shrink_fn = jax.jit(of(loop.shrink), static_argnums=1)
+    self.shrink_fn = jax.jit(of(loop.shrink), static_argnums=(3, 4))
 
   def start(
     self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None,
@@ -152,7 +152,7 @@ class Engine:
       if not busy or ticks == 0:
         return d
       while fewer and fewer // shards >= live:
-        d = self.shrink_fn(d, fewer)
+        d = self._shrunk(d, fewer)
         fewer = self._smaller(d)
 
   def empty(self, params: Params, requests: int, slots: int, likeliest: int = 0) -> Decoding:
@@ -185,14 +185,21 @@ class Engine:
     part, layout = d.row_S.shape[0] // SHRINK, self.layout(d.known_B.shape[0])
     return part if part >= FEWEST * layout.shards and layout.divides(part) else 0
 
+  def _shrunk(self, d: Decoding, S: int) -> Decoding:
+    """`d` with S slots. The arrays of its requests are those of `d`."""
+    row_S, logits_SV, state = self.shrink_fn(d.row_S, d.logits_SV, d.state, d.known_B.shape[0], S)
+    return d.replace(row_S=row_S, logits_SV=logits_SV, state=state)
+
   def _compile_smaller(self, params: Params, d: Decoding, key: jax.Array) -> None:
     """Compiles the programs with fewer slots at the first call with these shapes, so that none compiles later."""
     extends = (shapes := _shapes(d)) in self._extends
     if (shapes, extends) in self._ready:
       return
     self._ready.add((shapes, extends))
+    places = self.layout(d.known_B.shape[0]).places(d)
     while fewer := self._smaller(d):
-      d, _ = self.decode_fn(params, self.shrink_fn(d, fewer), key, np.int32(0), np.int32(-1))
+      own = jax.device_put(self._shrunk(d, fewer), places, may_alias=False)  # A copy, because it is donated.
+      d, _ = self.decode_fn(params, own, key, np.int32(0), np.int32(-1))
       if extends:
         d = self.extend(params, d, {})
 

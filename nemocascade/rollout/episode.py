@@ -91,7 +91,6 @@ def collect(
   held_B = np.repeat(np.array([domain.turns > 1 for domain in of_row], bool), G)
   options = Options(temperature, top_p=top_p)
   d = engine.start(params, prompts, G, options=options, slots=slots, held=held_B)
-  slots = len(d.row_S)
   if completion_tokens is not None:
     limit_B = np.minimum(limit_B, prompt_B + np.int32(completion_tokens))
     d = d.replace(limit_B=limit_B)
@@ -102,7 +101,7 @@ def collect(
   }
   run = _Run(engine, tokenizer, episodes, limit_B, held_B, calls_s, episode_s, exchange)
   d = run.to_the_end(params, d, key)
-  return _samples(engine, d, rows, episodes, limit_B, run.metrics(d, slots), exchange)
+  return _samples(engine, d, rows, episodes, limit_B, run.metrics(d), exchange)
 
 
 @dataclasses.dataclass
@@ -259,13 +258,13 @@ class _Run:
     episode.world = Failed(why)
     self._end(b)
 
-  def metrics(self, d: Decoding, slots: int) -> dict[str, float]:
+  def metrics(self, d: Decoding) -> dict[str, float]:
     """What the sampling has cost in this process; what depends on how long tools take is under speed/ and time/."""
     c = jax.tree.map(int, d.counts)
     return {
       "speed/ticks": float(c.ticks),
-      "speed/occupancy": c.busy / max(c.ticks * slots, 1),
-      "speed/queued_occupancy": c.queued_busy / max(c.queued_ticks * slots, 1) if c.queued_ticks else 1.0,
+      "speed/occupancy": c.busy / max(c.slots, 1),
+      "speed/queued_occupancy": c.queued_busy / c.queued_slots if c.queued_slots else 1.0,
       "time/decode": self.decode_s,
       "time/host": self.host_s,
       "time/tools": self.tools_s,

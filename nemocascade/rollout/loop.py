@@ -79,7 +79,7 @@ def start(
     row_id_B=jnp.arange(B, dtype=jnp.int32),
     order_B=own_B,
     options=options,
-    counts=Counts(scalar(), scalar(), scalar(), scalar()),
+    counts=Counts(*(scalar() for _ in range(5))),
     drawn_logprobs_BT=zeros(B, T) if drawn else None,
     likeliest_tokens_BTK=zeros(B, T, k, dtype=jnp.int32) if k else None,
     likeliest_logprobs_BTK=zeros(B, T, k) if k else None,
@@ -218,7 +218,7 @@ def decode(
   Returns:
     (d, ran_3): ran_3 are the ticks, the most requests left on a device, and the busy slots.
   """
-  layout, axes = layout_of(d.known_B.shape[0]), model.axes(d.state)
+  layout, axes, S = layout_of(d.known_B.shape[0]), model.axes(d.state), d.row_S.shape[0]
   cut = layout.cut
   names = SETTLED if d.prompts is None and d.parked is None else SETTLED + MOVED
   settle_own = layout.own(lambda f: _settle(axes, f), d, names, more=(cut, cut))
@@ -255,7 +255,9 @@ def decode(
     busy, waits = jnp.sum(load.busy), jnp.any(load.waiting > 0)
     count = lambda now: jnp.where(waits, now, 0)
     c = d.counts
-    counts = Counts(c.ticks + 1, c.busy + busy, c.queued_ticks + count(1), c.queued_busy + count(busy))
+    counts = Counts(
+      c.ticks + 1, c.slots + S, c.busy + busy, c.queued_slots + count(S), c.queued_busy + count(busy)
+    )  # fmt: skip
     logits_SV = jnp.where(new_S[:, None], logits_SV, d.logits_SV)
     return (i + 1, *settle(d.replace(**f, state=state, logits_SV=logits_SV, counts=counts)))
 
@@ -267,16 +269,19 @@ def decode(
   return d, jnp.stack([i, jnp.max(load.live), jnp.sum(load.busy)])
 
 
-def shrink(model: Model, layout_of: Callable[[int], Layout], d: Decoding, S: int) -> Decoding:
-  """The Decoding with S slots. No device may have more requests left than slots afterwards."""
-  layout = layout_of(d.known_B.shape[0])
+def shrink(
+  model: Model, layout_of: Callable[[int], Layout], row_S, logits_SV, state, B: int, S: int
+) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+  """(row_S, logits_SV, state) of a Decoding of B requests that goes on with S slots.
 
-  def move(f):
-    kept_S = jnp.argsort(f["row_S"], stable=True)[: S // layout.shards]  # Free slots come last.
-    axes = model.axes(f["state"])
-    return (
-      dict(row_S=f["row_S"][kept_S], logits_SV=f["logits_SV"][kept_S], state=take_rows(f["state"], kept_S, axes)),
-    )
+  No device may have more requests left than slots afterwards. What is not a part of a slot takes no part, so that it
+  is not copied.
+  """
+  layout = layout_of(B)
 
-  (f,) = layout.own(move, d, ("row_S", "logits_SV", "state"))(d)
-  return layout.constrain(d.replace(**f))
+  def move(row_S, logits_SV, state):
+    kept_S = jnp.argsort(row_S, stable=True)[: S // layout.shards]  # Free slots come last.
+    return row_S[kept_S], logits_SV[kept_S], take_rows(state, kept_S, model.axes(state))
+
+  specs = layout.cut, layout.cut, layout.of_state(state)
+  return layout.apart(move, specs, specs)(row_S, logits_SV, state)

@@ -173,7 +173,7 @@ class Programs:
     return self.once(("engine", *key), lambda: self._engine(*key))
 
   def _engine(self, prompt_tokens: int, total_tokens: int, records: bool) -> Engine:
-    model = Hybrid(dataclasses.replace(self.config, router_record=records), self.mesh)
+    model = Hybrid(dataclasses.replace(self.config, router_record=records), self.mesh, samples=True)
 
     recorded = "_recorded" if records else ""
 

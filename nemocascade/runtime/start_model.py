@@ -4,14 +4,13 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from nemocascade.config import ModelConfig
+from nemocascade.config import SET_BY_PROGRAMS, ModelConfig
 from nemocascade.runtime import loading
 from nemocascade.state_files import place
 from nemocascade.store import hf
 
 # How a run computes rather than what it computes: these fields stay those of the config.
-ROUTERS = ("router_loss", "router_record", "router_replay")
-HOW = ("dtype", "param_dtype", "remat", "chunk_size", "sequence_parallel", "sampling_weights", *ROUTERS)
+HOW = ("dtype", "param_dtype", "remat", "chunk_size", "sequence_parallel", "sampling_weights", *SET_BY_PROGRAMS)
 
 
 def take_model(c: ConfigDict) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from nemocascade.config import ModelConfig
+from nemocascade.config import SET_BY_PROGRAMS, ModelConfig
 from nemocascade.errors import UserError, unknown
 
 ARCHITECTURE = "NemotronHForCausalLM"
@@ -35,9 +35,7 @@ ALIASES = dict(
 # Fields that would change the model's function, and the only value that our model supports.
 ONLY = dict(use_bias=False, mlp_bias=False, mlp_hidden_act="relu2", mamba_hidden_act="silu", sliding_window=None)
 # Fields of ModelConfig that `config_fields` writes in another way or leaves out.
-OURS = (
-  "remat", "dtype", "param_dtype", "hybrid_override_pattern", "router_loss", "router_record", "router_replay",
-)  # fmt: skip
+OURS = ("remat", "dtype", "param_dtype", "hybrid_override_pattern", *SET_BY_PROGRAMS)
 
 
 def model_config(fields: dict[str, Any], origin: str) -> ModelConfig:
