@@ -162,6 +162,7 @@ def rl(stage: str = "") -> ConfigDict:
     slots=0,  # Completions that are decoded at a time; 0 decodes all, and those that are left in fewer slots.
     calls_s=300.0,  # Time limits of the tool calls of a turn, and of a completion.
     episode_s=3600.0,
+    verdict_s=3600.0,  # Time limit of a verdict that is given beside decoding.
     # Experts of each token: recorded by the sampler; taken by the trainer; by teachers and reference too.
     record_experts=False,
     replay=False,

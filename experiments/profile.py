@@ -117,11 +117,12 @@ def _measured(
     def __getitem__(self, place):
       return source.in_file_order(fits[place])
 
-  def collect(rows, index):
+  def collect(rows, index, count):
     return episode.collect(
       p.programs.engine(r.prompt_tokens, r.total_tokens), params, jax.random.fold_in(key, index), rows, p.domains,
       tokenizer=tokenizer, G=completions, temperature=np.float32(r.temperature), top_p=r.top_p,
       slots=r.slots, calls_s=r.calls_s, episode_s=r.episode_s,
+      judged=count, verdict_s=r.verdict_s,
     )  # fmt: skip
 
   def judge(samples, count):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import threading
 import time
 
@@ -16,6 +17,8 @@ from nemocascade.data.tokenizer import IM_END, train_sentencepiece
 from nemocascade.domains.domain import Domain, Failed, one_by_one
 from nemocascade.domains.rows import make_prompt
 from nemocascade.errors import UserError
+from nemocascade.mesh import make_mesh
+from nemocascade.rollout import episode as episode_file
 from nemocascade.rollout import rewards
 from nemocascade.rollout import samples as samples_file
 from nemocascade.rollout.engine import Engine
@@ -83,6 +86,25 @@ class Troubled(Counter):
     return ["done " * 200_000 if world[0] == "megabyte" else "the sum"]
 
 
+class Strict:
+  """A Verify of one completion at a time, that fails in the way that the row's last message names."""
+
+  def __init__(self):
+    self.given = threading.Event()  # Whether a verdict was given.
+
+  def __call__(self, rows, completions):
+    return [self._one(row, completion) for row, completion in zip(rows, completions, strict=True)]
+
+  def _one(self, row, completion):
+    how = row["responses_create_params"]["input"][-1]["content"]
+    if how == "raise":
+      raise ValueError("no judge")
+    if how == "hang":
+      time.sleep(60)
+    self.given.set()
+    return judge(row, completion)
+
+
 def domains(max_turns=3):
   """Domains with a tool, and one of a single turn."""
   verify = one_by_one(judge)
@@ -141,17 +163,18 @@ def step(script_QT, place, tokens_B, active_B):
 
 
 @functools.cache
-def engine(prompt_tokens, total_tokens):
-  return Engine(prefill, step, prompt_tokens=prompt_tokens, total_tokens=total_tokens)
+def engine(prompt_tokens, total_tokens, mesh):
+  return Engine(prefill, step, prompt_tokens=prompt_tokens, total_tokens=total_tokens, mesh=mesh)
 
 
-def run(scripts, rows, *, thinking, prompt_tokens=P, total_tokens=T, max_turns=3, **how):
+def run(scripts, rows, *, thinking, prompt_tokens=P, total_tokens=T, max_turns=3, others=(), mesh=None, **how):
   """Collects episodes in which the model outputs the tokens of the scripts."""
   script_QT = np.full((len(rows), T), IM_END, np.int32)
   for q, script in enumerate(scripts):
     script_QT[q, : len(script)] = script
   return collect(
-    engine(prompt_tokens, total_tokens), jnp.asarray(script_QT), jax.random.key(0), rows, domains(max_turns),
+    engine(prompt_tokens, total_tokens, mesh), jnp.asarray(script_QT), jax.random.key(0), rows,
+    domains(max_turns) | dict(others),
     tokenizer=TOKENIZER, G=G, temperature=0.0, thinking=thinking, **how,
   )  # fmt: skip
 
@@ -258,6 +281,49 @@ def test_tools_that_raise_hang_or_return_a_megabyte_end_their_own_episodes_only(
   verdicts = rewards.judge(samples, domains())
   assert [[v.masked for v in group] for group in verdicts] == [[True] * G, [True] * G, [False] * G, [False] * G]
   assert verdicts[1][0].reason.startswith("tools failed: TookTooLong") and verdicts[3][0].reward == 1
+
+
+def test_completions_are_judged_while_others_are_decoded_and_a_verifier_that_fails_masks_its_own(monkeypatch):
+  monkeypatch.setattr(episode_file, "JUDGED_LOOK", 8)
+  rows = [make_prompt("strict", how) for how in ("say", "long", "raise", "hang")]
+  answers = [[assistant("done")], [assistant("the sum is " * 30)], SAYS, SAYS]
+  verify, waited = Strict(), []
+  of = {"strict": Domain("strict", None, verify, beside=True)}
+
+  def exchange(value, what):
+    if what == "tools' results" and value[0] == G:  # Only the long ones are still decoded.
+      waited.append(verify.given.wait(60))
+    return [value]
+
+  scripts = [conversation(row, said, True)[0] for row, said in zip(rows, answers, strict=True)]
+  samples = run(scripts, rows, thinking=True, judged=4, verdict_s=3.0, others=of, exchange=exchange)
+  assert waited and all(waited) and samples.metrics["speed/early_verdicts"] > 0
+  verdicts = rewards.judge(samples, of)
+  assert verdicts[:2] == rewards.judge(dataclasses.replace(samples, judging=None), of, prompts=2)
+  assert [v.reward for v in verdicts[0] + verdicts[1]] == [1] * G + [0] * G
+  for group, cause, why in ((verdicts[2], "error", "ValueError: no judge"), (verdicts[3], "time", "TookTooLong: no")):
+    assert all(v.masked and v.cause == cause and v.reason.startswith(f"verifier failed: {why}") for v in group)
+
+
+def test_a_process_that_shares_rows_follows_what_the_others_tell_of_them(monkeypatch):
+  """Two devices do not divide three episodes, so that both processes hold all of them; the first one answers them."""
+  mesh, script, told = make_mesh(2, 1, of=jax.devices()[:2]), [conversation(COUNTER, CALLS, True)[0]], []
+  how = dict(thinking=True, slots=2, mesh=mesh)
+
+  def first(value, what):
+    told.append(json.loads(json.dumps(value)))
+    return [told[-1], [] if what == "ends of episodes" else [0, [], []]]
+
+  def second(value, what):
+    assert value == ([] if what == "ends of episodes" else [0, [], []])
+    return [told.pop(0), value]
+
+  one = run(script, [COUNTER], exchange=first, **how)
+  monkeypatch.setattr(episode_file, "owners", lambda mesh, count: np.full(count, -1))
+  other = run(script, [COUNTER], exchange=second, **how)
+  assert told == [] and other.completions == [[None] * G] and one.finished_QG.all()
+  for name in ("tokens_QGT", "loss_mask_QGT", "length_QG", "sampled_QG", "finished_QG"):
+    np.testing.assert_array_equal(getattr(other, name), getattr(one, name))
 
 
 def test_a_prompt_that_does_not_fit_is_refused():

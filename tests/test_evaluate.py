@@ -54,9 +54,9 @@ def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
   }
   asked, judged = [], []
 
-  def collect(chunk, index):
+  def collect(chunk, index, count):
     assert len(chunk) == batch  # All calls have one compiled shape.
-    asked.append((index, len(chunk)))
+    asked.append((index, count))
     return numbered(chunk)
 
   def judge(samples, count):
@@ -66,7 +66,7 @@ def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
   scores = evaluate(rows, collect, judge, batch=batch)
   assert len(judged) == len(set(judged)) == 8  # Rows that only fill up the last batch are not judged.
   assert set(scores) == {"a", "b"}  # A domain without rows has no score.
-  assert [i for i, _ in asked] == list(range(0, 8, batch))
+  assert asked == [(i, min(batch, 8 - i)) for i in range(0, 8, batch)]
   assert (scores["a"].prompts, scores["b"].prompts) == (5, 3)
   assert scores["a"].mean == pytest.approx(0.5 / 5) and scores["b"].mean == pytest.approx(0.5 / 3)
   assert (scores["a"].tokens, scores["b"].tokens) == (2 * 15, 2 * 6)

@@ -362,9 +362,8 @@ def test_an_environment_that_cannot_start_later_masks_the_episode(build, fault):
   call, row = Turn(None, "", (ToolCall("add", {}),), None, True), domain.rows.train(0, 0) | {"sold": True}
   world = domain.start(row)
   assert domain.act(world, call) is None
-  samples = types.SimpleNamespace(
-    rows=[row, ROW], domains=["mine"] * 2, completions=[[said("x", world)], [said("x", domain.start(ROW))]]
-  )
+  answers = [[said("x", world)], [said("x", domain.start(ROW))]]
+  samples = types.SimpleNamespace(rows=[row, ROW], domains=["mine"] * 2, completions=answers, judging=None)
   (bad,), (good,) = rewards.judge(samples, {"mine": domain})
   assert (bad.masked, bad.cause) == (True, "error") and "failed to start: " in bad.reason and not good.masked
 

@@ -68,7 +68,7 @@ class Guess(Generator):
   @classmethod
   def domain(cls, name):
     parts_ = cls(name)
-    return Domain(name, GeneratedRows(parts_, name), one_by_one(parts_.judge), parts_)
+    return Domain(name, GeneratedRows(parts_, name), one_by_one(parts_.judge), parts_, beside=True)
 
 
 def number_of(text: str) -> int:

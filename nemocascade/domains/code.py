@@ -15,7 +15,7 @@ from typing import Any
 
 from nemocascade.domains.domain import Verify
 from nemocascade.sandbox.program import Call, Program, Result
-from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.sandbox.sandbox import Runner, Sandbox
 from nemocascade.verifiers.outputs import same_text, same_value
 from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
@@ -45,7 +45,7 @@ class UnitTests:
   """A Verify that runs a row's hidden tests in the sandbox; None creates one on first use."""
 
   def __init__(self, sandbox: Sandbox | None = None):
-    self.sandbox = sandbox
+    self.runner = Runner(sandbox)
 
   def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     """Reward 1 iff all hidden tests pass.
@@ -68,9 +68,7 @@ class UnitTests:
     start, count = 0, 1
     while pending := [i for i in range(len(rows)) if i not in verdicts]:
       asked = [(i, test) for i in pending for test in tests[i][start : start + count]]
-      if self.sandbox is None and asked:
-        self.sandbox = Sandbox()
-      results = self.sandbox.run_batch([program for _, (program, _) in asked]) if asked else []
+      results = self.runner.run([program for _, (program, _) in asked])
       for (i, (_, passes)), result in zip(asked, results, strict=True):
         verdict = None if i in verdicts else _failure(result, passes)
         if verdict is not None:

@@ -68,6 +68,8 @@ class Domain:
   Attributes:
     thinking: whether completions have thoughts.
     max_turns: assistant turns of one episode at most; None takes the environment's, or 1 without one.
+    beside: whether `verify` may be called for each completion alone, in several threads, while others are decoded.
+      Otherwise it gets all completions of a rollout in one call at its end, in the main thread of every process.
   """
 
   name: str
@@ -76,6 +78,7 @@ class Domain:
   environment: Environment | None = None
   thinking: bool = True
   max_turns: int | None = None
+  beside: bool = False
 
   @property
   def turns(self) -> int:
@@ -106,6 +109,8 @@ def one_by_one(judge: Callable[[Row, Completion], Verdict]) -> Verify:
 
   def verify(rows: Sequence[Row], completions: Sequence[Completion]) -> list[Verdict]:
     pairs = list(zip(rows, completions, strict=True))
+    if len(pairs) == 1:
+      return [guarded(judge, *pairs[0])]
     with concurrent.futures.ThreadPoolExecutor(limited.WORKERS) as pool:
       return list(pool.map(lambda pair: guarded(judge, *pair), pairs))
 

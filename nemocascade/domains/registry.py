@@ -19,6 +19,7 @@ class BuiltIn:
     needs: objects that the functions take: "sandbox" runs untrusted code, "judge" compares answers in pairs.
     environment: the function that makes the environment; "" if the domain has none.
     thinking: whether completions have thoughts, unless a config says otherwise.
+    beside: whether a completion may be judged alone, see Domain; not where all processes run the judge together.
     unsupported: the function that says of a row why it can never be judged here, "" if it can; "" judges all rows.
   """
 
@@ -27,6 +28,7 @@ class BuiltIn:
   verify: str = "make_verify"
   environment: str = ""
   thinking: bool = True
+  beside: bool = True
   unsupported: str = ""
 
   def why_not(self, row: Row) -> str:
@@ -53,7 +55,7 @@ DOMAINS: dict[str, BuiltIn] = {
   "stem": BuiltIn("stem", unsupported="unsupported"),
   "structured": BuiltIn("structured", unsupported="unsupported"),
   "tools": BuiltIn("tools", environment="make_environment", unsupported="unsupported"),
-  "preference": BuiltIn("preference", ("judge",)),
+  "preference": BuiltIn("preference", ("judge",), beside=False),
   "long_context": BuiltIn("long_context"),
   "code": BuiltIn("code", ("sandbox",), unsupported="unsupported"),
   "swe": BuiltIn("swe", ("sandbox",), unsupported="unsupported"),

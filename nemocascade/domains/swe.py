@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemocascade.domains.domain import Environment, Verify
 from nemocascade.domains.repository import Repository, Tests, failed_tests, tests_program
-from nemocascade.sandbox.program import Program, Result
-from nemocascade.sandbox.sandbox import Sandbox
+from nemocascade.sandbox.program import Program
+from nemocascade.sandbox.sandbox import Runner, Sandbox
 from nemocascade.verifiers import edits
 from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
@@ -41,19 +40,6 @@ SCHEMAS = [
   _schema("replace", "Replaces a text that occurs once in a file.", PARAMETERS["replace"]),
   _schema("test", "Runs the tests.", PARAMETERS["test"]),
 ]
-
-
-class Runner:
-  """Runs programs in the sandbox; None creates one on first use."""
-
-  def __init__(self, sandbox: Sandbox | None = None):
-    self.sandbox, self._lock = sandbox, threading.Lock()
-
-  def run(self, programs: list[Program]) -> list[Result]:
-    with self._lock:
-      if programs and self.sandbox is None:
-        self.sandbox = Sandbox()
-    return self.sandbox.run_batch(programs) if programs else []
 
 
 @dataclasses.dataclass

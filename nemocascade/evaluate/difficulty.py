@@ -32,7 +32,7 @@ class Difficulty:
 
 def measure(
   rows: Sequence[Row],
-  collect: Callable[[list[Row], int], Samples],
+  collect: Callable[[list[Row], int, int], Samples],
   judge: Callable[[Samples, int], list[list[Verdict]]],
   *,
   start: int,
@@ -42,15 +42,15 @@ def measure(
   """Yields the difficulties of the next `batch` rows, from row `start` on.
 
   Args:
-    collect: (rows, index) -> Samples of exactly `batch` rows; `index` is the number of the first. The last batch is
-      filled up with copies of its last row, whose samples do not count.
+    collect: (rows, index, count) -> Samples of exactly `batch` rows; `index` is the number of the first. The last
+      batch is filled up with copies of its last row, whose samples do not count: only the first `count` do.
     judge: (Samples, count) -> verdicts[q][g] of the first `count` rows.
     solved: the least reward of a completion that solves its prompt.
   """
   for first in range(start, len(rows), batch):
     chunk = [rows[i] for i in range(first, min(first + batch, len(rows)))]
     padded = chunk + [chunk[-1]] * (batch - len(chunk))
-    verdicts = judge(collect(padded, first), len(chunk))
+    verdicts = judge(collect(padded, first, len(chunk)), len(chunk))
     yield [of_verdicts(group, solved) for group in verdicts]
 
 

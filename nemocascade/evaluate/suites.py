@@ -72,7 +72,7 @@ def score_verdicts(verdicts_QG: Sequence[Sequence[Verdict]], *, unfinished: int 
 
 def evaluate(
   rows: dict[str, list[Row]],
-  collect: Callable[[list[Row], int], Samples],
+  collect: Callable[[list[Row], int, int], Samples],
   judge: Callable[[Samples, int], list[list[Verdict]]],
   *,
   batch: int,
@@ -81,8 +81,8 @@ def evaluate(
 
   Args:
     rows: domain -> its rows.
-    collect: (rows, index) -> Samples of exactly `batch` rows; `index` is the number of the first row. The last
-      batch is filled up with copies of its last row, whose samples do not count.
+    collect: (rows, index, count) -> Samples of exactly `batch` rows; `index` is the number of the first row. The
+      last batch is filled up with copies of its last row, whose samples do not count: only the first `count` do.
     judge: (Samples, count) -> verdicts[q][g] of the first `count` rows.
     batch: rows that are sampled together.
   """
@@ -93,7 +93,7 @@ def evaluate(
   for start in range(0, len(flat), batch):
     chunk = flat[start : start + batch]
     padded = [row for _, row in chunk] + [chunk[-1][1]] * (batch - len(chunk))
-    samples = collect(padded, start)
+    samples = collect(padded, start, len(chunk))
     for q, verdicts_G in enumerate(judge(samples, len(chunk))):
       name = chunk[q][0]
       verdicts[name].append(verdicts_G)

@@ -14,7 +14,7 @@ class TookTooLong(Exception):
   """A piece of work met its time limit. Its thread is left behind, and what it returns is dropped."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Work:
   name: Hashable
   call: Callable[[], Any]
@@ -33,32 +33,55 @@ class Beside:
   def __init__(self, at_once: int):
     self.at_once = at_once
     self._ended: queue.SimpleQueue[tuple[_Work, Any, Exception | None, float]] = queue.SimpleQueue()
+    self._lock = threading.Lock()  # Of the next two.
     self._waiting: collections.deque[_Work] = collections.deque()
-    self._running: dict[Hashable, _Work] = {}
+    self._running: set[_Work] = set()
+    self._open: set[Hashable] = set()  # Names whose results were not handed out.
 
   def __len__(self) -> int:
     """The number of pieces of work whose results were not handed out."""
-    return len(self._waiting) + len(self._running)
+    return len(self._open)
 
   def start(self, name: Hashable, call: Callable[[], Any], limit_s: float) -> None:
     """Runs `call` under a name that no other piece of work has now, for at most `limit_s` seconds."""
-    self._waiting.append(_Work(name, call, limit_s))
+    self._open.add(name)
+    with self._lock:
+      self._waiting.append(_Work(name, call, limit_s))
     self._go_on()
 
   def _go_on(self) -> None:
-    while self._waiting and len(self._running) < self.at_once:
-      work = self._waiting.popleft()
-      work.deadline = time.monotonic() + work.limit_s
-      self._running[work.name] = work
+    while (work := self._next()) is not None:
       threading.Thread(target=self._run, args=(work,), daemon=True).start()
 
-  def _run(self, work: _Work) -> None:
-    began = time.monotonic()
-    try:
-      result, error = work.call(), None
-    except (Exception, SystemExit) as raised:  # noqa: BLE001  Handed to the caller of `ended`.
-      result, error = None, raised if isinstance(raised, Exception) else RuntimeError("SystemExit")
-    self._ended.put((work, result, error, time.monotonic() - began))
+  def _next(self) -> _Work | None:
+    """The next piece of work, which begins now, if there is one and not too many run."""
+    with self._lock:
+      if not self._waiting or len(self._running) >= self.at_once:
+        return None
+      work = self._waiting.popleft()
+      work.deadline = time.monotonic() + work.limit_s
+      self._running.add(work)
+      return work
+
+  def _stop(self, work: _Work) -> bool:
+    """Notes that the work does not run any more; False if that was known."""
+    with self._lock:
+      known = work not in self._running
+      self._running.discard(work)
+      return not known
+
+  def _run(self, work: _Work | None) -> None:
+    """Runs pieces of work until none is left, or until one has met its limit."""
+    while work is not None:
+      began = time.monotonic()
+      try:
+        result, error = work.call(), None
+      except (Exception, SystemExit) as raised:  # noqa: BLE001  Handed to the caller of `ended`.
+        result, error = None, raised if isinstance(raised, Exception) else RuntimeError("SystemExit")
+      if not self._stop(work):  # It was left behind.
+        return
+      self._ended.put((work, result, error, time.monotonic() - began))
+      work = self._next()
 
   def ended(self, wait_s: float = 0.0) -> list[tuple[Hashable, Any, Exception | None, float]]:
     """(name, result, error, seconds) of what has ended since the last call; error is None if the function returned.
@@ -67,17 +90,22 @@ class Beside:
       wait_s: waits so long for the first one, if something runs.
     """
     found: list[tuple[Hashable, Any, Exception | None, float]] = []
-    wait = bool(self._running) and wait_s > 0
+    wait = bool(self._open) and wait_s > 0
     with contextlib.suppress(queue.Empty):
       while True:
-        soonest = min((work.deadline for work in self._running.values()), default=0.0) - time.monotonic()
-        work, result, error, seconds = self._ended.get(wait, max(min(wait_s, soonest), 1e-3) if wait else None)
+        work, result, error, seconds = self._ended.get(wait, max(min(wait_s, self._soonest()), 1e-3) if wait else None)
         wait = False
-        if self._running.get(work.name) is work:  # Otherwise it was left behind.
-          del self._running[work.name]
-          found.append((work.name, result, error, seconds))
-    for work in [work for work in self._running.values() if time.monotonic() > work.deadline]:
-      del self._running[work.name]
-      found.append((work.name, None, TookTooLong(f"no result within {work.limit_s:g} s"), work.limit_s))
+        found.append((work.name, result, error, seconds))
+    with self._lock:
+      late = [work for work in self._running if time.monotonic() > work.deadline]
+    for work in late:
+      if self._stop(work):
+        found.append((work.name, None, TookTooLong(f"no result within {work.limit_s:g} s"), work.limit_s))
+    self._open -= {name for name, *_ in found}
     self._go_on()
     return found
+
+  def _soonest(self) -> float:
+    """Seconds until the first piece of work that runs meets its limit."""
+    with self._lock:
+      return min((work.deadline for work in self._running), default=0.0) - time.monotonic()

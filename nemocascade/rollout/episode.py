@@ -1,6 +1,7 @@
 """Runs episodes: renders prompts, samples turns and answers tool calls. Sampled tokens are never re-encoded.
 
-Tools run beside decoding: an episode waits for its own results only.
+Tools run beside decoding: an episode waits for its own results only. Verifiers do, too: an episode is judged as soon as
+it has ended.
 """
 
 import dataclasses
@@ -19,12 +20,14 @@ from nemocascade.rollout.beside import Beside
 from nemocascade.rollout.decoding import Decoding
 from nemocascade.rollout.engine import NEVER, Engine
 from nemocascade.rollout.exchange import Exchange, alone, merge
+from nemocascade.rollout.judging import VERDICT_S, Judging
 from nemocascade.rollout.samples import Samples, by_groups
 from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
 from nemocascade.verifiers.verdict import Completion, Row
 
-LOOK = 8  # Tokens that are decoded between two looks at the episodes whose turns have ended.
+LOOK = 8  # Tokens that are decoded between two looks at the episodes whose turns have ended,
+JUDGED_LOOK = 64  # and where no tool may answer them, but verdicts may be given.
 AT_ONCE = 64  # Episodes whose tools run at the same time.
 WAIT_S = 0.05  # Time between two looks while nothing is decoded.
 CALLS_S, EPISODE_S = 300.0, 3600.0
@@ -61,6 +64,8 @@ def collect(
   slots: int = 0,
   calls_s: float = CALLS_S,
   episode_s: float = EPISODE_S,
+  judged: int = 0,
+  verdict_s: float = VERDICT_S,
   exchange: Exchange = alone,
 ) -> Samples:
   """Samples G episodes of every row.
@@ -80,6 +85,8 @@ def collect(
     slots: episodes that are decoded at a time; 0 decodes all.
     calls_s: time limit of the tool calls of one turn.
     episode_s: time limit of all tool calls of an episode.
+    judged: the episodes of so many rows, the first ones, are judged beside decoding where their domain allows it.
+    verdict_s: time limit of one verdict.
     exchange: connects the processes.
   """
   of_row = [domains[row_domain(row)] for row in rows]
@@ -96,18 +103,28 @@ def collect(
     d = d.replace(limit_B=limit_B)
   own = np.flatnonzero(owners(engine.mesh, len(limit_B)) == jax.process_index())
   episodes = {
-    b: _Episode(of_row[b // G], thinks[b // G], of_row[b // G].start(rows[b // G]), begin=int(prompt_B[b]))
+    b: _Episode(
+      (b // G, b % G),
+      row := rows[b // G],
+      domain := of_row[b // G],
+      thinks[b // G],
+      domain.start(row),
+      int(prompt_B[b]),
+    )
     for b in own.tolist()
   }
-  run = _Run(engine, tokenizer, episodes, limit_B, held_B, calls_s, episode_s, exchange)
+  judging = Judging(verdict_s) if any(domain.beside for domain in of_row[:judged]) else None
+  run = _Run(engine, tokenizer, episodes, limit_B, held_B, calls_s, episode_s, exchange, judging, judged)
   d = run.to_the_end(params, d, key)
-  return _samples(engine, d, rows, episodes, limit_B, run.metrics(d), exchange)
+  return _samples(engine, d, rows, episodes, limit_B, run.metrics(d), judging, exchange)
 
 
 @dataclasses.dataclass
 class _Episode:
   """One episode while it is sampled."""
 
+  place: tuple[int, int]  # (q, g)
+  row: Row
   domain: Domain
   thinking: bool
   world: object | None
@@ -143,16 +160,18 @@ class _Run:
   Args:
     episodes: number of the request -> episode, for those of this process.
     held_B: whether the episode may have another turn; changed as episodes end.
+    judging: judges the episodes of the first `judged` rows; None if none is judged beside decoding.
   """
 
   def __init__(
     self, engine: Engine, tokenizer, episodes: dict[int, _Episode], limit_B: np.ndarray, held_B: np.ndarray,
-    calls_s: float, episode_s: float, exchange: Exchange,
+    calls_s: float, episode_s: float, exchange: Exchange, judging: Judging | None, judged: int,
   ):  # fmt: skip
     self.engine, self.tokenizer, self.episodes = engine, tokenizer, episodes
     self.limit_B, self.held_B, self.exchange = limit_B, held_B, exchange
     self.calls_s, self.episode_s = calls_s, episode_s
-    self.look = LOOK if held_B.any() else NEVER
+    self.judging, self.judged = judging, judged
+    self.look = LOOK if held_B.any() else JUDGED_LOOK if judging is not None else NEVER
     self.beside = Beside(AT_ONCE)
     self.place = {b: i for i, b in enumerate(own_rows(engine.mesh, len(limit_B)))}
     # Unless the devices divide the rows, other processes may hold a row too; they need its results as well.
@@ -164,8 +183,8 @@ class _Run:
 
   def to_the_end(self, params: Params, d: Decoding, key: jax.Array) -> Decoding:
     """Samples turns and adds tool results, until all episodes have ended. Returns the final decoding state."""
-    idle, ticks = False, 0
-    if self.look < NEVER:
+    idle, ticks, turns = False, 0, bool(self.held_B.any())
+    if turns:
       d = self.engine.extend(params, d, {})  # Compiles it.
     while True:
       began = time.monotonic()
@@ -174,6 +193,8 @@ class _Run:
       decoded = time.monotonic()
       self._take_turns(d, done_B)
       given = self._answers(idle)
+      if self.judging is not None:
+        self.judging.look()
       # Every process must make the same calls, so all of them go on until none has anything left to do.
       mine = [[b, tokens if self.shared else len(tokens)] for b, tokens in given.items()]
       working = len(self.beside) + len(self.inline)
@@ -188,10 +209,12 @@ class _Run:
         of: Callable = lambda b, tokens: given.get(b, tokens if self.shared else [0] * tokens)  # noqa: E731
         d = d.replace(held_B=self.held_B.copy())
         d = self.engine.extend(params, d, {b: of(b, tokens) for b, tokens in told.items()})
-      elif self.look < NEVER:
+      elif turns:
         d = d.replace(held_B=self.held_B.copy())
       self.decode_s, self.host_s = self.decode_s + decoded - began, self.host_s + time.monotonic() - decoded
       if not told and not any(unfinished for unfinished, *_ in parts):
+        if self.judging is not None:
+          self.judging.end_of_decoding()
         return d
 
   def _take_turns(self, d: Decoding, done_B: np.ndarray) -> None:
@@ -235,7 +258,8 @@ class _Run:
     self.tools_s += seconds
     if error is not None:
       self._fail(b, f"tools failed: {type(error).__name__}: {error}")
-    elif answer is not None:
+      return None
+    if answer is not None:
       results, tokens = answer
       episode.results.append(results)
       if episode.end + len(tokens) < self.limit_B[b]:
@@ -247,9 +271,12 @@ class _Run:
     return None
 
   def _end(self, b: int) -> None:
-    """Lets the episode's slot go, in all processes from the next exchange on."""
-    if self.held_B[b] and b not in self.over:
+    """Lets the episode's slot go, in all processes from the next exchange on, and has it judged."""
+    if self.held_B[b]:
       self.over.append(b)
+    one = self.episodes[b]
+    if self.judging is not None and one.domain.beside and one.place[0] < self.judged:
+      self.judging.start(one.place, one.domain, one.row, one.completion)
 
   def _fail(self, b: int, why: str) -> None:
     """Ends the episode; its verdict will be masked."""
@@ -261,7 +288,7 @@ class _Run:
   def metrics(self, d: Decoding) -> dict[str, float]:
     """What the sampling has cost in this process; what depends on how long tools take is under speed/ and time/."""
     c = jax.tree.map(int, d.counts)
-    return {
+    found = {
       "speed/ticks": float(c.ticks),
       "speed/occupancy": c.busy / max(c.slots, 1),
       "speed/queued_occupancy": c.queued_busy / c.queued_slots if c.queued_slots else 1.0,
@@ -269,11 +296,15 @@ class _Run:
       "time/host": self.host_s,
       "time/tools": self.tools_s,
     }
+    if self.judging is None:
+      return found
+    begun = sum(one.domain.beside and one.place[0] < self.judged for one in self.episodes.values())
+    return found | {"speed/early_verdicts": self.judging.early / max(begun, 1)}
 
 
 def _samples(
   engine: Engine, d: Decoding, rows: Sequence[Row], episodes: dict[int, _Episode], limit_B: np.ndarray,
-  metrics: dict[str, float], exchange: Exchange,
+  metrics: dict[str, float], judging: Judging | None, exchange: Exchange,
 ) -> Samples:  # fmt: skip
   """The samples of ended episodes."""
   Q, B = len(rows), len(limit_B)
@@ -292,4 +323,5 @@ def _samples(
     finished_QG=finished_B.reshape(Q, -1),
     completions=[completions[q * B // Q : (q + 1) * B // Q] for q in range(Q)],
     metrics=metrics,
+    judging=judging,
   )

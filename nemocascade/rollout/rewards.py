@@ -54,24 +54,28 @@ def judge(
 ) -> Verdicts:
   """The verdict of each completion, in every process.
 
-  A process judges the completions that it has. A domain's `verify` gets all of them in one call; it is called in
-  every process, with empty lists where the process has none, because a judge may be a model that all processes
-  run together. The verdict is masked if the episode's environment could not start, or failed.
+  A process judges the completions that it has. Those that are judged beside decoding have their verdicts already, or
+  this waits for them. Of the others, a domain's `verify` gets all in one call. Unless the domain is judged `beside`,
+  that call is made in every process, with empty lists where the process has none, because a judge may be a model
+  that all processes run together. The verdict is masked if the episode's environment could not start, or failed.
 
   Args:
     prompts: judges only this many prompts, the first ones; None judges all.
     exchange: connects the processes.
   """
   Q = len(samples.rows) if prompts is None else prompts
-  found = []
+  given = samples.judging.wait() if samples.judging is not None else {}
+  found = [to_item(*place, verdict) for place, verdict in given.items() if place[0] < Q]
   for name in dict.fromkeys(samples.domains[:Q]):
     own = [
       (q, g, completion)
       for q in range(Q)
       if samples.domains[q] == name
       for g, completion in enumerate(samples.completions[q])
-      if completion is not None
+      if completion is not None and (q, g) not in given
     ]
+    if not own and domains[name].beside:
+      continue
     completions = [completion for *_, completion in own]
     verdicts = domains[name].verify([samples.rows[q] for q, *_ in own], completions)
     for (q, g, completion), verdict in zip(own, verdicts, strict=True):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, Sharding
 
 from nemocascade.mesh import constrain_rows
 from nemocascade.rollout.decoding import Decoding
+from nemocascade.rollout.judging import Judging
 from nemocascade.verifiers.verdict import Completion, Row
 
 WIDTH = 4096  # Tokens of a prompt's completions that are moved between devices at a time.
@@ -38,6 +39,7 @@ class Samples:
   completions: list[list[Completion | None]]  # [Q][G]; None where another process has it.
   drawn_logprobs_QGT: jax.Array | None = None  # fp32; under the top_p nucleus; None at top_p = 1.
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # What the sampling has cost, in this process.
+  judging: Judging | None = None  # Has the verdicts that are given beside decoding.
   experts_QGTY: jax.Array | None = None  # uint8 or uint16; the sampler's experts, see Rollout; None if not recorded.
 
   @classmethod

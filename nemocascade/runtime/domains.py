@@ -194,7 +194,9 @@ def _build(entry: Entry, generators_: Mapping[str, Generator], sandbox: object) 
     environment = built_in.make_environment(sandbox=sandbox)
   thinking = built_in.thinking if entry.thinking is None and built_in else entry.thinking is not False
   rows: Rows = GeneratedRows(generators_[entry.generator], entry.name) if entry.generator else _file_rows(entry)
-  domain = Domain(entry.name, rows, verify, environment, thinking, entry.max_turns)
+  # A user's own function may not allow for threads, and only in the main thread can it be ended at its limit.
+  beside = built_in is not None and built_in.beside
+  domain = Domain(entry.name, rows, verify, environment, thinking, entry.max_turns, beside)
   _try_own_parts(entry, domain)
   return domain
 

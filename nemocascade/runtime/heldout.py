@@ -53,10 +53,11 @@ class Heldout:
       P, T = (e.long_prompt_tokens, e.long_total_tokens) if long else (e.prompt_tokens, e.total_tokens)
       batch = (e.long_batch if long else e.batch) // completions
 
-      def collect(rows, index, P=P, T=T):
+      def collect(rows, index, count, P=P, T=T):
         return episode.collect(
           parts.programs.engine(P, T), params, jax.random.fold_in(key, index), rows, parts.domains,
-          tokenizer=parts.text.tokenizer, G=completions, temperature=temperature, exchange=exchange,
+          tokenizer=parts.text.tokenizer, G=completions, temperature=temperature, judged=count,
+          exchange=exchange,
         )  # fmt: skip
 
       def judge(samples, count):

@@ -117,6 +117,19 @@ class Sandbox:
       return Result("unstarted", reason=str(error))
 
 
+class Runner:
+  """Runs programs in a sandbox, from any thread; None creates one on first use."""
+
+  def __init__(self, sandbox: Sandbox | None = None):
+    self.sandbox, self._lock = sandbox, threading.Lock()
+
+  def run(self, programs: Sequence[Program]) -> list[Result]:
+    with self._lock:
+      if programs and self.sandbox is None:
+        self.sandbox = Sandbox()
+    return self.sandbox.run_batch(programs) if programs else []
+
+
 def _close(pool: concurrent.futures.Executor, workers: list[Worker]) -> None:
   pool.shutdown()
   while workers:
