@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from in_process import run_command
 from refusals import assert_refused
 
 from configs.tiny import grpo_vs_mopd as config
@@ -18,13 +19,16 @@ from configs.tiny import grpo_vs_mopd as config
 ROOT = Path(__file__).parent.parent
 
 
-def words(workdir, *more):
-  return [sys.executable, "-m", "experiments.ablation", "--config=configs/tiny/grpo_vs_mopd.py:smoke",
-          f"--workdir={workdir}", *more]  # fmt: skip
+def flags(workdir, *more):
+  return "--config=configs/tiny/grpo_vs_mopd.py:smoke", f"--workdir={workdir}", *more
 
 
-def command(workdir, *more):
-  return subprocess.run(words(workdir, *more), cwd=ROOT, capture_output=True, text=True, check=False)
+def words(workdir):
+  return [sys.executable, "-m", "experiments.ablation", *flags(workdir)]
+
+
+def command(workdir):
+  return subprocess.run(words(workdir), cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_a_teacher_that_is_damaged_is_one_line_that_names_it(finished, tmp_path)
   ],
 )
 def test_a_bad_request_is_one_line_and_nothing_is_written(tmp_path, flag, word):
-  done = command(tmp_path / "run", flag)
+  done = run_command("ablation", *flags(tmp_path / "run", flag))
   assert_refused(done, word)
   assert not (tmp_path / "run").exists()
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from in_process import run_command
 
 from experiments.bench import __main__ as bench
 from experiments.bench import convert, cores, gpu, kernels, loader, rl, scan, schedules, verifiers
@@ -139,7 +139,7 @@ def test_an_unknown_suite_is_refused_with_the_nearest():
 
 
 def test_the_command_takes_the_suite_as_its_argument():
-  done = subprocess.run([sys.executable, "-m", "experiments.bench", "none"], capture_output=True, text=True)
+  done = run_command("bench", "none")
   assert done.returncode == 2 and done.stderr.startswith("error: unknown suite 'none'")
 
 

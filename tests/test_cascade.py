@@ -9,6 +9,7 @@ from pathlib import Path
 
 import chaos
 import pytest
+from in_process import run_command
 from refusals import assert_refused
 
 from configs.tiny import cascade as config
@@ -21,25 +22,21 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = set(config.get_config("smoke").domains)
 
 
-def command(workdir, *more):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.cascade", "--config=configs/tiny/cascade.py:smoke",
-     f"--workdir={workdir}", *more],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+def words(workdir, *more):
+  return "--config=configs/tiny/cascade.py:smoke", f"--workdir={workdir}", *more
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("cascade")
-  done = command(workdir)
+  command = [sys.executable, "-m", "experiments.cascade", *words(workdir)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
-  return workdir, done
+  return workdir
 
 
 def test_every_stage_ends_with_a_score_for_every_domain(finished):
-  workdir, _ = finished
-  stages = json.loads((workdir / "cascade.json").read_text())["stages"]
+  stages = json.loads((finished / "cascade.json").read_text())["stages"]
   assert [s["name"] for s in stages] == list(config.get_config("smoke").order)
   for stage in stages:
     assert stage["status"] == "done"
@@ -50,40 +47,28 @@ def test_every_stage_ends_with_a_score_for_every_domain(finished):
 
 
 def test_the_record_says_what_made_each_checkpoint(finished):
-  workdir, _ = finished
-  record = Record.open(workdir)
+  record = Record.open(finished)
   mopd = record.stage("mopd")
   assert mopd["parent"] == "multi_domain_rl" and set(mopd["teachers"]) == set(mopd["domains"])
   saved = json.loads((Path(mopd["checkpoint"]) / "record" / "metadata").read_text())["lineage"]
   assert saved["stage"] == "mopd" and saved["config"] == mopd["config"] and saved["commit"] == mopd["commit"]
   assert saved["start"] == "multi_domain_rl/checkpoints/2"
-  assert saved["teachers"] == {d: t["checkpoint"].removeprefix(f"{workdir}/") for d, t in mopd["teachers"].items()}
+  assert saved["teachers"] == {d: t["checkpoint"].removeprefix(f"{finished}/") for d, t in mopd["teachers"].items()}
   assert record.stage("rlhf")["judge_stage"] == "reward_model"
   drawn = tree(record)
   assert all(f"─ {name}: " in drawn for name in config.get_config("smoke").order)
 
 
 def test_report_is_complete(finished):
-  workdir, _ = finished
-  page = (workdir / "report" / "index.html").read_text()
+  page = (finished / "report" / "index.html").read_text()
   assert "What started from what" in page and "<mark>" in page  # What SFT learns.
-  assert "python -m experiments.cascade" in (workdir / "config.json").read_text() and "A test of plumbing" in page
+  assert "python -m experiments.cascade" in (finished / "config.json").read_text() and "A test of plumbing" in page
   assert "before, sft" in page and "before, multi domain rl" in page  # The same prompt before and after a stage.
   assert 10_000 < len(page) < 5_000_000 and "http-equiv=refresh" not in page
 
 
-def test_a_finished_cascade_does_nothing_when_run_again(finished):
-  workdir, _ = finished
-  before = (workdir / "cascade.json").read_text()
-  done = command(workdir)
-  assert done.returncode == 0 and "all stages were done before" in done.stdout
-  assert (workdir / "cascade.json").read_text() == before
-
-
 def test_a_workdir_of_another_config_is_refused(finished):
-  workdir, _ = finished
-  done = command(workdir, "--config.seed=5")
-  assert_refused(done, "seed")
+  assert_refused(run_command("cascade", *words(finished, "--config.seed=5")), "seed")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +84,7 @@ def test_a_workdir_of_another_config_is_refused(finished):
   ],
 )
 def test_a_bad_request_is_one_line_and_nothing_is_written(tmp_path, flag, word):
-  done = command(tmp_path / "run", flag)
+  done = run_command("cascade", *words(tmp_path / "run", flag))
   assert_refused(done, word)
   assert not (tmp_path / "run").exists()
 
@@ -111,14 +96,14 @@ def test_a_mixture_of_an_unknown_domain_is_named():
     cascade.check(c)
 
 
-def test_the_quickstart_notebook_runs(finished, monkeypatch):
+def test_the_quickstart_notebook_runs_a_finished_cascade_which_does_nothing_again(finished, monkeypatch):
   """Runs the notebook on the finished smoke cascade, which it loads, draws and samples."""
   import nbformat
   from nbclient import NotebookClient
 
-  workdir, _ = finished
+  before = (finished / "cascade.json").read_text()
   monkeypatch.setenv("NEMOCASCADE_CONFIG", "configs/tiny/cascade.py:smoke")
-  monkeypatch.setenv("NEMOCASCADE_WORKDIR", str(workdir))
+  monkeypatch.setenv("NEMOCASCADE_WORKDIR", str(finished))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = nbformat.read(ROOT / "colab" / "quickstart.ipynb", as_version=4)
   NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
@@ -126,6 +111,7 @@ def test_the_quickstart_notebook_runs(finished, monkeypatch):
     output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
   )
   assert "all stages were done before" in printed and "swe_agentic_rl" in printed
+  assert (finished / "cascade.json").read_text() == before
   assert all(f"{domain}\n  asked: " in printed for domain in DOMAINS)
   assert "thinking=True" in printed and "thinking=False" in printed
 

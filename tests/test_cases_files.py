@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoint
+from in_process import run_command
 from ml_collections import ConfigDict
 from refusals import assert_refused
 from test_checkpoint import state, template
@@ -275,10 +276,7 @@ def test_those_that_share_keep_out_only_one_that_does_not(tmp_path):
 def test_a_command_that_writes_where_another_does_is_refused(tmp_path):
   with process(str(tmp_path)) as first:
     assert first.stdout.readline() == b"in\n"
-    done = subprocess.run(
-      [sys.executable, "-m", "experiments.sft", "--config=configs/tiny/sft.py:smoke", f"--workdir={tmp_path}"],
-      cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_command("sft", "--config=configs/tiny/sft.py:smoke", f"--workdir={tmp_path}")
     first.kill()
   assert_refused(done, "another process")
   assert [p.name for p in tmp_path.iterdir()] == ["lock"]

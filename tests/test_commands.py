@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_checkpoint
+from in_process import run_command
 from refusals import assert_refused
 
 from experiments import generate, score
@@ -198,11 +199,7 @@ def test_without_a_tokenizer_tokens_work_and_messages_are_refused(loaded):
   ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_code_2(command, flags, complaint):
-  done = subprocess.run(
-    [sys.executable, "-m", f"experiments.{command}", *flags],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  assert_refused(done, complaint)
+  assert_refused(run_command(command, *flags), complaint)
 
 
 def test_generate_from_the_command_line(checkpoint, tmp_path):

@@ -1,12 +1,10 @@
 """SFT on one's own files: from the command line to the metrics, and bad requests before anything is written."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import two_processes
+from in_process import run_command
 from ml_collections import ConfigDict
 
 from configs import recipe
@@ -17,7 +15,6 @@ from nemocascade.data.row_files import open_rows
 from nemocascade.errors import UserError
 from nemocascade.runtime import conversations, parts
 
-ROOT = Path(__file__).parent.parent
 BAD = {"messages": [{"role": "user", "content": "x"}]}
 
 
@@ -46,12 +43,11 @@ def assembled(tmp_path_factory):
 
 def test_a_file_of_chats_is_learned_and_a_bad_row_is_skipped_named_and_counted(tmp_path):
   path = write(tmp_path / "chats.jsonl", [*map(chat, range(150)), BAD])
-  command = [
-    sys.executable, "-m", "experiments.sft", "--config=configs/tiny/sft.py:smoke", f"--workdir={tmp_path}/run",
+  flags = [
     f"--config.sources={{'mine': {{'path': '{tmp_path}/*.jsonl'}}}}", "--config.domains={'math': {'rows': 'generated:math'}}",
     "--config.row_tokens=64", "--config.look_ahead=16384",
   ]  # fmt: skip
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  done = run_command("sft", "--config=configs/tiny/sft.py:smoke", f"--workdir={tmp_path}/run", *flags)
   assert done.returncode == 0, done.stderr
   named = f"{path}, line 151: has nothing to learn: no assistant turn"
   assert f"skipped: {named}" in done.stderr

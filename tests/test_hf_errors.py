@@ -1,11 +1,10 @@
 """An incomplete folder is refused with one line that names everything wrong, and nothing is left behind."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from in_process import run_command
 from test_hf import rewrite, tensors
 from transformers_folders import random_model, save, template
 
@@ -196,10 +195,7 @@ def test_one_side_must_be_a_hugging_face_folder(source, target):
 
 def test_the_command_prints_one_line_and_exits_with_2(path):
   rewrite(path, lambda t: t | {NORM: torch.full((32,), float("nan"))})
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.convert", f"--source=hf:{path}", f"--target={path.parent / 'B'}"],
-    capture_output=True, text=True,
-  )  # fmt: skip
+  done = run_command("convert", f"--source=hf:{path}", f"--target={path.parent / 'B'}")
   assert done.returncode == 2 and done.stdout == ""
   assert done.stderr == f"error: hf:{path}: NaN or infinity in model.safetensors: {NORM}\n"
   assert NORM in tensors(path)

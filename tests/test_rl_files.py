@@ -1,16 +1,12 @@
 """RL on a user's own prompts, reward and environment: one config file and one command."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny_checkpoint
+from in_process import run_command
 from refusals import assert_refused
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 from configs.tiny import if_rl
 from ml_collections import ConfigDict
@@ -57,11 +53,8 @@ def folder(tmp_path_factory):
 
 
 def command(folder, workdir, *flags):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.rl", "--config=my_config.py", f"--workdir={workdir}",
-     "--config.init_from=start/checkpoints/1", *flags],
-    cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  start = "--config.init_from=start/checkpoints/1"
+  return run_command("rl", "--config=my_config.py", f"--workdir={workdir}", start, *flags, cwd=folder)
 
 
 def test_one_command_trains_on_files_with_an_own_reward_and_environment(folder):

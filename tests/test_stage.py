@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoint
+from in_process import run_command
 
 from configs import recipe
 from configs.recipe import generated
@@ -30,8 +29,6 @@ from nemocascade.runtime.programs import Programs
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 
-ROOT = Path(__file__).parent.parent
-
 
 def lines(stage_dir):
   """The lines of metrics.jsonl without times."""
@@ -40,11 +37,8 @@ def lines(stage_dir):
 
 
 def test_a_rate_that_ruins_the_parameters_ends_the_command_with_one_line_and_good_checkpoints(tmp_path):
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.sft", "--config=configs/tiny/sft.py:smoke", f"--workdir={tmp_path}",
-     "--config.optimizer.peak_lr=1e30", "--config.save_every=1"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  flags = f"--workdir={tmp_path}", "--config.optimizer.peak_lr=1e30", "--config.save_every=1"
+  done = run_command("sft", "--config=configs/tiny/sft.py:smoke", *flags)
   assert done.returncode == 1, done.stderr
   said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
   assert said == [done.stderr.splitlines()[-1]] and len(said[0]) < 200 and "Traceback" not in done.stderr

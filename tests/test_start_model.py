@@ -1,15 +1,13 @@
 """RL and SFT start from a folder by save_pretrained with its model and tokenizer, and no field is copied."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_checkpoint
 import tokenizer_json
+from in_process import run_command
 from refusals import assert_refused
 
 from configs.nano_30b import sft as nano_sft
@@ -18,7 +16,6 @@ from nemocascade.runtime import loading
 from nemocascade.runtime.start_model import take_model
 
 transformers_folders = pytest.importorskip("transformers_folders")
-ROOT = Path(__file__).parent.parent
 V = 448
 
 
@@ -31,10 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def command(kind: str, config: str, *words: str):
-  return subprocess.run(
-    [sys.executable, "-m", f"experiments.{kind}", f"--config=configs/tiny/{config}.py:smoke", *words],
-    cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  return run_command(kind, f"--config=configs/tiny/{config}.py:smoke", *words)
 
 
 def test_a_config_gets_the_folders_model_and_keeps_how_it_computes(folder):
@@ -94,8 +88,7 @@ def test_sft_runs_from_a_folder(folder, tmp_path):
 
 def test_a_field_of_the_command_line_that_is_not_the_folders_is_one_line(folder, tmp_path):
   words = (f"--workdir={tmp_path / 'run'}", f"--config.init_from=hf:{folder}", "--config.model.hidden_size=48")
-  done = command("rl", "if_rl", *words)
-  assert_refused(done, "is of another model: ")
+  assert_refused(command("rl", "if_rl", *words), "is of another model: ")
   assert not (tmp_path / "run").exists()
 
 

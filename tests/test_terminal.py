@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoint
+from in_process import run_command
 from refusals import assert_refused
 from scripted import Scripted, spell
 
@@ -120,11 +121,7 @@ def test_a_conversation_at_a_pseudo_terminal(checkpoint):
   ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_code_2(flags, complaint):
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.chat", *flags],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  assert_refused(done, complaint)
+  assert_refused(run_command("chat", *flags), complaint)
 
 
 # The same program in this process, with a scripted model.

@@ -1,17 +1,14 @@
 """The pages of docs/tutorials in order: their files are complete, and their commands run one after another."""
 
-import contextlib
-import io
 import json
 import re
-import runpy
 import shlex
-import sys
+from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from in_process import run_command
 from test_docs import ROOT, commands
-
-from nemocascade import host_memory
 
 PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 # Commands that are not run here: tests/test_terminal.py and tests/test_mesh_stages.py have their like.
@@ -23,22 +20,15 @@ def folder(tmp_path_factory, compiled_fast):
   """The working directory of all pages, with the clone's configs."""
   folder = tmp_path_factory.mktemp("tutorials")
   (folder / "configs").symlink_to(ROOT / "configs")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.chdir(folder)
-    patch.setattr(host_memory, "keep", lambda: None)
-    yield folder
+  return folder
 
 
-def run(line: str) -> str:
-  """Runs a command in this process, a stage in its smoke form; returns what it printed to stdout."""
+def run(line: str, folder: Path) -> CompletedProcess:
+  """Runs a command in this process, a stage in its smoke form."""
   _, _, module, *arguments = shlex.split(re.sub(r"(--config=\S+\.py)", r"\1:smoke", line), comments=True)
-  said = io.StringIO()
-  with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(said):
-    patch.setattr(sys, "argv", [module, *arguments])
-    patch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is imported already.
-    runpy.run_module(module, run_name="__main__")
-  assert ended.value.code == 0, line
-  return said.getvalue()
+  done = run_command(module.removeprefix("experiments."), *arguments, cwd=folder)
+  assert done.returncode == 0, f"{line}: {done.stderr[-3000:]}"
+  return done
 
 
 def test_the_pages_are_eight_and_each_leads_to_the_next():
@@ -48,15 +38,15 @@ def test_the_pages_are_eight_and_each_leads_to_the_next():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_commands_of_a_page_run_after_those_of_the_pages_before(page, folder, capsys):
+def test_the_commands_of_a_page_run_after_those_of_the_pages_before(page, folder):
   for name, text in re.findall(r"`([\w.]+)`:\n\n```\w+\n(.*?)```", page.read_text(), re.DOTALL):
     (folder / name).write_text(text)
   lines = [line for line in commands(page) if not any(words in line for words in LEFT_OUT)]
   assert lines
-  printed = "".join(map(run, lines))
+  printed = "".join(run(line, folder).stdout for line in lines)
   if page.stem.startswith("101"):
-    run(lines[0])  # "When nothing is left to do it says so at once."
-    assert "sft: all 6 steps were done before" in capsys.readouterr().err
+    again = run(lines[0], folder)  # "When nothing is left to do it says so at once."
+    assert "sft: all 6 steps were done before" in again.stderr
   if page.stem.startswith("102"):
     answers, scored = ([json.loads(line) for line in (folder / f"{n}.jsonl").open()] for n in ("answers", "scored"))
     assert [row["id"] for row in answers] == [1, 2] and all(
