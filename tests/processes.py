@@ -29,7 +29,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from chaos import order_flags, restored
+from chaos import restored
 from linked import free_address
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ DEVICES, STEPS = 4, 4
 FIELDS = {"swe_agentic_rl": ("dynamic_filtering=False", "entropy_weight=0.01")}
 # Fields of cascade.json that vary by run, and those that `scores` compares.
 OF_PROCESS = ("wall_s", "train_s", "eval_s_after", "compilations", "probe", "checkpoint")
-SCORES = ("scores_", "greedy_", "of_prompts_")
+SCORES = ("scores_", "prompt_scores_")
 
 
 def main() -> int:
@@ -97,7 +97,8 @@ def run(workdir: Path, count: int, order: list[str], sft_steps: int = STEPS) -> 
       steps.append(f"--config.stages.{name}.samples=1000")
   command = [
     sys.executable, "-m", "experiments.cascade", f"--config={CONFIG}", f"--workdir={workdir}",
-    "--config.mesh.data=2", "--config.mesh.expert=2", *order_flags(",".join(order)), *steps,
+    "--config.mesh.data=2", "--config.mesh.expert=2", f"--config.order={tuple(order)!r}", *steps,
+    "--config.evaluation.greedy=()",  # So that the config of a stage does not depend on the others.
   ]  # fmt: skip
   processes = [
     subprocess.Popen(
