@@ -18,6 +18,7 @@ from nemocascade.types import Params
 NEVER = 2**31 - 1  # Ticks.
 CHUNK = 64  # Given tokens that a call of the model takes in for a row.
 TOGETHER = 8  # Rows of a device that take in given tokens together.
+PIECE = 8192  # Tokens of a prompt that are prefilled at a time.
 NARROWEST = 64  # The smallest width that prompts of any length are padded to.
 PLAIN = Options()
 # When requests run out, decoding goes on with one slot of SHRINK, but not with fewer than FEWEST on a device. A program
@@ -49,6 +50,7 @@ class Engine:
     prompt_tokens: P.
     total_tokens: T.
     stop_ids: a request is done when it samples one of these tokens.
+    piece: longer prompts are prefilled in pieces of so many tokens: the first by prefill_fn, the others by extend_fn.
     mesh: the rows are sharded over its devices; one device by default.
     params_places: the parameters' sharding, or a tree of shardings; replicated by default.
 
@@ -71,6 +73,7 @@ class Engine:
     prompt_tokens: int,
     total_tokens: int,
     stop_ids: Sequence[int] = (11, 2),
+    piece: int = PIECE,
     mesh: Mesh | None = None,
     params_places: Any = None,
   ):
@@ -80,7 +83,8 @@ class Engine:
     self.mesh = mesh or make_mesh(1, 1)
     self._params_places = params_places or whole(self.mesh)
     axes = axes_fn or (lambda state: jax.tree.map(lambda _: 0, state))
-    model = loop.Model(prefill_fn, step_fn, extend_fn or intake.by_steps(step_fn), axes, experts_fn)
+    extend_fn = extend_fn or intake.by_steps(step_fn)
+    model = loop.Model(intake.by_pieces(prefill_fn, extend_fn, piece), step_fn, extend_fn, axes, experts_fn)
     self.layout = functools.cache(lambda B: Layout(self.mesh, B, axes))
     self.chunk = min(CHUNK, total_tokens)
     self._ready: set = set()  # Decodings whose programs with fewer slots are compiled: (shapes, extends).
@@ -166,7 +170,9 @@ class Engine:
   def admit(
     self, params: Params, d: Decoding, prompts: Mapping[int, Sequence[int]], width: int, **fields: Any
   ) -> Decoding:
-    """Puts new requests in the place of requests that are over. `d` is donated; it is one of `empty`, on one device.
+    """Puts new requests in the place of requests that are over. `d` is donated.
+
+    It is one of `empty`, whose requests are not divided among devices.
 
     Args:
       prompts: number of the request that is replaced -> its prompt, of 1 to `width` tokens; at most TOGETHER.

@@ -28,6 +28,35 @@ def by_steps(step_fn: Callable) -> Callable:
   return extend
 
 
+def by_pieces(prefill_fn: Callable, extend_fn: Callable, size: int) -> Callable:
+  """A `prefill` function that takes in prompts of more than `size` tokens in pieces of so many.
+
+  Its memory beside the state does then not grow with the prompts' length. Pieces in which no row has tokens are skipped.
+  """
+
+  def prefill(params, tokens_QP, length_Q, capacity):
+    P = tokens_QP.shape[1]
+    if P <= size:
+      return prefill_fn(params, tokens_QP, length_Q, capacity)
+    tokens_QP = jnp.pad(tokens_QP, ((0, 0), (0, -P % size)))
+    first = prefill_fn(params, tokens_QP[:, :size], jnp.minimum(length_Q, size), capacity)
+    room = lambda a_QTY: jnp.pad(a_QTY, ((0, 0), (0, tokens_QP.shape[1] - size), (0, 0)))
+
+    def take_in(i, carry):
+      logits_QV, state, *experts = carry
+      here_Q = jnp.clip(length_Q - i * size, 0, size)
+      piece_QT = jax.lax.dynamic_slice_in_dim(tokens_QP, i * size, size, axis=1)
+      state, new_QV, *of_piece = extend_fn(params, state, piece_QT, here_Q)
+      put = lambda all_QPY, new_QTY: jax.lax.dynamic_update_slice_in_dim(all_QPY, new_QTY, i * size, axis=1)
+      return jnp.where((here_Q > 0)[:, None], new_QV, logits_QV), state, *map(put, experts, of_piece)
+
+    carry = *first[:2], *map(room, first[2:])
+    logits_QV, state, *experts = jax.lax.fori_loop(1, -(-jnp.max(length_Q) // size), take_in, carry)
+    return logits_QV, state, *(a_QPY[:, :P] for a_QPY in experts)
+
+  return prefill
+
+
 def admit(
   model: Model, layout_of: Callable[[int], Layout], places: int, params: Params, d: Decoding, tokens_RP, length_R,
   row_R, fields_R,
