@@ -20,6 +20,8 @@ from nemocascade.errors import UserError, unknown
 from nemocascade.fields import flag, text, whole, word
 from nemocascade.mesh import make_mesh, mesh_sizes
 from nemocascade.rollout.conversation import Conversation
+from nemocascade.rollout.sampling import Options
+from nemocascade.rollout.voice import Kept
 from nemocascade.runtime.launch import MESH, launch
 from nemocascade.runtime.parts import from_checkpoint
 from nemocascade.sandbox.python_tool import PythonTool
@@ -47,11 +49,11 @@ def run(
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint!r}: has no tokenizer, so it cannot be talked to")
+  options, weights = Options(temperature, top_p=top_p), programs.sampling_weights(params)
+  voice = Kept(programs.engine(context - 1, context), weights, options, seed=seed)
   conversation = Conversation(
-    programs.engine(context - 1, context), programs.sampling_weights(params), tokenizer,
-    seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
-    thinking=thinking, system=system or None, tools=offered,
-  )  # fmt: skip
+    voice, tokenizer, max_new_tokens=max_new_tokens, thinking=thinking, system=system or None, tools=offered
+  )
   # If a script starts this command in the background, SIGINT is ignored, and Python keeps that setting.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   Terminal(conversation, tool).talk()
@@ -93,6 +95,7 @@ class Terminal:
     self._dimmed = False
     self._in_thoughts = False
     self._complained = False  # Whether a format error of this answer was printed.
+    self._asked = False
 
   def talk(self) -> None:
     """Reads and answers lines until Ctrl-D."""
@@ -166,7 +169,8 @@ class Terminal:
   def _answer(self, text: str) -> None:
     """Answers one question, with as many rounds of tool calls as needed, at most MOST_ROUNDS."""
     with interruptible() as stopped:
-      if not self.conversation.prefills:
+      if not self._asked:
+        self._asked = True
         self._write("(the first answer waits for its programs to compile)\n", dim=True)
       self.conversation.ask(text)
       for _ in range(MOST_ROUNDS):

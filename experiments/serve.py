@@ -3,13 +3,15 @@
   python -m experiments.serve --checkpoint=runs/tiny/sft/latest
   python -m experiments.serve --checkpoint=hf:DIR --port=9000
 
-Then open http://127.0.0.1:8000. Only this machine reaches the page. --host=0.0.0.0 opens it to whoever reaches this
+Then open http://127.0.0.1:8000. Several pages are answered at a time. Only this machine reaches the page. --host=0.0.0.0 opens it to whoever reaches this
 machine; there is no password. The model can call no tools here; experiments.chat has them.
 """
 
 import collections
 import http.server
 import json
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +24,17 @@ from nemocascade.errors import UserError
 from nemocascade.fields import text, whole
 from nemocascade.mesh import make_mesh, mesh_sizes
 from nemocascade.rollout.conversation import Conversation
+from nemocascade.rollout.sampling import Options
+from nemocascade.rollout.scheduler import Scheduler
+from nemocascade.rollout.service import Service
+from nemocascade.rollout.voice import Served
 from nemocascade.runtime.launch import MESH, launch
 from nemocascade.runtime.parts import from_checkpoint
 
 PAGE = Path(__file__).with_suffix(".html")
 LOCAL = ("127.0.0.1", "localhost")
-KEPT = 8  # Conversations that are remembered: those of the pages used last.
+KEPT = 32  # Conversations that are remembered: those of the pages used last.
+SLOTS = 8  # Answers that are decoded at a time; others wait.
 LONGEST = 1 << 20  # Bytes of a request at most.
 REQUEST = {  # JSON schema of a request.
   "type": "object",
@@ -41,15 +48,16 @@ REQUEST = {  # JSON schema of a request.
 
 
 class Chats:
-  """The conversations of open pages, each under the name that its page gave it. One answers at a time."""
+  """The conversations of open pages, each under the name that its page gave it. Each gives one answer at a time."""
 
   def __init__(self, make: Callable[[], Conversation]):
     """
     Args:
       make: begins a conversation.
     """
-    self._make, self._lock = make, threading.Lock()
-    self._of: collections.OrderedDict[str, Conversation] = collections.OrderedDict()
+    self._make, self._lock = make, threading.Lock()  # The lock of the next two.
+    self._of: collections.OrderedDict[str, tuple[Conversation, threading.Lock]] = collections.OrderedDict()
+    self._asked = False  # Whether a page has asked something.
 
   def answer(self, chat: str, text: str, thinking: bool, stopped: Callable[[], bool]) -> Iterator[dict[str, str]]:
     """Yields the parts of the answer: {"thought"}, {"said"}, or {"note"}, what the reader should know besides.
@@ -58,13 +66,14 @@ class Chats:
       stopped: asked every few tokens; the answer ends when it returns true.
     """
     with self._lock:
-      conversation = self._of.pop(chat, None) or self._make()
-      self._of[chat] = conversation
+      conversation, own = self._of[chat] = self._of.pop(chat, None) or (self._make(), threading.Lock())
       while len(self._of) > KEPT:
         self._of.popitem(last=False)
+      first, self._asked = not self._asked, True
+    if first:
+      yield {"note": "the first answer waits for its programs to compile"}
+    with own:
       conversation.thinking = thinking
-      if not conversation.prefills and len(self._of) == 1:
-        yield {"note": "the first answer waits for its programs to compile"}
       try:
         conversation.ask(text)
       except UserError as error:
@@ -124,12 +133,21 @@ def server(host: str, port: int, chats: Chats, about: str) -> http.server.Thread
 
     def _stream(self, asked: dict[str, Any]) -> None:
       gone: list[bool] = []  # Whether the reader has left, or pressed stop.
-      for part in chats.answer(asked["chat"], asked["text"], asked.get("thinking", False), lambda: bool(gone)):
+      left = lambda: bool(gone) or self._left()  # noqa: E731
+      for part in chats.answer(asked["chat"], asked["text"], asked.get("thinking", False), left):
         try:
           self.wfile.write(json.dumps(part).encode() + b"\n")
           self.wfile.flush()
         except OSError:
           gone.append(True)  # The conversation ends its turn by itself; its state stays whole.
+
+    def _left(self) -> bool:
+      """Whether the reader has closed the connection, on which it has nothing more to send."""
+      try:
+        ready, _, _ = select.select([self.connection], [], [], 0)
+        return bool(ready) and not self.connection.recv(1, socket.MSG_PEEK)
+      except OSError:
+        return True
 
     def _head(self, kind: str) -> None:
       self.send_response(200)
@@ -153,12 +171,15 @@ def run(
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   if tokenizer is None:
     raise UserError(f"--checkpoint={checkpoint!r}: has no tokenizer, so it cannot be talked to")
-  weights = programs.sampling_weights(params)
-  make = lambda: Conversation(
-    programs.engine(context - 1, context), weights, tokenizer,
-    seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
-  )  # fmt: skip
-  with server(host, port, Chats(make), checkpoint) as serving:
+  weights, options = programs.sampling_weights(params), Options(temperature, top_p=top_p)
+  scheduler = Scheduler(programs.engine(context - 1, context), weights, slots=SLOTS)
+  with Service(scheduler) as service:
+    make = lambda: Conversation(Served(service, options, seed=seed), tokenizer, max_new_tokens=max_new_tokens)
+    _serve(host, port, Chats(make), checkpoint)
+
+
+def _serve(host: str, port: int, chats: Chats, about: str) -> None:
+  with server(host, port, chats, about) as serving:
     print(f"http://{host}:{serving.server_port} (Ctrl-C ends it)", flush=True)
     try:
       serving.serve_forever()

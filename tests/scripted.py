@@ -7,6 +7,8 @@ from tiny_checkpoint import TOKENIZER
 
 from nemocascade.rollout.conversation import Conversation
 from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.sampling import Options
+from nemocascade.rollout.voice import Kept
 
 T = 1024
 V = TOKENIZER.vocab_size
@@ -34,17 +36,14 @@ class Scripted(Conversation):
   """A conversation whose answers are set in advance in `to_say`."""
 
   def __init__(self, **settings):
-    super().__init__(ENGINE, np.zeros(T, np.int32), TOKENIZER, **{"temperature": 0.0, **settings})
+    super().__init__(Kept(ENGINE, np.zeros(T, np.int32), Options(0.0)), TOKENIZER, **settings)
     self.to_say: list[list[int]] = []  # Tokens of the next answer and of those after it.
 
   def answer(self, *args):
     """Answers with the next item of `to_say`."""
     tokens, begin = self.to_say.pop(0), len(self.tokens)
-    self.params = self.params.copy()
-    self.params[begin : begin + len(tokens)] = tokens
-    # The prefill has already chosen the first token's logits, so they are replaced.
-    first_SV = 50 * np.eye(V, dtype=np.float32)[tokens[:1]]
-    self._d = self._d.replace(logits_SV=first_SV)
+    self.voice.params = self.voice.params.copy()
+    self.voice.params[begin : begin + len(tokens)] = tokens
     return super().answer(*args)
 
 

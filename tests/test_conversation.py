@@ -12,6 +12,7 @@ from nemocascade.errors import UserError
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout.conversation import Conversation
 from nemocascade.rollout.sampling import Options
+from nemocascade.rollout.voice import Kept
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 CALL = spell(TOOL_CALL, "\n<function=f>\n</function>\n", TOOL_CALL_END, "\n", IM_END)
@@ -40,7 +41,7 @@ def test_answers_without_thoughts_are_added_to_and_never_taken_in_again():
     say(c, question, "the mat", IM_END)
     assert c.tokens[: len(before)] == before
     assert c.tokens + NEWLINE == rendered(c)
-  assert c.prefills == 1 and c.turn.content == "the mat" and c.turn.finished
+  assert c.voice.prefills == 1 and c.turn.content == "the mat" and c.turn.finished
 
 
 def test_sampled_tokens_are_never_encoded_again():
@@ -53,7 +54,7 @@ def test_sampled_tokens_are_never_encoded_again():
   say(c, "b", "cat", IM_END)
   place = c.tokens.index(odd[0], len(c.tokens) - 60)
   assert odd + NEWLINE != sampled and c.tokens[place : place + len(odd)] == odd
-  assert c.prefills == 1
+  assert c.voice.prefills == 1
 
 
 def test_a_next_question_cuts_thoughts_and_the_history_is_taken_in_anew():
@@ -62,7 +63,7 @@ def test_a_next_question_cuts_thoughts_and_the_history_is_taken_in_anew():
   assert c.tokens + NEWLINE == rendered(c)
   say(c, "on", "7\n", THINK_END, "\nthe mat", IM_END)
   assert c.tokens + NEWLINE == rendered(c)
-  assert c.prefills == 2
+  assert c.voice.prefills == 2
   assert "12 and 7" not in TOKENIZER.decode(c.tokens)
   assert c.messages[1] == {"role": "assistant", "content": "sat", "reasoning_content": "12 and 7"}
 
@@ -71,7 +72,7 @@ def test_kept_thoughts_are_only_added_to():
   c = Scripted(thinking=True, truncate_history_thinking=False)
   say(c, "the cat", "12 and 7\n", THINK_END, "\nsat", IM_END)
   say(c, "on", "7\n", THINK_END, "\nthe mat", IM_END)
-  assert c.prefills == 1
+  assert c.voice.prefills == 1
   assert c.tokens + NEWLINE == rendered(c, truncate_history_thinking=False)
 
 
@@ -82,7 +83,7 @@ def test_thoughts_outlive_the_results_of_calls():
   c.respond(["sat"])
   c.to_say.append(spell("7\n", THINK_END, "\nthe mat", IM_END))
   list(c.answer())
-  assert c.prefills == 1 and c.tokens + NEWLINE == rendered(c)
+  assert c.voice.prefills == 1 and c.tokens + NEWLINE == rendered(c)
   assert [m["role"] for m in c.messages] == ["user", "assistant", "tool", "assistant"]
 
 
@@ -91,7 +92,7 @@ def test_other_tools_are_told_in_a_history_taken_in_anew():
   say(c, "the cat", "sat", IM_END)
   c.offer(TOOLS)
   say(c, "on", "the mat", IM_END)
-  assert c.prefills == 2 and c.tokens + NEWLINE == rendered(c, tools=TOOLS)
+  assert c.voice.prefills == 2 and c.tokens + NEWLINE == rendered(c, tools=TOOLS)
 
 
 @pytest.mark.parametrize("when", ["before the results", "after the results", "after the question"])
@@ -123,7 +124,7 @@ def test_thinking_may_change_between_questions():
   say(c, "the cat", "sat", IM_END)
   c.thinking = True
   say(c, "on", "12\n", THINK_END, "\nthe mat", IM_END)
-  assert c.prefills == 1 and c.tokens + NEWLINE == rendered(c)
+  assert c.voice.prefills == 1 and c.tokens + NEWLINE == rendered(c)
 
 
 @pytest.mark.parametrize("thinking, owed", [(True, [THINK_END, IM_END]), (False, [IM_END])])
@@ -139,7 +140,7 @@ def test_an_answer_that_was_cut_off_is_closed_and_the_talk_goes_on(thinking, owe
   assert shown == (c.turn.reasoning if thinking else c.turn.content)
   before, new = c.tokens, 4 if why == "stopped" else 8
   say(c, "on", "7\n", *([THINK_END] if thinking else []), IM_END)
-  assert c.tokens[: len(before) + len(owed)] == before + owed and c.prefills == 1
+  assert c.tokens[: len(before) + len(owed)] == before + owed and c.voice.prefills == 1
   assert before[-new:] == spell(said)[:new]
 
 
@@ -148,7 +149,7 @@ def test_a_long_message_is_added_in_chunks():
   say(c, "the cat", "sat", IM_END)
   before = c.tokens
   say(c, "x " * 2 * ENGINE.chunk, "the mat", IM_END)
-  assert c.prefills == 1 and c.tokens[: len(before)] == before
+  assert c.voice.prefills == 1 and c.tokens[: len(before)] == before
   assert c.turn.content == "the mat" and c.tokens + NEWLINE == rendered(c)
 
 
@@ -183,7 +184,7 @@ def test_a_system_text_of_ones_own_is_told():
 def test_streaming_samples_what_decoding_at_once_does():
   """Streaming in small steps samples the same tokens as decoding at once with the same key."""
   params = np.zeros(T, np.int32)
-  c = Conversation(ENGINE, params, TOKENIZER, thinking=False, seed=5, temperature=30.0, max_new_tokens=50)
+  c = Conversation(Kept(ENGINE, params, Options(30.0), seed=5), TOKENIZER, thinking=False, max_new_tokens=50)
   c.ask("the cat")
   prompt = c.tokens
   list(c.answer())

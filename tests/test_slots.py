@@ -118,11 +118,13 @@ def test_few_requests_go_on_in_fewer_slots_and_nothing_compiles_after_the_first_
     np.testing.assert_array_equal(d.tokens_BT[b], alone("toy")["tokens_BT"][b])
 
 
-@pytest.mark.parametrize("slots", [8, 4])
-def test_slots_lie_with_their_requests_on_a_mesh(slots):
-  mesh = make_mesh(data=2, expert=2, of=jax.devices()[:4])
-  got, _ = run(toy_engine(mesh=mesh), table(), slots=slots, ticks=4, order=[5, 2, 0, 7, 1, 6, 4, 3])
+@pytest.mark.parametrize("slots, expert", [(8, 1), (4, 2)])
+def test_slots_lie_with_their_requests_on_a_mesh(slots, expert, monkeypatch):
+  monkeypatch.setattr(engine_file, "FEWEST", 1)
+  mesh = make_mesh(data=2, expert=expert, of=jax.devices()[: 2 * expert])
+  got, counts = run(toy_engine(mesh=mesh), table(), slots=slots, ticks=4, order=[5, 2, 0, 7, 1, 6, 4, 3])
   assert_same(got, alone("toy"), atol=1e-6)
+  assert (counts.slots < slots * counts.ticks) == (slots == 8)  # On two devices, the last requests had fewer slots.
 
 
 NAN = V - 1  # A token that turns the model's state into NaN.

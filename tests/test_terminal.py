@@ -165,7 +165,7 @@ def test_python_runs_and_its_results_go_back_until_the_model_answers(typed):
   )
   results = [m["content"] for m in conversation.messages if m["role"] == "tool"]
   assert results == ["", "42"]
-  assert conversation.messages[-1]["content"] == "It is 42." and conversation.prefills == 1
+  assert conversation.messages[-1]["content"] == "It is 42." and conversation.voice.prefills == 1
   assert "> stateful_python_code_exec\nx * 7\n< 42\n" in shown and "\n\u2502 So.\nIt is 42." in shown
   assert "stateful_python_code_exec(code): Runs Python code" in shown
 

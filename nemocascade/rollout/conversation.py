@@ -1,21 +1,14 @@
-"""A conversation with a model that keeps its decode state between turns and streams the answers."""
+"""A conversation with a model: its messages, and the tokens that a voice continues. Answers are streamed."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import jax
-import numpy as np
 
 from nemocascade.data import chat
 from nemocascade.data.chat_parse import Delta, Turn, TurnParser
 from nemocascade.data.tokenizer import IM_END, THINK_END, Tokenizer
 from nemocascade.errors import UserError
-from nemocascade.rollout.decoding import Decoding
-from nemocascade.rollout.engine import Engine, width_of
-from nemocascade.rollout.sampling import Options
-from nemocascade.types import Params
-
-STRIDE = 4  # Tokens that a call of the decoding loop samples before they are parsed.
+from nemocascade.rollout.voice import Voice
 
 
 class Conversation:
@@ -23,36 +16,30 @@ class Conversation:
 
   A new message is appended to the sampled tokens as they are. There is one exception: if the template removes
   the thoughts of earlier turns (nano3.jinja's `truncate_history_thinking`), the history changes, so it is
-  rendered and prefilled again.
+  rendered again.
 
   Attributes:
     messages: in OpenAI form, without the system message, which is `system`.
     turn: the last complete answer, or None.
     tokens: all tokens so far, those for the next answer included.
-    prefills: how often the whole history was prefilled.
+    voice: what continues the tokens.
   """
 
   def __init__(
     self,
-    engine: Engine,
-    params: Params,
+    voice: Voice,
     tokenizer: Tokenizer,
     *,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     max_new_tokens: int = 1024,
     thinking: bool = True,
     truncate_history_thinking: bool = True,
     system: str | None = None,
     tools: Sequence[dict[str, Any]] = (),
   ):
-    self.engine, self.params, self.tokenizer = engine, params, tokenizer
-    self.key, self.options = jax.random.key(seed), Options(temperature, top_p=top_p)
+    self.voice, self.tokenizer = voice, tokenizer
     self.max_new_tokens, self.thinking = max_new_tokens, thinking
     self.truncate_history_thinking = truncate_history_thinking
     self.system, self.tools = system, list(tools)
-    self.prefills = 0
     self.reset()
 
   def reset(self) -> None:
@@ -62,13 +49,12 @@ class Conversation:
     self._forget()
 
   def _forget(self) -> None:
-    self.tokens: list[int] = []
-    self._d: Decoding | None = None
+    self.tokens: list[int] = []  # Empty if the next message renders the history again.
     self._owed: list[int] = []
     self._has_thoughts = False  # Whether `tokens` hold thoughts that the next user message would remove.
 
   def offer(self, tools: Sequence[dict[str, Any]]) -> None:
-    """Replaces the tools. They are part of the system turn, so the history is prefilled again.
+    """Replaces the tools. They are part of the system turn, so the history is rendered again.
 
     That waits for the next message, unless there is one that has no answer yet. Raises UserError like `ask`.
     """
@@ -81,10 +67,10 @@ class Conversation:
     """Adds the user's next message.
 
     Raises:
-      UserError: it does not fit into the engine's total tokens; the conversation is then unchanged.
+      UserError: it does not fit into the voice's room; the conversation is then unchanged.
     """
     message = {"role": "user", "content": text}
-    if self._d is None or (self._has_thoughts and self.truncate_history_thinking):
+    if not self.tokens or (self._has_thoughts and self.truncate_history_thinking):
       self._begin([*self.messages, message])
     else:
       self._add(chat.user_turn(text, enable_thinking=self.thinking))
@@ -93,7 +79,7 @@ class Conversation:
   def respond(self, results: Sequence[str]) -> None:
     """Adds the results of the last answer's calls, in their order. Raises UserError like `ask`."""
     messages = [{"role": "tool", "content": result} for result in results]
-    if self._d is None:  # Other tools have been offered since.
+    if not self.tokens:  # Other tools have been offered since.
       self._begin([*self.messages, *messages])
     else:
       self._add(chat.tool_response(results, enable_thinking=self.thinking))
@@ -103,17 +89,15 @@ class Conversation:
     """Samples the next turn and yields its deltas; `turn` and `messages` are updated at the end.
 
     Args:
-      stopped: called every STRIDE tokens; the turn ends when it returns true.
+      stopped: called every few tokens; the turn ends when it returns true.
     """
     parser = TurnParser(self.tokenizer, thinking=self.thinking)
-    begin, new, failed = len(self.tokens), [], False
-    limit = min(begin + self.max_new_tokens, self.engine.T)
-    while len(self.tokens) < limit and not stopped():
-      new = self._sample(min(len(self.tokens) + STRIDE, limit))
-      yield from parser.feed(new)
-      failed = not new  # The logits are not finite.
-      if failed or new[-1] in self.engine.stop_ids:
-        break
+    begin = len(self.tokens)
+    most = min(self.max_new_tokens, self.voice.room - begin)
+    with contextlib.closing(self.voice.stream(self.tokens, most)) as pieces:
+      while not stopped() and (new := next(pieces, None)) is not None:
+        self.tokens = self.tokens + new
+        yield from parser.feed(new)
     yield from parser.finish()
     self.turn = parser.turn()
     # Tokens that close an unfinished turn. They are added in front of the next message.
@@ -123,8 +107,6 @@ class Conversation:
       self._owed = [THINK_END, IM_END] if in_thought else [IM_END]
     self._has_thoughts |= bool((self.turn.reasoning or "").strip())
     self.messages.append(_message(self.turn))
-    if failed:  # The engine has dropped the state: the next message prefills the history again.
-      self._forget()
 
   def _begin(self, messages: Sequence[dict[str, Any]]) -> None:
     system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -135,8 +117,9 @@ class Conversation:
       enable_thinking=self.thinking,
       truncate_history_thinking=self.truncate_history_thinking,
     )
-    self._take_in(chat.tokenize(pieces, self.tokenizer)[0])
-    self._owed = []
+    tokens = chat.tokenize(pieces, self.tokenizer)[0]
+    self._check_room(len(tokens))
+    self.tokens, self._owed = tokens, []
     roles = [message["role"] for message in messages]
     question = len(roles) - 1 - roles[::-1].index("user") if "user" in roles else 0
     shown = messages[question:] if self.truncate_history_thinking else messages
@@ -145,31 +128,11 @@ class Conversation:
   def _add(self, pieces: Sequence[chat.Piece]) -> None:
     given = self._owed + chat.tokenize(pieces, self.tokenizer)[0]
     self._check_room(len(self.tokens) + len(given))
-    assert self._d is not None
-    d = self._d.replace(limit_B=np.array([self.engine.T], np.int32))
-    self._d = self.engine.extend(self.params, d, {0: given})
     self.tokens, self._owed = self.tokens + given, []
 
-  def _take_in(self, tokens: list[int]) -> None:
-    self._check_room(len(tokens))
-    width = width_of(len(tokens))
-    self._d = self.engine.start(self.params, [tokens], 1, width=width, options=self.options, held=True)
-    self.tokens = tokens
-    self.prefills += 1
-
   def _check_room(self, tokens: int) -> None:
-    if tokens >= self.engine.T:
-      raise UserError(f"the conversation would have {tokens} tokens, and there is room for {self.engine.T}")
-
-  def _sample(self, limit: int) -> list[int]:
-    """Decodes up to a stop token or to `limit` tokens in total; returns the new tokens."""
-    assert self._d is not None
-    d = self._d.replace(limit_B=np.array([limit], np.int32), done_B=np.array([False]))
-    self._d = self.engine.decode(self.params, d, self.key)
-    known = int(self._d.known_B[0])
-    new = np.asarray(self._d.tokens_BT)[0, len(self.tokens) : known].tolist()
-    self.tokens = self.tokens + new
-    return new
+    if tokens >= self.voice.room:
+      raise UserError(f"the conversation would have {tokens} tokens, and there is room for {self.voice.room}")
 
 
 def _message(turn: Turn) -> dict[str, Any]:

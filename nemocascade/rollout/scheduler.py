@@ -69,7 +69,7 @@ class _Open:
 class Scheduler:
   """Decodes requests in the slots of an engine. Others wait until a slot is free, in the order of their arrival.
 
-  Use it from one thread, in one process, on one device.
+  Use it from one thread, in one process. Every device of a mesh decodes all requests; they share the experts.
 
   Args:
     tokenizer: for texts; None for requests without stop strings.
@@ -83,11 +83,12 @@ class Scheduler:
     self, engine: Engine, params: Params, tokenizer: Tokenizer | None = None, *, slots: int = 16, likeliest: int = 0,
     look: int = 8,
   ):  # fmt: skip
-    if engine.mesh.size > 1:
-      raise UserError(f"a scheduler decodes on one device, and the mesh has {engine.mesh.size}")
     self.engine, self.params, self.tokenizer, self.look = engine, params, tokenizer, look
-    # As many prompts wait beside the slots as there are slots, so that a slot can be refilled at once.
-    self._d = engine.empty(params, 2 * slots, slots, likeliest)
+    # Numbers that are not divided among devices. At least as many prompts wait beside the slots as there are slots,
+    # so that a slot can be refilled at once.
+    whole = lambda least: next(n for n in itertools.count(least) if engine.layout(n).shards == 1)  # noqa: E731
+    slots = whole(slots)
+    self._d = engine.empty(params, whole(2 * slots), slots, likeliest)
     self._vocab = self._d.logits_SV.shape[1]
     self._numbers = itertools.count()
     self._queue: list[_Open] = []
@@ -100,13 +101,14 @@ class Scheduler:
     Raises:
       UserError: what is asked for cannot be.
     """
-    self._check(request)
+    self.check(request)
     number, text = next(self._numbers), "" if self.tokenizer else None
     answer = self._answers[number] = Answer(text=text)
     self._queue.append(_Open(number, request, answer, Detokenizer(self.tokenizer) if self.tokenizer else None))
     return number
 
-  def _check(self, request: Request) -> None:
+  def check(self, request: Request) -> None:
+    """Raises UserError if what is asked for cannot be. May be called from any thread."""
     length, new, e = len(request.prompt), request.max_tokens, self.engine
     if not 0 < length <= e.P:
       raise UserError(f"the prompt has {length} tokens: allowed are 1 to {e.P}")
