@@ -16,6 +16,8 @@ from nemocascade.errors import UserError
 from nemocascade.kernels.routed_matmul import routed_mlp
 from nemocascade.kernels.routed_matmul_tpu import Tile
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 SMALL = dict(
   vocab_size=64, hidden_size=32, num_attention_heads=4, head_dim=8, mamba_num_heads=4, mamba_head_dim=8,
   ssm_state_size=8, n_groups=2, n_routed_experts=8, moe_intermediate_size=16,

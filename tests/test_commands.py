@@ -19,6 +19,8 @@ from nemocascade.report.metrics import CompileCounter
 from nemocascade.runtime import json_rows
 from nemocascade.runtime.parts import from_checkpoint
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 ROOT = Path(__file__).parent.parent
 TOKENIZER = tiny_checkpoint.TOKENIZER
 

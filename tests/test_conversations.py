@@ -15,6 +15,8 @@ from nemocascade.data.row_files import open_rows
 from nemocascade.errors import UserError
 from nemocascade.runtime import conversations, parts
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 BAD = {"messages": [{"role": "user", "content": "x"}]}
 
 

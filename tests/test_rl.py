@@ -25,6 +25,8 @@ from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 from nemocascade.verifiers.verdict import Verdict
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.mark.parametrize(
   "field, value, words",

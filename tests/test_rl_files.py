@@ -7,6 +7,8 @@ import tiny_checkpoint
 from in_process import run_command
 from refusals import assert_refused
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 CONFIG = """
 from configs.tiny import if_rl
 from ml_collections import ConfigDict

@@ -29,6 +29,8 @@ from nemocascade.runtime.programs import Programs
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.types import TrainState
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 def lines(stage_dir):
   """The lines of metrics.jsonl without times."""

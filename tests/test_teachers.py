@@ -14,6 +14,8 @@ from nemocascade.errors import UserError
 from nemocascade.runtime.teachers import Probe, Teacher, Teachers, best_checkpoints, check_probe, take_probe
 from nemocascade.types import Scores
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 V = 16
 TOKENS_BT = np.arange(12).reshape(2, 6) % V
 
