@@ -24,6 +24,20 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Commands that tests start take nearly all of their time to compile. jax has read its own value by now.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# The files that take longest, from the longest. No worker is left with one of them while the others have ended.
+LONGEST = (
+  "test_cascade", "test_mesh_stages", "test_processes", "test_rl", "test_ablation_smoke", "test_bench", "test_tutorials",
+  "test_hybrid", "test_temperature", "test_compilations", "test_own_functions", "test_notebooks",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 MAPS = 20_000  # Memory maps of a worker at which it drops its compiled programs.
 
 
