@@ -265,6 +265,24 @@ def test_gradients_of_routed_mlp_are_the_definitions(form, crowded, dtype, toler
     np.testing.assert_allclose(np.asarray(mine, np.float32) / scale, theirs / scale, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("tokens", (60, 700))
+def test_a_row_has_the_same_bits_within_an_expert_s_equal_share_and_beyond_it(tokens, dtype):
+  """Rows change places, so that other rows are beyond the equal share of the crowded expert."""
+  *args, weight_TX = mlp_inputs(16, tokens, dtype, crowded=True)
+  order_T = jax.random.permutation(jax.random.key(7), tokens)
+
+  @jax.jit
+  def with_gradient(x_TD, up, down, expert_TX, weight_TX):
+    y_TD, pull = jax.vjp(lambda x: kernel.routed_mlp(x, up, down, expert_TX, weight_TX)[0], x_TD)
+    return y_TD, *pull(jnp.cos(y_TD))
+
+  x_TD, up, down, expert_TX = args
+  moved = with_gradient(x_TD[order_T], up, down, expert_TX[order_T], weight_TX[order_T])
+  for mine, there in zip(with_gradient(*args, weight_TX), moved, strict=True):
+    np.testing.assert_array_equal(np.asarray(mine[order_T], np.float32), np.asarray(there, np.float32))
+
+
 def test_what_does_not_fit_is_refused_in_a_line():
   x, w, _ = inputs(jnp.float32)
   sizes = jnp.array([3, 0, 40, 1, 0], jnp.int32)

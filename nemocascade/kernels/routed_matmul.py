@@ -177,7 +177,7 @@ def _padded_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, block):
   if C >= T or E <= 2 * X:  # Sorting would save few products or none.
     return _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX)
   order_N, bounds = _sorted_rows(expert_TX, E)
-  block = block or blocked.choose_block(T * X, E)
+  block = block or padded.excess_rows(C, T * X, E)
   return padded.mlp(x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, C, block)
 
 

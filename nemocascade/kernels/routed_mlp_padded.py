@@ -14,6 +14,7 @@ import numpy as np
 
 from nemocascade.kernels import product as products
 from nemocascade.kernels.groups import group_tiles, row_experts
+from nemocascade.kernels.routed_matmul_blocked import choose_block
 from nemocascade.kernels.routed_mlp_sorted import backward_rows, forward_rows, gathered_sum
 
 
@@ -24,6 +25,15 @@ def capacity(N: int, E: int) -> int:
   """
   mean = N / E
   return -8 * (-math.ceil(mean + 2 * math.sqrt(mean)) // 8)
+
+
+def excess_rows(C: int, N: int, E: int) -> int:
+  """Rows per iteration of the loop over the excess rows.
+
+  XLA on the CPU sums an fp32 product of 56 rows or more in another order than one of fewer rows. C and the result lie
+  on the same side, so that a row has the same bits in a slot and beyond, whatever other rows choose.
+  """
+  return C if C < 64 else max(64, choose_block(N, E))
 
 
 def product(x_SD, w, bounds, *, transpose=False, finish=None, extras=(), tile=None, interpret=False):
