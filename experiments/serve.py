@@ -3,8 +3,9 @@
   python -m experiments.serve --checkpoint=runs/tiny/sft/latest
   python -m experiments.serve --checkpoint=hf:DIR --port=9000
 
-Then open http://127.0.0.1:8000. Several pages are answered at a time. Only this machine reaches the page. --host=0.0.0.0 opens it to whoever reaches this
-machine; there is no password. The model can call no tools here; experiments.chat has them.
+Then open http://127.0.0.1:8000. Several pages are answered at a time. Only this machine reaches them. --host=0.0.0.0
+opens them to whoever reaches this machine; there is no password. The model can call no tools here; experiments.chat has
+them.
 """
 
 import collections
@@ -97,6 +98,15 @@ class Chats:
       self._of.pop(chat, None)
 
 
+def _closed(connection: socket.socket) -> bool:
+  """Whether the other side, which has nothing more to send, has closed the connection."""
+  try:
+    ready, _, _ = select.select([connection], [], [], 0)
+    return bool(ready) and not connection.recv(1, socket.MSG_PEEK)
+  except OSError:
+    return True
+
+
 def server(host: str, port: int, chats: Chats, about: str) -> http.server.ThreadingHTTPServer:
   """The server, bound to its port. `about` is the headline of the page."""
   page = PAGE.read_text().replace("ABOUT", json.dumps(about).replace("<", "\\u003c"), 1).encode()
@@ -133,21 +143,13 @@ def server(host: str, port: int, chats: Chats, about: str) -> http.server.Thread
 
     def _stream(self, asked: dict[str, Any]) -> None:
       gone: list[bool] = []  # Whether the reader has left, or pressed stop.
-      left = lambda: bool(gone) or self._left()  # noqa: E731
+      left = lambda: bool(gone) or _closed(self.connection)  # noqa: E731
       for part in chats.answer(asked["chat"], asked["text"], asked.get("thinking", False), left):
         try:
           self.wfile.write(json.dumps(part).encode() + b"\n")
           self.wfile.flush()
         except OSError:
           gone.append(True)  # The conversation ends its turn by itself; its state stays whole.
-
-    def _left(self) -> bool:
-      """Whether the reader has closed the connection, on which it has nothing more to send."""
-      try:
-        ready, _, _ = select.select([self.connection], [], [], 0)
-        return bool(ready) and not self.connection.recv(1, socket.MSG_PEEK)
-      except OSError:
-        return True
 
     def _head(self, kind: str) -> None:
       self.send_response(200)

@@ -48,26 +48,11 @@ def prompt_of(row: Row, domain: Domain, tokenizer, thinking: bool | None = None)
 
 
 def collect(
-  engine: Engine,
-  params: Params,
-  key: jax.Array,
-  rows: Sequence[Row],
-  domains: Mapping[str, Domain],
-  *,
-  tokenizer,
-  G: int,
-  prompts: Sequence[list[int]] | None = None,
-  completion_tokens: int | None = None,
-  temperature: float = 1.0,
-  top_p: float = 1.0,
-  thinking: bool | None = None,
-  slots: int = 0,
-  calls_s: float = CALLS_S,
-  episode_s: float = EPISODE_S,
-  judged: int = 0,
-  verdict_s: float = VERDICT_S,
-  exchange: Exchange = alone,
-) -> Samples:
+  engine: Engine, params: Params, key: jax.Array, rows: Sequence[Row], domains: Mapping[str, Domain], *, tokenizer,
+  G: int, prompts: Sequence[list[int]] | None = None, completion_tokens: int | None = None, temperature: float = 1.0,
+  top_p: float = 1.0, thinking: bool | None = None, slots: int = 0, calls_s: float = CALLS_S,
+  episode_s: float = EPISODE_S, judged: int = 0, verdict_s: float = VERDICT_S, exchange: Exchange = alone,
+) -> Samples:  # fmt: skip
   """Samples G episodes of every row.
 
   An episode's tokens depend on the parameters, the key, its number and its tools' results alone. If its tools fail or
@@ -103,15 +88,8 @@ def collect(
     d = d.replace(limit_B=limit_B)
   own = np.flatnonzero(owners(engine.mesh, len(limit_B)) == jax.process_index())
   episodes = {
-    b: _Episode(
-      (b // G, b % G),
-      row := rows[b // G],
-      domain := of_row[b // G],
-      thinks[b // G],
-      domain.start(row),
-      int(prompt_B[b]),
-    )
-    for b in own.tolist()
+    b: _Episode((q, b % G), rows[q], of_row[q], thinks[q], of_row[q].start(rows[q]), int(prompt_B[b]))
+    for b, q in ((b, b // G) for b in own.tolist())
   }
   judging = Judging(verdict_s) if any(domain.beside for domain in of_row[:judged]) else None
   run = _Run(engine, tokenizer, episodes, limit_B, held_B, calls_s, episode_s, exchange, judging, judged)

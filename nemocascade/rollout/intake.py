@@ -31,7 +31,7 @@ def by_steps(step_fn: Callable) -> Callable:
 def by_pieces(prefill_fn: Callable, extend_fn: Callable, size: int) -> Callable:
   """A `prefill` function that takes in prompts of more than `size` tokens in pieces of so many.
 
-  Its memory beside the state does then not grow with the prompts' length. Pieces in which no row has tokens are skipped.
+  Its memory beside the state does then not grow with their length. Pieces in which no row has tokens are skipped.
   """
 
   def prefill(params, tokens_QP, length_Q, capacity):

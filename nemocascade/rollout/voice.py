@@ -64,7 +64,7 @@ class Kept:
     self._known = tokens
 
   def _sample(self, limit: int) -> list[int]:
-    """Decodes up to a stop token or to `limit` tokens in total; returns the new ones, none if the logits are not finite."""
+    """Decodes up to a stop token or `limit` tokens in total; returns the new ones, none if logits are not finite."""
     assert self._d is not None
     d = self._d.replace(limit_B=np.array([limit], np.int32), done_B=np.array([False]))
     self._d = self.engine.decode(self.params, d, self._key)
