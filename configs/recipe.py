@@ -159,6 +159,7 @@ def rl(stage: str = "") -> ConfigDict:
   c.rollout = dict(
     temperature=1.0,  # Above 0. Used by sampler, trainer, teachers and reference.
     top_p=1.0,  # A value below 1 needs a `correction`.
+    lag=0,  # Updates since the parameters that sample a batch: 0, or 1 to sample it while the one before is learned.
     slots=0,  # Completions that are decoded at a time; 0 decodes all, and those that are left in fewer slots.
     calls_s=300.0,  # Time limits of the tool calls of a turn, and of a completion.
     episode_s=3600.0,

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from nemocascade.errors import UserError
 from nemocascade.runtime import finished, hosts, parts, signals, validation
+from nemocascade.runtime.batches import Batches
 from nemocascade.runtime.checks import check_rl as check
 from nemocascade.runtime.checks import judged
 from nemocascade.runtime.heldout import Heldout, draw_heldout
@@ -31,7 +32,7 @@ from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.objective import program
 from nemocascade.runtime.outcome import Outcome, Spent, announce
 from nemocascade.runtime.parts import Parts
-from nemocascade.runtime.sampler import sample, sample_lines
+from nemocascade.runtime.sampler import sample_lines
 from nemocascade.runtime.signals import annotate
 from nemocascade.runtime.start import check_start, start
 from nemocascade.runtime.teachers import Teachers, find, gather
@@ -66,21 +67,23 @@ def run(
   # If the stage was killed after its last step, `watch` ends it here.
   ended, step = first > 0 and watch(first, state.params, spent), first - 1
 
-  with book:
+  with book, Batches(c, p, mixture, key) as batches:
     for step in book.steps(first if ended else c.steps):
       hosts.spent()  # Leaves out what was exchanged before the step.
-      sampled = sample(c, p, mixture, state.params, key, step, book.phases)
+      sampled, cost = batches.take(state, step, book.phases)
+      place = mixture.get_state()
+      batches.begin(state, step + 1)
       rollout, masked = annotate(sampled, wanted, sources, book.phases)
       rows = arrange(rollout, sources)
       book.phases.end("advantage")
       state, metrics, skipped = learn(state, rows, sources)
       hosts.decided([rows.empty, *map(float, skipped)], "skipped updates")
       book.phases.end("update")
-      metrics |= masked | sampled.metrics | hosts.spent() | {"rollout/skipped": rows.empty}
+      metrics |= masked | sampled.metrics | cost | hosts.spent() | {"rollout/skipped": rows.empty}
       scored = signals.scored_tokens(sampled.samples, wanted)
       spent = (spent + sampled.spent).plus(scored=scored, trained=rows.tokens * c.updates)
       lines = functools.partial(sample_lines, sampled, rollout, c.samples)
-      if book.record(step, state, metrics, skipped, spent, lines, mixture.get_state()):
+      if book.record(step, state, metrics, skipped, spent, lines, place):
         break
   return Outcome(state.params, str(store.path_of(step + 1)), step + 1, spent.sampled, time.time() - began)
 

@@ -280,6 +280,7 @@ RL = LANGUAGE_MODEL | {
   "rollout.completions": whole("Completions of each prompt: the size of a group."),
   "rollout.prompt_tokens": whole("Most tokens of a prompt."),
   "rollout.total_tokens": whole("Most tokens of prompt, completion and tool responses together."),
+  "rollout.lag": whole("Updates since the parameters that a batch is sampled with.", 0, high=1),
   "rollout.slots": whole("Completions that are decoded at a time; 0 decodes all of them.", 0),
   "rollout.calls_s": number(
     "Time limit of the tool calls of one turn, in seconds, of environments that run in threads.", above=0

@@ -46,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("compiled_fast")
     ("distillation_weight", 0.5, ["distillation='reverse_kl'", "'instruction'", "no teacher"]),
     ("advantage", "none", ["advantage='none'", "distillation_weight"]),
     ("reward", "pairwise", ["dynamic_filtering=True", "reward='pairwise'"]),
+    ("rollout.lag", 2, ["rollout.lag=2"]),
   ],
 )
 def test_a_stage_that_cannot_run_is_refused_with_its_numbers(field, value, words):

@@ -44,6 +44,10 @@ def check_rl(c: ConfigDict) -> None:
       f"packing.shared_prompts with router_balance.weight={c.router_balance.weight}: the loss is of whole"
       " documents; balance by the bias, or repeat the prompts"
     )
+  if c.rollout.lag and c.updates > 1:
+    raise UserError(
+      f"rollout.lag={c.rollout.lag} with updates={c.updates}: a lag is counted in updates; give updates=1"
+    )
   if c.rollout.top_p < 1 and c.correction == "none":
     raise UserError(
       f"rollout.top_p={c.rollout.top_p} with correction='none': tokens of the nucleus would weigh up to"

@@ -63,7 +63,8 @@ def arrange(rollout: Rollout, s: Sources) -> TrainingRows:
 def learn(state: TrainState, batch: TrainingRows, s: Sources) -> tuple[TrainState, dict[str, float], list[float]]:
   """Makes the stage's updates on one batch: (state, metrics, whether each update was skipped as not finite).
 
-  An empty batch is counted, but changes no parameter, because momentum alone would move them.
+  An empty batch is counted, but changes no parameter, because momentum alone would move them. With rollout.lag, the
+  parameters before the updates are kept, also if none was applied.
   """
   updates, skipped, metrics = s.c.updates, [], {}
   if batch.empty:
@@ -79,4 +80,7 @@ def learn(state: TrainState, batch: TrainingRows, s: Sources) -> tuple[TrainStat
       metrics = found | {name: metrics[name] for name in FIRST if name in metrics}
     skipped = jax.device_get(skipped)
     metrics[SKIPPED] = sum(skipped)
+  if s.c.rollout.lag and all(skipped):
+    before = jax.tree.map(lambda a: jax.device_put(a, a.sharding, may_alias=False), state.params)
+    state = state.replace(opt_state=state.opt_state._replace(before=before))
   return state, {name: float(x) for name, x in jax.device_get(metrics | batch.metrics).items()}, skipped

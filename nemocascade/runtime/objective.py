@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, jit_step
 from nemocascade.step import loss, placement
 from nemocascade.step.balance import RouterBalance
-from nemocascade.step.optimizer import make_optimizer
+from nemocascade.step.optimizer import make_optimizer, remembering
 from nemocascade.step.policy_gradient import (
   policy_gradient_step,
   proximal_logprobs,
@@ -90,10 +91,10 @@ def step_settings(c: ConfigDict) -> str:
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
   with c.unlocked():
-    c.replay = bool(c.rollout.replay)
+    c.replay, c.lag = bool(c.rollout.replay), c.rollout.lag
   return settings(
     c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
-    "optimizer", "packing", "router_balance", "replay",
+    "optimizer", "packing", "router_balance", "replay", "lag",
   )  # fmt: skip
 
 
@@ -126,7 +127,13 @@ def rows_program(fields: str, mesh: Mesh | None = None):
 
 def program(c: ConfigDict, programs: Programs):
   """(optimizer, `step_program`) of a stage."""
-  return make_optimizer(total_steps=c.steps * c.updates, **c.optimizer), step_program(c, programs)
+  tx = make_optimizer(total_steps=c.steps * c.updates, **c.optimizer)
+  return _lagging(tx, c.rollout.lag), step_program(c, programs)
+
+
+def _lagging(tx: optax.GradientTransformation, lag: int) -> optax.GradientTransformation:
+  """The optimizer of a stage whose batches are sampled with the parameters of `lag` updates before."""
+  return remembering(tx) if lag else tx
 
 
 def step_program(c: ConfigDict, programs: Programs):
@@ -164,7 +171,7 @@ def check_room(c: ConfigDict, mesh: Mesh) -> None:
 
 def _step_program(programs: Programs, fields: str):
   c = ConfigDict(json.loads(fields))
-  tx = make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer)
+  tx = _lagging(make_optimizer(peak_lr=1.0, warmup_steps=0, total_steps=1, **c.optimizer), c.lag)
   balance = RouterBalance(**c.router_balance)
   take_in_fn = programs.take_in_fn_under(replay=c.replay)
   step = policy_gradient_step(

@@ -15,7 +15,6 @@ from nemocascade.runtime.hosts import decided, exchange
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.parts import Parts
-from nemocascade.runtime.resharding import for_sampling
 from nemocascade.types import Params, Rollout
 
 
@@ -28,7 +27,7 @@ class Sampled:
     rounds: batches that were sampled.
     too_long: prompts that were skipped because they are too long.
     spent: tokens that all rounds have cost.
-    cost: metrics of making the sampler's weights and of the last round's decoding, in this process.
+    cost: metrics of the last round's decoding, in this process.
   """
 
   samples: Samples
@@ -45,18 +44,18 @@ class Sampled:
 
 
 def sample(
-  c: ConfigDict, parts: Parts, mixture: Mixture, params: Params, key: jax.Array, step: int, phases: Phases
+  c: ConfigDict, parts: Parts, mixture: Mixture, weights: Params, key: jax.Array, step: int, phases: Phases
 ) -> Sampled:
   """Samples `rollout.prompts` groups.
 
   With dynamic_filtering it samples up to `refill_rounds` batches, until enough groups have verdicts that differ.
 
   Args:
+    weights: the result of `for_sampling`.
     key: the stage's random key; each step and round gets its own.
     phases: the step's timer.
   """
   r, rounds, too_long, spent = c.rollout, [], 0, Spent()
-  weights, resharding = for_sampling(parts.programs, params)
   for round_ in range(c.refill_rounds):
     rows, prompts, left_out = mixture.draw(r.prompts)
     decided(prompts, "drawn prompts")
@@ -81,8 +80,7 @@ def sample(
   decided(len(rounds), "rounds")
   judged = [group for _, verdicts in rounds for group in verdicts]
   samples, verdicts = rewards.refill(rounds) if c.dynamic_filtering else rounds[0]
-  cost = resharding | rounds[-1][0].metrics
-  return Sampled(samples, verdicts, judged, len(rounds), too_long, spent, cost)
+  return Sampled(samples, verdicts, judged, len(rounds), too_long, spent, rounds[-1][0].metrics)
 
 
 def recorded(c: ConfigDict) -> bool:

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +208,23 @@ def make_optimizer(
 
   trained = scheduled(peak_lr, warmup_steps, total_steps, final_fraction)
   return optax.multi_transform({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+class Remembered(NamedTuple):
+  """The state of an optimizer, and the parameters before the last update."""
+
+  inner: Any
+  before: Params
+
+
+def remembering(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx`, whose state is a Remembered."""
+
+  def update(grads, state, params):
+    updates, inner = tx.update(grads, state.inner, params)
+    return updates, Remembered(inner, params)
+
+  return optax.GradientTransformation(lambda params: Remembered(tx.init(params), params), update)
 
 
 def new_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
