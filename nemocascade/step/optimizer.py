@@ -220,8 +220,8 @@ class Remembered(NamedTuple):
 def remembering(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """`tx`, whose state is a Remembered."""
 
-  def update(grads, state, params):
-    updates, inner = tx.update(grads, state.inner, params)
+  def update(updates, state, params=None):
+    updates, inner = tx.update(updates, state.inner, params)
     return updates, Remembered(inner, params)
 
   return optax.GradientTransformation(lambda params: Remembered(tx.init(params), params), update)
