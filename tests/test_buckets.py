@@ -22,6 +22,8 @@ from nemocascade.store import checksums
 from nemocascade.store.checkpoint import Store, load_params
 from nemocascade.store.record import Record
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.fixture(scope="module")
 def bucket():

@@ -14,6 +14,8 @@ from experiments import generate, score
 from nemocascade.data import chat
 from nemocascade.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 V, NEW = 318, 12  # Every id is a word of the tokenizer.
 MESSAGES = [
   {"role": "system", "content": ""},

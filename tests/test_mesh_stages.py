@@ -246,7 +246,6 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused_with_the_numbers()
 
 PROCESS = """
 from pathlib import Path
-jax.config.update("jax_disable_most_optimizations", True)
 import test_mesh_stages as t
 from nemocascade.mesh import whole
 (c, p), root = t.on(2, 4), Path(*arguments)

@@ -176,7 +176,6 @@ def judged(c, p, root) -> np.ndarray:
 
 
 PROCESS = """
-jax.config.update("jax_disable_most_optimizations", True)
 import pathlib
 import numpy
 import test_processes as t

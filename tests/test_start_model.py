@@ -15,6 +15,8 @@ from configs.tiny import cascade, if_rl, sft
 from nemocascade.runtime import loading
 from nemocascade.runtime.start_model import take_model
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 transformers_folders = pytest.importorskip("transformers_folders")
 V = 448
 
