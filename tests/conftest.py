@@ -23,10 +23,6 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-
-# Commands that tests start take nearly all of their time to compile. jax has read its own value by now.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
 # The files that take longest, from the longest. No worker is left with one of them while the others have ended.
 LONGEST = (
   "test_cascade", "test_mesh_stages", "test_processes", "test_rl", "test_ablation_smoke", "test_bench", "test_tutorials",
@@ -36,6 +32,10 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+  gc.freeze()  # Collections of garbage then leave out what was imported, for which they take a tenth of a second each.
 
 
 MAPS = 20_000  # Memory maps of a worker at which it drops its compiled programs.
@@ -52,6 +52,14 @@ def few_memory_maps():
   if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_compile_fast():
+  """Commands that tests start compile without most optimizations too. jax here has read its own value by now."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    yield
 
 
 @pytest.fixture(scope="module")
