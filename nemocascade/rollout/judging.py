@@ -1,6 +1,7 @@
 """Verdicts beside decoding: completions are judged in threads as soon as their episodes have ended."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from nemocascade.domains.domain import Domain, Failed
 from nemocascade.rollout.beside import Beside, TookTooLong
@@ -28,7 +29,7 @@ class Judging:
   def __init__(self, limit_s: float = VERDICT_S):
     self.limit_s, self.early, self.seconds = limit_s, 0, 0.0
     self._beside = Beside(AT_ONCE)
-    self._given: dict[Place, Verdict] = {}
+    self._given: dict[Any, Verdict] = {}  # By (q, g).
 
   def start(self, place: Place, domain: Domain, row: Row, completion: Completion) -> None:
     """Judges the completion in a thread. `domain.beside` must be true."""

@@ -124,10 +124,11 @@ class Runner:
     self.sandbox, self._lock = sandbox, threading.Lock()
 
   def run(self, programs: Sequence[Program]) -> list[Result]:
+    if not programs:
+      return []
     with self._lock:
-      if programs and self.sandbox is None:
-        self.sandbox = Sandbox()
-    return self.sandbox.run_batch(programs) if programs else []
+      sandbox = self.sandbox = self.sandbox or Sandbox()
+    return sandbox.run_batch(programs)
 
 
 def _close(pool: concurrent.futures.Executor, workers: list[Worker]) -> None:
