@@ -19,6 +19,7 @@ from nemocascade.kernels.product import precision
 
 LOG2E = 1.4426950408889634
 PART = 128  # Keys whose products are computed while the softmax of those before runs.
+MASKED_PART = 512  # The same in a visit with a mask, where parts of 256 or 1024 keys take longer on v5p.
 MOST_VISITS = 1 << 17  # Entries of a list of visits, of 4 bytes each, in scalar memory.
 # A visit is one int32: flags in the low bits, then the block of keys, then the block of queries of all rows.
 FIRST, LAST, WHOLE, FLAG_BITS, KEY_BITS = 1, 2, 4, 3, 13
@@ -155,7 +156,8 @@ def _forward_kernel(code_V, q_ref, k_ref, v_ref, ids_q_ref, ids_k_ref, y_ref, ls
 
   def visit(masked: bool):
     block = q_ref.shape[0]
-    part = PART if not masked and block % PART == 0 else block  # With masks, parts take longer than the whole.
+    part = MASKED_PART if masked else PART
+    part = part if block % part == 0 else block
     parts = [slice(start, start + part) for start in range(0, block, part)]
     products = functools.partial(_products, q_ref, k_ref, ids_q_ref, ids_k_ref, code, N, M, masked)
     ahead = products(parts[0])
