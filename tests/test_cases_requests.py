@@ -26,6 +26,8 @@ from nemocascade.runtime import config_file, launch, objective
 from nemocascade.step.balance import RouterBalance
 from nemocascade.step.optimizer import make_optimizer
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {"tiny": ("", "smoke"), "nano_30b": ("", "smoke", "v6e:16x16")}
 FILES = [
