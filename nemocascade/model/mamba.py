@@ -123,8 +123,7 @@ class Mamba(nn.Module):
     """(state after each row's last token, y_BTD) of rows that continue `state`; rows of padding keep it."""
     del length_B
     y_BTD, ssm, xbc_BTC = self._rows(x_BTD, segment_ids_BT, state)
-    any_B111 = jnp.any(segment_ids_BT > 0, axis=1)[:, None, None, None]
-    ssm = jnp.where(any_B111, ssm, state["ssm_BMPN"])
+    # Padding leaves the SSM state as it is. A select of the state of such rows makes libtpu 0.0.42 abort.
     return {"ssm_BMPN": ssm, "conv_BWC": self._last_inputs(xbc_BTC, segment_ids_BT, state["conv_BWC"])}, y_BTD
 
   def _last_inputs(self, xbc_BTC, segment_ids_BT, before_BWC=None):
