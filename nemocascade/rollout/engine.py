@@ -125,6 +125,10 @@ class Engine:
     places, drawn = S if S < B and held_B.any() else 0, bool(options.cuts.any())
     return self.start_fn(self._placed(params), tokens_QP, length_Q, options, held_B, G, S, drawn, likeliest, places)
 
+  def metrics(self) -> dict[str, float]:
+    """What the engine has done beside decoding since the last call."""
+    return {}
+
   def slots_of(self, B: int, wanted: int) -> int:
     """The number of slots of a Decoding of B requests."""
     layout = self.layout(B)

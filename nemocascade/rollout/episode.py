@@ -273,6 +273,7 @@ class _Run:
       "time/decode": self.decode_s,
       "time/host": self.host_s,
       "time/tools": self.tools_s,
+      **self.engine.metrics(),
     }
     if self.judging is None:
       return found

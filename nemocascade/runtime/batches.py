@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from nemocascade.report.metrics import Phases
+from nemocascade.rollout.exact import Weights
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.resharding import for_sampling
@@ -47,6 +48,8 @@ class Batches:
       return sampled, self._cost
     params = state.opt_state.before if self._c.rollout.lag else state.params
     weights, cost = for_sampling(self._parts.programs, params)
+    if self._c.rollout.exact:
+      weights = Weights(weights, params)
     return sample(self._c, self._parts, self._mixture, weights, self._key, step, phases), cost
 
   def begin(self, state: TrainState, step: int) -> None:

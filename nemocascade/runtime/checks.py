@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from nemocascade.domains.registry import DOMAINS
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
-from nemocascade.runtime import validation
+from nemocascade.runtime import exact, validation
 from nemocascade.runtime.domains import that_need
 from nemocascade.runtime.objective import needs, taught, topk
 from nemocascade.runtime.own_functions import check_functions
@@ -31,6 +31,7 @@ def check_rl(c: ConfigDict) -> None:
         f"{' and '.join(taught(c))}: domain {name!r} of the mixture has no teacher; there are {sorted(c.teachers)}"
       )
   _check_packing(c)
+  exact.check(c)
   if needs(c).groups and c.rollout.completions < 2:
     raise UserError(
       f"rollout.completions=1 under advantage={c.advantage!r}: a group of one teaches nothing; give at least 2"

@@ -54,6 +54,8 @@ def arrange(rollout: Rollout, s: Sources) -> TrainingRows:
     rows, prompts = after_prompts(rows, lengths, mesh=mesh, P=s.c.rollout.prompt_tokens, T=p.row_tokens)
     repeated = np.maximum(lengths.taught_QG.sum(axis=1) - 1, 0)  # Times that a prompt is not read again.
     tokens = tokens_QG.sum() - (lengths.prompt_Q * repeated).sum()
+  elif s.c.rollout.exact:  # A row for each sample, where verification had it.
+    tokens = tokens_QG.sum()
   else:
     rows = pack_rows(rows, lengths, mesh=mesh, B=p.rows, T=p.row_tokens, accumulate=p.pieces)
     tokens = tokens_QG.sum()

@@ -15,6 +15,7 @@ from nemocascade import mesh as mesh_lib
 from nemocascade.errors import UserError
 from nemocascade.model.sequence_parallel import check_rows
 from nemocascade.rollout import rewards
+from nemocascade.runtime.exact import compiler_options
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import abstract_state, jit_step
 from nemocascade.step import loss, placement
@@ -91,10 +92,10 @@ def step_settings(c: ConfigDict) -> str:
   c = ConfigDict(c)
   c.optimizer = {name: value for name, value in c.optimizer.items() if name not in SCHEDULED}
   with c.unlocked():
-    c.replay, c.lag = bool(c.rollout.replay), c.rollout.lag
+    c.replay, c.lag, c.exact = bool(c.rollout.replay), c.rollout.lag, bool(c.rollout.exact)
   return settings(
     c, "ratio", "correction", "kl", "kl_weight", "entropy_weight", "distillation", "distillation_weight",
-    "optimizer", "packing", "router_balance", "replay", "lag",
+    "optimizer", "packing", "router_balance", "replay", "lag", "exact",
   )  # fmt: skip
 
 
@@ -143,10 +144,10 @@ def step_program(c: ConfigDict, programs: Programs):
     UserError: prompts or rows do not divide over the mesh, or a device has too few rows for its prompts.
   """
   r, p, mesh = c.rollout, c.packing, programs.mesh
-  if p.shared_prompts:  # Each device has whole prompts and the rows that continue them.
+  if p.shared_prompts or r.exact:  # Each device has whole prompts and the rows that continue them.
     mesh_lib.check_rows("rollout.prompts", r.prompts, mesh)
   check_rows("packing.rows / packing.pieces", p.rows // p.pieces, programs.config, mesh)
-  if not p.shared_prompts:
+  if not p.shared_prompts and not r.exact:
     check_room(c, mesh)
   fields = step_settings(c)
   return programs.once(("rl step", fields), lambda: _step_program(programs, fields))
@@ -183,4 +184,5 @@ def _step_program(programs: Programs, fields: str):
   state = abstract_state(tx, programs.template, programs.mesh)
   score_fn = programs.score_fn_under(RouterBalance(), replay=c.replay)
   proximal = functools.partial(proximal_logprobs, score_fn, accumulate=c.packing.pieces, take_in_fn=take_in_fn)
-  return state, jit_step(step, state, programs.mesh), jax.jit(proximal)
+  how = dict(compiler_options=compiler_options(programs.mesh)) if c.exact else {}
+  return state, jit_step(step, state, programs.mesh, **how), jax.jit(proximal, **how)

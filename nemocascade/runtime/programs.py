@@ -18,6 +18,8 @@ from nemocascade.model.router_bias import add_to_router_bias
 from nemocascade.model.routing import experts_of
 from nemocascade.model.sampling_weights import SHARDED, cast_products
 from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.exact import ExactEngine
+from nemocascade.runtime.exact import compiler_options, verifier
 from nemocascade.step.balance import RouterBalance
 from nemocascade.types import Params, Scores
 
@@ -162,17 +164,18 @@ class Programs:
   def _method(self, name: str) -> Callable:
     return lambda params, *args: self.model.apply({"params": params}, *args, method=name)
 
-  def engine(self, prompt_tokens: int, total_tokens: int, *, records: bool = False) -> Engine:
+  def engine(self, prompt_tokens: int, total_tokens: int, *, records: bool = False, exact: int = 0) -> Engine:
     """The engine for prompts of at most `prompt_tokens` and rows of at most `total_tokens`; cached.
 
     Args:
       records: whether it records the experts of each token; a model without routers has none.
+      exact: the pieces in which a step reads the rows, for an ExactEngine; 0 for an Engine.
     """
     records &= "E" in self.config.hybrid_override_pattern
-    key = prompt_tokens, total_tokens, records
+    key = prompt_tokens, total_tokens, records, exact
     return self.once(("engine", *key), lambda: self._engine(*key))
 
-  def _engine(self, prompt_tokens: int, total_tokens: int, records: bool) -> Engine:
+  def _engine(self, prompt_tokens: int, total_tokens: int, records: bool, exact: int) -> Engine:
     model = Hybrid(dataclasses.replace(self.config, router_record=records), self.mesh, samples=True)
 
     recorded = "_recorded" if records else ""
@@ -186,7 +189,11 @@ class Programs:
     def extend(params, state, tokens_BT, length_B):
       return model.apply({"params": params}, state, tokens_BT, length_B, method=f"extend{recorded}")
 
-    return Engine(
+    kind: Callable = Engine
+    if exact:
+      verify_fn = verifier(self.score_fn_under(RouterBalance(), replay=False), exact)
+      kind = functools.partial(ExactEngine, verify_fn=verify_fn, compiler_options=compiler_options(self.mesh))
+    return kind(
       prefill, step, extend, row_axes, (lambda state: experts_of(state.units)) if records else None,
       prompt_tokens=prompt_tokens, total_tokens=total_tokens,
       mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.sampling_template),

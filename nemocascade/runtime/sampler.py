@@ -61,7 +61,8 @@ def sample(
     decided(prompts, "drawn prompts")
     too_long += left_out
     samples = episode.collect(
-      parts.programs.engine(r.prompt_tokens, r.total_tokens, records=recorded(c)), weights,
+      parts.programs.engine(r.prompt_tokens, r.total_tokens, records=recorded(c), exact=c.packing.pieces * r.exact),
+      weights,
       jax.random.fold_in(key, step * 100 + round_),
       rows, parts.domains, tokenizer=parts.text.tokenizer, G=r.completions, prompts=prompts,
       completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,

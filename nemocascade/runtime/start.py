@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -32,14 +33,15 @@ def abstract_state(tx: optax.GradientTransformation, template: Params, mesh: Mes
   return placed(shapes, alike(shapes, template, mesh))
 
 
-def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
+def jit_step(step: Callable, state: TrainState, mesh: Mesh, **how: Any) -> Callable:
   """The jitted step. It donates its state and keeps the state's shardings; metrics are replicated.
 
   Args:
     state: the result of abstract_state.
+    how: more arguments of jax.jit.
   """
   places = jax.tree.map(lambda a: a.sharding, state)
-  return jax.jit(step, donate_argnums=0, out_shardings=(places, whole(mesh)))
+  return jax.jit(step, donate_argnums=0, out_shardings=(places, whole(mesh)), **how)
 
 
 COUNT = {"type": "integer", "minimum": 0}
