@@ -23,8 +23,8 @@ from nemocascade.step.optimizer import new_state
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 Q, G, P, T, V = 8, 2, 6, 20, 31
 CONFIG = ModelConfig(
-  vocab_size=V, hidden_size=32, hybrid_override_pattern="M", num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_num_heads=4,
-  mamba_head_dim=8, ssm_state_size=8, chunk_size=8, n_routed_experts=8, num_experts_per_tok=2,
+  vocab_size=V, hidden_size=32, hybrid_override_pattern="M", num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+  mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, chunk_size=8, n_routed_experts=8, num_experts_per_tok=2,
   moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, initializer_range=0.4,
 )  # fmt: skip
 PLAIN = Options()
@@ -72,11 +72,9 @@ def step_error(p, own, d, behaviour_BT):
 @pytest.mark.parametrize(
   "pattern, dtype, mesh, remat",
   [
-    ("M", "float32", (1, 1), "none"),
-    ("*E", "float32", (1, 1), "none"),
-    ("MEM*E", "bfloat16", (1, 1), "block"),
-    ("MEM*E", "float32", (4, 2), "none"),
-    ("MEM*E", "bfloat16", (4, 2), "none"),
+    ("M*E", "float32", (1, 1), "none"),
+    ("M*E", "bfloat16", (1, 1), "block"),
+    ("M*E", "bfloat16", (4, 2), "none"),
   ],
 )
 def test_the_step_has_the_recorded_logprobs_to_the_bit(pattern, dtype, mesh, remat):
@@ -90,12 +88,10 @@ def test_the_step_has_the_recorded_logprobs_to_the_bit(pattern, dtype, mesh, rem
     assert step_error(p, own, fast, fast.behaviour_logprobs_BT) > 1e-4
 
 
-@pytest.mark.parametrize("options", [PLAIN, Options(temperature=0.0), Options(temperature=0.7, top_p=0.8)])
+@pytest.mark.parametrize("options", [PLAIN, Options(temperature=0.7, top_p=0.8)])
 def test_a_wrong_draft_gives_the_tokens_that_the_trainers_forward_pass_draws(options):
-  p, own = (
-    Programs(dataclasses.replace(CONFIG, hybrid_override_pattern="M*E"), make_mesh(1, 1)),
-    params("M*E", "float32"),
-  )
+  p = Programs(dataclasses.replace(CONFIG, hybrid_override_pattern="M*E"), make_mesh(1, 1))
+  own = params("M*E", "float32")
   d, spent = sampled(p, own, noise=0.2, options=options)
   assert spent["exact/rounds"] > 2 and spent["exact/changed"] > 0
   good, _ = sampled(p, own, options=options)
