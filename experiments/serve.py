@@ -21,6 +21,7 @@ from typing import Any
 import jsonschema
 
 from experiments.generate import MOST_TOKENS, TEMPERATURE, TOP_P
+from nemocascade.data.chat_parse import Delta
 from nemocascade.errors import UserError
 from nemocascade.fields import text, whole
 from nemocascade.mesh import make_mesh, mesh_sizes
@@ -80,15 +81,12 @@ class Chats:
       except UserError as error:
         yield {"note": f"{error}; begin anew"}
         return
-      for delta in conversation.answer(stopped):
-        if delta.reasoning:
-          yield {"thought": delta.reasoning}
-        elif delta.content:
-          yield {"said": delta.content}
-        elif delta.tool_call is not None:
-          yield {"note": f"calls {delta.tool_call.name}, which is not on offer here"}
-        elif delta.error is not None:
-          yield {"note": delta.error.message}
+      try:
+        yield from map(_part, conversation.answer(stopped))
+      except (UserError, RuntimeError) as error:
+        self.forget(chat)  # Its last message has no answer.
+        yield {"note": f"{error}; begin anew"}
+        return
       assert conversation.turn is not None
       if not conversation.turn.finished:
         yield {"note": "stopped" if stopped() else "cut off: no more tokens"}
@@ -96,6 +94,15 @@ class Chats:
   def forget(self, chat: str) -> None:
     with self._lock:
       self._of.pop(chat, None)
+
+
+def _part(delta: Delta) -> dict[str, str]:
+  """What a page is told of a piece of an answer."""
+  if delta.tool_call is not None:
+    return {"note": f"calls {delta.tool_call.name}, which is not on offer here"}
+  if delta.error is not None:
+    return {"note": delta.error.message}
+  return {"thought": delta.reasoning} if delta.reasoning else {"said": delta.content}
 
 
 def _closed(connection: socket.socket) -> bool:
@@ -177,11 +184,12 @@ def run(
   scheduler = Scheduler(programs.engine(context - 1, context), weights, slots=SLOTS)
   with Service(scheduler) as service:
     make = lambda: Conversation(Served(service, options, seed=seed), tokenizer, max_new_tokens=max_new_tokens)
-    _serve(host, port, Chats(make), checkpoint)
+    _serve(host, port, Chats(make), checkpoint, service)
 
 
-def _serve(host: str, port: int, chats: Chats, about: str) -> None:
+def _serve(host: str, port: int, chats: Chats, about: str, service: Service) -> None:
   with server(host, port, chats, about) as serving:
+    serving.service_actions = service.check  # type: ignore[method-assign]  # Called twice a second; ends the server.
     print(f"http://{host}:{serving.server_port} (Ctrl-C ends it)", flush=True)
     try:
       serving.serve_forever()

@@ -287,7 +287,7 @@ RL = LANGUAGE_MODEL | {
     "Time limit of the tool calls of one turn, in seconds, of environments that run in threads.", above=0
   ),
   "rollout.episode_s": number("Time limit of all tool calls of a completion, in seconds.", above=0),
-  "rollout.verdict_s": number("Time limit of a verdict that is given beside decoding, in seconds.", above=0),
+  "rollout.verdict_s": number("Time limit of a verdict given beside decoding, in seconds, in training.", above=0),
   "rollout.temperature": number("Sampling temperature.", above=0, high=100),
   "rollout.top_p": number("Probability mass of the likeliest tokens, from which one is drawn.", above=0, high=1),
   "rollout.record_experts": flag("Whether the sampler records each token's experts, so that agreement is measured."),

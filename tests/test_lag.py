@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import threading
+import types
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from test_rl import lines, with_vowels
 
 from configs.tiny import if_rl
 from experiments import rl
+from nemocascade.domains.domain import Domain
 from nemocascade.errors import UserError
 from nemocascade.runtime import batches, parts
 
@@ -43,7 +45,9 @@ def test_batches_are_of_the_parameters_before_the_last_update_and_the_stage_resu
   p = parts.build(c, tmp_path, domains={"instruction"})
   later = with_vowels(dataclasses.replace(p, text=p.text.write()))
   beside = dataclasses.replace(later.domains["instruction"], beside=True)
-  see = lambda *args: threads.append(threading.current_thread() is threading.main_thread()) or sample(*args)  # noqa: E731
+  see = lambda *args, **more: (
+    threads.append(threading.current_thread() is threading.main_thread()) or sample(*args, **more)
+  )  # noqa: E731
   monkeypatch.setattr(batches, "sample", see)
   outcome = rl.run(c, whole, dataclasses.replace(later, domains={"instruction": beside}), "")
   assert threads == [True, False, False]
@@ -55,6 +59,31 @@ def test_batches_are_of_the_parameters_before_the_last_update_and_the_stage_resu
   assert threads[3:] == [True]
   jax.tree.map(np.testing.assert_array_equal, again.params, outcome.params)
   assert lines(cut) == lines(whole)
+
+
+def test_a_batch_that_is_not_needed_any_more_ends_with_the_stage(monkeypatch):
+  looks, begun = [], threading.Event()
+
+  def endless(*_, exchange):
+    while True:
+      looks.append(exchange(1, "a look"))
+      begun.set()
+
+  monkeypatch.setattr(batches, "sample", endless)
+  monkeypatch.setattr(batches, "for_sampling", lambda *_, own: ({}, {}))
+  own, beside = Domain("a", None, None), Domain("a", None, None, beside=True)
+  made = lambda domain: types.SimpleNamespace(  # noqa: E731
+    domains={"instruction": domain}, programs=types.SimpleNamespace(mesh=types.SimpleNamespace(size=1))
+  )
+  state = types.SimpleNamespace(params={})
+  with batches.Batches(config(), made(own), None, None) as waits:
+    waits.begin(state, 1)
+  assert waits._thread is None  # A user's own verifier needs the main thread.
+  with batches.Batches(config(), made(beside), None, None) as ahead:
+    ahead.begin(state, 1)
+    assert begun.wait(60)
+  ahead._thread.join(60)
+  assert not ahead._thread.is_alive() and looks
 
 
 def test_a_lag_is_of_one_update():

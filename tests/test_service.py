@@ -62,7 +62,7 @@ def test_readers_in_several_threads_get_their_own_tokens(service):
 
 def test_a_stream_that_is_closed_frees_its_slot_or_its_place_in_the_queue(service):
   streams = [service.stream(request(1)) for _ in range(6)]  # More than slots and prompts that wait.
-  assert any([next(stream) for stream in streams])
+  until(lambda: any([next(stream) for stream in streams]))
   for stream in streams:
     stream.close()
   until(lambda: not service.scheduler.open)
@@ -99,9 +99,21 @@ def test_a_reader_that_leaves_ends_its_request(monkeypatch):
 def test_what_ends_the_thread_is_raised_to_the_readers(monkeypatch):
   service = Service(Scheduler(ENGINE, SCRIPT, slots=2))
   monkeypatch.setattr(service.scheduler, "step", lambda: jnp.zeros(2) + jnp.zeros(3))
-  with pytest.raises(RuntimeError, match="the service has ended"):
+  service.check()
+  chats = serve.Chats(lambda: Conversation(Served(service, Options(0.0)), TOKENIZER))
+  *_, last = chats.answer("a", "go", False, bool)
+  assert "answering requests has failed: " in last["note"] and last["note"].endswith("; begin anew")
+  with pytest.raises(RuntimeError, match="answering requests has failed: "):
     list(service.stream(request(9)))
+  with pytest.raises(RuntimeError, match="answering requests has failed: "):
+    service.check()  # Ends the server.
   service.close()
+
+
+def test_logits_that_are_not_finite_are_said_to_the_reader():
+  with Service(Scheduler(toy_engine(), table() * jnp.nan, slots=2)) as service:
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+      list(service.stream(REQUESTS[0]))
 
 
 def test_the_devices_of_a_mesh_decode_the_same_requests():

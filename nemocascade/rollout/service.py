@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Generator
 
+from nemocascade.errors import UserError
 from nemocascade.rollout.scheduler import Request, Scheduler
 
 WAIT_S = 0.25  # A stream without new tokens yields after this time, so that its reader may end it.
@@ -47,7 +48,8 @@ class Service:
     Closing it, e.g. because its reader has left, cancels the request, whether it is decoded or waits.
 
     Raises:
-      UserError: what is asked for cannot be; raised before the first item.
+      UserError: what is asked for cannot be, which is raised before the first item; or the logits are not finite.
+      RuntimeError: an error has ended the thread.
     """
     self.scheduler.check(request)
     return self._stream(request)
@@ -63,10 +65,17 @@ class Service:
           told = []
         if told is None:
           return
+        if isinstance(told, Exception):
+          raise told
         yield told
-      raise RuntimeError("the service has ended") from self._error
+      self.check()
     finally:
       self._asked.put((None, given))
+
+  def check(self) -> None:
+    """Raises RuntimeError if an error has ended the thread."""
+    if self._error is not None:
+      raise RuntimeError(f"answering requests has failed: {self._error}") from self._error
 
   def _run(self) -> None:
     try:
@@ -101,5 +110,5 @@ class Service:
         given.put(new)
       self._open[given] = number, len(answer.tokens)
       if answer.finish_reason:
-        given.put(None)
+        given.put(UserError("the model's logits are not finite") if answer.finish_reason == "error" else None)
         self.scheduler.forget(self._open.pop(given)[0])

@@ -12,7 +12,7 @@ from nemocascade.step.rows import Rows, after_prompts, lengths_of, pack_rows
 from nemocascade.step.update import SKIPPED
 from nemocascade.types import Metrics, Prompts, Rollout, TrainState
 
-# Metrics of a batch's first update, which has the sampler's parameters; others are those of the last one.
+# Metrics of a batch's first update, which without a lag has the sampler's parameters; others are of the last one.
 FIRST = (AGREEMENT,)
 
 

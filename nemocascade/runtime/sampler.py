@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from nemocascade.report.metrics import Phases
 from nemocascade.rollout import episode, rewards
+from nemocascade.rollout.exchange import Exchange
 from nemocascade.rollout.samples import Samples
 from nemocascade.runtime.answer_lines import answer_lines
 from nemocascade.runtime.hosts import decided, exchange
@@ -44,8 +45,9 @@ class Sampled:
 
 
 def sample(
-  c: ConfigDict, parts: Parts, mixture: Mixture, weights: Params, key: jax.Array, step: int, phases: Phases
-) -> Sampled:
+  c: ConfigDict, parts: Parts, mixture: Mixture, weights: Params, key: jax.Array, step: int, phases: Phases, *,
+  exchange: Exchange = exchange,
+) -> Sampled:  # fmt: skip
   """Samples `rollout.prompts` groups.
 
   With dynamic_filtering it samples up to `refill_rounds` batches, until enough groups have verdicts that differ.
@@ -54,6 +56,7 @@ def sample(
     weights: the result of `for_sampling`.
     key: the stage's random key; each step and round gets its own.
     phases: the step's timer.
+    exchange: connects the processes.
   """
   r, rounds, too_long, spent = c.rollout, [], 0, Spent()
   for round_ in range(c.refill_rounds):
