@@ -57,7 +57,7 @@ class Chats:
     Args:
       make: begins a conversation.
     """
-    self._make, self._lock = make, threading.Lock()  # The lock of the next two.
+    self._make, self._lock = make, threading.Lock()  # The lock guards the next two.
     self._of: collections.OrderedDict[str, tuple[Conversation, threading.Lock]] = collections.OrderedDict()
     self._asked = False  # Whether a page has asked something.
 

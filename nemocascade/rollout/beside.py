@@ -33,7 +33,7 @@ class Beside:
   def __init__(self, at_once: int):
     self.at_once = at_once
     self._ended: queue.SimpleQueue[tuple[_Work, Any, Exception | None, float]] = queue.SimpleQueue()
-    self._lock = threading.Lock()  # Of the next two.
+    self._lock = threading.Lock()  # It guards the next two.
     self._waiting: collections.deque[_Work] = collections.deque()
     self._running: set[_Work] = set()
     self._open: set[Hashable] = set()  # Names whose results were not handed out.

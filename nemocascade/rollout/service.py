@@ -10,7 +10,7 @@ from nemocascade.rollout.scheduler import Request, Scheduler
 
 WAIT_S = 0.25  # A stream without new tokens yields after this time, so that its reader may end it.
 
-_Given = queue.SimpleQueue  # What a stream is told: lists of new tokens, an exception, or None at the end.
+_Given = queue.SimpleQueue  # A stream gets lists of new tokens from it, an exception, or None at the end.
 
 
 class Service:
