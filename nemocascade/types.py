@@ -70,8 +70,10 @@ class Scores(struct.PyTreeNode):
   normalizer_BT: jax.Array | None = None  # fp32, nats; logarithm of the softmax's denominator; 0 as logprobs_BT.
 
 
-# (x_BTD, head_DV, wanted_BT) -> distance_BT. The policy's logits are x_BTD @ head_DV.
-DistanceFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (x_BTD, head_DV, wanted_BT, on_own) -> distance_BT of the rows' own tokens, without those that the model padded them
+# with. The policy's logits are x_BTD @ head_DV. on_own(fn, shared=positions of arguments without rows) wraps a function of
+# arrays [B, T, ...], so that each device applies it to the tokens that it holds.
+DistanceFn = Callable[[jax.Array, jax.Array, jax.Array, Callable[..., Callable]], jax.Array]
 # (params, tokens_BT, segment_ids_BT, wanted_BT or None[, DistanceFn or None[, after=(Prefix, length_Q)]], *,
 # temperature=1.0[, experts=experts_BTY]) -> Scores under softmax(logits / temperature); tokens that are not wanted
 # get 0. `experts` are the sampler's: the routers take them instead of their own choice, or compare both.

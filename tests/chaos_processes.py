@@ -6,6 +6,8 @@
 At an instant drawn uniformly from the duration of the undisturbed run, one of the two processes is killed (SIGKILL)
 or stopped (SIGSTOP). The other one must end by itself within 60 s, with exit code 69 and one line that names the
 victim. Then the same command is run again. After `--kills_each` kills the run is left to finish, and the next begins.
+A slow machine spends most of a run on starting, so the share `--late` of the instants is drawn from the time after the
+first checkpoint that the run writes after its start.
 
 The comparison is that of chaos.py: bitwise, for the kept checkpoints with their records, metrics.jsonl without times
 and exchanges, and samples.jsonl. The exit code is 1 on a difference, or if a run cannot be resumed.
@@ -70,6 +72,12 @@ class Run:
     with contextlib.suppress(subprocess.TimeoutExpired):
       self.processes[0].wait(timeout=seconds)
 
+  def wait_for_save(self, workdir: Path) -> None:
+    """Waits for a checkpoint that is not there yet, or until the first process ends."""
+    before = set(saved(workdir))
+    while set(saved(workdir)) <= before and self.processes[0].poll() is None:
+      self.wait(0.05)
+
   def said(self, index: int) -> str:
     """The last line that a process printed."""
     lines = self.errors[index].read_text(errors="replace").splitlines()
@@ -101,6 +109,7 @@ def main() -> int:
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--kills_each", type=int, default=5, help="Of one run, at most.")
   parser.add_argument("--stops", type=float, default=0.25, help="Share of the kills that are SIGSTOP.")
+  parser.add_argument("--late", type=float, default=0.25, help="Share of the kills that come after a checkpoint.")
   parser.add_argument("--seed", type=int, default=0, help="Of the instants.")
   parser.add_argument("--command", default=COMMAND, help="The module to run, with its flags.")
   parser.add_argument("--directory", default="", help="Where the runs are left; else they are removed.")
@@ -111,34 +120,43 @@ def main() -> int:
 
 def shake(directory: Path, flags: argparse.Namespace, draw: random.Random) -> int:
   for name in ("whole", "warm"):  # The first one compiles.
-    began = time.monotonic()
-    Run.begin(flags.command, directory / name).finish()
+    began, run = time.monotonic(), Run.begin(flags.command, directory / name)
+    run.wait_for_save(directory / name)
+    to_save = time.monotonic() - began
+    run.finish()
     seconds = time.monotonic() - began
-    print(f"undisturbed ({name}): {seconds:.0f} s", flush=True)
+    print(f"undisturbed ({name}): {seconds:.0f} s, {to_save:.0f} s of them up to the first checkpoint", flush=True)
   wrong = report("undisturbed again", directory / "whole", directory / "warm")
   done, number, slowest = 0, 0, 0.0
   print(
-    f"{'run':>3} {'kill':>4} {'process':>7} {'signal':>8} {'after s':>8} {'noticed s':>9} {'code':>4}  saved steps, line"
+    f"{'run':>3} {'kill':>4} {'process':>7} {'signal':>8} {'after s':>8} {'noticed s':>9} {'code':>4}"
+    "  saved steps before and after the start, line"
   )
   while done < flags.kills:
     number += 1
     workdir = directory / f"disturbed_{number}"
     for _ in range(min(flags.kills_each, flags.kills - done)):
-      fresh, began = not saved(workdir), time.monotonic()
-      run, after, victim = Run.begin(flags.command, workdir), draw.uniform(0, seconds), draw.randrange(2)
+      before, began = saved(workdir), time.monotonic()
+      run, late, victim = Run.begin(flags.command, workdir), draw.random() < flags.late, draw.randrange(2)
       kind = signal.SIGSTOP if draw.random() < flags.stops else signal.SIGKILL
-      run.wait(after)
+      left = 1 - max(before, default=0) / max(saved(directory / "whole"))  # Of the steps.
+      if late:
+        run.wait_for_save(workdir)
+      run.wait(draw.uniform(0, (seconds - to_save) * left if late else seconds))
+      after = time.monotonic() - began
       struck = run.strike(victim, kind)
       if struck is None:  # The run had ended before.
         run.finish()
-        if fresh:  # The machine is faster now than when the undisturbed run was timed.
+        if not before:  # The machine is faster now than when the undisturbed run was timed.
+          to_save *= (time.monotonic() - began) / seconds
           seconds = time.monotonic() - began
         break
       took, code, line = struck
       done, slowest = done + 1, max(slowest, took)
       wrong += took > LIMIT or code != 69 or f"process {victim}" not in line
       print(
-        f"{number:3} {done:4} {victim:7} {kind.name:>8} {after:8.1f} {took:9.1f} {code:4}  {saved(workdir)}, {line}",
+        f"{number:3} {done:4} {victim:7} {kind.name:>8} {after:8.1f} {took:9.1f} {code:4}"
+        f"  {before} {sorted({*saved(workdir)} - {*before})}, {line}",
         flush=True,
       )
     Run.begin(flags.command, workdir).finish()

@@ -1,6 +1,7 @@
 """A stage's programs give the same results on any mesh, and in two processes, as on one device."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -118,6 +119,26 @@ def rl_step_after_prompts(c: ConfigDict, p: Parts, directory):
   return metrics, state
 
 
+def distilled_step(c: ConfigDict, p: Parts, directory):
+  """The step of `rl_step` with the distance from two teachers, of which each device has a part of the heads."""
+  c = c.copy_and_resolve_references()
+  c.distillation_weight = 1.0
+  tx = make_optimizer(total_steps=1, **c.optimizer)
+  _, step_fn, _ = objective.step_program(c, p.programs)
+  state, _, _ = start(c, directory, p, tx, "")
+  r, like = np.random.default_rng(2), p.programs.heads_template(2)
+  heads_ZDV = jax.device_put(r.normal(size=like.shape).astype(like.dtype), like.sharding)
+  D = like.shape[1]
+  assert math.prod(heads_ZDV.sharding.shard_shape(like.shape)) * p.programs.mesh.size == heads_ZDV.size
+  x = arrays() | {
+    "teacher_states": r.normal(size=(B, T, D)).astype(np.float32),
+    "teacher": r.integers(0, 2, (B, T), np.int32),
+  }
+  state, metrics = step_fn(state, *p.programs.put((x, np.float32(x["mask"].sum()))), heads_ZDV)
+  assert metrics["policy/teacher_kl"] > 0.1
+  return metrics, state
+
+
 @functools.cache
 def on_one_device(step, directory):
   metrics, state, *_ = step(*on(1, 1), directory / "one")
@@ -156,7 +177,7 @@ def test_an_rl_step_is_that_of_one_device(root, data, expert, step):
   assert_same(jax.device_get((metrics, state.params)), on_one_device(step, root))
 
 
-@pytest.mark.parametrize("step", [sft_step, rl_step])
+@pytest.mark.parametrize("step", [sft_step, distilled_step])
 def test_a_step_on_rows_over_several_devices_is_that_of_one_device(root, step):
   metrics, state, *_ = step(*on(2, 4, True), root / f"{step.__name__}_split")
   assert_same(jax.device_get((metrics, state.params)), on_one_device(step, root))

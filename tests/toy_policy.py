@@ -33,7 +33,7 @@ def score(params, tokens_BT, segment_ids_BT, wanted_BT=None, distance=None, afte
   chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[..., None], axis=-1)[..., 0]
   entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
   only = lambda a_BT: jnp.where((segment_ids_BT > 0) & ~starts_BT, a_BT, 0.0)  # noqa: E731
-  distance_BT = distance(x_BTD, params["table_VV"], wanted_BT) if distance else None
+  distance_BT = distance(x_BTD, params["table_VV"], wanted_BT, lambda fn, shared: fn) if distance else None
   return Scores(only(chosen_BT), only(entropy_BT), distance_BT=distance_BT)
 
 

@@ -32,7 +32,7 @@ def forward_kl_ref(policy_NO, teacher_NO):
   return reverse_kl_ref(teacher_NO, policy_NO)
 
 
-def kl_to_states(kl: KL, x_BTD, head_DV, wanted_BT, states_BTC, teacher_BT, heads_ZCV, temperature=1.0, *, chunk=2048):
+def kl_to_states(kl: KL, x_BTD, head_DV, wanted_BT, states_BTC, teacher_BT, heads_ZCV, temperature=1.0, *, chunk=512):
   """kl_BT, fp32, over the whole vocabulary at wanted tokens, 0 elsewhere; about `chunk` tokens at a time.
 
   Args:
@@ -60,7 +60,7 @@ def kl_to_states(kl: KL, x_BTD, head_DV, wanted_BT, states_BTC, teacher_BT, head
   return jax.lax.scan(add, zero_BT, (jnp.arange(len(heads_ZCV)), heads_ZCV))[0]
 
 
-def kl_to_top(kl: KL, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, temperature=1.0, *, chunk=2048):
+def kl_to_top(kl: KL, x_BTD, head_DV, wanted_BT, tokens_BTK, logprobs_BTK, temperature=1.0, *, chunk=512):
   """kl_BT, fp32, over the teacher's top K tokens and one outcome for all other tokens; 0 where not wanted.
 
   Args:

@@ -276,9 +276,10 @@ class Hybrid(nn.Module):
       x_BTD, routing = self.states_after(*after, tokens_BT, segment_ids_BT, experts_BTY)
     scored_BT = _predicted(segment_ids_BT, wanted_BT, goes_on=after is not None)
     # Each device applies the whole head to its own tokens, so that the head's gradient is summed once.
-    logprob = self._on(tokens_BT).on_own(token_logprob, shared=[1, 4])
+    on_own = self._on(tokens_BT).on_own
+    logprob = on_own(token_logprob, shared=[1, 4])
     logprob_BT, entropy_BT, normalizer_BT = logprob(x_BTD, self.head(), tokens_BT, scored_BT, jnp.float32(temperature))
-    distance_BT = distance(x_BTD[:, :T], self.head(), scored_BT[:, :T]) if distance else None
+    distance_BT = distance(x_BTD, self.head(), scored_BT, on_own) if distance else None
     return Scores(logprob_BT[:, :T], entropy_BT[:, :T], routing, distance_BT, normalizer_BT[:, :T])
 
   def likeliest(self, tokens_BT, segment_ids_BT, wanted_BT, k: int, temperature=1.0, experts_BTY=None):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from nemocascade.runtime import checks, objective
+from nemocascade.runtime import checks, objective, signals
 from nemocascade.runtime.programs import Programs
 from nemocascade.types import TrainState
 
@@ -65,6 +65,8 @@ def footprint(c: ConfigDict, programs: Programs, state: TrainState, devices: int
     host["samples"] = SAMPLE * r.prompts * r.completions * r.total_tokens * devices // programs.mesh.size
     checkpoints = len(set(c.teachers.values())) if objective.taught(c) else 0
     host["teachers"] = min(c.teachers_in_memory, checkpoints) * of_host(programs.template)
+    if signals.by_states(c):
+      chip["heads"] = device_bytes(programs.heads_template(checkpoints))
     if c.kl_weight:
       host["reference"] = of_host(programs.template)
     if checks.judged(c, c):

@@ -97,6 +97,11 @@ class Programs:
     places = [leaf.sharding for leaf in there.values()]
     return jax.jit(lambda leaves: list(map(cast, leaves, there)), out_shardings=places)
 
+  def heads_template(self, Z: int) -> jax.ShapeDtypeStruct:
+    """heads_ZDV of Z teachers: shape, dtype and sharding. Each device has a part of D."""
+    shape = jax.ShapeDtypeStruct((Z, self.config.hidden_size, self.config.vocab_size), self.config.dtype)
+    return mesh_lib.placed(shape, mesh_lib.shardings((None, "embed", None), self.mesh, shape))
+
   def _placed(self, init: Callable, axes: Callable) -> Params:
     shapes = jax.eval_shape(functools.partial(init, self.config), jax.random.key(0))
     return mesh_lib.placed(shapes, mesh_lib.shardings(axes(self.config), self.mesh, shapes))
@@ -140,6 +145,12 @@ class Programs:
     )
     return jax.jit(cut, **how)
 
+  @functools.cached_property
+  def heads(self) -> Callable:
+    """params -> heads_ZDV of one teacher, sharded as in heads_template."""
+    head = self._method("head")
+    return jax.jit(lambda params: head(params)[None], out_shardings=self.heads_template(1).sharding)
+
   # Jitted methods of the model whose results are replicated.
 
   @functools.cached_property
@@ -151,11 +162,6 @@ class Programs:
   def reward(self) -> Callable:
     """`reward_fn`, jitted."""
     return self.jitted(self.reward_fn)
-
-  @functools.cached_property
-  def head(self) -> Callable:
-    """params -> head_DV."""
-    return self.jitted(self._method("head"))
 
   def jitted(self, fn: Callable, **how: Any) -> Callable:
     """`fn` jitted, with its results replicated over the mesh."""

@@ -198,6 +198,6 @@ def teacher_states(programs: Programs, teachers: Teachers, samples: Samples, *, 
 
 def teacher_heads(programs: Programs, teachers: Teachers) -> jax.Array:
   """heads_ZDV: the output matrices of all teacher checkpoints. `teacher_Q` indexes the first axis."""
-  heads = jnp.stack([programs.head(teachers.params(domain)) for domain in teachers.checkpoints().values()])
+  heads = [programs.heads(teachers.params(domain)) for domain in teachers.checkpoints().values()]
   teachers.leave()
-  return heads
+  return jax.jit(jnp.concatenate, out_shardings=programs.heads_template(len(heads)).sharding)(heads)

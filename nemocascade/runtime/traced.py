@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from nemocascade.mesh import first_rows, placed, whole
+from nemocascade.mesh import first_rows, placed
 from nemocascade.mesh import rows as rows_sharding
 from nemocascade.model.routing import as_record
 from nemocascade.rollout.engine import TOGETHER
@@ -98,13 +98,14 @@ def _updates(c: ConfigDict, programs: Programs):
     given = struct(QP, jnp.int32), struct((Q,), jnp.int32), *[_experts(programs, *QP)] * ("experts" in rows)
     prompts = Prompts(*as_rows(programs, given))
   tokens = p.rows * p.row_tokens + (Q * r.prompt_tokens if p.shared_prompts else 0)
-  key = objective.step_settings(c), tuple(sorted(rows)), (Q, r.prompt_tokens) if p.shared_prompts else ()
+  heads = programs.heads_template(len(set(c.teachers.values()))) if signals.by_states(c) else None
+  key = objective.step_settings(c), tuple(sorted(rows)), (Q, r.prompt_tokens) if p.shared_prompts else (), heads
   if c.updates > 1:
     trace = lambda rows=rows: proximal_fn.trace(programs.template, dict(rows), prompts, temperature)
     found.append(Program("proximal_logprobs", ("proximal", *key), trace, Spent(scored=tokens), pieces))
     rows = rows | {"proximal": rows["behaviour"]}
-  trace = lambda: step_fn.trace(state, rows, count, _heads(c, programs), prompts, temperature)
-  found.append(Program("rl_step", ("step", *key), trace, Spent(trained=tokens), pieces, ("params", "moments")))
+  trace = lambda: step_fn.trace(state, rows, count, heads, prompts, temperature)
+  found.append(Program("rl_step", ("step", *key), trace, Spent(trained=tokens), pieces, ("params", "moments", "heads")))
   return state, found
 
 
@@ -136,15 +137,6 @@ def _scoring(c: ConfigDict, programs: Programs) -> Iterator[Program]:
   for name in dict.fromkeys(s.name if s.name in traces else "score" for s in signals.wanted(c) if s.phase == "score"):
     advice = f"shorter ones than rollout.total_tokens={T}"
     yield Program(name, (name, n, T, objective.topk(c), replay), traces[name], Spent(scored=n * T), advice, ())
-
-
-def _heads(c: ConfigDict, programs: Programs):
-  """The shape of the teachers' heads, which a step needs that distils from their states; else None."""
-  if not signals.by_states(c):
-    return None
-  m, checkpoints = programs.config, len(set(c.teachers.values()))
-  shape = jax.ShapeDtypeStruct((checkpoints, m.hidden_size, m.vocab_size), m.dtype)
-  return placed(shape, whole(programs.mesh))
 
 
 def _sampling(

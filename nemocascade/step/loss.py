@@ -205,6 +205,7 @@ KLS = dict(k1=k1, k2=k2, k3=k3)
 # Distillation: the KL between the policy and its teacher over the vocabulary -> kl_BT, nats, at wanted tokens.
 #   x_BTD, head_DV: the policy's logits are x_BTD @ head_DV.
 #   rows: hold the teacher's states, or its top-k tokens. heads_ZDV: the teachers' heads.
+# They treat each token alone: on several devices each has the tokens that it holds, and both heads whole.
 # Both distributions are softmax(logits / temperature), as in sampling. The gradient treats the sampled
 # prefixes as fixed. It sums over the vocabulary, while `mopd` estimates it from the one sampled token.
 

@@ -79,8 +79,12 @@ class PolicyLoss:
     return (sums, *grads), largest
 
   def _scores(self, params: Params, after, rows: Rows, heads_ZDV, temperature) -> Scores:
-    def distance(x_BTD, head_DV, wanted_BT):
-      return self.distillation(x_BTD, head_DV, wanted_BT, rows, heads_ZDV, temperature)
+    def distance(x_BTD, head_DV, wanted_BT, on_own):
+      T, padded = rows["tokens"].shape[1], x_BTD.shape[1]
+      pad = lambda a: jnp.pad(a, ((0, 0), (0, padded - T)) + ((0, 0),) * (a.ndim - 2))
+      distillation = on_own(self.distillation, shared=[1, 4, 5])
+      here = x_BTD, head_DV, wanted_BT, jax.tree.map(pad, rows)
+      return distillation(*here, heads_ZDV, jnp.float32(temperature))[:, :T]
 
     return self.score_fn(
       params, rows["tokens"], rows["segment_ids"], rows["mask"], *[distance] * bool(self.distillation_weight),
@@ -142,7 +146,7 @@ def policy_gradient_step(
 
   Args of step:
     rows, count: those of rows.to_rows, packed or not.
-    heads_ZDV: the heads of the teachers whose states are in the rows.
+    heads_ZDV: the heads of the teachers whose states are in the rows; each device may hold a part of their D.
     prompts: those of rows.after_prompts. Each prompt's forward and backward pass runs once for all its
       completions. Each piece of the rows then has completions of every prompt.
     temperature: the sampling temperature of the rows, a scalar. The loss uses softmax(logits / temperature).
