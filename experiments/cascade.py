@@ -24,6 +24,7 @@ from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError, listed, unknown
 from nemocascade.field_check import check as check_fields
 from nemocascade.fields import flag, text
+from nemocascade.model.expert_parallel import check_experts
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.report.tree import tree
@@ -50,7 +51,9 @@ KINDS = {"sft": sft, "rl": rl, "reward_model": reward_model}
 def check(c: ConfigDict) -> None:
   """Raises UserError if the cascade cannot run to its end. Nothing is computed or written."""
   check_fields(c, "cascade")
-  ModelConfig.from_fields(c.model.to_dict())
+  model = ModelConfig.from_fields(c.model.to_dict())
+  if "E" in model.hybrid_override_pattern and c.mesh.expert > 0:  # -1 depends on the devices.
+    check_experts(model.n_routed_experts, c.mesh.expert)
   domains.check(c)
   for field, names, known in (
     ("order", c.order, c.stages), ("side_line", c.side_line, c.stages), ("evaluation.greedy", c.evaluation.greedy, c.order),
@@ -236,6 +239,8 @@ def main(c: ConfigDict, workdir: Path | None, **flags) -> None:
   choice = Choice(flags["only"], flags["from"], flags["until"])
   if flags["compiled"] and not flags["dry_run"]:
     raise UserError(f"--compiled={flags['compiled']}: is read for --dry_run; give that too")
+  if flags["show"] and flags["dry_run"]:
+    raise UserError("--show: must be given without --dry_run, or that without it")
   if flags["show"]:
     say(tree(record))
   elif flags["dry_run"]:

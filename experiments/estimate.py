@@ -56,7 +56,7 @@ if __name__ == "__main__":
     run,
     workdir=False,
     topology=(text("KIND:CHIPSxCHIPS of the TPU slice.", empty=False), "v5p:4x4x4"),
-    verify_s=(number("CPU seconds of parsing and verifying a completion.", low=0), 0.0),
+    verify_s=(number("CPU seconds of parsing and verifying a completion.", low=0, high=86_400), 0.0),
     verifiers=(whole("Completions that a host verifies at once."), limited.WORKERS),
-    length=(number("Length of the completions, as a share of the most tokens.", above=0, high=1), 1.0),
+    length=(number("Length of the completions, as a share of the most tokens.", low=1e-6, high=1), 1.0),
   )

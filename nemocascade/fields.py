@@ -198,4 +198,4 @@ def no_field(name: str, among: Iterable[str]) -> UserError:
   among = sorted(among)
   near = nearest(last, among)
   hint = f"did you mean {near!r}? " if near else ""
-  return UserError(f"{name}: no such field: {hint}{where}there are {listed(among, 90)}")
+  return UserError(f"{name}: no such field: {hint}{where}there are {listed(among, 90) or 'none'}")

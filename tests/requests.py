@@ -40,7 +40,7 @@ from nemocascade.fields import Field
 
 COMMANDS = (
   "cascade", "sft", "rl", "reward_model", "ablation", "evaluate", "generate", "score", "chat", "convert", "compile",
-  "parity", "bench",
+  "estimate", "parity", "bench",
 )  # fmt: skip
 CONFIGS = {  # Kind of config -> its file. STARS: part of a field pattern -> fields that exist.
   "sft": "tiny/sft", "rl": "tiny/if_rl", "reward_model": "tiny/reward_model", "cascade": "tiny/cascade",

@@ -48,7 +48,7 @@ def sharded_routed_mlp(
     return routed_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX, form=product)
   (T, D), E, X = x_TD.shape, up_EDF.shape[0], expert_TX.shape[1]
   data, group = mesh.shape["data"], mesh.shape["expert"]
-  check_experts(E, mesh)
+  check_experts(E, mesh.shape["expert"])
   here = -(-T // mesh.size)  # Tokens per device.
   if form == "auto":
     form = "gather" if group == 1 or here * group <= GATHER_TOKENS else "exchange"
@@ -80,9 +80,8 @@ def sharded_routed_mlp(
   return y_TD[:T], jnp.sum(rows) - padding * X
 
 
-def check_experts(E: int, mesh: Mesh) -> None:
-  """Raises UserError if the mesh's axis `expert` does not divide the E experts."""
-  group = mesh.shape["expert"]
+def check_experts(E: int, group: int) -> None:
+  """Raises UserError if a group of devices, the size of the mesh's axis `expert`, does not divide the E experts."""
   if E % group:
     raise UserError(f"mesh.expert={group} does not divide model.n_routed_experts={E}: give a divisor of {E}")
 

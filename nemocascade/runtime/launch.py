@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -210,6 +211,8 @@ def _workdir(said: str | None, buckets: bool) -> Path:
   if not said:
     raise UserError("--workdir='': must be a folder, not empty")
   if not on_bucket(said):
+    if re.match(r"\w+://", said):  # It would be a folder of this name here.
+      raise UserError(f"--workdir={config_file.shown_path(said)}: must be a folder, or gs://BUCKET/FOLDER")
     return writable_folder("--workdir", said)
   if not buckets:
     raise UserError(

@@ -4,6 +4,8 @@ import dataclasses
 
 from nemocascade.errors import UserError
 
+MOST = 1 << 16  # Processes of a run. Process 0 has a connection to each.
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -40,6 +42,8 @@ def parse(where: str, connect_s: float) -> Place:
     raise UserError(f"--distributed={where!r}: give 'auto', or HOST:PORT,PROCESSES,INDEX") from error
   if not 0 < found.port < 1 << 16:
     raise UserError(f"--distributed={where!r}: PORT is from 1 to {(1 << 16) - 1}")
+  if not 0 < found.count <= MOST:
+    raise UserError(f"--distributed={where!r}: PROCESSES must be from 1 to {MOST}")
   if not 0 <= found.index < found.count:
     raise UserError(f"--distributed={where!r}: INDEX is from 0 to {found.count - 1}")
   return found

@@ -39,7 +39,7 @@ class Programs:
 
   def __post_init__(self):
     if "E" in self.config.hybrid_override_pattern:
-      check_experts(self.config.n_routed_experts, self.mesh)
+      check_experts(self.config.n_routed_experts, self.mesh.shape["expert"])
 
   def once(self, key: tuple, make: Callable[[], T]) -> T:
     """The result of `make`, which is called at the first call with this key only."""

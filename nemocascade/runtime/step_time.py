@@ -7,6 +7,7 @@ takes longer. docs/pod.md has the results and says what they leave out.
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,10 +134,9 @@ def chips_of(topology: str) -> tuple[Chip, int]:
   kind, _, shape = topology.partition(":")
   if kind not in CHIPS:
     raise unknown(f"kind of chip in --topology={topology!r}", kind, CHIPS)
-  try:
-    return CHIPS[kind], math.prod(int(side) for side in shape.split("x"))
-  except ValueError as error:
-    raise UserError(f"--topology={topology!r}: give KIND:CHIPSxCHIPS, such as v5p:4x4x4") from error
+  if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", shape):
+    raise UserError(f"--topology={topology!r}: give KIND:CHIPSxCHIPS, such as v5p:4x4x4")
+  return CHIPS[kind], math.prod(int(side) for side in shape.split("x"))
 
 
 def step(

@@ -127,6 +127,8 @@ class Record:
     value = read_state(path, SHAPE, remedy=REMEDY)
     if len({entry["name"] for entry in value["stages"]}) < len(value["stages"]):
       raise refused(path, "a stage stands there twice", REMEDY)
+    if circle := _circle({entry["name"]: entry.get("parent", "") for entry in value["stages"]}):
+      raise refused(path, f"stages are parents of one another: {circle}", REMEDY)
     return cls(path, value["stages"], value["teachers"], value.get("set_aside", []))
 
   def save(self) -> None:
@@ -180,6 +182,17 @@ class Record:
     if init_from == "previous":
       return self.checkpoint(parent) if parent else ""
     return self.checkpoint(parent) if self.stage(parent) is not None else init_from
+
+
+def _circle(parents: dict[str, str]) -> str:
+  """The first circle of stages and their parents, as text; "" if there is none."""
+  for name in parents:
+    path = [name]
+    while (parent := parents.get(path[-1], "")) and parent not in path:
+      path.append(parent)
+    if parent:
+      return " <- ".join([*path[path.index(parent) :], parent])
+  return ""
 
 
 def parent_of(name: str, init_from: str, main_line: Sequence[str]) -> str:
