@@ -48,15 +48,18 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--processes", default="2,4", help="Numbers of processes to compare with one, by commas.")
   parser.add_argument("--order", default=ORDER, help="The stages, by commas, in their order.")
+  parser.add_argument("--compare", default="", help="Those of them that are compared, by commas; all if empty.")
   parser.add_argument("--sft_steps", type=int, default=200, help="Of the SFT that the stages of RL start from.")
   parser.add_argument("--directory", default="", help="Where the runs are left; else they are removed.")
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as temporary:
     directory = Path(flags.directory or temporary).resolve()
-    return compare(directory, list(map(int, flags.processes.split(","))), flags.order.split(","), flags.sft_steps)
+    order, counts = flags.order.split(","), list(map(int, flags.processes.split(",")))
+    compared = set(flags.compare.split(",") if flags.compare else order)
+    return compare(directory, counts, order, compared, flags.sft_steps)
 
 
-def compare(directory: Path, counts: list[int], order: list[str], sft_steps: int) -> int:
+def compare(directory: Path, counts: list[int], order: list[str], compared: set[str], sft_steps: int) -> int:
   began, wrong = time.monotonic(), 0
   few, rest = [name for name in order if name in SAMPLING_NOTHING], directory / "one"
   run(directory / "few", 1, few)
@@ -68,7 +71,7 @@ def compare(directory: Path, counts: list[int], order: list[str], sft_steps: int
   for one, done, names in ((directory / "few", [], few), (rest, few, [name for name in order if name not in few])):
     stages = json.loads((one / "cascade.json").read_text())["stages"]
     for i, name in enumerate(names, len(done)):
-      for count in counts:
+      for count in counts if name in compared else ():
         workdir, began = directory / f"{name}_{count}", time.monotonic()
         begin_with(workdir, one, stages[:i])
         run(workdir, count, [*done, *names][: i + 1], sft_steps if done else STEPS)
