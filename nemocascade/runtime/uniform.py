@@ -28,7 +28,7 @@ def uniform_share(
   Args:
     rollout: its arrays [Q, G, T, ...] are on the mesh.
     domains: the domain of each prompt.
-    heads_ZDV: the heads of the teachers; needed if the rollout has teacher states.
+    heads_ZDV: the heads of the teachers, sharded or not; needed if the rollout has teacher states.
   """
   by_states = rollout.teacher_states_QGTD is not None
   logprobs = rollout.teacher_logprobs_QGT if rollout.top_logprobs_QGTK is None else rollout.top_logprobs_QGTK
@@ -103,4 +103,4 @@ def _top_logprobs(
   gather = jax.shard_map(own, mesh=mesh, in_specs=held, out_specs=PartitionSpec(), check_vma=False)
   x_ND = gather(states_QGTD, loss_mask_QGT & valid_QG[..., None])
   logits_NV = jnp.einsum("ND,DV->NV", x_ND, heads_ZDV[z], preferred_element_type=jnp.float32)
-  return jnp.max(jax.nn.log_softmax(logits_NV), axis=-1)
+  return jax.lax.with_sharding_constraint(jnp.max(jax.nn.log_softmax(logits_NV), axis=-1), whole(mesh))
