@@ -18,9 +18,9 @@ PACKINGS = {"one": [1] * 22, "several": [1] * 3 + [2] * 9 + [3] * 10, "padded": 
 
 @pytest.fixture(autouse=True)
 def several_parts_of_a_block(monkeypatch):
-  """The TPU form handles the keys of a block of 4 in two parts, with and without a mask."""
-  for name in ("PART", "MASKED_PART"):
-    monkeypatch.setattr(attention_tpu, name, 2)
+  """The TPU form handles the keys of a block of 4 in two parts, in visits of all kinds."""
+  for name in ("PARTS", "BACKWARD_PARTS"):
+    monkeypatch.setattr(attention_tpu, name, dict.fromkeys(getattr(attention_tpu, name), 2))
 
 
 def inputs(packing, dtype=jnp.float32):

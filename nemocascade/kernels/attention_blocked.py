@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nemocascade.kernels.attention_blocks import MASKED, aligned
+from nemocascade.kernels.attention_blocks import MASKED, aligned, first_blocks
 from nemocascade.kernels.product import einsum_fp32
 
 
@@ -25,8 +25,8 @@ def attention_blocked(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, *
     [B, K, R, T, H] of v's dtype; at padding it is finite and means nothing.
   """
   T = q_BKRTH.shape[3]
-  arrays = aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block)
-  return _attend(*arrays, block)[:, :, :, :T]
+  *arrays, start_BT = aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block)
+  return _attend(*arrays, first_blocks(start_BT, block), block)[:, :, :, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

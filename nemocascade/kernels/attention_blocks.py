@@ -31,6 +31,18 @@ def first_blocks(start_BT, block: int):
   return jnp.min(start_BT.reshape(B, T // block, block), axis=2) // block
 
 
+def gaps(ids_BS):
+  """int32 [B, 2]: begin and end of the places without a key (-1) behind the first key of each row.
+
+  They are consecutive: what a cache has room for. Without any, begin is S and end is 0.
+  """
+  S, is_key_BS = ids_BS.shape[1], ids_BS >= 0
+  missing_BS = ~is_key_BS & (jax.lax.cummax(is_key_BS.astype(jnp.int32), axis=1) > 0)
+  s_1S = jnp.arange(S, dtype=jnp.int32)[None]
+  begin_B, end_B = jnp.where(missing_BS, s_1S, S).min(axis=1), jnp.where(missing_BS, s_1S + 1, 0).max(axis=1)
+  return jnp.stack([begin_B, end_B], axis=1)
+
+
 def blocks_touched(segment_ids_BT, block: int):
   """int32 [B]: the pairs of blocks (queries, keys) that attention computes in each row of T tokens."""
   T = segment_ids_BT.shape[1]
@@ -48,7 +60,7 @@ def aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block: int)
       that do not exist have -1. Keys of one document are consecutive.
 
   Returns:
-    The five arrays, padded, and first_blocks. Earlier keys are padded in front, all others behind.
+    The five arrays, padded, and document_starts. Earlier keys are padded in front, all others behind.
   """
   T = q_BKRTH.shape[3]
   before = k_BKSH.shape[2] - T
@@ -57,5 +69,4 @@ def aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block: int)
   k_BKSH, v_BKSH = (jnp.pad(a, [(0, 0)] * 2 + [(front, back), (0, 0)]) for a in (k_BKSH, v_BKSH))
   ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, back)))
   ids_BS = jnp.pad(jnp.pad(segment_ids_BS, ((0, 0), (0, back))), ((0, 0), (front, 0)), constant_values=-1)
-  first_BN = first_blocks(document_starts(ids_BT, ids_BS[:, : before + front]), block)
-  return q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN
+  return q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, document_starts(ids_BT, ids_BS[:, : before + front])

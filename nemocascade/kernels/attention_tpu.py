@@ -1,25 +1,31 @@
 """Causal attention within documents for TPUs, in Pallas; blocks of other documents are neither read nor multiplied.
 
 The grid walks a list of visits (block of queries, block of keys), made from the segment ids before the kernel
-and passed by scalar prefetch; its length is dynamic, so a skipped pair costs nothing. Scores are kept
+and passed by scalar prefetch; its length is dynamic, so a skipped pair costs nothing. A query sees the keys from the
+first one of its document up to itself, so that a mask compares places, and needs no documents of keys. Scores are kept
 transposed, [keys, queries]: sums over keys then run along sublanes, and what belongs to a query is one row.
 The softmax is online and the gradient recomputes probabilities (FlashAttention, arXiv 2205.14135).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from nemocascade.kernels.attention_blocks import MASKED, aligned
+from nemocascade.kernels.attention_blocks import MASKED, aligned, first_blocks, gaps
 from nemocascade.kernels.pallas_product import VMEM, like
 from nemocascade.kernels.product import precision
 
 LOG2E = 1.4426950408889634
-PART = 128  # Keys whose products are computed while the softmax of those before runs.
-MASKED_PART = 512  # The same in a visit with a mask, where parts of 256 or 1024 keys take longer on v5p.
+# Kind of visit -> keys whose products are computed while the softmax of those before runs, chosen by v5p's schedule.
+# Of a "whole" visit every query sees every key. A "border" visit lies before the diagonal, and documents begin in it.
+PARTS = {"whole": 128, "border": 512, "diagonal": 256}
+BACKWARD_PARTS = {"whole": 1024, "border": 1024, "diagonal": 512}
+NO_KEY = -(1 << 30)  # Place of what is not a key: before the first key of any query.
+UNSEEN = MASKED / 1024  # Highest score so far of a query that has seen no key: exp2(MASKED - UNSEEN) is 0.
 MOST_VISITS = 1 << 17  # Entries of a list of visits, of 4 bytes each, in scalar memory.
 # A visit is one int32: flags in the low bits, then the block of keys, then the block of queries of all rows.
 FIRST, LAST, WHOLE, FLAG_BITS, KEY_BITS = 1, 2, 4, 3, 13
@@ -46,9 +52,10 @@ def attention_tpu(
   """
   T = q_BKRTH.shape[3]
   block = block or choose_block(T)
-  arrays = aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block)
+  *arrays, _, ids_BS, start_BT = aligned(q_BKRTH, k_BKSH, v_BKSH, segment_ids_BT, segment_ids_BS, block)
+  arrays += [start_BT, gaps(ids_BS)]
   attend = functools.partial(_attend, block=block, interpret=interpret)
-  B, N, M = arrays[0].shape[0], arrays[0].shape[3] // block, arrays[1].shape[2] // block
+  B, N, M = start_BT.shape[0], start_BT.shape[1] // block, ids_BS.shape[1] // block
   rows = max(1, min(B, MOST_VISITS // _most_visits(N, M), MOST_ROWS // N))  # Rows whose visits fit in one list.
   while B % rows:
     rows -= 1
@@ -64,13 +71,14 @@ def _most_visits(N: int, M: int) -> int:
   return N * (M - N) + N * (N + 1) // 2
 
 
-def _visits(ids_BT, ids_BS, first_BN, block: int, by_keys: bool):
-  """(codes int32 [most visits], number of visits) in the order of queries, or of keys.
+def _visits(start_BT, gap_B2, M: int, block: int, by_keys: bool):
+  """(codes int32 [most visits], number of visits) in the order of queries, or of keys; M is a row's blocks of keys.
 
   FIRST and LAST mark the first and last visit of a block of queries (of keys, if `by_keys`). WHOLE marks a visit
-  before the diagonal with one document, which needs no mask.
+  in which every query sees every key.
   """
-  (B, N), M = first_BN.shape, ids_BS.shape[1] // block
+  first_BN = first_blocks(start_BT, block)
+  B, N = first_BN.shape
   n_N, m_M = jnp.arange(N, dtype=jnp.int32), jnp.arange(M, dtype=jnp.int32)
   if by_keys:
     # first_BN does not fall along a row, so the queries that see a block of keys are consecutive.
@@ -85,14 +93,13 @@ def _visits(ids_BT, ids_BS, first_BN, block: int, by_keys: bool):
   other_V = begin_BX.reshape(-1)[x_V] + place_V
   b_V = x_V // (M if by_keys else N)
   n_V, m_V = (other_V, x_V % M) if by_keys else (x_V % N, other_V)
-  low, high = (f(ids_BT.reshape(B * N, block), axis=1) for f in (jnp.min, jnp.max))
-  low_k, high_k = (f(ids_BS.reshape(B * M, block), axis=1) for f in (jnp.min, jnp.max))
-  row_V, key_V = jnp.clip(b_V * N + n_V, 0, B * N - 1), jnp.clip(b_V * M + m_V, 0, B * M - 1)
-  one_V = (low[row_V] == high[row_V]) & (low_k[key_V] == high_k[key_V]) & (low[row_V] == low_k[key_V])
-  whole_V = one_V & (low[row_V] > 0) & (m_V < n_V + M - N)
+  row_V, key_V = jnp.clip(b_V * N + n_V, 0, B * N - 1), jnp.clip(m_V, 0, M - 1)
+  seen_V = jnp.max(start_BT.reshape(B * N, block), axis=1)[row_V] <= key_V * block
+  (begin_V, end_V) = gap_B2[b_V].T
+  filled_V = ((key_V + 1) * block <= begin_V) | (key_V * block >= end_V)
+  whole_V = seen_V & filled_V & (key_V < n_V + M - N)
   flags_V = FIRST * (place_V == 0) + LAST * (place_V == count_X[x_V] - 1) + WHOLE * whole_V
-  code_V = (row_V << (KEY_BITS + FLAG_BITS)) + (jnp.clip(m_V, 0, M - 1) << FLAG_BITS) + flags_V
-  return code_V, jnp.sum(count_X)
+  return (row_V << (KEY_BITS + FLAG_BITS)) + (key_V << FLAG_BITS) + flags_V, jnp.sum(count_X)
 
 
 def _row(code):
@@ -114,68 +121,80 @@ def _dot(a, b, over: tuple[int, int]):
   )
 
 
-def _products(q_ref, k_ref, ids_q_ref, ids_k_ref, code, N: int, M: int, masked: bool, keys=None):
-  """fp32 products_MN of a visit's keys and queries, MASKED where they may not see each other.
+class Visit(NamedTuple):
+  """A block of queries with a block of keys.
 
-  Args:
-    keys: a slice of the block's keys with a start and an end, or None for all.
+  Attributes:
+    kind: one of PARTS.
+    first: place of the first key in its row.
+    gap: begin and end of the row's places without a key, of which some may be in the block.
   """
-  block = q_ref.shape[0]
-  keys = keys or slice(0, block)
-  product_MN = _dot(k_ref[keys, :], q_ref[...], (1, 1))
-  if not masked:
+
+  kind: str
+  first: jax.Array
+  gap: tuple[jax.Array, jax.Array]
+
+
+def _visit(code, gaps_ref, body, *, block: int, N: int, M: int):
+  """Calls body(Visit) in the branch of the visit's kind."""
+  row, key, whole = _row(code), _key(code), _is(code, WHOLE)
+  b, on_diagonal = jax.lax.div(row, N), key == jax.lax.rem(row, N) + M - N
+  here = functools.partial(Visit, first=key * block, gap=(gaps_ref[2 * b], gaps_ref[2 * b + 1]))
+  pl.when(whole)(lambda: body(here("whole")))
+  pl.when(~whole & ~on_diagonal)(lambda: body(here("border")))
+  pl.when(on_diagonal)(lambda: body(here("diagonal")))
+
+
+def _parts(block: int, part: int, kind: str) -> list[tuple[slice, slice]]:
+  """(keys, queries) of the parts of a visit. On the diagonal they leave out the queries before all of their keys."""
+  part = part if block % part == 0 else block
+  starts = range(0, block, part)
+  return [(slice(start, start + part), slice(start if kind == "diagonal" else 0, block)) for start in starts]
+
+
+def _products(visit: Visit, q_ref, k_ref, start_ref, keys: slice, queries: slice):
+  """fp32 products_MN of keys and queries of a visit, MASKED where they may not see each other."""
+  product_MN = _dot(k_ref[keys, :], q_ref[queries, :], (1, 1))
+  if visit.kind == "whole":
     return product_MN
-  # How many tokens the block of queries lies behind these keys.
-  behind = (jax.lax.rem(_row(code), N) + M - N - _key(code)) * block - keys.start
-  n, m = (jax.lax.broadcasted_iota(jnp.int32, product_MN.shape, axis) for axis in (1, 0))
-  see_MN = (ids_k_ref[keys, :] == ids_q_ref[...]) & (n + behind >= m)
-  return jnp.where(see_MN, product_MN, MASKED)
+  m_MN, n_MN = (jax.lax.broadcasted_iota(jnp.int32, product_MN.shape, axis) for axis in (0, 1))
+  before = visit.first + keys.start
+  start_1N = start_ref[:, queries] - before
+  if visit.kind == "diagonal":  # `queries` starts where `keys` does.
+    return jnp.where((m_MN >= start_1N) & (m_MN <= n_MN), product_MN, MASKED)
+  begin, end = (place - before for place in visit.gap)
+  m_MN = jnp.where((m_MN >= begin) & (m_MN < end), NO_KEY, m_MN)
+  return jnp.where(m_MN >= start_1N, product_MN, MASKED)
 
 
-def _scores(q_ref, *args):
-  """fp32 scores_MN of a visit, [keys, queries]; the arguments are those of _products."""
-  return _products(q_ref, *args) * q_ref.shape[-1] ** -0.5
-
-
-def _for_mask(code, body):
-  """Calls body(masked), without a mask where the visit needs none."""
-  pl.when(_is(code, WHOLE))(lambda: body(False))
-  pl.when(~_is(code, WHOLE))(lambda: body(True))
-
-
-def _forward_kernel(code_V, q_ref, k_ref, v_ref, ids_q_ref, ids_k_ref, y_ref, lse_ref, most, total, sums, *, N, M):
-  code = code_V[pl.program_id(1)]
+def _forward_kernel(codes, gaps_ref, q_ref, k_ref, v_ref, start_ref, y_ref, lse_ref, most, total, sums, *, N, M):
+  code, block = codes[pl.program_id(1)], q_ref.shape[0]
 
   @pl.when(_is(code, FIRST))
   def _():
-    most[...] = jnp.full_like(most, MASKED)
+    most[...] = jnp.full_like(most, UNSEEN)
     total[...] = jnp.zeros_like(total)
     sums[...] = jnp.zeros_like(sums)
 
   bits = q_ref.shape[-1] ** -0.5 * LOG2E  # A product times this is a score in powers of two.
 
-  def visit(masked: bool):
-    block = q_ref.shape[0]
-    part = MASKED_PART if masked else PART
-    part = part if block % part == 0 else block
-    parts = [slice(start, start + part) for start in range(0, block, part)]
-    products = functools.partial(_products, q_ref, k_ref, ids_q_ref, ids_k_ref, code, N, M, masked)
-    ahead = products(parts[0])
-    for keys, after in zip(parts, [*parts[1:], None], strict=True):
+  def add(visit: Visit):
+    parts = _parts(block, PARTS[visit.kind], visit.kind)
+    products = functools.partial(_products, visit, q_ref, k_ref, start_ref)
+    ahead = products(*parts[0])
+    for (keys, queries), after in zip(parts, [*parts[1:], None], strict=True):
       product_MN = ahead
       if after is not None:  # In front of the softmax that it overlaps with.
-        ahead = products(after)
-      old = most[...]
+        ahead = products(*after)
+      old = most[:, queries]
       new = jnp.maximum(old, jnp.max(product_MN, axis=0, keepdims=True) * bits)
       prob_MN = jnp.exp2(product_MN * bits - new)
-      if masked:  # A query that has seen no key has `new` near MASKED, and exp2(0) = 1.
-        prob_MN = jnp.where(product_MN > MASKED / 2, prob_MN, 0.0)
       scale = jnp.exp2(old - new)
-      most[...] = new
-      total[...] = total[...] * scale + jnp.sum(prob_MN, axis=0, keepdims=True)
-      sums[...] = sums[...] * scale + _dot(v_ref[keys, :], prob_MN.astype(v_ref.dtype), (0, 0))
+      most[:, queries] = new
+      total[:, queries] = total[:, queries] * scale + jnp.sum(prob_MN, axis=0, keepdims=True)
+      sums[:, queries] = sums[:, queries] * scale + _dot(v_ref[keys, :], prob_MN.astype(v_ref.dtype), (0, 0))
 
-  _for_mask(code, visit)
+  _visit(code, gaps_ref, add, block=block, N=N, M=M)
 
   @pl.when(_is(code, LAST))
   def _():
@@ -183,65 +202,69 @@ def _forward_kernel(code_V, q_ref, k_ref, v_ref, ids_q_ref, ids_k_ref, y_ref, ls
     lse_ref[...] = most[...] / LOG2E + jnp.log(total[...])
 
 
-def _dscores(score_MN, dy_ref, v_ref, lse_ref, mean_ref, dtype):
-  """(probabilities, gradients of the unscaled scores), [keys, queries], of dtype; masked pairs give 0."""
-  prob_MN = jnp.where(score_MN > MASKED / 2, jnp.exp(score_MN - lse_ref[...]), 0.0)
-  dprob_MN = _dot(v_ref[...], dy_ref[...], (1, 1))
-  dscore_MN = prob_MN * (dprob_MN - mean_ref[...]) * v_ref.shape[-1] ** -0.5
-  return prob_MN.astype(dtype), dscore_MN.astype(dtype)
+def _gradients(visit: Visit, refs, keys: slice, queries: slice):
+  """(probabilities, gradients of the scores), [keys, queries], of q's dtype; masked pairs give 0."""
+  q, k, v, start, dy, lse, mean = refs
+  score_MN = _products(visit, q, k, start, keys, queries) * q.shape[-1] ** -0.5
+  prob_MN = jnp.exp(score_MN - lse[:, queries])
+  dprob_MN = _dot(v[keys, :], dy[queries, :], (1, 1))
+  dscore_MN = prob_MN * (dprob_MN - mean[:, queries])
+  return prob_MN.astype(q.dtype), dscore_MN.astype(q.dtype)
 
 
-def _dq_kernel(code_V, q, k, v, ids_q, ids_k, dy, lse, mean, dq_ref, sums, *, N, M):
-  code = code_V[pl.program_id(1)]
+def _dq_kernel(codes, gaps_ref, *refs, N, M):
+  *read, dq_ref, sums = refs
+  code, (q, k, *_) = codes[pl.program_id(1)], read
 
   @pl.when(_is(code, FIRST))
   def _():
     sums[...] = jnp.zeros_like(sums)
 
-  def visit(masked: bool):
-    score_MN = _scores(q, k, ids_q, ids_k, code, N, M, masked)
-    _, dscore_MN = _dscores(score_MN, dy, v, lse, mean, q.dtype)
-    sums[...] += _dot(dscore_MN, k[...], (0, 0))
+  def add(visit: Visit):
+    for keys, queries in _parts(q.shape[0], BACKWARD_PARTS[visit.kind], visit.kind):
+      _, dscore_MN = _gradients(visit, read, keys, queries)
+      sums[queries, :] += _dot(dscore_MN, k[keys, :], (0, 0))
 
-  _for_mask(code, visit)
+  _visit(code, gaps_ref, add, block=q.shape[0], N=N, M=M)
 
   @pl.when(_is(code, LAST))
   def _():
-    dq_ref[...] = sums[...].astype(dq_ref.dtype)
+    dq_ref[...] = (sums[...] * q.shape[-1] ** -0.5).astype(dq_ref.dtype)
 
 
-def _dkv_kernel(code_V, q, k, v, ids_q, ids_k, dy, lse, mean, dk_ref, dv_ref, dk, dv, *, N, M):
+def _dkv_kernel(codes, gaps_ref, *refs, N, M):
   """The innermost grid dimension runs over the R query heads of a key-value head."""
-  code, r = code_V[pl.program_id(1)], pl.program_id(2)
+  *read, dk_ref, dv_ref, dk, dv = refs
+  code, r, (q, _, _, _, dy, *_) = codes[pl.program_id(1)], pl.program_id(2), read
 
   @pl.when(_is(code, FIRST) & (r == 0))
   def _():
     dk[...] = jnp.zeros_like(dk)
     dv[...] = jnp.zeros_like(dv)
 
-  def visit(masked: bool):
-    score_MN = _scores(q, k, ids_q, ids_k, code, N, M, masked)
-    prob_MN, dscore_MN = _dscores(score_MN, dy, v, lse, mean, q.dtype)
-    dk[...] += _dot(dscore_MN, q[...], (1, 0))
-    dv[...] += _dot(prob_MN, dy[...], (1, 0))
+  def add(visit: Visit):
+    for keys, queries in _parts(q.shape[0], BACKWARD_PARTS[visit.kind], visit.kind):
+      prob_MN, dscore_MN = _gradients(visit, read, keys, queries)
+      dk[keys, :] += _dot(dscore_MN, q[queries, :], (1, 0))
+      dv[keys, :] += _dot(prob_MN, dy[queries, :], (1, 0))
 
-  _for_mask(code, visit)
+  _visit(code, gaps_ref, add, block=q.shape[0], N=N, M=M)
 
   @pl.when(_is(code, LAST) & (r == pl.num_programs(2) - 1))
   def _():
-    dk_ref[...] = dk[...].astype(dk_ref.dtype)
+    dk_ref[...] = (dk[...] * q.shape[-1] ** -0.5).astype(dk_ref.dtype)
     dv_ref[...] = dv[...].astype(dv_ref.dtype)
 
 
 def _specs(block: int, N: int, H: int, R: int, inner: bool) -> dict[str, pl.BlockSpec]:
-  """Block specs: of q and y, of k and v, of the ids, and of one number a query.
+  """Block specs: of q and y, of k and v, of one number a query of all heads, and of one number a query and head.
 
   The grid is (query heads, visits), or if `inner` (key-value heads, visits, their R query heads).
   """
 
   def spec(shape, place):
     def index(head, v, *rest):
-      code = rest[-1][v]
+      code = rest[-2][v]
       # lax.div and lax.rem round towards 0, as integer division on a TPU does; the operands are not negative.
       own = (head * R + rest[0], head) if inner else (head, jax.lax.div(head, R))
       return place(jax.lax.div(_row(code), N), *own, jax.lax.rem(_row(code), N), _key(code))
@@ -251,86 +274,85 @@ def _specs(block: int, N: int, H: int, R: int, inner: bool) -> dict[str, pl.Bloc
   return dict(
     q=spec((None, None, block, H), lambda b, h, k, n, m: (b, h, n, 0)),
     kv=spec((None, None, block, H), lambda b, h, k, n, m: (b, k, m, 0)),
-    ids_q=spec((None, 1, block), lambda b, h, k, n, m: (b, 0, n)),
-    ids_k=spec((None, block, 1), lambda b, h, k, n, m: (b, m, 0)),
+    start=spec((None, 1, block), lambda b, h, k, n, m: (b, 0, n)),
     of_q=spec((None, None, 1, block), lambda b, h, k, n, m: (b, h, 0, n)),
   )
 
 
-def _call(kernel, name, visits, arrays, outputs, scratch, heads, interpret, inner=()):
+def _call(kernel, name, visits, gap_B2, arrays, outputs, scratch, heads, interpret, inner=()):
   """Runs a kernel over (heads, visits, *inner). `arrays` and `outputs` are (array or its shape, block spec)."""
   codes, count = visits
   return pl.pallas_call(
     kernel, name=name, interpret=interpret,
     out_shape=[shape for shape, _ in outputs],
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1, grid=(heads, count, *inner), in_specs=[spec for _, spec in arrays],
+      num_scalar_prefetch=2, grid=(heads, count, *inner), in_specs=[spec for _, spec in arrays],
       out_specs=[spec for _, spec in outputs], scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", *("arbitrary" for _ in inner)), vmem_limit_bytes=VMEM
     ),
-  )(codes, *(array for array, _ in arrays))  # fmt: skip
+  )(codes, gap_B2.reshape(-1), *(array for array, _ in arrays))  # fmt: skip
 
 
-def _inputs(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, block: int, inner: bool = False):
+def _inputs(q_BKRTH, k_BKSH, v_BKSH, start_BT, block: int, inner: bool = False):
   """(block specs, [(array, its spec)] of what every kernel reads)."""
   B, K, R, T, H = q_BKRTH.shape
   specs = _specs(block, T // block, H, R, inner)
   q = q_BKRTH.reshape(B, K * R, T, H)
-  named = dict(q=q, k=k_BKSH, v=v_BKSH, ids_q=ids_BT[:, None], ids_k=ids_BS[..., None])
+  named = dict(q=q, k=k_BKSH, v=v_BKSH, start=start_BT[:, None])
   return specs, [(array, specs["kv" if name in "kv" else name]) for name, array in named.items()]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, block, interpret):
-  return _forward(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, block, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q_BKRTH, k_BKSH, v_BKSH, start_BT, gap_B2, block, interpret):
+  return _forward(q_BKRTH, k_BKSH, v_BKSH, start_BT, gap_B2, block, interpret)[0]
 
 
-def _forward(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, block, interpret):
+def _forward(q_BKRTH, k_BKSH, v_BKSH, start_BT, gap_B2, block, interpret):
   B, K, R, T, H = q_BKRTH.shape
-  specs, read = _inputs(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, block)
-  kernel = functools.partial(_forward_kernel, N=T // block, M=k_BKSH.shape[2] // block)
+  sizes = dict(N=T // block, M=k_BKSH.shape[2] // block)
+  specs, read = _inputs(q_BKRTH, k_BKSH, v_BKSH, start_BT, block)
   y, lse = _call(
-    kernel, "attention_forward", _visits(ids_BT, ids_BS, first_BN, block, by_keys=False), read,
+    functools.partial(_forward_kernel, **sizes), "attention_forward",
+    _visits(start_BT, gap_B2, sizes["M"], block, by_keys=False), gap_B2, read,
     [
       (like(q_BKRTH, (B, K * R, T, H), v_BKSH.dtype), specs["q"]),
       (like(q_BKRTH, (B, K * R, 1, T), jnp.float32), specs["of_q"]),
     ],
     [(1, block), (1, block), (H, block)], K * R, interpret,
   )  # fmt: skip
-  return y.reshape(q_BKRTH.shape), (q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, y, lse)
+  return y.reshape(q_BKRTH.shape), (q_BKRTH, k_BKSH, v_BKSH, start_BT, gap_B2, y, lse)
 
 
 def _backward(block, interpret, saved, dy_BKRTH):
-  *arrays, first_BN, y, lse = saved
-  q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS = arrays
+  q_BKRTH, k_BKSH, v_BKSH, start_BT, gap_B2, y, lse = saved
   _, K, R, T, H = q_BKRTH.shape
   sizes = dict(N=T // block, M=k_BKSH.shape[2] // block)
   dy = dy_BKRTH.reshape(y.shape)
   # The row sums of probabilities times their gradients.
   mean = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)[:, :, None]
   of_queries = lambda specs: [(dy, specs["q"]), (lse, specs["of_q"]), (mean, specs["of_q"])]
+  visits = functools.partial(_visits, start_BT, gap_B2, sizes["M"], block)
+  arrays = q_BKRTH, k_BKSH, v_BKSH, start_BT
 
   specs, read = _inputs(*arrays, block)
-  visits = _visits(ids_BT, ids_BS, first_BN, block, by_keys=False)
   (dq,) = _call(
-    functools.partial(_dq_kernel, **sizes), "attention_dq", visits, read + of_queries(specs),
+    functools.partial(_dq_kernel, **sizes), "attention_dq", visits(by_keys=False), gap_B2, read + of_queries(specs),
     [(like(q_BKRTH, y.shape, q_BKRTH.dtype), specs["q"])], [(block, H)], K * R, interpret,
   )  # fmt: skip
 
   specs, read = _inputs(*arrays, block, inner=True)
-  visits = _visits(ids_BT, ids_BS, first_BN, block, by_keys=True)
   out = [(like(q_BKRTH, a.shape, a.dtype), specs["kv"]) for a in (k_BKSH, v_BKSH)]
   dk, dv = _call(
-    functools.partial(_dkv_kernel, **sizes), "attention_dkv", visits, read + of_queries(specs),
+    functools.partial(_dkv_kernel, **sizes), "attention_dkv", visits(by_keys=True), gap_B2, read + of_queries(specs),
     out, [(block, H), (block, H)], K, interpret, inner=(R,),
   )  # fmt: skip
   # Blocks of earlier keys that no query sees are not visited, so nothing is written there.
-  seen_BM = jnp.any(first_BN[:, None] <= jnp.arange(sizes["M"])[None, :, None], axis=2)
+  seen_BM = jnp.any(first_blocks(start_BT, block)[:, None] <= jnp.arange(sizes["M"])[None, :, None], axis=2)
   seen_BS = jnp.repeat(seen_BM, block, axis=1)[:, None, :, None]
   dk, dv = (jnp.where(seen_BS, d, 0) for d in (dk, dv))
-  return dq.reshape(q_BKRTH.shape), dk, dv, None, None, None
+  return dq.reshape(q_BKRTH.shape), dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)
