@@ -18,9 +18,8 @@ PACKINGS = {"one": [1] * 22, "several": [1] * 3 + [2] * 9 + [3] * 10, "padded": 
 
 @pytest.fixture(autouse=True)
 def several_parts_of_a_block(monkeypatch):
-  """The TPU form handles the keys of a block of 4 in two parts, in visits of all kinds."""
-  for name in ("PARTS", "BACKWARD_PARTS"):
-    monkeypatch.setattr(attention_tpu, name, dict.fromkeys(getattr(attention_tpu, name), 2))
+  """The TPU form divides the visits of blocks of 4."""
+  monkeypatch.setattr(attention_tpu, "PARTS", dict.fromkeys(attention_tpu.PARTS, (2, 2)))
 
 
 def inputs(packing, dtype=jnp.float32):

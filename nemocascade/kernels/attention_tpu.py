@@ -8,6 +8,7 @@ The softmax is online and the gradient recomputes probabilities (FlashAttention,
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,10 +21,14 @@ from nemocascade.kernels.pallas_product import VMEM, like
 from nemocascade.kernels.product import precision
 
 LOG2E = 1.4426950408889634
-# Kind of visit -> keys whose products are computed while the softmax of those before runs, chosen by v5p's schedule.
-# Of a "whole" visit every query sees every key. A "border" visit lies before the diagonal, and documents begin in it.
-PARTS = {"whole": 128, "border": 512, "diagonal": 256}
-BACKWARD_PARTS = {"whole": 1024, "border": 1024, "diagonal": 512}
+KINDS = (
+  "whole",
+  "border",
+  "diagonal",
+)  # Every query sees every key; a document begins in it; it has the queries' keys.
+# Kernel -> keys and queries of a part of a visit, chosen by the schedules for v5p. The gradients' kernels divide only
+# visits on the diagonal.
+PARTS = {"attention_forward": (128, 256), "attention_dq": (256, 1024), "attention_dkv": (256, 1024)}
 NO_KEY = -(1 << 30)  # Place of what is not a key: before the first key of any query.
 UNSEEN = MASKED / 1024  # Highest score so far of a query that has seen no key: exp2(MASKED - UNSEEN) is 0.
 MOST_VISITS = 1 << 17  # Entries of a list of visits, of 4 bytes each, in scalar memory.
@@ -125,7 +130,7 @@ class Visit(NamedTuple):
   """A block of queries with a block of keys.
 
   Attributes:
-    kind: one of PARTS.
+    kind: one of KINDS.
     first: place of the first key in its row.
     gap: begin and end of the row's places without a key, of which some may be in the block.
   """
@@ -139,17 +144,26 @@ def _visit(code, gaps_ref, body, *, block: int, N: int, M: int):
   """Calls body(Visit) in the branch of the visit's kind."""
   row, key, whole = _row(code), _key(code), _is(code, WHOLE)
   b, on_diagonal = jax.lax.div(row, N), key == jax.lax.rem(row, N) + M - N
-  here = functools.partial(Visit, first=key * block, gap=(gaps_ref[2 * b], gaps_ref[2 * b + 1]))
-  pl.when(whole)(lambda: body(here("whole")))
-  pl.when(~whole & ~on_diagonal)(lambda: body(here("border")))
-  pl.when(on_diagonal)(lambda: body(here("diagonal")))
+  gap = gaps_ref[2 * b], gaps_ref[2 * b + 1]
+  for kind, when in zip(KINDS, (whole, ~whole & ~on_diagonal, on_diagonal), strict=True):
+    pl.when(when)(functools.partial(body, Visit(kind, key * block, gap)))
 
 
-def _parts(block: int, part: int, kind: str) -> list[tuple[slice, slice]]:
-  """(keys, queries) of the parts of a visit. On the diagonal they leave out the queries before all of their keys."""
-  part = part if block % part == 0 else block
-  starts = range(0, block, part)
-  return [(slice(start, start + part), slice(start if kind == "diagonal" else 0, block)) for start in starts]
+def _parts(kernel: str, kind: str, block: int) -> list[tuple[slice, slice]]:
+  """(keys, queries) of the parts of a visit. On the diagonal they leave out most pairs of a query and a later key."""
+  if kernel != "attention_forward" and kind != "diagonal":
+    return [(slice(0, block), slice(0, block))]
+  keys, queries = (size if block % size == 0 else block for size in PARTS[kernel])
+  starts = itertools.product(range(0, block, keys), range(0, block, queries))
+  if kind != "diagonal":
+    return [(slice(m, m + keys), slice(n, n + queries)) for m, n in starts]
+  return [(slice(m, m + keys), slice(max(m, n), n + queries)) for m, n in starts if n + queries > m]
+
+
+def diagonal_share(kernel: str, block: int) -> float:
+  """The share of a block's pairs of a query and a key that a kernel computes on the diagonal."""
+  parts = _parts(kernel, "diagonal", block)
+  return sum((m.stop - m.start) * (n.stop - n.start) for m, n in parts) / block**2
 
 
 def _products(visit: Visit, q_ref, k_ref, start_ref, keys: slice, queries: slice):
@@ -160,8 +174,11 @@ def _products(visit: Visit, q_ref, k_ref, start_ref, keys: slice, queries: slice
   m_MN, n_MN = (jax.lax.broadcasted_iota(jnp.int32, product_MN.shape, axis) for axis in (0, 1))
   before = visit.first + keys.start
   start_1N = start_ref[:, queries] - before
-  if visit.kind == "diagonal":  # `queries` starts where `keys` does.
-    return jnp.where((m_MN >= start_1N) & (m_MN <= n_MN), product_MN, MASKED)
+  if visit.kind == "diagonal":
+    see_MN = m_MN >= start_1N
+    if queries.start < keys.stop - 1:
+      see_MN &= m_MN + (keys.start - queries.start) <= n_MN
+    return jnp.where(see_MN, product_MN, MASKED)
   begin, end = (place - before for place in visit.gap)
   m_MN = jnp.where((m_MN >= begin) & (m_MN < end), NO_KEY, m_MN)
   return jnp.where(m_MN >= start_1N, product_MN, MASKED)
@@ -179,20 +196,28 @@ def _forward_kernel(codes, gaps_ref, q_ref, k_ref, v_ref, start_ref, y_ref, lse_
   bits = q_ref.shape[-1] ** -0.5 * LOG2E  # A product times this is a score in powers of two.
 
   def add(visit: Visit):
-    parts = _parts(block, PARTS[visit.kind], visit.kind)
+    parts = _parts("attention_forward", visit.kind, block)
     products = functools.partial(_products, visit, q_ref, k_ref, start_ref)
-    ahead = products(*parts[0])
+
+    def weigh(keys, queries, prob_MN, scale_1N):
+      sums[:, queries] = sums[:, queries] * scale_1N + _dot(v_ref[keys, :], prob_MN, (0, 0))
+
+    # While the softmax of a part runs, the products of the next one and the weighted sum of the last are computed.
+    ahead, behind = products(*parts[0]), None
     for (keys, queries), after in zip(parts, [*parts[1:], None], strict=True):
       product_MN = ahead
-      if after is not None:  # In front of the softmax that it overlaps with.
+      if after is not None:
         ahead = products(*after)
+      if behind is not None:
+        weigh(*behind)
       old = most[:, queries]
       new = jnp.maximum(old, jnp.max(product_MN, axis=0, keepdims=True) * bits)
       prob_MN = jnp.exp2(product_MN * bits - new)
-      scale = jnp.exp2(old - new)
+      scale_1N = jnp.exp2(old - new)
       most[:, queries] = new
-      total[:, queries] = total[:, queries] * scale + jnp.sum(prob_MN, axis=0, keepdims=True)
-      sums[:, queries] = sums[:, queries] * scale + _dot(v_ref[keys, :], prob_MN.astype(v_ref.dtype), (0, 0))
+      total[:, queries] = total[:, queries] * scale_1N + jnp.sum(prob_MN, axis=0, keepdims=True)
+      behind = keys, queries, prob_MN.astype(v_ref.dtype), scale_1N
+    weigh(*behind)
 
   _visit(code, gaps_ref, add, block=block, N=N, M=M)
 
@@ -221,7 +246,7 @@ def _dq_kernel(codes, gaps_ref, *refs, N, M):
     sums[...] = jnp.zeros_like(sums)
 
   def add(visit: Visit):
-    for keys, queries in _parts(q.shape[0], BACKWARD_PARTS[visit.kind], visit.kind):
+    for keys, queries in _parts("attention_dq", visit.kind, q.shape[0]):
       _, dscore_MN = _gradients(visit, read, keys, queries)
       sums[queries, :] += _dot(dscore_MN, k[keys, :], (0, 0))
 
@@ -243,7 +268,7 @@ def _dkv_kernel(codes, gaps_ref, *refs, N, M):
     dv[...] = jnp.zeros_like(dv)
 
   def add(visit: Visit):
-    for keys, queries in _parts(q.shape[0], BACKWARD_PARTS[visit.kind], visit.kind):
+    for keys, queries in _parts("attention_dkv", visit.kind, q.shape[0]):
       prob_MN, dscore_MN = _gradients(visit, read, keys, queries)
       dk[keys, :] += _dot(dscore_MN, q[queries, :], (1, 0))
       dv[keys, :] += _dot(prob_MN, dy[queries, :], (1, 0))
