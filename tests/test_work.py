@@ -45,6 +45,13 @@ def test_attention_counts_the_blocks_that_its_documents_meet(document, blocks):
   assert flops(attention, q, k, k, ids, document=document) == 2 * 2 * blocks * 128**2 * 8 * 2
 
 
+def test_attention_counts_the_parts_that_it_computes_on_the_diagonal():
+  """Documents of 2,048 tokens are two blocks, of which parts of 128 keys leave out the queries before them."""
+  ids, q, k = ((1, 16_384), jnp.int32), f32(1, 16_384, 1, 2, 8), f32(1, 16_384, 1, 8)
+  pairs = 8 * (1024**2 + 2 * sum(128 * (1024 - start) for start in range(0, 1024, 128)))
+  assert flops(attention, q, k, k, ids, document=2_048) == 2 * 2 * pairs * 8 * 2
+
+
 def test_work_inside_shard_map_counts_on_all_its_devices():
   mesh = make_mesh(data=4, expert=2)
   spec = jax.sharding.PartitionSpec(("data", "expert"))

@@ -24,6 +24,7 @@ from experiments.bench.kernels import TOKENS, D, E, F, X
 from nemocascade.errors import UserError
 from nemocascade.kernels import routed_matmul_tpu as tpu
 from nemocascade.kernels.attention import attention
+from nemocascade.kernels.attention_tpu import KINDS
 from nemocascade.kernels.groups import group_bounds
 from nemocascade.kernels.routed_mlp_sorted import relu2, weigh
 
@@ -82,12 +83,13 @@ def cases() -> Iterator[dict]:
 def attention_cases() -> Iterator[dict]:
   """Yields the share of matmul slots that each kernel of attention uses in a visit, beside all slots.
 
-  A visit has two stretches of instructions: without a mask, for blocks within a document, and a longer one with it.
+  Each kind of visit has a stretch of instructions of its own, in the order of attention_tpu.KINDS.
   """
   with _dump("attention") as place:
     for kernel in ("forward", "dq", "dkv"):
-      visits = sorted(_stretches(place, f"attention_{kernel}"), reverse=True)[:2]
-      for name, (busy, bundles) in zip(("within", "masked"), sorted(visits, key=lambda of: of[1]), strict=True):
+      found = list(enumerate(_stretches(place, f"attention_{kernel}")))
+      visits = sorted(sorted(found, key=lambda of: of[1], reverse=True)[: len(KINDS)])
+      for name, (_, (busy, bundles)) in zip(KINDS, visits, strict=True):
         yield dict(
           case=f"attention_{kernel}_{name}_slots", ours=busy / bundles, peer=1.0, peer_name="every slot used",
           unit=f"share of matmul slots, {bundles} bundles, {cores_of(place, kernel)} cores", ratio=busy / bundles,

@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.attention_blocks import blocks_touched
-from nemocascade.kernels.attention_tpu import choose_block
+from nemocascade.kernels.attention_tpu import choose_block, diagonal_share
 from nemocascade.model.size import matmul_params
 
 DOCUMENT = 14_336  # Mean tokens of a document in the counts: about that of the released SFT data.
@@ -98,7 +98,7 @@ def _product(eqn) -> float:
 
 
 def _kernel(eqn, document: int) -> float:
-  """Operations of a Pallas kernel: its estimate, or those of the blocks that attention meets."""
+  """Operations of a Pallas kernel: its estimate, or those of the parts of blocks that attention meets."""
   name = str(eqn.params["name"])
   if name not in ATTENTION:
     return float(eqn.params["cost_estimate"].flops)
@@ -106,5 +106,5 @@ def _kernel(eqn, document: int) -> float:
   (B, heads, T, H), (_, _, S, _), *_ = (v.aval.shape for v in eqn.invars if v.aval.ndim == 4)
   block = choose_block(T)
   ids_1S = np.arange(S, dtype=np.int32)[None] // document + 1
-  met = int(blocks_touched(ids_1S, block)[0]) * T / S
+  met = int(blocks_touched(ids_1S, block)[0]) * T / S - -(-T // block) * (1 - diagonal_share(name, block))
   return 2.0 * ATTENTION[name] * B * met * block**2 * H * heads
