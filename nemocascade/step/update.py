@@ -49,7 +49,10 @@ def apply_gradients(
     "norm/param": norm(params),
   }
   finite = jnp.all(jnp.isfinite(jnp.stack([jnp.asarray(x, jnp.float32) for x in (loss, *metrics.values())])))
-  _, opt_state, params = attempt(grads, state.opt_state, state.params)
+  _, opt_state, again = attempt(grads, state.opt_state, state.params)
+  # A CPU has memory for the parameters of the first pass. Then only the moments' own updates read the old moments in
+  # the second pass, and XLA updates them in place instead of copying them before.
+  params = jax.lax.platform_dependent(params, again, cpu=lambda first, _: first, default=lambda _, second: second)
   keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
   params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
   metrics[SKIPPED] = 1.0 - finite.astype(jnp.float32)
