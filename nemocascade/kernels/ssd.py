@@ -9,9 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from nemocascade.errors import unknown
+from nemocascade.kernels import ssd_channels
 from nemocascade.kernels.product import einsum, einsum_fp32
 from nemocascade.segments import segment_starts
 
+FORMS = ("tokens", "channels")
 UNROLLED = 4  # Chunks per iteration of the scan between chunks: each is little work.
 
 
@@ -62,14 +65,22 @@ def _prepare(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT):
   return x_BTMP, log_decay_BTM, b_BTMN, c_BTMN, jnp.zeros((B, M, P, b_BTUN.shape[3]), jnp.float32)
 
 
-def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial_state=None):
+def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial_state=None, form: str | None = None):
   """`ssd_ref` in chunks of at most `chunk` tokens: products inside chunks, a scan from chunk to chunk.
 
   T is any length: the last chunk is padded. Memory is T x chunk per head, not T x T. Products of pairs of
   tokens, products of tokens with a chunk's state, and their gradients are in b's dtype with fp32 sums, as in
   Mamba-2's own kernels. Running sums of log decays, decays, states and sums by head are always fp32.
   Source: Mamba-2 (Dao and Gu, 2024), section 6.
+
+  Args:
+    form: one of FORMS; by default `channels` on CPUs and `tokens` elsewhere.
+
+  Raises:
+    UserError: unknown form.
   """
+  if form is not None and form not in FORMS:
+    raise unknown("form of the SSD scan", form, FORMS)
   B, T, M, P = x_BTMP.shape
   U, N = b_BTUN.shape[2:]
   R, Z = M // U, -(-T // chunk)
@@ -79,28 +90,33 @@ def ssd(x_BTMP, log_decay_BTM, b_BTUN, c_BTUN, segment_ids_BT, *, chunk, initial
   if initial_state is not None:
     forget_BT = forget_BT.at[:, 0].set(False)
 
-  def cut(v):  # [B, T, U, ...] -> [B, U, Z, C, ...]
+  def cut(v):  # [B, T, U, ...] -> [B, Z, C, U, ...]
     v = jnp.pad(v, [(0, 0), (0, Z * C - T)] + [(0, 0)] * (v.ndim - 2))
-    return jnp.moveaxis(v.reshape(B, Z, C, *v.shape[2:]), 3, 1)
+    return v.reshape(B, Z, C, *v.shape[2:])
 
   x = cut(jnp.where(real_BT[..., None, None], x_BTMP, 0.0).astype(b_BTUN.dtype).reshape(B, T, U, R * P))
-  a = jnp.swapaxes(
-    cut(jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0).reshape(B, T, U, R)), -1, -2
-  )
-  b, c = cut(b_BTUN), cut(c_BTUN)
+  a = cut(jnp.where(real_BT[..., None], log_decay_BTM.astype(jnp.float32), 0.0).reshape(B, T, U, R))
   # Number of each token's document within its chunk; 0 is one that began before the chunk. Padding belongs to
   # the document before it.
   doc = _running_sum(jnp.pad(forget_BT, ((0, 0), (0, Z * C - T))).astype(jnp.float32).reshape(B, Z, C))
-  first = None
-  if initial_state is not None:
-    first = jnp.swapaxes(initial_state.astype(jnp.float32).reshape(B, U, R * P, N), -1, -2)
+  first = () if initial_state is None else (initial_state.astype(jnp.float32).reshape(B, U, R * P, N),)
+  arrays = x, a, cut(b_BTUN), cut(c_BTUN), doc, *first
+  if form is None:
+    y, state = jax.lax.platform_dependent(*arrays, cpu=ssd_channels.chunked, default=_tokens)
+  else:
+    y, state = (ssd_channels.chunked if form == "channels" else _tokens)(*arrays)
+  return y.reshape(B, Z * C, M, P)[:, :T], state.reshape(B, M, P, N)
 
-  y, last = _chunked(x, a, b, c, doc, first)
+
+def _tokens(x, a, b, c, doc, first=None):
+  """The form with tokens before channels; see ssd_channels.chunked."""
+  x, a, b, c = (jnp.moveaxis(v, 3, 1) for v in (x, a, b, c))
+  a = jnp.swapaxes(a, -1, -2)
+  y, last = _chunked(x, a, b, c, doc, None if first is None else jnp.swapaxes(first, -1, -2))
   # The final state is computed outside `_chunked`, so that XLA drops it where it is unused.
   _, to_end, _, whole = _decays(a[:, :, -1:], doc[:, -1:])
   state = _by_head(last, whole[:, :, 0, None]) + _added(b[:, :, -1:], x[:, :, -1:], to_end)[:, :, 0]
-  y = jnp.moveaxis(y, 1, 3).reshape(B, Z * C, M, P)
-  return y[:, :T], jnp.swapaxes(state, -1, -2).reshape(B, M, P, N)
+  return jnp.moveaxis(y, 1, 3), jnp.swapaxes(state, -1, -2)
 
 
 def ssd_summary(x_BTMP, log_decay_BTM, b_BTUN, segment_ids_BT, starts_BT):

@@ -29,10 +29,17 @@ def constant(init, *axes):
 
 def rms_norm(x, weight, eps: float):
   """x / rms(x) * weight over the last axis, in fp32, back in x's dtype."""
+  shape, x = x.shape, without_ones(x, weight.ndim)
   x32 = x.astype(jnp.float32)
   x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
   weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
-  return (x32 * weight).astype(x.dtype)
+  return (x32 * weight).astype(x.dtype).reshape(shape)
+
+
+def without_ones(x, kept: int):
+  """x without axes of length 1 before its last `kept` axes: XLA on CPUs sums [1, T, D] over T far slower than [T, D]."""
+  first = x.ndim - kept
+  return x.reshape(*(n for n in x.shape[:first] if n > 1), *x.shape[first:])
 
 
 def relu2(x):
