@@ -14,7 +14,7 @@ from nemocascade.config import ModelConfig
 from nemocascade.kernels import ssd as kernel
 from nemocascade.kernels.causal_conv import causal_conv
 from nemocascade.kernels.product import product
-from nemocascade.model.layers import constant, normal, rms_norm
+from nemocascade.model.layers import constant, normal, rms_norm, without_ones
 from nemocascade.model.sequence_parallel import layout
 
 
@@ -92,6 +92,7 @@ class Mamba(nn.Module):
     y, x: [..., M, P]; z: [..., I].
     """
     c = self.config
+    y, x = without_ones(y, 2), without_ones(x, 2)
     skip = self.D.astype(jnp.float32).reshape((1,) * (y.ndim - 2) + (-1, 1))
     y = (y + skip * x.astype(jnp.float32)).astype(z.dtype).reshape(z.shape)
     gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
@@ -105,8 +106,9 @@ class Mamba(nn.Module):
     z, xbc_in, dt = self._project(x_BTD)
     xbc = on.causal_conv(xbc_in, self.conv1d, self.conv1d_bias, segment_ids_BT, before and before["conv_BWC"])
     x, b, c = self._split(xbc)
+    by_dt = without_ones(x, 2).astype(jnp.float32) * without_ones(dt, 1)[..., None]
     y, state = on.ssd(
-      x.astype(jnp.float32) * dt[..., None], self._log_decay(dt), b, c, segment_ids_BT,
+      by_dt.reshape(x.shape), self._log_decay(dt), b, c, segment_ids_BT,
       chunk=self.config.chunk_size, initial_state=before and before["ssm_BMPN"],
     )  # fmt: skip
     return self._finish(y, x, z), state, xbc_in
