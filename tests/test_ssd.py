@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nemocascade.kernels.ssd import ssd, ssd_ref
+from nemocascade.errors import UserError
+from nemocascade.kernels.ssd import FORMS, ssd, ssd_ref
 
 T = 32
 PACKINGS = {
@@ -28,10 +29,10 @@ def inputs(packing, B=2, M=4, P=3, U=2, N=5):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("chunk", [1, 7, 8, 32])
-def test_chunked_is_recurrent(packing, chunk):
+@pytest.mark.parametrize("chunk, form", [(1, "channels"), (7, "tokens"), (8, "channels"), (32, "tokens")])
+def test_chunked_is_recurrent(packing, chunk, form):
   args = inputs(packing)
-  y, state = jax.jit(lambda *a: ssd(*a, chunk=chunk))(*args)
+  y, state = jax.jit(lambda *a: ssd(*a, chunk=chunk, form=form))(*args)
   y_ref, state_ref = jax.jit(ssd_ref)(*args)
   real = (args[-1] > 0)[..., None, None]
   # fp32 sums of up to 32 terms in another order.
@@ -40,9 +41,9 @@ def test_chunked_is_recurrent(packing, chunk):
 
 
 @functools.cache
-def gradient_fn(chunk, goes_on, to_the_end):
+def gradient_fn(chunk, goes_on, to_the_end, form=None):
   """Gradient of a function of y and the final state, in chunks, or token by token if `chunk` is None."""
-  fn = functools.partial(ssd, chunk=chunk) if chunk else ssd_ref
+  fn = functools.partial(ssd, chunk=chunk, form=form) if chunk else ssd_ref
 
   def loss(floats, segment_ids_BT):
     *floats, before = floats if goes_on else (*floats, None)
@@ -54,15 +55,17 @@ def gradient_fn(chunk, goes_on, to_the_end):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("chunk", [3, 8, 32])
+@pytest.mark.parametrize("chunk", [3, 32])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("to_the_end", [False, True])
-def test_chunked_is_recurrent_in_gradient(packing, chunk, goes_on, to_the_end):
+def test_chunked_is_recurrent_in_gradient(packing, chunk, form, goes_on, to_the_end):
   """With and without an initial state, and with and without a loss on the final state."""
   *floats, segment_ids_BT = inputs(packing)
   if goes_on:
     floats.append(jax.random.normal(jax.random.key(5), (2, 4, 3, 5)))
-  got, expected = (gradient_fn(c, goes_on, to_the_end)(floats, segment_ids_BT) for c in (chunk, None))
+  got = gradient_fn(chunk, goes_on, to_the_end, form)(floats, segment_ids_BT)
+  expected = gradient_fn(None, goes_on, to_the_end)(floats, segment_ids_BT)
   chex.assert_trees_all_close(got, expected, atol=1e-4)
 
 
@@ -75,16 +78,21 @@ def test_a_state_handed_on_continues_the_document():
   chex.assert_trees_all_close((rest, end_), (whole[:, 13:], end), atol=2e-5)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_unknown_form_is_refused():
+  with pytest.raises(UserError, match="form of the SSD scan"):
+    ssd(*inputs("padded"), chunk=8, form="groups")
+
+
+@pytest.mark.parametrize("packing, form", [(packing, FORMS[i % 2]) for i, packing in enumerate(PACKINGS)])
 @pytest.mark.parametrize("goes_on", [False, True])
-def test_bf16_products_are_close_to_the_recurrence(packing, goes_on):
+def test_bf16_products_are_close_to_the_recurrence(packing, form, goes_on):
   """bf16 b and c make the products bf16; values and gradients keep two digits of the fp32 recurrence."""
   x, decay, b, c, segment_ids_BT = inputs(packing)
   b, c = b.astype(jnp.bfloat16), c.astype(jnp.bfloat16)
   floats = [x.astype(jnp.bfloat16).astype(jnp.float32), decay, b, c]
   if goes_on:
     floats.append(jax.random.normal(jax.random.key(5), (2, 4, 3, 5)))
-  got = gradient_fn(8, goes_on, True)(floats, segment_ids_BT)
+  got = gradient_fn(8, goes_on, True, form)(floats, segment_ids_BT)
   wide = [a.astype(jnp.float32) for a in floats]
   expected = gradient_fn(None, goes_on, True)(wide, segment_ids_BT)
   for one, other, given in zip(got, expected, floats, strict=True):

@@ -67,11 +67,11 @@ def _forward(q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, block):
     zero = jnp.zeros((K, R, block), jnp.float32)
     carry = zero + MASKED, zero, jnp.zeros((K, R, block, H), jnp.float32)
     most, total, y = jax.lax.fori_loop(first_BN[b, i], before // block + i + 1, add, carry)
-    return (y / total[..., None]).astype(v_BKSH.dtype), most + jnp.log(total)
+    return y / total[..., None], most + jnp.log(total)
 
-  y, lse = jax.lax.map(of_block, jnp.arange(B * (T // block)))
+  y, lse = jax.lax.map(of_block, jnp.arange(B * (T // block)))  # fp32: XLA on CPUs writes bf16 slowly in loops.
   together = lambda a: jnp.moveaxis(a.reshape(B, T // block, *a.shape[1:]), 1, 3).reshape(B, K, R, T, *a.shape[4:])
-  y_BKRTH = together(y)
+  y_BKRTH = together(y.astype(v_BKSH.dtype))
   return y_BKRTH, (q_BKRTH, k_BKSH, v_BKSH, ids_BT, ids_BS, first_BN, y_BKRTH, together(lse))
 
 
@@ -104,11 +104,11 @@ def _backward(block, saved, dy_BKRTH):
 
     dq = jnp.zeros((K, R, block, H), jnp.float32)
     dq, *dkv = jax.lax.fori_loop(first_BN[b, i], before // block + i + 1, add, (dq, *dkv))
-    return tuple(dkv), dq.astype(q.dtype)
+    return tuple(dkv), dq
 
   dkv = (jnp.zeros(k_BKSH.shape, jnp.float32),) * 2
   (dk, dv), dq = jax.lax.scan(of_block, dkv, jnp.arange(B * (T // block)))
-  dq_BKRTH = jnp.moveaxis(dq.reshape(B, T // block, K, R, block, H), 1, 3).reshape(q_BKRTH.shape)
+  dq_BKRTH = jnp.moveaxis(dq.astype(q_BKRTH.dtype).reshape(B, T // block, K, R, block, H), 1, 3).reshape(q_BKRTH.shape)
   return dq_BKRTH, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None, None, None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from nemocascade.kernels import product as products
 from nemocascade.kernels.groups import group_tiles, row_experts
 from nemocascade.kernels.routed_matmul_blocked import choose_block
-from nemocascade.kernels.routed_mlp_sorted import backward_rows, forward_rows, gathered_sum
+from nemocascade.kernels.routed_mlp_sorted import backward_rows, forward_rows
 
 
 def capacity(N: int, E: int) -> int:
@@ -126,8 +126,15 @@ def _forward(x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, C, block):
     return _put(beyond_ND, y_BD, start), rows + jnp.sum(inside_B, dtype=jnp.int32)
 
   beyond_ND, rows = _loop(count, add, (_room(x_TD, order_N, block), jnp.sum(inside_S, dtype=jnp.int32)))
-  y_TD = gathered_sum((y_SD, place_TX), (beyond_ND, beyond_TX))
+  y_TD = _sum_of_choices((y_SD, place_TX), (beyond_ND, beyond_TX))
   return (y_TD, rows), (x_TD, up_EDF, down_EFD, weight_TX, order_N, bounds, a_SF)
+
+
+def _sum_of_choices(*parts):
+  """routed_mlp_sorted.gathered_sum, choice by choice: XLA on CPUs then writes no array with all choices' rows."""
+  rows = lambda y_ND, place_T: y_ND.at[place_T].get(mode="fill", fill_value=0).astype(jnp.float32)
+  X = parts[0][1].shape[1]
+  return sum(rows(y_ND, place_TX[:, x]) for x in range(X) for y_ND, place_TX in parts).astype(parts[0][0].dtype)
 
 
 def _room(x_TD, order_N, block: int):
@@ -166,7 +173,7 @@ def _backward(C, block, saved, cotangents):
     )  # fmt: skip
 
   beyond_ND, dup_EDF, ddown_EFD, dweight_N = _loop(count, add, (_room(x_TD, order_N, block), *grads, dweight_N))
-  dx_TD = gathered_sum((dx_SD, place_TX), (beyond_ND, beyond_TX))
+  dx_TD = _sum_of_choices((dx_SD, place_TX), (beyond_ND, beyond_TX))
   return dx_TD, dup_EDF, ddown_EFD, dweight_N.reshape(T, X), None, None
 
 

@@ -6,13 +6,12 @@ tokens first, arrays whose tokens are contracted have channels first, and chunks
 chunks reads them. Axes are those of ssd.py; heads are R x P.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from nemocascade.kernels.product import einsum, einsum_fp32
+
 
 @jax.custom_vjp
 def chunked(x, a, b, c, doc, first=None):
