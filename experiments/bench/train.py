@@ -157,7 +157,8 @@ def shares(config: ModelConfig, params: Params, second: float) -> Iterator[dict]
   """
   tokens, T = SIZES.rows * SIZES.row_tokens, SIZES.row_tokens
   square = jax.random.normal(jax.random.key(0), (SIZES.square,) * 2, config.dtype)
-  multiply = jax.jit(jnp.matmul)
+  # With fp32 results, as in the model: XLA on CPUs multiplies bf16 as fp32 where the result is bf16.
+  multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
   took = seconds_in_turns({"matmul": lambda: multiply(square, square)} | _parts(config, params), SIZES.repeats)
   rate = 2 * SIZES.square**3 / took.pop("matmul")  # Of operations.
   copy = gpu.copy_rate(SIZES.copied) * 1e9
