@@ -247,6 +247,19 @@ def test_routed_mlp_is_a_loop_over_tokens(experts, tokens, crowded, form):
   np.testing.assert_allclose(got, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2**-6)])
+def test_all_experts_side_by_side_are_the_routed_mlp_and_the_shared_expert(dtype, tolerance):
+  x_TD, up, down, expert_TX, weight_TX = mlp_inputs(8, 9, dtype)
+  side_by_side = lambda up: jnp.concatenate(list(up), axis=1)
+  up_DN, down_ND = side_by_side(jnp.concatenate([up, up[:2]])), jnp.concatenate([down, down[2:4]]).reshape(-1, 72)
+  got, rows = jax.jit(kernel.dense_mlp, static_argnums=(5, 6))(x_TD, up_DN, down_ND, expert_TX, weight_TX, 8, 40)
+  assert int(rows) == expert_TX.size and got.dtype == dtype
+  x, up, down, weight_TX = (a.astype(jnp.float32) for a in (x_TD, up, down, weight_TX))
+  shared = jnp.square(jax.nn.relu(x @ side_by_side(up[:2]))) @ down[2:4].reshape(-1, 72)
+  expected = kernel.routed_mlp(x, up, down, expert_TX, weight_TX, form="definition")[0] + shared
+  np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance * 8)
+
+
 @pytest.mark.parametrize("form", MLP_FORMS)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2**-5)])
 @pytest.mark.parametrize("crowded", [False, True])

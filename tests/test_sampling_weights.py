@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from nemocascade.config import ModelConfig
 from nemocascade.mesh import make_mesh
+from nemocascade.model.sampling_weights import DENSE_ROWS, STEPS, for_steps
 from nemocascade.rollout.sampling import Options
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.resharding import for_sampling
@@ -19,10 +20,10 @@ V, B, T = 64, 8, 12
 PROMPTS = np.random.default_rng(0).integers(0, V, (B, 5)).tolist()
 
 
-def make(mesh=(1, 1), **how):
+def make(mesh=(1, 1), pattern="M*E-", **how):
   """(programs, the trainer's parameters)."""
   c = ModelConfig(
-    vocab_size=V, hidden_size=16, hybrid_override_pattern="M*E-", num_attention_heads=4, head_dim=8,
+    vocab_size=V, hidden_size=16, hybrid_override_pattern=pattern, num_attention_heads=4, head_dim=8,
     mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, chunk_size=8, n_routed_experts=8, intermediate_size=16,
     moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, initializer_range=0.3, **how,
   )  # fmt: skip
@@ -61,6 +62,23 @@ def test_on_one_device_in_the_trainers_dtype_nothing_is_copied():
   weights, cost = for_sampling(programs, params)
   assert all(a is b for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(params), strict=True))
   assert cost["rollout/reshard_bytes"] == 0
+
+
+def test_experts_that_lie_side_by_side_take_the_same_step():
+  programs, params = make(pattern="ME-E-E-")
+  c, model, tokens_B = programs.config, programs.model, jnp.arange(B)
+  weights = for_steps(c, programs.mesh, params, B)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(weights[STEPS])]
+  N = (c.n_routed_experts + 1) * 16  # With the shared expert. The blocks "E-" are scanned.
+  assert sorted(shapes) == [(3, 16, N), (3, N, 16)]
+  _, state = model.apply({"params": params}, jnp.array(PROMPTS), jnp.full(B, 5), T, method="prefill")
+  step = jax.jit(lambda weights: model.apply(weights, state, tokens_B, tokens_B >= 0, method="step")[1])
+  np.testing.assert_allclose(step(weights), step({"params": params}), rtol=1e-4, atol=1e-5)
+  wide, latent = (make(**how)[0].config for how in (dict(num_experts_per_tok=1), dict(moe_latent_size=8)))
+  for config, mesh, rows in (
+    (c, make_mesh(2, 4), B), (c, programs.mesh, DENSE_ROWS + 1), (wide, programs.mesh, B), (latent, programs.mesh, B),
+  ):  # fmt: skip
+    assert for_steps(config, mesh, params, rows) == {"params": params}
 
 
 def test_on_a_mesh_a_token_moves_no_weight_and_is_the_token_of_sharded_weights():

@@ -12,7 +12,7 @@ from nemocascade.kernels import routed_matmul_tpu as tpu
 from nemocascade.kernels import routed_mlp_padded as padded
 from nemocascade.kernels import routed_mlp_sorted
 from nemocascade.kernels.groups import group_bounds, row_experts
-from nemocascade.kernels.product import einsum
+from nemocascade.kernels.product import einsum, product
 
 FORMS = ("definition", "blocked", "tpu", "gpu")
 Tile = tpu.Tile | gpu.Tile
@@ -190,3 +190,26 @@ def _defined_mlp(x_TD, up_EDF, down_EFD, expert_TX, weight_TX):
   h_ETF = einsum("ETD,EDF->ETF", jnp.broadcast_to(x_TD[None], (E, *x_TD.shape)), up_EDF)
   h_ETF = jnp.square(jax.nn.relu(h_ETF)) * weight_ET[..., None].astype(h_ETF.dtype)
   return einsum("ETF,EFD->TD", h_ETF, down_EFD), jnp.sum(chosen_ETX, dtype=jnp.int32)
+
+
+def dense_mlp(x_TD, up_DN, down_ND, expert_TX, weight_TX, E: int, F: int):
+  """`routed_mlp` and the shared expert by two products with all experts together, for few rows on CPUs.
+
+  It multiplies more than the rows need. But XLA on the CPU divides a plain product among the cores, and a batch of
+  small ones not; and nothing is sorted or gathered.
+
+  Args:
+    up_DN, down_ND: x's dtype; the matrices of the E experts side by side, and after them those of the shared expert,
+      which is as wide as one expert or several (model.sampling_weights.for_steps).
+    expert_TX: int32, from 0 to E - 1.
+    F: width of an expert.
+
+  Returns:
+    [T, D] of x's dtype, and the number of choices, int32.
+  """
+  T, N = x_TD.shape[0], up_DN.shape[1]
+  chosen_TXE = expert_TX[..., None] == jnp.arange(E)[None, None]
+  weight_TE = jnp.sum(jnp.where(chosen_TXE, weight_TX[..., None].astype(jnp.float32), 0), axis=1)
+  a_TN = jnp.square(jax.nn.relu(product(x_TD, up_DN, 1, jnp.float32)))
+  a_TEF = a_TN.reshape(T, N // F, F) * jnp.pad(weight_TE, ((0, 0), (0, N // F - E)), constant_values=1.0)[..., None]
+  return product(a_TEF.reshape(T, N).astype(x_TD.dtype), down_ND), jnp.sum(chosen_TXE, dtype=jnp.int32)

@@ -20,6 +20,7 @@ from nemocascade.model.moe import MoE
 from nemocascade.model.pattern import plan
 from nemocascade.model.remat import block_input, rematerialized
 from nemocascade.model.routing import all_blocks, of_units, record_of
+from nemocascade.model.sampling_weights import STEPS
 from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import segment_starts
 from nemocascade.types import DistanceFn, Params, Prefix, Prompts, Routing, Scores
@@ -143,7 +144,7 @@ class Unit(nn.Module):
 def _scanned(n: int):
   """A Unit that is scanned n times over stacked parameters."""
   shared = dict(
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, STEPS: 0},
     split_rngs={"params": True},
     length=n,
     metadata_params={nn.PARTITION_NAME: "layers"},
@@ -351,7 +352,10 @@ class Hybrid(nn.Module):
     return state, self._next(self._last(x_BTD, length_B)), record_of(routing, length_B, T)
 
   def step(self, state: DecodeState, tokens_B, active_B):
-    """Processes one token of every active row: (state, logits_BV of the next token)."""
+    """Processes one token of every active row: (state, logits_BV of the next token).
+
+    Its variables may be those of sampling_weights.for_steps.
+    """
     x_BD, units, _ = self._go_on("step", state, self._embed(tokens_B), state.length_B, active_B)
     return state.replace(length_B=state.length_B + active_B.astype(jnp.int32), units=units), self._next(x_BD)
 

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from nemocascade.config import ModelConfig
 from nemocascade.kernels.product import einsum, product
+from nemocascade.kernels.routed_matmul import dense_mlp
 from nemocascade.mesh import on_own_rows
 from nemocascade.model.expert_parallel import sharded_routed_mlp
 from nemocascade.model.layers import constant, normal, relu2
 from nemocascade.model.routing import as_record
-from nemocascade.model.sampling_weights import GATHERED
+from nemocascade.model.sampling_weights import DOWN, GATHERED, STEPS, UP
 from nemocascade.model.sequence_parallel import Layout, layout
 from nemocascade.segments import document_mean
 from nemocascade.types import Routing
@@ -117,9 +118,9 @@ class MoE(nn.Module):
   def __call__(self, x_BTD, segment_ids_BT, recorded_BTX=None):
     return self._mix(layout(self.config, self.mesh, x_BTD.shape[0]), x_BTD, segment_ids_BT, recorded_BTX)
 
-  def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None):
+  def _mix(self, on: Layout, x_BTD, segment_ids_BT, recorded_BTX=None, dense=None):
     c, B = self.config, x_BTD.shape[0]
-    x_TD, real_T, w = on.tokens(x_BTD), on.tokens(segment_ids_BT > 0), lambda p: p.astype(x_BTD.dtype)
+    x_TD, real_T = on.tokens(x_BTD), on.tokens(segment_ids_BT > 0)
     # Runs per device; otherwise XLA gathers the scores of all tokens on every device for top_k.
     choose = on_own_rows(functools.partial(route, c=c), self.mesh, shared=[1, 2])
     expert_TX, weight_TX, score_TE = choose(x_TD, self.gate, self.e_score_correction_bias)
@@ -134,13 +135,11 @@ class MoE(nn.Module):
         expert_TX, weight_TX = there_TX, there_weight_TX
     if c.router_record:
       record["experts_LBTX"] = on.of_tokens(as_record(expert_TX, c.n_routed_experts), B)[None]
-    # Whether each device has whole matrices of its experts; otherwise they are gathered over `data`.
-    whole = self.samples and c.sampling_weights == GATHERED
-    inside_TL = product(x_TD, self.fc1_latent_proj) if c.moe_latent_size else x_TD
     choices = expert_TX, weight_TX.astype(x_BTD.dtype)
-    y_TL, rows = sharded_routed_mlp(self.mesh, inside_TL, w(self.up_proj), w(self.down_proj), *choices, whole=whole)
-    y_TD = product(y_TL, self.fc2_latent_proj) if c.moe_latent_size else y_TL
-    y_TD += product(relu2(product(x_TD, self.shared_up_proj)), self.shared_down_proj)
+    if dense is None:
+      y_TD, rows = self._apart(x_TD, *choices)
+    else:
+      y_TD, rows = dense_mlp(x_TD, *dense, *choices, c.n_routed_experts, c.moe_intermediate_size)
     chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(c.n_routed_experts)[None, None], axis=1)
     load_E = jnp.sum(chosen_TE & real_T[:, None], axis=0, dtype=jnp.float32)
     loss = None
@@ -151,6 +150,17 @@ class MoE(nn.Module):
     dropped = (expert_TX.size - rows).astype(jnp.float32)
     return on.of_tokens(y_TD, B), Routing(load_E[None], dropped[None], loss, **record)
 
+  def _apart(self, x_TD, expert_TX, weight_TX):
+    """(y_TD of the routed experts and the shared expert, the number of choices that an expert processed)."""
+    c, w = self.config, lambda p: p.astype(x_TD.dtype)
+    # Whether each device has whole matrices of its experts; otherwise they are gathered over `data`.
+    whole = self.samples and c.sampling_weights == GATHERED
+    inside_TL = product(x_TD, self.fc1_latent_proj) if c.moe_latent_size else x_TD
+    matrices = w(self.up_proj), w(self.down_proj)
+    y_TL, rows = sharded_routed_mlp(self.mesh, inside_TL, *matrices, expert_TX, weight_TX, whole=whole)
+    y_TD = product(y_TL, self.fc2_latent_proj) if c.moe_latent_size else y_TL
+    return y_TD + product(relu2(product(x_TD, self.shared_up_proj)), self.shared_down_proj), rows
+
   def fresh_state(self, B: int):
     """The decode state before the first `step`: the experts of the last token, if they are recorded."""
     c = self.config
@@ -160,7 +170,11 @@ class MoE(nn.Module):
 
   def step(self, state, x_BD, length_B, active_B):
     del length_B
-    y, routing = self._mix(Layout(self.mesh), x_BD[:, None], active_B[:, None].astype(jnp.int32))
+    dense = None
+    if self.has_variable(STEPS, UP):
+      dense = self.get_variable(STEPS, UP), self.get_variable(STEPS, DOWN)
+    x_B1D, active_B1 = x_BD[:, None], active_B[:, None].astype(jnp.int32)
+    y, routing = self._mix(Layout(self.mesh), x_B1D, active_B1, dense=dense)
     if self.config.router_record:
       state = {"experts_BX": routing.experts_LBTX[0, :, 0]}
     return state, y[:, 0]

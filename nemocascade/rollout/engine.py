@@ -41,10 +41,12 @@ class Engine:
 
   Args:
     prefill_fn: (params, tokens_BP, length_B, capacity) -> (logits_BV, state).
-    step_fn: (params, state, tokens_B, active_B) -> (state, logits_BV).
+    step_fn: (weights, state, tokens_B, active_B) -> (state, logits_BV).
     extend_fn: (params, state, tokens_BT, length_B) -> (state, logits_BV): takes in each row's first length_B tokens;
       rows of length 0 stay as they are. By default it calls step_fn for one token after the other.
     axes_fn: state -> a tree like it, with each array's axis of rows; by default all first axes.
+    weights_fn: (params, rows of a device) -> the weights of step_fn, made once for all tokens of a call of `decode`; by
+      default the params.
     experts_fn: state after a step -> experts_BY of the token that was taken in, to be recorded; prefill_fn and
       extend_fn then also return experts_BTY of theirs. None records nothing.
     prompt_tokens: P.
@@ -70,6 +72,7 @@ class Engine:
     axes_fn: Callable | None = None,
     experts_fn: Callable | None = None,
     *,
+    weights_fn: Callable | None = None,
     prompt_tokens: int,
     total_tokens: int,
     stop_ids: Sequence[int] = (11, 2),
@@ -83,8 +86,9 @@ class Engine:
     self.mesh = mesh or make_mesh(1, 1)
     self._params_places = params_places or whole(self.mesh)
     axes = axes_fn or (lambda state: jax.tree.map(lambda _: 0, state))
-    extend_fn = extend_fn or intake.by_steps(step_fn)
-    model = loop.Model(intake.by_pieces(prefill_fn, extend_fn, piece), step_fn, extend_fn, axes, experts_fn)
+    weights_fn = weights_fn or (lambda params, rows: params)
+    extend_fn = extend_fn or intake.by_steps(step_fn, weights_fn)
+    model = loop.Model(intake.by_pieces(prefill_fn, extend_fn, piece), step_fn, extend_fn, axes, experts_fn, weights_fn)
     self.layout = functools.cache(lambda B: Layout(self.mesh, B, axes))
     self.chunk = min(CHUNK, total_tokens)
     self._ready: set = set()  # Decodings whose programs with fewer slots are compiled: (shapes, extends).

@@ -11,17 +11,19 @@ from nemocascade.rollout.loop import Model
 from nemocascade.types import Params
 
 
-def by_steps(step_fn: Callable) -> Callable:
+def by_steps(step_fn: Callable, weights_fn: Callable) -> Callable:
   """An `extend` function that takes in the tokens one by one."""
 
   def extend(params, state, tokens_BT, length_B):
+    weights = weights_fn(params, len(tokens_BT))
+
     def step(carry, x):
       (state, logits_BV), (t, tokens_B) = carry, x
       active_B = t < length_B
-      state, new_BV = step_fn(params, state, tokens_B, active_B)
+      state, new_BV = step_fn(weights, state, tokens_B, active_B)
       return (state, jnp.where(active_B[:, None], new_BV, logits_BV)), None
 
-    shape = jax.eval_shape(step_fn, params, state, tokens_BT[:, 0], length_B > 0)[1]
+    shape = jax.eval_shape(step_fn, weights, state, tokens_BT[:, 0], length_B > 0)[1]
     places_T = jnp.arange(tokens_BT.shape[1])
     return jax.lax.scan(step, (state, jnp.zeros(shape.shape, shape.dtype)), (places_T, tokens_BT.T))[0]
 

@@ -28,7 +28,8 @@ class Model(NamedTuple):
   step: Callable
   extend: Callable
   axes: Callable
-  experts: Callable | None = None
+  experts: Callable | None
+  weights: Callable
 
 
 def start(
@@ -219,7 +220,7 @@ def decode(
     (d, ran_3): ran_3 are the ticks, the most requests left on a device, and the busy slots.
   """
   layout, axes, S = layout_of(d.known_B.shape[0]), model.axes(d.state), d.row_S.shape[0]
-  cut = layout.cut
+  cut, weights = layout.cut, model.weights(params, S // layout.shards)
   names = SETTLED if d.prompts is None and d.parked is None else SETTLED + MOVED
   settle_own = layout.own(lambda f: _settle(axes, f), d, names, more=(cut, cut))
 
@@ -247,7 +248,7 @@ def decode(
     given = (cut, cut, cut, dict.fromkeys(found, cut))
     (f,) = layout.own(write, d, ("row_S", *BY_ROW), given=given)(d, busy_S, new_S, token_S, found)
     # A stop token is taken in too, because a tool's result may follow it.
-    state, logits_SV = model.step(params, d.state, token_S, new_S)
+    state, logits_SV = model.step(weights, d.state, token_S, new_S)
     if model.experts is not None:
       note = layout.own(_note, d, ("row_S", "experts_BTY"), given=(cut,) * 3)
       (noted,) = note(d.replace(**f), new_S, place_S, model.experts(state))

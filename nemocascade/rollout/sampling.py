@@ -60,7 +60,7 @@ def sample(key_B, logits_BV, options: Options, any_cuts=None):
   logprobs_BV = _tempered(logits_BV, options)
   kept_BV = _cut(logprobs_BV, options, jnp.any(options.cuts) if any_cuts is None else any_cuts)
   drawn_B = _draw(key_B, jnp.exp(kept_BV))
-  tokens_B = jnp.where(greedy_B, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
+  tokens_B = jnp.where(greedy_B, _first_largest(logits_BV), drawn_B).astype(jnp.int32)
   of_tokens = lambda a_BV: jnp.take_along_axis(a_BV, tokens_B[:, None], axis=-1)[:, 0]  # noqa: E731
   return tokens_B, of_tokens(logprobs_BV), of_tokens(kept_BV)
 
@@ -69,6 +69,17 @@ def likeliest(logits_BV, options: Options, k: int):
   """(tokens_BK int32, logprobs_BK fp32) of the k likeliest tokens, under the distribution of sample's logprobs_B."""
   logprobs_BK, tokens_BK = jax.lax.top_k(_tempered(logits_BV, options), k)
   return tokens_BK.astype(jnp.int32), logprobs_BK
+
+
+def _first_largest(logits_BV):
+  """argmax over the last axis. XLA on the CPU computes argmax itself token by token, in seven times as long.
+
+  A row with NaN gives its last token. Indices are fp32, whose minimum is vectorized; they are exact up to 2^24.
+  """
+  V = logits_BV.shape[1]
+  largest_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+  index_BV = jax.lax.broadcasted_iota(jnp.float32, logits_BV.shape, 1)
+  return jnp.min(jnp.where(largest_BV, index_BV, V - 1.0), axis=-1).astype(jnp.int32)
 
 
 def _tempered(logits_BV, options: Options):

@@ -16,7 +16,7 @@ from nemocascade.model.hybrid import Hybrid, init_params, logical_axes
 from nemocascade.model.reward import RewardModel, init_reward_params, reward_axes
 from nemocascade.model.router_bias import add_to_router_bias
 from nemocascade.model.routing import experts_of
-from nemocascade.model.sampling_weights import SHARDED, cast_products
+from nemocascade.model.sampling_weights import SHARDED, cast_products, for_steps
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.exact import ExactEngine
 from nemocascade.runtime.exact import compiler_options, verifier
@@ -189,8 +189,8 @@ class Programs:
     def prefill(params, tokens_BP, length_B, capacity):
       return model.apply({"params": params}, tokens_BP, length_B, capacity, method=f"prefill{recorded}")
 
-    def step(params, state, tokens_B, active_B):
-      return model.apply({"params": params}, state, tokens_B, active_B, method="step")
+    def step(weights, state, tokens_B, active_B):
+      return model.apply(weights, state, tokens_B, active_B, method="step")
 
     def extend(params, state, tokens_BT, length_B):
       return model.apply({"params": params}, state, tokens_BT, length_B, method=f"extend{recorded}")
@@ -202,6 +202,7 @@ class Programs:
     return kind(
       prefill, step, extend, row_axes, (lambda state: experts_of(state.units)) if records else None,
       prompt_tokens=prompt_tokens, total_tokens=total_tokens,
+      weights_fn=functools.partial(for_steps, self.config, self.mesh),
       mesh=self.mesh, params_places=jax.tree.map(lambda p: p.sharding, self.sampling_template),
     )  # fmt: skip
 
