@@ -15,7 +15,7 @@ STEPS = "steps"  # The collection of weights that are laid out for single steps,
 UP, DOWN = "up_DN", "down_ND"
 # With at most this many rows and this many experts for each one that a token chooses, a CPU multiplies rows with all
 # experts faster than each expert with its own rows.
-DENSE_ROWS, DENSE_SHARE = 64, 4
+DENSE_ROWS, DENSE_SHARE = 32, 4
 # Parameters that the model uses in fp32: the router, the convolution, the decays and the norms. The others are cast
 # to the products' dtype where they are used, so that casting them before changes no number.
 IN_FP32 = {"gate", "e_score_correction_bias", "conv1d", "conv1d_bias", "A_log", "D", "dt_bias", "norm", "weight"}
