@@ -135,11 +135,13 @@ class MoE(nn.Module):
         expert_TX, weight_TX = there_TX, there_weight_TX
     if c.router_record:
       record["experts_LBTX"] = on.of_tokens(as_record(expert_TX, c.n_routed_experts), B)[None]
-    choices = expert_TX, weight_TX.astype(x_BTD.dtype)
+    weight_TX = weight_TX.astype(x_BTD.dtype)
     if dense is None:
-      y_TD, rows = self._apart(x_TD, *choices)
+      y_TD, rows = self._apart(x_TD, expert_TX, weight_TX)
     else:
-      y_TD, rows = dense_mlp(x_TD, *dense, *choices, c.n_routed_experts, c.moe_intermediate_size)
+      up_DN, down_ND = dense
+      E, F = c.n_routed_experts, c.moe_intermediate_size
+      y_TD, rows = dense_mlp(x_TD, up_DN, down_ND, expert_TX, weight_TX, E, F)
     chosen_TE = jnp.any(expert_TX[..., None] == jnp.arange(c.n_routed_experts)[None, None], axis=1)
     load_E = jnp.sum(chosen_TE & real_T[:, None], axis=0, dtype=jnp.float32)
     loss = None
