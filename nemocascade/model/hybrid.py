@@ -352,10 +352,7 @@ class Hybrid(nn.Module):
     return state, self._next(self._last(x_BTD, length_B)), record_of(routing, length_B, T)
 
   def step(self, state: DecodeState, tokens_B, active_B):
-    """Processes one token of every active row: (state, logits_BV of the next token).
-
-    Its variables may be those of sampling_weights.for_steps.
-    """
+    """Processes one token of every active row: (state, logits_BV of the next token). See sampling_weights.for_steps."""
     x_BD, units, _ = self._go_on("step", state, self._embed(tokens_B), state.length_B, active_B)
     return state.replace(length_B=state.length_B + active_B.astype(jnp.int32), units=units), self._next(x_BD)
 
