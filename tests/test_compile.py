@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,25 @@ def test_a_stage_holds_the_bytes_counted_by_hand():
   assert of["mopd"].host["samples"] == 512 * 98_304 * 4
   assert of["rlhf"].host["reference"] == pytest.approx(params, rel=0.002) and of["rlhf"].host["teachers"] == 0
   assert of["rlhf"].host["judge"] == pytest.approx(params, rel=0.002)
+
+
+def test_a_batch_that_is_sampled_beside_an_update_is_held_beside_it():
+  held, programs = {}, None
+  for lag in (1, 0):
+    c = if_rl.get_config("smoke")
+    c.mesh, c.rollout.lag, c.model.dtype = dict(data=1, expert=1), lag, "float32"
+    programs = Programs(ModelConfig.from_fields(c.model.to_dict()), make_mesh(**c.mesh))
+    state, found = compile_lib.PROGRAMS["rl"](c, programs)
+    of = footprint(c, programs, state, devices=1)
+    held[lag] = of.chip | {program.name: of.resident(program.arguments) for program in found}
+  params = 4 * sum(math.prod(a.shape) for a in jax.tree.leaves(programs.template))
+  tokens = 9 * c.rollout.prompts * c.rollout.completions * c.rollout.total_tokens  # Id, mask and log-probability.
+  more = held[1]["sampler"] + held[1]["decoding"]
+  assert held[1]["sampler"] == params and held[1]["decoding"] > tokens
+  assert held[1]["rl_step"] == more and held[0]["rl_step"] == 0
+  assert held[1]["moments"] == held[0]["moments"] + params  # The parameters that sample.
+  assert held[1]["decode_step"] == params + held[1]["moments"] and held[0]["decode_step"] == held[0]["moments"]
+  assert held[1]["evaluation_decode_step"] == held[1]["moments"] + more
 
 
 @without_libtpu

@@ -15,7 +15,7 @@ from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.mixture import Mixture
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.resharding import for_sampling
-from nemocascade.runtime.sampler import Sampled, sample
+from nemocascade.runtime.sampler import Sampled, ahead, sample
 from nemocascade.types import Params, TrainState
 
 LEAVE_S = 10.0  # Time that a batch which nobody needs any more has to end.
@@ -40,7 +40,7 @@ class Batches:
     self._c, self._parts, self._mixture, self._key = c, parts, mixture, key
     domains = [parts.domains[name] for name, share in c.mixture.items() if share]
     threads = all(_in_threads(domain) for domain in domains)
-    self._ahead = bool(c.rollout.lag) and threads and parts.programs.mesh.size == 1
+    self._ahead = threads and ahead(c, parts.programs.mesh)
     self._thread: threading.Thread | None = None
     self._left = threading.Event()  # Set when the stage ends.
     self._begun: concurrent.futures.Future[Sampled] | None = None

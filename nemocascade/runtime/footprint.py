@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from nemocascade.runtime import checks, objective, signals
+from nemocascade.runtime import checks, objective, signals, traced
 from nemocascade.runtime.programs import Programs
+from nemocascade.runtime.sampler import ahead
 from nemocascade.types import TrainState
 
 TOKEN = 10  # Bytes of a token that SFT reads ahead: id, document, and its place in the order.
@@ -62,6 +63,9 @@ def footprint(c: ConfigDict, programs: Programs, state: TrainState, devices: int
     host["look_ahead"] = TOKEN * c.look_ahead * devices // programs.mesh.size
   if c.kind == "rl":
     r = c.rollout
+    if ahead(c, programs.mesh):  # The next batch is decoded beside the update.
+      chip["sampler"] = device_bytes(programs.sampling_template)
+      chip["decoding"] = device_bytes(traced.of_rollout(c, programs))
     host["samples"] = SAMPLE * r.prompts * r.completions * r.total_tokens * devices // programs.mesh.size
     checkpoints = len(set(c.teachers.values())) if objective.taught(c) else 0
     host["teachers"] = min(c.teachers_in_memory, checkpoints) * of_host(programs.template)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nemocascade.report.metrics import Phases
@@ -90,6 +91,11 @@ def sample(
 def recorded(c: ConfigDict) -> bool:
   """Whether the sampler of a stage records the experts of each token."""
   return c.rollout.record_experts or c.rollout.replay or c.rollout.replay_teachers
+
+
+def ahead(c: ConfigDict, mesh: Mesh) -> bool:
+  """Whether a stage samples a batch while the one before is learned: several devices need their programs in one order."""
+  return bool(c.rollout.lag) and mesh.size == 1
 
 
 def sample_lines(sampled: Sampled, rollout: Rollout, count: int) -> list[dict]:

@@ -1,7 +1,6 @@
 """The programs of an RL stage, of a judge and of the evaluation, traced on shapes alone, for experiments.compile."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,12 +12,13 @@ from ml_collections import ConfigDict
 from nemocascade.mesh import first_rows, placed
 from nemocascade.mesh import rows as rows_sharding
 from nemocascade.model.routing import as_record
-from nemocascade.rollout.engine import TOGETHER
+from nemocascade.rollout.decoding import Decoding
+from nemocascade.rollout.engine import TOGETHER, Engine
 from nemocascade.rollout.sampling import Options
 from nemocascade.runtime import checks, domains, objective, signals
 from nemocascade.runtime.outcome import Spent
 from nemocascade.runtime.programs import Programs
-from nemocascade.runtime.sampler import recorded
+from nemocascade.runtime.sampler import ahead, recorded
 from nemocascade.runtime.scoring import scored_rows
 from nemocascade.types import Prompts, Rollout
 
@@ -65,13 +65,8 @@ def one_document_rows(B: int, T: int, programs: Programs):
 
 def of_rl(c: ConfigDict, programs: Programs):
   """(abstract state, programs) of an RL stage: rollout, scores, judge, update and evaluation."""
-  r, e = c.rollout, c.evaluation
-  found = [
-    *_sampling(
-      programs, "", r.prompts, r.completions, r.prompt_tokens, r.total_tokens, drawn=r.top_p < 1, section="rollout",
-      slots=r.slots, records=_records(c, programs), turns=bool(domains.of_turns(c, among=c.mixture)),
-    ), *_scoring(c, programs),
-  ]  # fmt: skip
+  e = c.evaluation
+  found = [*_sampling("", _rollout(c, programs), "rollout", ahead=ahead(c, programs.mesh)), *_scoring(c, programs)]
   if checks.judged(c, c):
     advice = (
       f"fewer rows than evaluation.batch={e.batch}, or shorter ones than evaluation.prompt_tokens={e.prompt_tokens}"
@@ -139,53 +134,102 @@ def _scoring(c: ConfigDict, programs: Programs) -> Iterator[Program]:
     yield Program(name, (name, n, T, objective.topk(c), replay), traces[name], Spent(scored=n * T), advice, ())
 
 
-def _sampling(
-  programs: Programs, prefix: str, Q: int, G: int, P: int, T: int, *, drawn: bool, section: str, slots: int = 0,
-  records: bool = False, turns: bool = False,
-) -> Iterator[Program]:  # fmt: skip
-  """The programs of a rollout of G completions of Q prompts.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Decoding:
+  """The decoding of G completions of Q prompts.
 
   Args:
-    prefix: of the programs' names.
-    section: of the config, and what stands before its lengths' names, for advice.
     slots: completions that are decoded at a time; 0 decodes all.
     records: whether the experts of the tokens are recorded.
     turns: whether an episode may have several turns. Then tools' results are taken in by a program of their own, and
       states have places beside the slots where they wait for these results.
   """
-  engine, struct, B = programs.engine(P, T, records=records), jax.ShapeDtypeStruct, Q * G
-  prompts = as_rows(programs, (struct((Q, P), jnp.int32), struct((Q,), jnp.int32)))
-  S = engine.slots_of(B, slots)
-  parked = S if turns and S < B else 0
-  options = Options(top_p=0.5 if drawn else 1.0).by_row(B), np.zeros(B, bool)
-  weights, given = programs.sampling_template, () if programs.resharded else ("params",)
-  start = functools.cache(lambda: engine.start_fn.trace(weights, *prompts, *options, G, S, drawn, 0, parked))
-  shorter = f"shorter ones than {section}.{{}}={{}}".format
-  key = Q, G, P, T, S, parked, drawn, records
-  yield Program(
-    f"{prefix}prefill", ("prefill", *key), start, Spent(prefilled=Q * P),
-    f"fewer prompts than {Q}, or {shorter('prompt_tokens', P)}", given,
-  )  # fmt: skip
-  layout, sequences = engine.layout(B), f"fewer sequences than {Q} x {G}, or {shorter('total_tokens', T)}"
 
-  def decoding():
-    d = start().out_info
-    return placed(d, layout.places(d))
+  programs: Programs
+  Q: int
+  G: int
+  P: int
+  T: int
+  drawn: bool = False
+  slots: int = 0
+  records: bool = False
+  turns: bool = False
+
+  @property
+  def engine(self) -> Engine:
+    return self.programs.engine(self.P, self.T, records=self.records)
+
+  @property
+  def S(self) -> int:
+    return self.engine.slots_of(self.Q * self.G, self.slots)
+
+  @property
+  def key(self) -> tuple:
+    return self.Q, self.G, self.P, self.T, self.S, self.turns, self.drawn, self.records
+
+  def start(self) -> jax.stages.Traced:
+    """The traced prefill."""
+    return self.programs.once(("traced start", *self.key), self._start)
+
+  def _start(self) -> jax.stages.Traced:
+    struct, B, S = jax.ShapeDtypeStruct, self.Q * self.G, self.S
+    prompts = as_rows(self.programs, (struct((self.Q, self.P), jnp.int32), struct((self.Q,), jnp.int32)))
+    options = Options(top_p=0.5 if self.drawn else 1.0).by_row(B), np.zeros(B, bool)
+    parked = S if self.turns and S < B else 0
+    weights = self.programs.sampling_template
+    return self.engine.start_fn.trace(weights, *prompts, *options, self.G, S, self.drawn, 0, parked)
+
+  def state(self) -> Decoding:
+    """The shapes and shardings of the Decoding."""
+    d = self.start().out_info
+    return placed(d, self.engine.layout(self.Q * self.G).places(d))
+
+
+def _rollout(c: ConfigDict, programs: Programs) -> _Decoding:
+  r = c.rollout
+  return _Decoding(
+    programs, r.prompts, r.completions, r.prompt_tokens, r.total_tokens, drawn=r.top_p < 1, slots=r.slots,
+    records=_records(c, programs), turns=bool(domains.of_turns(c, among=c.mixture)),
+  )  # fmt: skip
+
+
+def of_rollout(c: ConfigDict, programs: Programs) -> Decoding:
+  """The shapes and shardings of the Decoding of a stage's rollout."""
+  return _rollout(c, programs).state()
+
+
+def _sampling(prefix: str, of: _Decoding, section: str, *, ahead: bool = False) -> Iterator[Program]:
+  """The programs of a rollout.
+
+  Args:
+    prefix: of the programs' names.
+    section: of the config, and what stands before its lengths' names, for advice.
+    ahead: whether the weights and the state that they decode stay on the devices during an update.
+  """
+  programs, engine, B, struct = of.programs, of.engine, of.Q * of.G, jax.ShapeDtypeStruct
+  weights, given = programs.sampling_template, () if programs.resharded else ("params",)
+  given = ("sampler", "decoding") if ahead else given
+  shorter = f"shorter ones than {section}.{{}}={{}}".format
+  yield Program(
+    f"{prefix}prefill", ("prefill", *of.key), of.start, Spent(prefilled=of.Q * of.P),
+    f"fewer prompts than {of.Q}, or {shorter('prompt_tokens', of.P)}", given,
+  )  # fmt: skip
+  layout, sequences = engine.layout(B), f"fewer sequences than {of.Q} x {of.G}, or {shorter('total_tokens', of.T)}"
 
   def decode():
     scalars = struct((), jax.eval_shape(lambda: jax.random.key(0)).dtype), *[struct((), jnp.int32)] * 2
-    return engine.decode_fn.trace(weights, decoding(), *scalars)
+    return engine.decode_fn.trace(weights, of.state(), *scalars)
 
-  yield Program(f"{prefix}decode_step", ("decode", *key), decode, Spent(sampled=S), sequences, given)
-  if turns:
+  yield Program(f"{prefix}decode_step", ("decode", *of.key), decode, Spent(sampled=of.S), sequences, given)
+  if of.turns:
     R = layout.shards * min(TOGETHER, B // layout.shards)
 
     def extend():
-      of = lambda *shape: struct(shape, jnp.int32, sharding=NamedSharding(programs.mesh, layout.cut))
-      return engine.extend_fn.trace(weights, decoding(), of(R), of(R, engine.chunk), of(R), of(R))
+      shape = lambda *shape: struct(shape, jnp.int32, sharding=NamedSharding(programs.mesh, layout.cut))
+      return engine.extend_fn.trace(weights, of.state(), shape(R), shape(R, engine.chunk), shape(R), shape(R))
 
     spent = Spent(prefilled=R * engine.chunk)
-    yield Program(f"{prefix}tool_results", ("extend", *key), extend, spent, sequences, given)
+    yield Program(f"{prefix}tool_results", ("extend", *of.key), extend, spent, sequences, given)
 
 
 def evaluation(c: ConfigDict, programs: Programs) -> Iterator[Program]:
@@ -193,13 +237,13 @@ def evaluation(c: ConfigDict, programs: Programs) -> Iterator[Program]:
   e, G = c.evaluation, c.evaluation.completions
   long = [name for name in c.domains if name in e.long_domains]
   usual = [name for name in c.domains if name not in long]
-  of = functools.partial(_sampling, programs, drawn=False, section="evaluation")
+  turns = lambda among: bool(domains.of_turns(c, among=among))
   if usual:
-    turns = bool(domains.of_turns(c, among=usual))
-    yield from of("evaluation_", e.batch // G, G, e.prompt_tokens, e.total_tokens, turns=turns)
+    of = _Decoding(programs, e.batch // G, G, e.prompt_tokens, e.total_tokens, turns=turns(usual))
+    yield from _sampling("evaluation_", of, "evaluation")
   if long:
-    turns = bool(domains.of_turns(c, among=long))
-    yield from of("long_evaluation_", e.long_batch // G, G, e.long_prompt_tokens, e.long_total_tokens, turns=turns)
+    of = _Decoding(programs, e.long_batch // G, G, e.long_prompt_tokens, e.long_total_tokens, turns=turns(long))
+    yield from _sampling("long_evaluation_", of, "evaluation")
 
 
 def _taught_rows(c: ConfigDict, programs: Programs):
