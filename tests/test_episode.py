@@ -23,6 +23,7 @@ from nemocascade.rollout import rewards
 from nemocascade.rollout import samples as samples_file
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.episode import collect
+from nemocascade.rollout.exact import ExactEngine, Weights
 from nemocascade.rollout.samples import Samples
 from nemocascade.verifiers.verdict import Verdict
 
@@ -152,7 +153,8 @@ def say(script_QT, place):
 
 def prefill(script_QT, tokens_QP, length_Q, capacity):
   del capacity
-  place = Place(jnp.arange(tokens_QP.shape[0]), length_Q)
+  rows = tokens_QP.shape[0]  # One for each script, or G where an ExactEngine starts its requests again.
+  place = Place(jnp.arange(rows) * script_QT.shape[0] // rows, length_Q)
   return say(script_QT, place), place
 
 
@@ -162,18 +164,29 @@ def step(script_QT, place, tokens_B, active_B):
   return place, say(script_QT, place)
 
 
+def verify(script_QT, tokens_BT, segment_ids_BT, wanted_BT, experts_BTY, key, row_id_B, options):
+  del segment_ids_BT, experts_BTY, key, row_id_B, options
+  own_BT = jnp.repeat(script_QT, len(tokens_BT) // len(script_QT), axis=0)
+  zeros_BT = jnp.zeros(tokens_BT.shape)
+  return zeros_BT, jnp.where(wanted_BT, own_BT, 0), zeros_BT
+
+
 @functools.cache
-def engine(prompt_tokens, total_tokens, mesh):
-  return Engine(prefill, step, prompt_tokens=prompt_tokens, total_tokens=total_tokens, mesh=mesh)
+def engine(prompt_tokens, total_tokens, mesh, exact):
+  kind = functools.partial(ExactEngine, verify_fn=verify) if exact else Engine
+  return kind(prefill, step, prompt_tokens=prompt_tokens, total_tokens=total_tokens, mesh=mesh)
 
 
-def run(scripts, rows, *, thinking, prompt_tokens=P, total_tokens=T, max_turns=3, others=(), mesh=None, **how):
-  """Collects episodes in which the model outputs the tokens of the scripts."""
+def run(
+  scripts, rows, *, thinking, prompt_tokens=P, total_tokens=T, max_turns=3, others=(), mesh=None, drafts=None, **how
+):  # fmt: skip
+  """Collects episodes in which the model outputs the tokens of the scripts, behind drafts with those of `drafts`."""
   script_QT = np.full((len(rows), T), IM_END, np.int32)
   for q, script in enumerate(scripts):
     script_QT[q, : len(script)] = script
+  params = jnp.asarray(script_QT) if drafts is None else Weights(jnp.asarray(drafts(script_QT)), jnp.asarray(script_QT))
   return collect(
-    engine(prompt_tokens, total_tokens, mesh), jnp.asarray(script_QT), jax.random.key(0), rows,
+    engine(prompt_tokens, total_tokens, mesh, drafts is not None), params, jax.random.key(0), rows,
     domains(max_turns) | dict(others),
     tokenizer=TOKENIZER, G=G, temperature=0.0, thinking=thinking, **how,
   )  # fmt: skip
@@ -185,12 +198,22 @@ CALLS = [
 SAYS = [assistant("the sum is two")]
 
 
-@pytest.mark.parametrize("thinking, slots, name", [(True, 0, "counter"), (False, 0, "beside"), (True, 2, "counter")])
-def test_tokens_and_mask_are_those_of_the_rendered_conversation(thinking, slots, name):
+def wrong(script_QT):
+  """The script with every 11th token changed to another one, <|im_end|> at times."""
+  place_T = np.arange(script_QT.shape[1])
+  return np.where(place_T % 11 == 0, np.where(place_T % 2 == 0, IM_END, 300), script_QT)
+
+
+@pytest.mark.parametrize(
+  "thinking, slots, name, drafts",
+  [(True, 0, "counter", None), (False, 0, "beside", wrong), (True, 2, "counter", None)],
+)
+def test_tokens_and_mask_are_those_of_the_rendered_conversation(thinking, slots, name, drafts):
   rows, answers = [make_prompt(name, "add one", tools=TOOLS), TALK], [CALLS, SAYS]
   wanted = [conversation(r, a, thinking) for r, a in zip(rows, answers, strict=True)]
-  samples = run([tokens for tokens, _ in wanted], rows, thinking=thinking, slots=slots)
+  samples = run([tokens for tokens, _ in wanted], rows, thinking=thinking, slots=slots, drafts=drafts)
   assert samples.tokens_QGT.shape == (2, G, T) and samples.domains == [name, "talk"]
+  assert samples.metrics.get("exact/changed", 0) > 0 or not drafts
   assert samples.metrics["speed/queued_occupancy"] > 0.5
   assert samples.finished_QG.all() and (samples.sampled_QG == samples.loss_mask_QGT.sum(-1)).all()
   for q, (tokens, loss_mask) in enumerate(wanted):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from nemocascade.mesh import make_mesh, put_rows
 from nemocascade.model.hybrid import init_params
 from nemocascade.rollout.exact import Weights
 from nemocascade.rollout.sampling import Options, row_keys, sample
-from nemocascade.runtime import checks, exact
+from nemocascade.runtime import checks
 from nemocascade.runtime.objective import program
 from nemocascade.runtime.programs import Programs
 from nemocascade.step.optimizer import new_state
@@ -29,6 +28,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 PLAIN = Options()
 KEY = jax.random.key(7)
+TURN = 11  # Tokens at which the first turn ends, if it has not ended before.
+GIVEN = {b: [11, 2, 9][: 1 + b % 3] for b in range(0, Q * G, 2)}  # Stop tokens among them stop nothing.
 PROMPTS = [np.random.default_rng(q).integers(12, V, 1 + q % P).tolist() for q in range(Q)]
 
 
@@ -46,12 +47,17 @@ def params(pattern, dtype):
 
 
 def sampled(p, own, *, exactly=True, noise=0.0, options=PLAIN):
-  """(the decoding at its end, the engine's metrics). The draft's parameters are off by `noise`."""
+  """(the decoding after two turns, the engine's metrics). The draft's parameters are off by `noise`.
+
+  Requests of GIVEN have a second turn, after these tokens.
+  """
   engine = p.engine(P, T, exact=2 * exactly)
   draft = jax.tree.map(lambda a: a * (1 + noise), own)
   weights = Weights(draft, own) if exactly else draft
-  d = engine.decode(weights, engine.start(weights, PROMPTS, G, options=options), KEY)
-  return jax.device_get(d), engine.metrics()
+  d = engine.start(weights, PROMPTS, G, options=options, held=True)
+  d = engine.decode(weights, d.replace(limit_B=np.full(Q * G, TURN, np.int32)), KEY)
+  d = engine.extend(weights, d.replace(limit_B=np.full(Q * G, T, np.int32)), GIVEN)
+  return jax.device_get(engine.decode(weights, d, KEY)), engine.metrics()
 
 
 def step_error(p, own, d, behaviour_BT):
@@ -81,7 +87,7 @@ def test_the_step_has_the_recorded_logprobs_to_the_bit(pattern, dtype, mesh, rem
   p = Programs(dataclasses.replace(CONFIG, hybrid_override_pattern=pattern, dtype=dtype, remat=remat), make_mesh(*mesh))
   own = jax.device_put(params(pattern, dtype), jax.tree.map(lambda s: s.sharding, p.template))
   d, spent = sampled(p, own)
-  assert spent["exact/rounds"] >= 1 and d.sampled_BT.any(axis=1).all()
+  assert spent["exact/rounds"] >= 2 and (np.diff(d.sampled_BT.astype(int))[list(GIVEN)] == 1).sum() == 2 * len(GIVEN)
   assert step_error(p, own, d, d.behaviour_logprobs_BT) == 0
   if dtype == "bfloat16" and mesh == (1, 1):
     fast, _ = sampled(p, own, exactly=False)
@@ -100,14 +106,17 @@ def test_a_wrong_draft_gives_the_tokens_that_the_trainers_forward_pass_draws(opt
     tokens_BT[b, : length_B[b]] = PROMPTS[b // G]
   logits_fn = jax.jit(functools.partial(p.model.apply, {"params": own}, method="logits"))
   draw = jax.jit(lambda logits_BV, place_B: sample(row_keys(KEY, np.arange(Q * G), place_B), logits_BV, of_row)[0])
-  of_row, done_B = options.by_row(Q * G), np.zeros(Q * G, bool)
+  of_row, done_B, given, limit_B = options.by_row(Q * G), np.zeros(Q * G, bool), dict(GIVEN), np.full(Q * G, TURN)
   while not done_B.all():  # One token a row with the whole forward pass.
     logits_BTV = np.asarray(logits_fn(tokens_BT, (np.arange(T)[None] < length_B[:, None]).astype(np.int32)))
     new_B = np.asarray(draw(logits_BTV[np.arange(Q * G), length_B - 1], length_B))
     for b in np.flatnonzero(~done_B):
       tokens_BT[b, length_B[b]] = new_B[b]
       length_B[b] += 1
-      done_B[b] = new_B[b] in (11, 2) or length_B[b] == T
+      if new_B[b] in (11, 2) or length_B[b] == limit_B[b]:
+        done_B[b], limit_B[b], results = b not in given, T, given.pop(b, [])
+        tokens_BT[b, length_B[b] : length_B[b] + len(results)] = results
+        length_B[b] += len(results)
   for one in (d, good):
     np.testing.assert_array_equal(one.known_B, length_B)
     real_BT = np.arange(T)[None] < length_B[:, None]
@@ -130,10 +139,3 @@ def test_what_exact_sampling_cannot_be_used_with_is_refused(field, value, words)
   c.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=words):
     checks.check_rl(c)
-
-
-def test_domains_of_several_turns_are_refused():
-  c = config()
-  exact.check_domains(c, {"instruction": types.SimpleNamespace(turns=1)})
-  with pytest.raises(UserError, match="mixture.instruction: its episodes have up to 3 turns"):
-    exact.check_domains(c, {"instruction": types.SimpleNamespace(turns=3)})

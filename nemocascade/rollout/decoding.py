@@ -159,6 +159,10 @@ class Layout:
   def constrain(self, d: Decoding) -> Decoding:
     return d if self.mesh.size == 1 else jax.lax.with_sharding_constraint(d, self.places(d))
 
+  def by_request(self, tree: Any) -> Any:
+    """The arrays [B, ...] on the devices of their requests."""
+    return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, self.cut))
+
   def everywhere(self, array: jax.Array) -> jax.Array:
     """The array on every device."""
     return array if self.mesh.size == 1 else jax.lax.with_sharding_constraint(array, mesh_lib.whole(self.mesh))

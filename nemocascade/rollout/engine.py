@@ -59,10 +59,13 @@ class Engine:
   Attributes:
     start_fn, decode_fn, extend_fn, admit_fn, shrink_fn: the jitted programs; see loop.py and intake.py.
     mesh: the mesh of the rows.
+    whole_turns: whether `decode` returns only when the turn of every request has ended.
 
   Raises:
     UserError: not 0 < prompt_tokens < total_tokens.
   """
+
+  whole_turns = False
 
   def __init__(
     self,

@@ -219,6 +219,8 @@ class _Run:
   def _answers(self, idle: bool) -> dict[int, list[int]]:
     """What tools have answered since the last look: number of the request -> tokens of the results."""
     found: list[tuple] = self.beside.ended(WAIT_S if idle and not self.inline else 0.0)
+    while self.engine.whole_turns and len(self.beside):  # Whatever is given now waits for the longest turn anyway.
+      found += self.beside.ended(WAIT_S)
     for b in self.inline:
       began, answer, failed = time.monotonic(), None, None
       try:

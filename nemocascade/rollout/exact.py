@@ -5,9 +5,11 @@ The engine drafts and the trainer's forward pass verifies, as in speculative dec
 the trainer's logits draw is a function of these logits. At the first place of a request where it is not the drafted one
 it is put in, and the request is drafted again from there, until no token differs. The result is what a sampler would
 have drawn that ran the trainer's forward pass for every token; what the draft was changes nothing of it.
+
+A request of several turns is verified at the end of each turn, before tools answer it. Their results are given tokens:
+they are neither drawn nor verified.
 """
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -101,7 +103,7 @@ def accept(verify: Callable, stop_ids: tuple[int, ...], params: Params, f: dict[
 class ExactEngine(Engine):
   """An Engine whose samples are those of the trainer's program. Its methods take Weights as their parameters.
 
-  All requests have a slot of their own, in one process.
+  All requests have a slot of their own.
 
   Args:
     verify_fn: (trainer's params, tokens_BT, segment_ids_BT, wanted_BT, experts_BTY or None, key, row_id_B, options) ->
@@ -110,16 +112,23 @@ class ExactEngine(Engine):
     compiler_options: those that the trainer's step is compiled with.
   """
 
+  whole_turns = True
+
   def __init__(self, *args: Any, verify_fn: Callable, compiler_options: Mapping[str, Any] | None = None, **how: Any):
     super().__init__(*args, **how)
-    accepts = functools.partial(accept, verify_fn, self.stop_ids)
+
+    def accepts(params: Params, f: dict[str, Any], key):
+      found, counts_3 = accept(verify_fn, self.stop_ids, params, f, key)
+      layout = self.layout(len(f["known_B"]))
+      return layout.by_request(found), layout.everywhere(counts_3)
+
     self.accept_fn = jax.jit(accepts, compiler_options=dict(compiler_options or {}))
     self._spent = dict.fromkeys(("rounds", "changed", "again", "sampled", "seconds"), 0.0)
 
   def decode(
     self, params: Any, d: Decoding, key: jax.Array, ticks: int = NEVER, *, shrinks: bool = True
   ) -> Decoding:  # fmt: skip
-    """Decodes until every request is done and its tokens are the trainer's, whatever `ticks` is. `d` is donated.
+    """Decodes until the turn of every request has ended with the trainer's tokens, whatever `ticks` is. `d` is donated.
 
     Raises:
       RuntimeError: the trainer's program gives a token other results when later tokens change.

@@ -1,6 +1,6 @@
 """rollout.exact: the program that verifies drafts, how it and the step are compiled, and what it cannot be used with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nemocascade.domains.domain import Domain
 from nemocascade.errors import UserError
 from nemocascade.rollout.exact import draw
 from nemocascade.step.sft import sum_over_parts
@@ -52,6 +51,8 @@ def check(c: ConfigDict) -> None:
   r, p = c.rollout, c.packing
   if not r.exact:
     return
+  if jax.process_count() > 1:
+    raise UserError(f"rollout.exact=True in {jax.process_count()} processes: it works in one")
   samples = r.prompts * r.completions
   for name, value in (("replay", False), ("replay_teachers", False), ("slots", 0), ("lag", 0)):
     if r[name] != value:
@@ -63,17 +64,3 @@ def check(c: ConfigDict) -> None:
       f"packing.rows={p.rows} and packing.row_tokens={p.row_tokens} with rollout.exact=True: each sample has a row of its"
       f" own; give rollout.prompts x rollout.completions={samples} and rollout.total_tokens={r.total_tokens}"
     )
-
-
-def check_domains(c: ConfigDict, domains: Mapping[str, Domain]) -> None:
-  """Raises UserError if rollout.exact=True and a domain of the mixture has several turns, or there are processes."""
-  if not c.rollout.exact:
-    return
-  if jax.process_count() > 1:
-    raise UserError(f"rollout.exact=True in {jax.process_count()} processes: it works in one")
-  for name, share in c.mixture.items():
-    if share and domains[name].turns > 1:
-      raise UserError(
-        f"rollout.exact=True with mixture.{name}: its episodes have up to {domains[name].turns} turns, and tools would act"
-        " on drafts; give domains of one turn"
-      )
