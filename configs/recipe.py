@@ -161,6 +161,7 @@ def rl(stage: str = "") -> ConfigDict:
     top_p=1.0,  # A value below 1 needs a `correction`.
     lag=0,  # Updates since the parameters that sample a batch: 0, or 1 to sample it while the one before is learned.
     slots=0,  # Completions that are decoded at a time; 0 decodes all, and those that are left in fewer slots.
+    parked=0,  # Completions that wait for tools beside the slots, at most; 0: as many as slots.
     exact=False,  # Whether samples are verified by the trainer's program, to the bit.
     calls_s=300.0,  # Time limits of the tool calls of a turn, and of a completion.
     episode_s=3600.0,

@@ -282,6 +282,9 @@ RL = LANGUAGE_MODEL | {
   "rollout.total_tokens": whole("Most tokens of prompt, completion and tool responses together."),
   "rollout.lag": whole("Updates since the parameters that a batch is sampled with.", 0, high=1),
   "rollout.slots": whole("Completions that are decoded at a time; 0 decodes all of them.", 0),
+  "rollout.parked": whole(
+    "Completions that may wait for tools outside the slots, each with its state; 0 takes as many as slots.", 0
+  ),
   "rollout.exact": flag("Whether tokens and their log-probabilities are those of the trainer's program, to the bit."),
   "rollout.calls_s": number(
     "Time limit of the tool calls of one turn, in seconds, of environments that run in threads.", above=0

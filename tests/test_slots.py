@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import PATTERNS, STOP, T, V, hybrid, row, table, toy_engine
 
+from configs.tiny import if_rl
+from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.rollout import engine as engine_file
 from nemocascade.rollout.sampling import Options
+from nemocascade.runtime.checks import check_rl
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -79,9 +82,10 @@ def assert_same(got, expected, atol=0.0):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.sampled_from([1, 3, 8]), st.permutations(range(B)), st.integers(1, 20))
-def test_tokens_do_not_depend_on_slots_order_or_looks(slots, order, ticks):
-  assert_same(run(engine(), table(), slots=slots, order=order, ticks=ticks)[0], alone("toy"))
+@given(st.sampled_from([(1, 0), (3, 5), (8, 0)]), st.permutations(range(B)), st.integers(1, 20))
+def test_tokens_do_not_depend_on_slots_order_or_looks(places, order, ticks):
+  slots, parked = places
+  assert_same(run(engine(), table(), slots=slots, parked=parked, order=order, ticks=ticks)[0], alone("toy"))
 
 
 @pytest.mark.parametrize("slots, ticks", [(1, 3), (3, 1), (3, 7)])
@@ -93,6 +97,24 @@ def test_requests_of_the_hybrid_are_parked_and_resumed_with_the_same_tokens(slot
     np.testing.assert_array_equal(got[name], alone("hybrid")[name])
   np.testing.assert_allclose(got["behaviour_logprobs_BT"], alone("hybrid")["behaviour_logprobs_BT"], atol=1e-5)
   assert counts.busy > 0.5 * counts.ticks * slots
+
+
+@pytest.mark.parametrize("parked, begun", [(0, 6), (5, 8)])
+def test_as_many_requests_wait_for_tools_outside_the_slots_as_there_are_places(parked, begun):
+  limits = np.array([len(PROMPTS[b // G]) + 1 for b in range(B)], np.int32)
+  d = engine().start(table(), PROMPTS, G, slots=3, parked=parked, held=True).replace(limit_B=limits)
+  d = engine().decode(table(), d, KEY)
+  assert int((d.known_B == limits).sum()) == begun and int((d.parked_B >= 0).sum()) == (parked or 3)
+  assert int(d.waiting_B.sum()) == B - begun
+
+
+def test_places_for_waiting_need_slots():
+  c = if_rl.get_config("smoke")
+  c.rollout.update(slots=4, parked=8)
+  check_rl(c)
+  c.rollout.slots = 0
+  with pytest.raises(UserError, match="rollout.parked=8 with rollout.slots=0"):
+    check_rl(c)
 
 
 def test_slots_are_refilled_at_every_tick_and_stay_occupied():

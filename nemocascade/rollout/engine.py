@@ -16,7 +16,7 @@ from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
 
 NEVER = 2**31 - 1  # Ticks.
-CHUNK = 64  # Given tokens that a call of the model takes in for a row.
+CHUNK = 32  # Given tokens that a call of the model takes in for a row; fewer are padded.
 TOGETHER = 8  # Rows of a device that take in given tokens together.
 PIECE = 8192  # Tokens of a prompt that are prefilled at a time.
 NARROWEST = 64  # The smallest width that prompts of any length are padded to.
@@ -105,7 +105,7 @@ class Engine:
 
   def start(
     self, params: Params, prompts: Sequence[Sequence[int]], G: int, *, width: int | None = None,
-    options: Options = PLAIN, slots: int = 0, held: bool | np.ndarray = False, likeliest: int = 0,
+    options: Options = PLAIN, slots: int = 0, parked: int = 0, held: bool | np.ndarray = False, likeliest: int = 0,
   ) -> Decoding:  # fmt: skip
     """Prefills each prompt once and returns a Decoding with G requests for each prompt.
 
@@ -114,6 +114,8 @@ class Engine:
       options: scalars or arrays [B]. Where they cut off tokens, drawn_logprobs_BT are recorded.
       slots: requests that are decoded at a time; 0 takes as many as requests. It is raised to the next number that
         is sharded like the requests.
+      parked: held requests that may give up their slots while they are done and others wait; 0 takes as many as slots.
+        It is raised like `slots`.
       held: whether requests keep their state when they are done, to be continued by `extend`; a scalar or [B].
       likeliest: number of likeliest tokens to record for each sampled one.
 
@@ -129,7 +131,7 @@ class Engine:
     length_Q, B = np.array([len(prompt) for prompt in prompts], np.int32), len(prompts) * G
     S, options = self.slots_of(B, slots), options.by_row(B)
     held_B = np.array(np.broadcast_to(held, (B,)), bool)
-    places, drawn = S if S < B and held_B.any() else 0, bool(options.cuts.any())
+    places, drawn = self.slots_of(B, parked or S) if S < B and held_B.any() else 0, bool(options.cuts.any())
     return self.start_fn(self._placed(params), tokens_QP, length_Q, options, held_B, G, S, drawn, likeliest, places)
 
   def metrics(self) -> dict[str, float]:
@@ -137,7 +139,7 @@ class Engine:
     return {}
 
   def slots_of(self, B: int, wanted: int) -> int:
-    """The number of slots of a Decoding of B requests."""
+    """The number of slots of a Decoding of B requests, or of places beside them."""
     layout = self.layout(B)
     return next((S for S in range(wanted or B, B) if layout.divides(S)), B)
 

@@ -50,7 +50,7 @@ def prompt_of(row: Row, domain: Domain, tokenizer, thinking: bool | None = None)
 def collect(
   engine: Engine, params: Params, key: jax.Array, rows: Sequence[Row], domains: Mapping[str, Domain], *, tokenizer,
   G: int, prompts: Sequence[list[int]] | None = None, completion_tokens: int | None = None, temperature: float = 1.0,
-  top_p: float = 1.0, thinking: bool | None = None, slots: int = 0, calls_s: float = CALLS_S,
+  top_p: float = 1.0, thinking: bool | None = None, slots: int = 0, parked: int = 0, calls_s: float = CALLS_S,
   episode_s: float = EPISODE_S, judged: int = 0, verdict_s: float = VERDICT_S, exchange: Exchange = alone,
 ) -> Samples:  # fmt: skip
   """Samples G episodes of every row.
@@ -68,6 +68,7 @@ def collect(
     completion_tokens: the most tokens after a prompt, tool results included; None allows all that fit.
     thinking: whether the assistant thinks; None takes each row's domain's setting.
     slots: episodes that are decoded at a time; 0 decodes all.
+    parked: episodes that may wait for tools outside the slots; 0 takes as many as slots.
     calls_s: time limit of the tool calls of one turn.
     episode_s: time limit of all tool calls of an episode.
     judged: the episodes of so many rows, the first ones, are judged beside decoding where their domain allows it.
@@ -82,7 +83,7 @@ def collect(
   limit_B = np.full(len(rows) * G, engine.T, np.int32)
   held_B = np.repeat(np.array([domain.turns > 1 for domain in of_row], bool), G)
   options = Options(temperature, top_p=top_p)
-  d = engine.start(params, prompts, G, options=options, slots=slots, held=held_B)
+  d = engine.start(params, prompts, G, options=options, slots=slots, parked=parked, held=held_B)
   if completion_tokens is not None:
     limit_B = np.minimum(limit_B, prompt_B + np.int32(completion_tokens))
     d = d.replace(limit_B=limit_B)

@@ -49,6 +49,11 @@ def check_rl(c: ConfigDict) -> None:
     raise UserError(
       f"rollout.lag={c.rollout.lag} with updates={c.updates}: a lag is counted in updates; give updates=1"
     )
+  if c.rollout.parked and not c.rollout.slots:
+    raise UserError(
+      f"rollout.parked={c.rollout.parked} with rollout.slots=0: every completion has a slot; give rollout.slots, or"
+      " rollout.parked=0"
+    )
   if c.rollout.top_p < 1 and c.correction == "none":
     raise UserError(
       f"rollout.top_p={c.rollout.top_p} with correction='none': tokens of the nucleus would weigh up to"

@@ -70,8 +70,8 @@ def sample(
       jax.random.fold_in(key, step * 100 + round_),
       rows, parts.domains, tokenizer=parts.text.tokenizer, G=r.completions, prompts=prompts,
       completion_tokens=c.packing.row_tokens if c.packing.shared_prompts else None,
-      temperature=np.float32(r.temperature), top_p=r.top_p, slots=r.slots, calls_s=r.calls_s, episode_s=r.episode_s,
-      judged=len(rows), verdict_s=r.verdict_s, exchange=exchange,
+      temperature=np.float32(r.temperature), top_p=r.top_p, slots=r.slots, parked=r.parked, calls_s=r.calls_s,
+      episode_s=r.episode_s, judged=len(rows), verdict_s=r.verdict_s, exchange=exchange,
     )  # fmt: skip
     decided([samples.length_QG.tolist(), samples.sampled_QG.tolist(), samples.finished_QG.tolist()], "ends of episodes")
     phases.end("rollout")

@@ -143,6 +143,7 @@ class _Decoding:
     records: whether the experts of the tokens are recorded.
     turns: whether an episode may have several turns. Then tools' results are taken in by a program of their own, and
       states have places beside the slots where they wait for these results.
+    parked: these places; 0 takes as many as slots.
   """
 
   programs: Programs
@@ -154,6 +155,7 @@ class _Decoding:
   slots: int = 0
   records: bool = False
   turns: bool = False
+  parked: int = 0
 
   @property
   def engine(self) -> Engine:
@@ -164,8 +166,13 @@ class _Decoding:
     return self.engine.slots_of(self.Q * self.G, self.slots)
 
   @property
+  def K(self) -> int:
+    B = self.Q * self.G
+    return self.engine.slots_of(B, self.parked or self.S) if self.turns and self.S < B else 0
+
+  @property
   def key(self) -> tuple:
-    return self.Q, self.G, self.P, self.T, self.S, self.turns, self.drawn, self.records
+    return self.Q, self.G, self.P, self.T, self.S, self.K, self.drawn, self.records
 
   def start(self) -> jax.stages.Traced:
     """The traced prefill."""
@@ -175,9 +182,8 @@ class _Decoding:
     struct, B, S = jax.ShapeDtypeStruct, self.Q * self.G, self.S
     prompts = as_rows(self.programs, (struct((self.Q, self.P), jnp.int32), struct((self.Q,), jnp.int32)))
     options = Options(top_p=0.5 if self.drawn else 1.0).by_row(B), np.zeros(B, bool)
-    parked = S if self.turns and S < B else 0
     weights = self.programs.sampling_template
-    return self.engine.start_fn.trace(weights, *prompts, *options, self.G, S, self.drawn, 0, parked)
+    return self.engine.start_fn.trace(weights, *prompts, *options, self.G, S, self.drawn, 0, self.K)
 
   def state(self) -> Decoding:
     """The shapes and shardings of the Decoding."""
@@ -189,7 +195,7 @@ def _rollout(c: ConfigDict, programs: Programs) -> _Decoding:
   r = c.rollout
   return _Decoding(
     programs, r.prompts, r.completions, r.prompt_tokens, r.total_tokens, drawn=r.top_p < 1, slots=r.slots,
-    records=_records(c, programs), turns=bool(domains.of_turns(c, among=c.mixture)),
+    records=_records(c, programs), turns=bool(domains.of_turns(c, among=c.mixture)), parked=r.parked,
   )  # fmt: skip
 
 
