@@ -13,6 +13,7 @@ from configs.tiny import (
   multi_domain,
   sweep_bounds,
   sweep_distillation,
+  sweep_lag,
   sweep_shape,
   sweep_warmup,
 )
@@ -188,7 +189,7 @@ def test_a_comparison_that_cannot_run_is_refused_before_anything_is_written(tmp_
 
 @pytest.mark.parametrize("arg", ["", "smoke"])
 @pytest.mark.parametrize(
-  "config", [grpo_vs_mopd, multi_domain, sweep_bounds, sweep_distillation, sweep_shape, sweep_warmup]
+  "config", [grpo_vs_mopd, multi_domain, sweep_bounds, sweep_distillation, sweep_lag, sweep_shape, sweep_warmup]
 )
 def test_every_config_can_run(config, arg):
   ablation.check(config.get_config(arg))
