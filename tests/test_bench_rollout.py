@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import rl, rollout
+from experiments.bench import episodes, rl, rollout
 from nemocascade.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -26,6 +26,7 @@ TINY = dataclasses.replace(
   slots=(2,),
   prompts=(4,),
   new=2,
+  tools=episodes.Sizes(slots=2, each=2, turns=2, tokens=3, result=1, tool_s=0.01, runs=1),
   side=16,
   copied=64,
 )
@@ -66,6 +67,8 @@ def test_a_rollout_is_measured_against_transformers_and_its_limit(monkeypatch, t
   whole = lines["long_tail_2_slots_4_decode_float32"]["peer"]
   parts = [lines[f"long_tail_2_slots_4_{part}_float32"]["ours"] for part in ("host", "prefill", "decode")]
   assert sum(parts) == pytest.approx(whole)
+  line = lines["episodes_2_turns_10_ms_float32"]
+  assert line["unit"] == "tokens/s" and line["ratio"] == pytest.approx(line["ours"] / line["peer"]) != 1
   assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -10,6 +10,7 @@ Lines, for products in fp32 and in bf16:
 - LENGTHS_S_slots_P: tokens a second of 4 requests a slot with prompts of P tokens, against the limit of full slots.
   `equal` requests have 64 new tokens each. The lengths of `long_tail` are lognormal with the 99th percentile at ten
   times the median. Further lines have the occupancy of the slots while requests wait, and the seconds of each part.
+- episodes_8_turns_200_ms: tokens a second of episodes with a tool that takes so long, against as many without tools.
 
 The limit of a tick is the longer of two times: that of moving the weights and states that it must read or write at
 the measured rate of a copy, and that of its FLOPs at the measured rate of a matmul.
@@ -28,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import convert
-from experiments.bench import rl
+from experiments.bench import episodes, rl
 from nemocascade.config import ModelConfig
 from nemocascade.data.tokenizer import SPECIAL_NAMES
 from nemocascade.errors import UserError
@@ -50,6 +51,7 @@ class Cases:
     ticks: rows of the ticks that are compared with the limit.
     slots, prompts: of the requests of every distribution of lengths.
     new: new tokens of `equal` requests, and the median of `long_tail`.
+    tools: of the episodes with tools.
     side, copied: of the matmul, and bytes of the copy, that measure the machine's rates.
   """
 
@@ -59,6 +61,7 @@ class Cases:
   slots: tuple[int, ...] = (32,)
   prompts: tuple[int, ...] = (32,)
   new: int = 64
+  tools: episodes.Sizes = episodes.Sizes()
   side: int = 2_048
   copied: int = 1 << 28
 
@@ -89,6 +92,7 @@ def cases(full: bool = False) -> Iterator[dict]:
     print(f"{dtype}: copy {rates.copy / 1e9:.1f} GB/s, matmul {rates.matmul / 1e9:.0f} GFLOP/s")
     lines += _ticks(p.programs, weights, rates, sizes)
     lines += _requests(p.programs, weights, rates, sizes)
+    lines.append(episodes.line(p, weights, sizes.tools))
     yield from (line | dict(case=f"{line['case']}_{dtype}") for line in lines)
 
 
