@@ -293,6 +293,14 @@ def test_programs_run_in_order_and_equal_ones_once(monkeypatch):
   assert box.run_batch([]) == []
 
 
+def test_batches_of_several_threads_share_the_run_of_equal_programs():
+  box, program = Sandbox(), script("import os; print(os.urandom(8))")
+  with box._lock:  # No run ends in this block, because a run takes the lock at its end.
+    first, second = (box._ask(program.digest(), program) for _ in range(2))
+  assert first.result(60).stdout == second.result(60).stdout
+  assert not box._running
+
+
 def test_what_may_depend_on_the_load_is_not_remembered(monkeypatch):
   box = Sandbox(workers=1, wall_s=0.2)
   for _ in range(2):

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
+SHORT_S = 0.1  # A function that runs longer seems to wait for something.
+
 
 class TookTooLong(Exception):
   """A piece of work met its time limit. Its thread is left behind, and what it returns is dropped."""
@@ -19,7 +21,11 @@ class _Work:
   name: Hashable
   call: Callable[[], Any]
   limit_s: float
-  deadline: float = 0.0  # Once it runs.
+  began: float = 0.0  # Once it runs.
+
+  @property
+  def deadline(self) -> float:
+    return self.began + self.limit_s
 
 
 class Beside:
@@ -28,10 +34,12 @@ class Beside:
 
   Args:
     at_once: functions that run at a time; others wait. One that met its limit does not count.
+    at_first: so many of them may be at their first SHORT_S; 0 allows all. Short functions, of which Python runs one
+      at a time, then do not keep the main thread waiting. Those that wait for something get more and more threads.
   """
 
-  def __init__(self, at_once: int):
-    self.at_once = at_once
+  def __init__(self, at_once: int, at_first: int = 0):
+    self.at_once, self.at_first = at_once, at_first or at_once
     self._ended: queue.SimpleQueue[tuple[_Work, Any, Exception | None, float]] = queue.SimpleQueue()
     self._lock = threading.Lock()  # It guards the next two.
     self._waiting: collections.deque[_Work] = collections.deque()
@@ -56,10 +64,13 @@ class Beside:
   def _next(self) -> _Work | None:
     """The next piece of work, which begins now, if there is one and not too many run."""
     with self._lock:
-      if not self._waiting or len(self._running) >= self.at_once:
+      now = time.monotonic()
+      long = sum(now - work.began > SHORT_S for work in self._running)
+      room = min(self.at_once, long + max(self.at_first, long))  # The number that runs may double each SHORT_S.
+      if not self._waiting or len(self._running) >= room:
         return None
       work = self._waiting.popleft()
-      work.deadline = time.monotonic() + work.limit_s
+      work.began = now
       self._running.add(work)
       return work
 
@@ -87,7 +98,7 @@ class Beside:
     """(name, result, error, seconds) of what has ended since the last call; error is None if the function returned.
 
     Args:
-      wait_s: waits so long for the first one, if something runs.
+      wait_s: waits so long for the first one, if something runs; less where something waits to run.
     """
     found: list[tuple[Hashable, Any, Exception | None, float]] = []
     wait = bool(self._open) and wait_s > 0
@@ -106,6 +117,7 @@ class Beside:
     return found
 
   def _soonest(self) -> float:
-    """Seconds until the first piece of work that runs meets its limit."""
+    """Seconds until the first piece of work that runs meets its limit, or, while others wait, until more may run."""
     with self._lock:
-      return min((work.deadline for work in self._running), default=0.0) - time.monotonic()
+      limit = min((work.deadline for work in self._running), default=0.0) - time.monotonic()
+      return min(limit, SHORT_S) if self._waiting else limit

@@ -7,7 +7,8 @@ from nemocascade.domains.domain import Domain, Failed
 from nemocascade.rollout.beside import Beside, TookTooLong
 from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
-AT_ONCE = 64  # Completions that are judged at the same time.
+AT_ONCE = 64  # Completions that are judged at the same time,
+AT_FIRST = 4  # and of those whose judging has just begun.
 VERDICT_S = 3600.0
 
 Place = tuple[int, int]  # (q, g)
@@ -28,7 +29,7 @@ class Judging:
 
   def __init__(self, limit_s: float = VERDICT_S):
     self.limit_s, self.early, self.seconds = limit_s, 0, 0.0
-    self._beside = Beside(AT_ONCE)
+    self._beside = Beside(AT_ONCE, AT_FIRST)
     self._given: dict[Any, Verdict] = {}  # By (q, g).
 
   def start(self, place: Place, domain: Domain, row: Row, completion: Completion) -> None:

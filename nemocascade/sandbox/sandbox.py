@@ -6,7 +6,7 @@ import collections
 import concurrent.futures
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from nemocascade import errors
 from nemocascade.sandbox.program import REPEATABLE, Limits, Program, Result
@@ -38,6 +38,7 @@ class Sandbox:
         raise errors.UserError(f"sandbox.{name}={value!r} must be above 0")
     self.workers, self.limits = workers, Limits(**limits)  # type: ignore[arg-type]
     self._remembered: collections.OrderedDict[bytes, Result] = collections.OrderedDict()
+    self._running: dict[bytes, concurrent.futures.Future[Result]] = {}  # By the program's digest.
     self._lock = threading.Lock()
     # Bubblewrap's --die-with-parent kills a confined process when the thread that started it ends.
     # So the threads must last as long as the sandbox.
@@ -51,23 +52,34 @@ class Sandbox:
     return self.run_batch([program])[0]
 
   def run_batch(self, programs: Sequence[Program]) -> list[Result]:
-    """Results in order. Equal programs run once, also across batches if the result is cached."""
+    """Results in order. Equal programs run once, also across batches while one runs or if its result is cached."""
     digests = [program.digest() for program in programs]
-    known: dict[bytes, Result] = {}
     with self._lock:
-      for digest in digests:
-        if digest in self._remembered:
-          self._remembered.move_to_end(digest)
-          known[digest] = self._remembered[digest]
-    fresh = {d: p for d, p in zip(digests, programs, strict=True) if d not in known}
-    known.update(zip(fresh, self._run_in_pool(fresh.values()), strict=True))
-    with self._lock:
-      for digest in fresh:
-        if known[digest].status in REPEATABLE and len(known[digest].stdout) <= LONGEST_REMEMBERED:
-          self._remembered[digest] = known[digest]
-      while len(self._remembered) > REMEMBERED:
-        self._remembered.popitem(last=False)
+      asked = {digest: self._ask(digest, program) for digest, program in zip(digests, programs, strict=True)}
+    known = {digest: x if isinstance(x, Result) else x.result() for digest, x in asked.items()}
     return [known[digest] for digest in digests]
+
+  def _ask(self, digest: bytes, program: Program) -> Result | concurrent.futures.Future[Result]:
+    """The cached result, or the run of an equal program, which starts here if there is none. Call it with the lock."""
+    if digest in self._remembered:
+      self._remembered.move_to_end(digest)
+      return self._remembered[digest]
+    if digest not in self._running:
+      self._running[digest] = self._pool.submit(self._run_and_remember, digest, program)
+    return self._running[digest]
+
+  def _run_and_remember(self, digest: bytes, program: Program) -> Result:
+    result = None
+    try:
+      result = self._run_twice(program)
+      return result
+    finally:
+      with self._lock:
+        self._running.pop(digest)
+        if result is not None and result.status in REPEATABLE and len(result.stdout) <= LONGEST_REMEMBERED:
+          self._remembered[digest] = result
+        while len(self._remembered) > REMEMBERED:
+          self._remembered.popitem(last=False)
 
   def session(self, limits: Limits) -> Worker:
     """A confined process for the caller, who calls `start` with one program, and `close`.
@@ -84,7 +96,7 @@ class Sandbox:
     """Finds a way to confine programs that works on this machine."""
     complaints = []
     for self._way in ways():
-      result = self._run_in_pool([PROBE])[0]
+      result = self._pool.submit(self._run_twice, PROBE).result()
       if result.status == "passed":
         return
       complaints.append(result.reason)
@@ -96,9 +108,6 @@ class Sandbox:
       f"programs cannot be confined here ({why}): leave out the domains and tools that run code, or "
       "run on Linux (x86-64 or arm64) where user namespaces are permitted"
     )
-
-  def _run_in_pool(self, programs: Iterable[Program]) -> list[Result]:
-    return list(self._pool.map(self._run_twice, programs))
 
   def _run_twice(self, program: Program) -> Result:
     """Runs the program, again if the sandbox itself failed, e.g. briefly on a busy machine."""

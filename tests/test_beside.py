@@ -1,0 +1,38 @@
+"""Functions that run in threads beside decoding: how many run at a time, and that none is lost."""
+
+import threading
+
+from nemocascade.rollout import beside
+from nemocascade.rollout.beside import Beside
+
+
+def test_few_short_functions_run_at_a_time():
+  work, lock, running, most = Beside(64, 2), threading.Lock(), 0, 0
+
+  def short():
+    nonlocal running, most
+    with lock:
+      running += 1
+      most = max(most, running)
+    sum(range(10_000))
+    with lock:
+      running -= 1
+
+  for name in range(300):
+    work.start(name, short, 60)
+  ended = []
+  while len(work):
+    ended += work.ended(1.0)
+  assert sorted(name for name, *_ in ended) == list(range(300)) and 1 <= most <= 2
+
+
+def test_functions_that_wait_get_as_many_threads_as_may_run(monkeypatch):
+  """Sixteen functions that wait for one another end only if all of them run at a time."""
+  monkeypatch.setattr(beside, "SHORT_S", 0.01)
+  work, meet = Beside(16, 2), threading.Barrier(16, timeout=60)
+  for name in range(16):
+    work.start(name, meet.wait, 60)
+  ended = []
+  while len(work):
+    ended += work.ended(1.0)
+  assert len(ended) == 16 and all(error is None for _, _, error, _ in ended)
