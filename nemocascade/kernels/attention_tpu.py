@@ -203,12 +203,13 @@ def _forward_kernel(codes, gaps_ref, q_ref, k_ref, v_ref, start_ref, y_ref, lse_
       sums[:, queries] = sums[:, queries] * scale_1N + _dot(v_ref[keys, :], prob_MN, (0, 0))
 
     # While the softmax of a part runs, the products of the next one and the weighted sum of the last are computed.
-    ahead, behind = products(*parts[0]), None
+    ahead = products(*parts[0])
+    behind: tuple = ()
     for (keys, queries), after in zip(parts, [*parts[1:], None], strict=True):
       product_MN = ahead
       if after is not None:
         ahead = products(*after)
-      if behind is not None:
+      if behind:
         weigh(*behind)
       old = most[:, queries]
       new = jnp.maximum(old, jnp.max(product_MN, axis=0, keepdims=True) * bits)
