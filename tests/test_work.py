@@ -52,6 +52,14 @@ def test_attention_counts_the_parts_that_it_computes_on_the_diagonal():
   assert flops(attention, q, k, k, ids, document=2_048) == 2 * 2 * pairs * 8 * 2
 
 
+def test_a_gradient_inside_a_checkpoint_counts_the_kernels_of_attention():
+  """Forward, again in the backward pass, and 3 + 4 products of the gradients, for the diagonal blocks of 128."""
+  ids, q, k = ((1, 512), jnp.int32), f32(1, 512, 1, 2, 8), f32(1, 512, 1, 8)
+  loss = jax.checkpoint(lambda q, k, v, ids: jnp.sum(attention(q, k, v, ids)))
+  gradients = jax.grad(loss, argnums=(0, 1, 2))
+  assert flops(gradients, q, k, k, ids, document=128) == 2 * (2 + 2 + 3 + 4) * 4 * 128**2 * 8 * 2
+
+
 def test_work_inside_shard_map_counts_on_all_its_devices():
   mesh = make_mesh(data=4, expert=2)
   spec = jax.sharding.PartitionSpec(("data", "expert"))

@@ -51,30 +51,39 @@ def ratios(config: ModelConfig, rows: int, T: int, trace: Callable) -> dict[str,
   return {"work_ratio": round(kept / needed, 3), "remat_ratio": round((whole - kept) / needed, 3)}
 
 
-def program_flops(jaxpr: ClosedJaxpr | Jaxpr, document: int = DOCUMENT, platform: str = "tpu") -> float:
+def program_flops(
+  jaxpr: ClosedJaxpr | Jaxpr, document: int = DOCUMENT, platform: str = "tpu", arriving: dict[int, int] | None = None
+) -> float:
   """Operations of a program on all its devices, in the forms that it has on `platform`.
 
-  Of other branches the one with the most operations counts, and a while loop counts once.
+  Of other branches the one with a Pallas kernel counts on TPUs, else the one with the most operations. A while loop
+  counts once.
 
   Args:
     document: tokens of a document, which decide how many blocks the kernels of attention meet.
+    arriving: rows of a buffer that receives rows for experts -> rows that arrive if all devices get as many. The
+      kernels do not multiply the others.
   """
+  arriving = arriving or {}
   jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
   chosen, total = {}, 0.0  # Variable -> the branch that it selects.
   for eqn in jaxpr.eqns:
-    inside = [program_flops(j, document, platform) for j in _jaxprs(eqn)]
     name = eqn.primitive.name
+    known = arriving | (_arriving(eqn.params["jaxpr"]) if name == "shard_map" else {})
+    inside = [program_flops(j, document, platform, known) for j in _jaxprs(eqn)]
     if name == "platform_index":
       named = [i for i, of in enumerate(eqn.params["platforms"]) if of and platform in of]
       chosen[eqn.outvars[0]] = (named or [len(eqn.params["platforms"]) - 1])[0]
     elif name == "dot_general":
       total += _product(eqn)
     elif name == "pallas_call":
-      total += _kernel(eqn, document)
+      total += _kernel(eqn, document, arriving)
     elif name == "scan":
       total += eqn.params["length"] * sum(inside)
     elif name == "cond":
       branch = chosen.get(eqn.invars[0])
+      if branch is None and platform == "tpu":  # In a gradient, the choice of a platform is an argument.
+        branch = next((i for i, j in enumerate(_jaxprs(eqn)) if _has_kernel(j)), None)
       total += max(inside) if branch is None else inside[branch]
     elif name == "shard_map":
       mesh = eqn.params["mesh"]
@@ -89,6 +98,25 @@ def _jaxprs(eqn) -> list:
   return [] if eqn.primitive.name == "pallas_call" else list(jaxprs_in_params(eqn.params))
 
 
+def _has_kernel(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
+  jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+  return any(eqn.primitive.name == "pallas_call" or any(map(_has_kernel, _jaxprs(eqn))) for eqn in jaxpr.eqns)
+
+
+def _arriving(jaxpr: ClosedJaxpr | Jaxpr) -> dict[int, int]:
+  """Rows of each buffer that receives rows from all devices -> rows that a device sends, of which as many arrive."""
+  jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+  found = {}
+  for eqn in jaxpr.eqns:
+    for inside in _jaxprs(eqn):
+      found |= _arriving(inside)
+    if eqn.primitive.name == "ragged_all_to_all":
+      sent, room = (v.aval.shape[0] for v in eqn.invars[:2])
+      if sent < room:
+        found[room] = sent
+  return found
+
+
 def _product(eqn) -> float:
   (over, _), (batch, _) = eqn.params["dimension_numbers"]
   a, b = (v.aval.shape for v in eqn.invars[:2])
@@ -97,11 +125,12 @@ def _product(eqn) -> float:
   return 2.0 * math.prod(a) * math.prod(b) / (summed * shared)
 
 
-def _kernel(eqn, document: int) -> float:
-  """Operations of a Pallas kernel: its estimate, or those of the parts of blocks that attention meets."""
+def _kernel(eqn, document: int, arriving: dict[int, int]) -> float:
+  """Operations of a Pallas kernel: its estimate for rows that arrive, or those of the parts that attention meets."""
   name = str(eqn.params["name"])
   if name not in ATTENTION:
-    return float(eqn.params["cost_estimate"].flops)
+    rows = next((v.aval.shape[0] for v in eqn.invars if v.aval.ndim == 2), 1)
+    return float(eqn.params["cost_estimate"].flops) * arriving.get(rows, rows) / rows
   # Of a row that lies over several devices, a device has T queries and the keys of all S tokens.
   (B, heads, T, H), (_, _, S, _), *_ = (v.aval.shape for v in eqn.invars if v.aval.ndim == 4)
   block = choose_block(T)
