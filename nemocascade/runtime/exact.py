@@ -32,8 +32,13 @@ def verifier(score_fn: ScoreFn, pieces: int) -> Callable:
     temperature = jnp.max(jnp.where(options.temperature <= 0, 1.0, options.temperature))
 
     def part(piece):
-      # The score function hands `drawn` the states and the head, as it does to a distance from teachers.
-      drawn = lambda *states: draw(*states, key, piece["row_id"], piece["options"])
+      T = piece["tokens"].shape[1]
+
+      def drawn(x_BTD, head_DV, wanted_BT, on_own):
+        """Draws from the states that the score function hands a DistanceFn. Beyond T they are padding."""
+        del on_own
+        return draw(x_BTD[:, :T], head_DV, wanted_BT[:, :T], key, piece["row_id"], piece["options"])
+
       read = (piece[name] for name in ("tokens", "segment_ids", "wanted"))
       recorded = {"experts": piece["experts"]} if "experts" in piece else {}
       scores = score_fn(params, *read, drawn, temperature=temperature, **recorded)
