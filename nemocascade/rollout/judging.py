@@ -8,7 +8,7 @@ from nemocascade.rollout.beside import Beside, TookTooLong
 from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
 AT_ONCE = 64  # Completions that are judged at the same time,
-AT_FIRST = 4  # and of those whose judging has just begun.
+AT_FIRST = 2  # and of those whose judging has just begun.
 VERDICT_S = 3600.0
 
 Place = tuple[int, int]  # (q, g)
