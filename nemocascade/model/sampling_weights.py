@@ -28,7 +28,7 @@ def cast_products(config: ModelConfig, params: Params) -> Params:
 
 
 def for_steps(config: ModelConfig, mesh: Mesh, params: Params, rows: int) -> dict[str, Any]:
-  """The variables of Hybrid.step for so many rows a device.
+  """The variables of Hybrid.step for a rollout of so many rows a device.
 
   On a single CPU and for few rows they include, for each MoE block, the matrices of all experts side by side, those of
   the shared expert last: [D, N] and [N, D]. XLA would otherwise copy them so at every step.

@@ -45,8 +45,8 @@ class Engine:
     extend_fn: (params, state, tokens_BT, length_B) -> (state, logits_BV): takes in each row's first length_B tokens;
       rows of length 0 stay as they are. By default it calls step_fn for one token after the other.
     axes_fn: state -> a tree like it, with each array's axis of rows; by default all first axes.
-    weights_fn: (params, rows of a device) -> the weights of step_fn, made once for all tokens of a call of `decode`; by
-      default the params.
+    weights_fn: (params, requests of a device) -> the weights of step_fn, made once for all tokens of a call of
+      `decode`; by default the params.
     experts_fn: state after a step -> experts_BY of the token that was taken in, to be recorded; prefill_fn and
       extend_fn then also return experts_BTY of theirs. None records nothing.
     prompt_tokens: P.

@@ -219,8 +219,10 @@ def decode(
   Returns:
     (d, ran_3): ran_3 are the ticks, the most requests left on a device, and the busy slots.
   """
-  layout, axes, S = layout_of(d.known_B.shape[0]), model.axes(d.state), d.row_S.shape[0]
-  cut, weights = layout.cut, model.weights(params, S // layout.shards)
+  B, S = d.known_B.shape[0], d.row_S.shape[0]
+  layout, axes = layout_of(B), model.axes(d.state)
+  # They may set how products are rounded. So the requests decide, whose number stays, and not the slots that are left.
+  cut, weights = layout.cut, model.weights(params, B // layout.shards)
   names = SETTLED if d.prompts is None and d.parked is None else SETTLED + MOVED
   settle_own = layout.own(lambda f: _settle(axes, f), d, names, more=(cut, cut))
 
