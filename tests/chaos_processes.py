@@ -139,7 +139,8 @@ def shake(directory: Path, flags: argparse.Namespace, draw: random.Random) -> in
       before, began = saved(workdir), time.monotonic()
       run, late, victim = Run.begin(flags.command, workdir), draw.random() < flags.late, draw.randrange(2)
       kind = signal.SIGSTOP if draw.random() < flags.stops else signal.SIGKILL
-      left = 1 - max(before, default=0) / max(saved(directory / "whole"))  # Of the steps.
+      # The share of the run's steps that come after its newest checkpoint.
+      left = 1 - max(before, default=0) / max(saved(directory / "whole"))
       if late:
         run.wait_for_save(workdir)
       run.wait(draw.uniform(0, (seconds - to_save) * left if late else seconds))

@@ -21,11 +21,8 @@ from nemocascade.kernels.pallas_product import VMEM, like
 from nemocascade.kernels.product import precision
 
 LOG2E = 1.4426950408889634
-KINDS = (
-  "whole",
-  "border",
-  "diagonal",
-)  # Every query sees every key; a document begins in it; it has the queries' keys.
+# Kinds of visits: every query sees every key; some queries do not see some keys; the keys are those of the queries.
+KINDS = ("whole", "border", "diagonal")
 # Kernel -> keys and queries of a part of a visit, chosen by the schedules for v5p. The gradients' kernels divide only
 # visits on the diagonal.
 PARTS = {"attention_forward": (128, 256), "attention_dq": (256, 1024), "attention_dkv": (256, 1024)}

@@ -12,7 +12,7 @@ from nemocascade.runtime import loading
 from nemocascade.runtime.checks import judged
 from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.teachers import BEST
-from nemocascade.store.record import Record, parent_of
+from nemocascade.store.record import Record, circle, parent_of
 
 OWN = ("stages", "order", "side_line", "recovery")  # Fields of a cascade that no stage has.
 
@@ -86,20 +86,10 @@ def check_no_circle(c: ConfigDict) -> None:
   for name in c.order:
     stage = c.stages[name]
     needs[name] = [stage.init_from, *stage.get("teachers", {}).values()]
-  done: set[str] = set()
-
-  def visit(name: str, path: tuple[str, ...]) -> None:
-    if name in path:
-      circle = " <- ".join((*path[path.index(name) :], name))
-      raise UserError(f"stages.{name}: stages need one another in a circle: {circle}; give one another start")
-    if name in done or name not in needs:
-      return
-    for other in needs[name]:
-      visit(other, (*path, name))
-    done.add(name)
-
-  for name in c.order:
-    visit(name, ())
+  if found := circle(needs):
+    raise UserError(
+      f"stages.{found[0]}: stages need one another in a circle: {' <- '.join(found)}; give one another start"
+    )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The record of a cascade, cascade.json: the state and scores of each stage, and the start of the next one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -127,8 +127,8 @@ class Record:
     value = read_state(path, SHAPE, remedy=REMEDY)
     if len({entry["name"] for entry in value["stages"]}) < len(value["stages"]):
       raise refused(path, "a stage stands there twice", REMEDY)
-    if circle := _circle({entry["name"]: entry.get("parent", "") for entry in value["stages"]}):
-      raise refused(path, f"stages are parents of one another: {circle}", REMEDY)
+    if found := circle({entry["name"]: [entry.get("parent", "")] for entry in value["stages"]}):
+      raise refused(path, f"stages are parents of one another: {' <- '.join(found)}", REMEDY)
     return cls(path, value["stages"], value["teachers"], value.get("set_aside", []))
 
   def save(self) -> None:
@@ -184,15 +184,21 @@ class Record:
     return self.checkpoint(parent) if self.stage(parent) is not None else init_from
 
 
-def _circle(parents: dict[str, str]) -> str:
-  """The first circle of stages and their parents, as text; "" if there is none."""
-  for name in parents:
-    path = [name]
-    while (parent := parents.get(path[-1], "")) and parent not in path:
-      path.append(parent)
-    if parent:
-      return " <- ".join([*path[path.index(parent) :], parent])
-  return ""
+def circle(needs: Mapping[str, Sequence[str]]) -> list[str]:
+  """The first circle of stages, each of which needs the next; its first stage is its last too. [] if there is none."""
+  done: set[str] = set()
+
+  def visit(name: str, path: tuple[str, ...]) -> list[str]:
+    if name in path:
+      return [*path[path.index(name) :], name]
+    if name in needs and name not in done:
+      for other in needs[name]:
+        if found := visit(other, (*path, name)):
+          return found
+      done.add(name)
+    return []
+
+  return next((found for name in needs if (found := visit(name, ()))), [])
 
 
 def parent_of(name: str, init_from: str, main_line: Sequence[str]) -> str:
