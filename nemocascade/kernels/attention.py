@@ -12,7 +12,7 @@ from nemocascade.kernels.product import einsum, einsum_fp32
 
 FORMS = ("definition", "parts", "blocked", "tpu")
 BLOCK = 128  # Queries and keys of a block in the blocked form.
-LONG = 256  # From this many tokens a row on, CPUs and TPUs skip blocks.
+LONG = 512  # From this many tokens a row on, CPUs and TPUs skip blocks.
 PARTS = 4  # The queries of a row are split into this many parts; a part reads only keys up to its end.
 CACHE_BLOCK = 1_024  # Places of a key-value cache that a decoded token reads at a time.
 QUERIES = 512  # A part with more queries computes this many rows of the score matrix at a time.
