@@ -6,7 +6,7 @@ import sys
 RESERVED = (4 << 30) - (16 << 20)  # Bytes of address space; only pages that are used take memory.
 HUGE_PAGE = 2 << 20
 # Constants of glibc's malloc.h and Linux's mman.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX, _MADV_HUGEPAGE = -1, -2, -4, -8, 14
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -2, -4, 14
 
 
 def keep() -> bool:
@@ -15,13 +15,17 @@ def keep() -> bool:
   XLA's CPU client allocates the arrays of each program with malloc and frees them after the call. By default
   malloc returns large blocks to the system, so every step has page faults for all of them again. On a virtual
   machine that took a third of a training step (250,000 faults at 12,000 tokens).
+
+  Threads keep heaps of their own. With one heap for all, a process that had compiled its programs itself, and so
+  had a heap full of the compiler's small blocks, took half as long again for each step: its threads waited for the
+  heap's lock.
   """
   if not sys.platform.startswith("linux"):
     return False
   c = ctypes.CDLL(None)
   if not hasattr(c, "gnu_get_libc_version"):
     return False
-  for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1)):
+  for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
     c.mallopt(option, value)
   c.sbrk.restype, c.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
   c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
