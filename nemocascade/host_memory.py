@@ -3,6 +3,8 @@
 import ctypes
 import sys
 
+import jax
+
 RESERVED = (4 << 30) - (16 << 20)  # Bytes of address space; only pages that are used take memory.
 HUGE_PAGE = 2 << 20
 # Constants of glibc's malloc.h and Linux's mman.h.
@@ -16,9 +18,10 @@ def keep() -> bool:
   malloc returns large blocks to the system, so every step has page faults for all of them again. On a virtual
   machine that took a third of a training step (250,000 faults at 12,000 tokens).
 
-  Threads keep heaps of their own. With one heap for all, a process that had compiled its programs itself, and so
-  had a heap full of the compiler's small blocks, took half as long again for each step: its threads waited for the
-  heap's lock.
+  The main thread's heap alone keeps large blocks, so arrays must be allocated by that thread: JAX is told to run
+  programs in the thread that calls them. XLA's threads have heaps of their own for their small blocks. With one heap
+  for all, a process that had compiled its programs itself, and so had a heap full of the compiler's small blocks,
+  took half as long again for a step of the tiny model: the threads waited for the heap's lock.
   """
   if not sys.platform.startswith("linux"):
     return False
@@ -43,4 +46,5 @@ def keep() -> bool:
     return False
   first, last = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
   c.madvise(first, last - first, _MADV_HUGEPAGE)
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   return True
