@@ -38,7 +38,7 @@ def supervised(arg: str) -> ConfigDict:
     c.sources = recipe.conversations(**dict.fromkeys(DOMAINS, 60))
     return c
   c.sources = recipe.conversations(instruction=4000, stem=3000, structured=2000)
-  c.update(rows=16, pieces=4, steps=480, save_every=480)
+  c.update(rows=16, pieces=2, steps=480, save_every=480)
   return c
 
 
