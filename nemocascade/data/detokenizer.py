@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from nemocascade.data.tokenizer import Tokenizer
 
+LONGEST = 64  # Ids of a window from which on it is shortened; shortening costs a call of the tokenizer for some ids.
 _NO_TEXT = "\ufffd"  # Decoders return it for bytes that are an invalid or an incomplete character.
 
 
@@ -24,7 +25,7 @@ class Detokenizer:
     text = self._tokenizer.decode(self._window[:sure])
     certain = text.rstrip(_NO_TEXT)  # The last character may be incomplete: later ids may hold its other bytes.
     new, self._given = certain[self._given :], max(self._given, len(certain))
-    if sure == len(self._window) and certain == text:
+    if len(self._window) >= LONGEST and sure == len(self._window) and certain == text:
       self._forget()
     return new
 
