@@ -125,7 +125,9 @@ def training_sequences(
   messages = list(messages)
   draw = lambda count: render(messages[:count], tools=tools, truncate_history_thinking=truncate_history_thinking)
   sequences, context, whole = [], 0, draw(len(messages))
-  questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+  # A user message changes only how earlier turns of the assistant are rendered.
+  first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+  questions = [i for i, message in enumerate(messages) if message["role"] == "user" and i > first]
   for question in questions if truncate_history_thinking else ():
     now, later = draw(question), draw(question + 1)
     if later[: len(now)] != now:
