@@ -35,7 +35,7 @@ def test_tokens_and_flops_of_each_kind_are_those_computed_by_hand():
     scored=steps * samples * r.total_tokens, trained=steps * p.rows * p.row_tokens,
   )  # fmt: skip
   assert lines["if_rl"].spent.scored == 0 and lines["rlhf"].spent.scored > 0  # Its KL to the start.
-  assert (lines["mopd"].batch, lines["sft"].rows) == ("256 x 1", "32 x 256 / 8")
+  assert (lines["mopd"].batch, lines["sft"].rows) == ("256 x 1", "32 x 256 / 4")
   assert lines["rlhf"].start == "mopd" and lines["rlhf_teacher"].start == "sft"
 
 
