@@ -1,6 +1,9 @@
 """Functions that run in threads beside decoding: how many run at a time, and that none is lost."""
 
+import queue
 import threading
+
+import pytest
 
 from nemocascade.rollout import beside
 from nemocascade.rollout.beside import Beside
@@ -8,10 +11,19 @@ from nemocascade.rollout.beside import Beside
 
 def test_few_functions_begin_at_a_time(monkeypatch):
   monkeypatch.setattr(beside, "SHORT_S", 60)
-  work, go = Beside(64, 2), threading.Event()
+  work, go, begun = Beside(64, 2), threading.Event(), queue.SimpleQueue()
+
+  def call():
+    begun.put(None)
+    go.wait(60)
+
   for name in range(30):
-    work.start(name, go.wait, 60)
-  assert len(work._running) == 2 and len(work) == 30
+    work.start(name, call, 60)
+  for _ in range(2):
+    begun.get(timeout=60)
+  with pytest.raises(queue.Empty):  # A third one would begin within this time.
+    begun.get(timeout=0.2)
+  assert len(work) == 30
   go.set()
   ended = []
   while len(work):

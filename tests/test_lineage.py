@@ -77,6 +77,24 @@ def finished(tmp_path, monkeypatch):
   return tmp_path, script
 
 
+@pytest.mark.parametrize(
+  "parents, message",
+  [
+    ({"sft": "if_rl", "if_rl": "sft"}, "parents of one another: sft <- if_rl <- sft"),
+    ({"if_rl": "if_rl"}, "parents of one another: if_rl <- if_rl"),
+  ],
+)
+def test_a_record_with_parents_in_a_circle_is_refused(finished, parents, message):
+  workdir, _ = finished
+  path = workdir / "cascade.json"
+  record = json.loads(path.read_text())
+  for entry in record["stages"]:
+    entry["parent"] = parents.get(entry["name"], entry["parent"])
+  path.write_text(json.dumps(record))
+  with pytest.raises(UserError, match=message):
+    Record.open(workdir)
+
+
 def test_more_steps_make_the_stages_after_stale_and_they_are_named(finished):
   workdir, script = finished
   before = (workdir / "cascade.json").read_text()
