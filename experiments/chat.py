@@ -1,6 +1,6 @@
 """Chat with a checkpoint in the terminal. Answers are streamed; thoughts have a bar at their left and are dim.
 
-  python -m experiments.chat --checkpoint=runs/tiny/sft/checkpoints/700
+  python -m experiments.chat --checkpoint=runs/tiny/sft/latest
   python -m experiments.chat --checkpoint=hf:DIR --thinking --tools=python
 
 Ctrl-C stops the answer, Ctrl-D quits, /help lists the commands. With --tools=python the model may run

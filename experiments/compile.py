@@ -148,7 +148,7 @@ def slice_of(topology: str) -> tuple[str, list[jax.Device]]:
   if not re.fullmatch(r"\d+(x\d+)*", shape):
     raise UserError(f"--topology={topology!r}: give KIND:CHIPSxCHIPS, such as v5p:4x4x4 or v6e:16x16")
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError("the TPU compiler (libtpu) is not installed: pip install 'nemocascade[tpu]'")
+    raise UserError("the TPU compiler (libtpu) is not installed: pip install -e '.[tpu]'")
   # libtpu reads these when it loads: do not look for a slice, and allow other processes to load it.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

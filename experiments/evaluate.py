@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on held-out prompts of every domain: avg@k and pass@k, with 95% intervals.
 
   python -m experiments.evaluate --config=configs/tiny/cascade.py \\
-    --checkpoint=runs/tiny/sft/checkpoints/700 --workdir=runs/eval --completions=4
+    --checkpoint=runs/tiny/sft/latest --workdir=runs/eval --completions=4
 
 pass@k is the share of prompts with at least one completion of full reward. Partial rewards count in avg@k
 only.

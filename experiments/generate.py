@@ -1,6 +1,6 @@
 """Batch generation: reads prompts and writes completions, one JSON line each.
 
-  python -m experiments.generate --checkpoint=runs/tiny/sft/checkpoints/700 \\
+  python -m experiments.generate --checkpoint=runs/tiny/sft/latest \\
     --input=prompts.jsonl --output=out.jsonl --temperature=0 --max_new_tokens=64
 
 An input row is {"messages": [...], "tools": [...]} or {"tokens": [...]}; other keys are copied to the output.

@@ -113,7 +113,7 @@ def _transformers():
     from transformers import NemotronHForCausalLM
   except ImportError as error:
     raise UserError(
-      f"parity compares with transformers 5 and torch, which are not installed ({error}): pip install 'nemocascade[hf]'"
+      f"parity compares with transformers 5 and torch, which are not installed ({error}): pip install -e '.[hf]'"
     ) from error
 
   def theirs(path: Path, dtype: str, tokens_BT) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Profiles the difficulty of training prompts: samples completions of each, and keeps those worth training on.
 
-  python -m experiments.profile --config=my_rl.py --checkpoint=runs/sft/sft/checkpoints/600 \\
+  python -m experiments.profile --config=my_rl.py --checkpoint=runs/sft/sft/latest \\
     --completions=16 --workdir=runs/profile
 
 The config is that of an RL stage. Of every domain of its mixture whose rows are in files, all training prompts are

@@ -1,6 +1,6 @@
 """Scores given tokens: reads rows, and writes them with the log-probability of each token.
 
-  python -m experiments.score --checkpoint=runs/tiny/sft/checkpoints/700 \\
+  python -m experiments.score --checkpoint=runs/tiny/sft/latest \\
     --input=rows.jsonl --output=out.jsonl
 
 An input row is {"tokens": [...]} or {"messages": [...], "tools": [...]}; other keys are copied to the output.

@@ -12,7 +12,7 @@ from nemocascade.kernels.attention import LONG, attention
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
-  reason="the TPU compiler is in libtpu: pip install 'nemocascade[tpu]'",
+  reason="the TPU compiler is in libtpu: pip install -e '.[tpu]'",
 )
 
 

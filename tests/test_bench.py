@@ -186,7 +186,7 @@ def test_the_reward_of_bench_rl_is_a_share_of_words():
 def test_without_trl_bench_rl_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "trl", None)
   monkeypatch.delitem(sys.modules, "experiments.bench.trl", raising=False)
-  with pytest.raises(UserError, match=r"TRL.*pip install 'nemocascade\[bench\]'"):
+  with pytest.raises(UserError, match=r"TRL.*pip install -e '\.\[bench\]'"):
     bench.run("rl")
 
 

@@ -89,7 +89,7 @@ def test_the_long_tail_has_its_99th_percentile_at_ten_times_the_median():
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "experiments.bench.generate", None)
-  with pytest.raises(UserError, match=r"transformers.*pip install 'nemocascade\[bench\]'"):
+  with pytest.raises(UserError, match=r"transformers.*pip install -e '\.\[bench\]'"):
     bench.run("rollout")
   with pytest.raises(UserError, match="--full with suite 'rl'"):
     bench.run("rl", full=True)

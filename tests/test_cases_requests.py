@@ -203,6 +203,24 @@ def test_help_leaves_out_what_a_stage_does_not_read(command, monkeypatch, capsys
   assert said.splitlines()[-1].startswith("Not listed: domains, evaluation, sandbox.")
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_help_lists_the_flags_of_several_processes_only_where_they_are_taken(several, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["command", "--help"])
+  with pytest.raises(SystemExit):
+    launch.launch(lambda *_: None, several=several)
+  said = capsys.readouterr().out
+  assert all((f"  --{name} " in said) == several for name in ("distributed", "connect_s", "wait_s", "check_hosts"))
+  assert "  --grace_s " in said
+
+
+def test_a_command_of_one_process_refuses_to_meet_others(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["command", "--distributed=127.0.0.1:9999,2,0"])
+  with pytest.raises(SystemExit) as ended:
+    launch.launch(lambda *_: None)
+  assert ended.value.code == 2
+  assert "leave it out: this command runs in one process" in capsys.readouterr().err
+
+
 def test_a_domain_without_a_prompt_that_fits_is_refused_before_anything_is_written(tmp_path):
   c = cascade_config.get_config("smoke")
   c.stages.if_rl.rollout.prompt_tokens = 2

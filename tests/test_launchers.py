@@ -4,6 +4,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,12 +40,25 @@ def test_tpu_vms_get_this_commit_and_the_same_command(monkeypatch, capsys):
   assert archive == ["git", "archive", "--format=tar.gz", "--output=nemocascade.tar.gz", "HEAD"]
   assert copy == shlex.split("gcloud compute tpus tpu-vm scp nemocascade.tar.gz pod: --zone=us-east5-a --worker=all")
   ssh = "gcloud compute tpus tpu-vm ssh pod --zone=us-east5-a --worker=all".split()
-  assert unpack[:-1] == ssh and unpack[-1].endswith("cd nemocascade && pip install -q -e '.[tpu]'")
+  assert unpack[:-1] == ssh and unpack[-1].endswith("cd nemocascade && pip install -q -e '.[tpu,gcs]'")
   assert start[:-1] == ssh
   assert start[-1] == (
     f"--command=cd nemocascade && nohup setsid sh -c 'echo $$ > run.pid; exec {SFT} --distributed=auto'"
     " > run.log 2>&1 < /dev/null & sleep 1; echo started"
   )
+
+
+def test_tpu_vms_without_a_bucket_need_no_library_for_buckets(monkeypatch, capsys):
+  here = SFT.replace("gs://bucket", "/shared")
+  assert lines(printed(monkeypatch, capsys, "tpu_vm", here, *TPU))[2][-1].endswith("pip install -q -e '.[tpu]'")
+
+
+def test_the_lines_of_the_page_can_be_copied(monkeypatch, capsys):
+  page = (Path(__file__).parent.parent / "docs" / "pod.md").read_text()
+  shown = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("    python -m experiments.launch.")]
+  assert [module.rpartition(".")[2] for module, *_ in shown] == ["tpu_vm", "gke", "slurm"]
+  for module, *words in shown:
+    assert "--distributed=auto" in printed(monkeypatch, capsys, module.rpartition(".")[2], *words)
 
 
 def test_quotes_in_the_command_reach_the_hosts(monkeypatch, capsys, tmp_path):

@@ -33,6 +33,17 @@ def test_every_requirement_has_an_upper_bound(required):
   assert not open_ended
 
 
+def test_errors_and_pages_name_extras_that_exist(required):
+  """The package is installed from a clone: `pip install 'nemocascade[hf]'` would ask an index that does not have it."""
+  root, said = SETUP.parent, set()
+  for path in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("[en]*/**/*.py")]:
+    text = path.read_text()
+    assert "pip install 'nemocascade[" not in text, path
+    for names in re.findall(r"pip install (?:-q )?-e '\.\[([\w,]+)\]'", text):
+      said |= set(names.split(","))
+  assert {"tpu", "gcs", "hf", "bench"} <= said - {"NAME"} <= required.keys()
+
+
 def test_what_the_tests_compare_with_is_what_the_benchmarks_compare_with(required):
   shared = required["test"].keys() & required["bench"].keys()
   assert {"trl", "torch", "transformers"} <= shared

@@ -191,4 +191,4 @@ def test_parity_without_transformers_is_one_clear_line(tmp_path):
   code += "runpy.run_module('experiments.parity', run_name='__main__', alter_sys=True)"
   done = subprocess.run([sys.executable, "-c", code, "--checkpoint=hf:any"], capture_output=True, text=True)
   assert done.returncode == 2, done.stderr
-  assert re.fullmatch(r"error: .*transformers.*pip install 'nemocascade\[hf\]'\n", done.stderr)
+  assert re.fullmatch(r"error: .*transformers.*pip install -e '\.\[hf\]'\n", done.stderr)

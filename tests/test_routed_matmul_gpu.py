@@ -12,7 +12,7 @@ pytestmark = [
   pytest.mark.gpu,
   pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)) or shutil.which("nvidia-smi") is None,
-    reason="needs an NVIDIA GPU: pip install 'nemocascade[cuda]' on a machine that has one",
+    reason="needs an NVIDIA GPU: pip install -e '.[cuda]' on a machine that has one",
   ),
 ]
 

@@ -12,7 +12,7 @@ from nemocascade.kernels.routed_matmul import routed_matmul, routed_mlp
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
-  reason="the TPU compiler is in libtpu: pip install 'nemocascade[tpu]'",
+  reason="the TPU compiler is in libtpu: pip install -e '.[tpu]'",
 )
 T, X, E, D, F = 512, 2, 8, 256, 200  # F is not a multiple of 128, like Nano's.
 

@@ -189,7 +189,7 @@ def cases() -> Iterator[dict]:
     from experiments.bench import trl
   except ImportError as error:
     raise UserError(
-      f"bench rl compares with TRL, which is not installed ({error}): pip install 'nemocascade[bench]'"
+      f"bench rl compares with TRL, which is not installed ({error}): pip install -e '.[bench]'"
     ) from error
   for dtype in DTYPES:
     for line in of_dtype(dtype, trl):

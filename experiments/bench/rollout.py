@@ -77,7 +77,7 @@ def cases(full: bool = False) -> Iterator[dict]:
     from experiments.bench.generate import Peer
   except ImportError as error:
     raise UserError(
-      f"bench rollout compares with transformers, which is not installed ({error}): pip install 'nemocascade[bench]'"
+      f"bench rollout compares with transformers, which is not installed ({error}): pip install -e '.[bench]'"
     ) from error
   for dtype in sizes.dtypes:
     c = rl.config(dtype=dtype)

@@ -272,7 +272,7 @@ def _dump(name: str) -> Iterator[Path]:
     if done.returncode:
       said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
       reason = (said or ["no message"])[-1]
-      raise UserError(f"kernels --static: {name} did not compile ({reason}): pip install 'nemocascade[tpu]'")
+      raise UserError(f"kernels --static: {name} did not compile ({reason}): pip install -e '.[tpu]'")
     yield Path(place)
 
 

@@ -58,7 +58,7 @@ def cases() -> Iterator[dict]:
     from experiments.bench import torch_sft
   except ImportError as error:
     raise UserError(
-      f"bench train compares with transformers, which is not installed ({error}): pip install 'nemocascade[bench]'"
+      f"bench train compares with transformers, which is not installed ({error}): pip install -e '.[bench]'"
     ) from error
   for dtype in DTYPES:
     c = rl.config(dtype=dtype)

@@ -3,8 +3,9 @@
   python -m experiments.launch.gke "python -m experiments.sft --config=configs/nano_30b/sft.py --workdir=gs://B/sft"
     --cluster=NAME --workload=NAME --tpu_type=v5p-128 --image=IMAGE --dry_run
 
-The image has the code in its working directory, with Python and `pip install -e '.[tpu]'`. A workload that fails is
-restarted `restarts` times, and resumes: also after a host was lost (exit code 69) or preempted (75).
+The image has the code in its working directory, with Python and `pip install -e '.[tpu,gcs]'` (`gcs` is for work
+directories in a bucket). A workload that fails is restarted `restarts` times, and resumes: also after a host was lost
+(exit code 69) or preempted (75).
 """
 
 from experiments.launch.command import COMMAND, DRY_RUN, Step, checked, name_of, named, take

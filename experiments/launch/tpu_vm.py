@@ -5,13 +5,14 @@
   python -m experiments.launch.tpu_vm --do=log --tpu=NAME --zone=ZONE
   python -m experiments.launch.tpu_vm --do=stop --tpu=NAME --zone=ZONE
 
-Copies the commit that is checked out here to all hosts, installs it, and starts the command there, detached. The same
-line resumes the run. `stop` sends SIGTERM: the run saves at the end of its step.
+Copies the commit that is checked out here to all hosts, installs it (with the extra `gcs` where the command names a
+bucket), and starts the command there, detached. The same line resumes the run. `stop` sends SIGTERM: the run saves at the end of its step.
 """
 
 from experiments.launch.command import COMMAND, DRY_RUN, FOLDER, Step, checked, name_of, named, take
 from nemocascade.fields import word
 from nemocascade.runtime.launch import launch
+from nemocascade.state_files import BUCKET
 
 ARCHIVE = f"{FOLDER}.tar.gz"
 # The process's own number is kept: `exec` makes the command the process of that number.
@@ -34,7 +35,8 @@ def run(command: str, do: str, tpu: str, zone: str, dry_run: bool) -> None:
   else:
     # In double quotes on the host, since START is in single quotes: shlex writes single ones.
     line = START.format(folder=FOLDER, command=checked(command).replace("'", "'\\''"))
-    unpack = f"mkdir -p {FOLDER} && tar -xzf {ARCHIVE} -C {FOLDER} && cd {FOLDER} && pip install -q -e '.[tpu]'"
+    extras = "tpu,gcs" if BUCKET in command else "tpu"
+    unpack = f"mkdir -p {FOLDER} && tar -xzf {ARCHIVE} -C {FOLDER} && cd {FOLDER} && pip install -q -e '.[{extras}]'"
     take(
       [
         Step("The commit that is checked out.", ["git", "archive", "--format=tar.gz", f"--output={ARCHIVE}", "HEAD"]),

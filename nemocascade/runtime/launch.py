@@ -64,7 +64,7 @@ def launch(
   """
   host_memory.keep()
   debug = "--debug" in sys.argv
-  own = SEVERAL if several or (config and workdir) else {}
+  own = SEVERAL if several else {"grace_s": SEVERAL["grace_s"]} if config and workdir else {}
   try:
     if own and not set(HELP) & set(sys.argv):
       _meet(sys.argv[1:], several)
@@ -105,7 +105,7 @@ def _meet(argv: Sequence[str], several: bool) -> None:
         told[name] = field.parse(f"--{name}", value if equals else next(iter(argv[i + 1 :]), ""))
         field.check(f"--{name}", told[name])
   if told["distributed"] and not several:
-    raise UserError(f"--distributed={told['distributed']}: must be empty: this command runs in one process")
+    raise UserError(f"--distributed={told['distributed']}: leave it out: this command runs in one process")
   termination.listen(told["grace_s"])
   if told["distributed"]:
     hosts.connect(told["distributed"], told["connect_s"], told["grace_s"])
@@ -228,7 +228,7 @@ def writable_bucket(flag: str, said: str) -> Path:
     trial.write_bytes(b"trial")
     trial.unlink()
   except Exception as error:
-    how = "pip install 'nemocascade[gcs]'" if isinstance(error, ImportError) else "give another place"
+    how = "pip install -e '.[gcs]'" if isinstance(error, ImportError) else "give another place"
     why = " ".join(str(error).split())[:80] or type(error).__name__
     raise UserError(f"{flag}={config_file.shown_path(said)}: cannot be written ({why}); {how}") from error
   return place(said)
