@@ -229,7 +229,7 @@ def summary(entry: dict) -> str:
   return (
     f"{entry['name']}: {entry['steps']} steps, {entry['wall_s']:.0f} s"
     f" ({entry['train_s']:.0f} s training), {entry['tokens']} tokens,"
-    f" {entry['compilations']} compilations{': ' + moved if moved else ''}"
+    f" {entry['compilations']} compilation{'s' * (entry['compilations'] != 1)}{': ' + moved if moved else ''}"
   )
 
 

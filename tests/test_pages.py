@@ -2,12 +2,15 @@
 
 import json
 import re
+import types
 
+import jax
 import pytest
 
 from configs.tiny import cascade as config
 from nemocascade.report import markup, pages, scores, summary
 from nemocascade.report.run import Run
+from nemocascade.runtime.workdir import begun
 
 PROMPTS = 64
 INJECTED = "<script>alert(1)</script>"
@@ -88,6 +91,36 @@ def test_the_page_is_self_contained_and_shows_no_html_of_a_model(workdir):
   assert pictures and all("role=img" in p and re.search("aria-label='.+'", p) for p in pictures)
   for name in re.findall("href='([^'#]+)'", html):
     assert (workdir / "report" / name).resolve().is_file(), name
+
+
+def test_commands_are_copied_from_the_page_as_they_are_typed(workdir):
+  html = pages.write(workdir, live=True).read_text()
+  found = re.findall(r"<(?:code|pre) class=command>(.*?)</(?:code|pre)>", html)
+  typed = [re.sub("<[^>]*>", "", of) for of in found]  # What a reader selects: no space comes from the layout.
+  assert typed[0] == "python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=x"
+  assert [line.split(" --")[0] for line in typed[1:]] == [
+    "python -m experiments.chat",
+    "python -m experiments.generate",
+  ]
+
+
+def test_the_machine_names_its_devices_where_they_are_not_its_cores(monkeypatch):
+  device = lambda platform, kind: types.SimpleNamespace(platform=platform, device_kind=kind)
+  for devices, said in (
+    ([device("cpu", "cpu")], "cores, Linux"), ([device("cpu", "cpu")] * 4, "cores, 4 x cpu, Linux"),
+    ([device("tpu", "TPU v5p")], "cores, 1 x TPU v5p, Linux"),
+  ):  # fmt: skip
+    monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
+    assert said in begun()["machine"]
+
+
+def test_one_teacher_is_one_and_several_are_several(workdir):
+  run = Run.open(workdir)
+  (stage,) = [s for s in run.stages if s["name"] == "mopd"]
+  one = stage | {"teachers": {"math": {"stage": "sft"}, "instruction": {"stage": "sft"}}}
+  two = stage | {"teachers": {"math": {"stage": "sft"}, "instruction": {"stage": "if_rl"}}}
+  assert "distillation (mopd) with sft as its teacher," in summary.what(run, one)
+  assert "distillation (mopd) with if rl, sft as its teachers," in summary.what(run, two)
 
 
 def test_the_same_prompt_is_shown_before_and_after_a_stage(workdir):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemocascade.report.markup import link, note, text
+from nemocascade.report.markup import command, link, note, text
 from nemocascade.report.run import Run, Stage, words
 
 LONGEST = 600  # Characters of a text that are shown.
@@ -66,9 +66,11 @@ def talk(run: Run) -> list[str]:
   if not run.main:
     return []
   last = run.main[-1]
-  command = f"python -m experiments.chat --checkpoint={last['checkpoint']}"
-  many = f"python -m experiments.generate --checkpoint={last['checkpoint']} --input=prompts.jsonl --output=out.jsonl"
-  parts = [f"<pre>{text(command)}</pre>", f"<pre>{text(many)}</pre>"]
+  lines = (
+    f"python -m experiments.chat --checkpoint={last['checkpoint']}",
+    f"python -m experiments.generate --checkpoint={last['checkpoint']} --input=prompts.jsonl --output=out.jsonl",
+  )
+  parts = [f"<pre class=command>{command(line)}</pre>" for line in lines]
   if answers := run.answers(last):
     parts.append(note(f"Answers of {words(last['name'])}, the last stage, to held-out prompts; one of each domain."))
     for of in list(answers.values())[:10]:

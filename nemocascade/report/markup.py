@@ -18,7 +18,7 @@ h3{font-size:1.05em;margin:1.5em 0 .4em}p{margin:.5em 0;max-width:75ch}a{color:#
 .note{color:#595959;font-size:.9em}.banner{padding:.7em 1em;border-left:5px solid;margin:1em 0;max-width:none}
 .smoke{background:#fff3d6;border-color:#8a5a00}.live{background:#e4f1fa;border-color:#00538a}
 dl.facts{display:grid;grid-template-columns:minmax(5.5em,max-content) minmax(0,1fr);gap:.25em 1em;margin:1em 0}
-dl.facts code span{display:inline-block;max-width:100%;overflow-wrap:anywhere;margin-right:.6em}dl.facts dt{color:#595959}dl.facts dd{margin:0}
+.command span{display:inline-block;max-width:100%;overflow-wrap:anywhere}dl.facts dt{color:#595959}dl.facts dd{margin:0}
 .five{background:#f4f6f8;padding:.2em 1.2em 1em;border-radius:8px}.five h3{margin:1em 0 .2em}
 .five ul{margin:.3em 0;padding-left:1.2em}
 nav li{break-inside:avoid}nav ol{columns:16em;column-gap:2.5em;padding-left:1.4em;margin:.5em 0}
@@ -75,6 +75,11 @@ def note(line: str) -> str:
 
 def link(there: str, words: str) -> str:
   return f"<a href='{text(there)}'>{text(words)}</a>"
+
+
+def command(line: str) -> str:
+  """A command line that breaks between its words, and is copied as it is."""
+  return " ".join(f"<span>{text(word)}</span>" for word in line.split(" "))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:

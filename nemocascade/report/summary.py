@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from nemocascade.config import ModelConfig
 from nemocascade.model.size import active_params, count_params
-from nemocascade.report.markup import link, text
+from nemocascade.report.markup import command, link, text
 from nemocascade.report.run import Change, Run, Stage, change, count, duration, words
 
 MOST = 8  # Falls that are listed.
@@ -17,9 +17,7 @@ def header(run: Run) -> str:
   """The facts of the run as a list of terms."""
   begun, versions = run.made.get("begun", {}), run.made.get("versions", {})
   facts = {
-    "Command": "<code>"
-    + "".join(f"<span>{text(w)}</span>" for w in (run.command or "not recorded").split(" "))
-    + "</code>",
+    "Command": f"<code class=command>{command(run.command or 'not recorded')}</code>",
     "Config": link("../config.json", "config.json"),
     "Seed": text(run.config.get("seed", "not recorded")),
     "Commit": text(versions.get("nemocascade", "not recorded")),
@@ -93,9 +91,8 @@ def what(run: Run, stage: Stage) -> str:
     said = KINDS[stage["kind"]]
   elif stage.get("teachers"):
     teachers = sorted({words(t["stage"] or "a given checkpoint") for t in stage["teachers"].values()})
-    said = (
-      f"distillation from teachers ({run.settings(stage).get('advantage', 'MOPD')}); they are {', '.join(teachers)}"
-    )
+    who = "as its teacher" if len(teachers) == 1 else "as its teachers"
+    said = f"distillation ({run.settings(stage).get('advantage', 'MOPD')}) with {', '.join(teachers)} {who}"
   else:
     said = f"reinforcement learning ({run.settings(stage).get('advantage', 'RL')})"
   if stage["domains"]:

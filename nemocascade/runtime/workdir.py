@@ -138,11 +138,13 @@ def begun() -> dict[str, str]:
   spec = getattr(sys.modules["__main__"], "__spec__", None)
   how = ["-m", spec.name] if spec else sys.argv[:1]
   devices = jax.devices()
+  on_cpu = devices[0].platform == "cpu"
+  held = f" {len(devices)} x {devices[0].device_kind}," if not on_cpu or len(devices) > 1 else ""
   return {
     "command": shlex.join(["python", *how, *sys.argv[1:]]),
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    "machine": f"{platform.machine()}, {os.cpu_count()} cores, {len(devices)} x {devices[0].device_kind},"
-    f" {platform.system()}, Python {platform.python_version()}",
+    "machine": f"{platform.machine()}, {os.cpu_count()} cores,{held} {platform.system()},"
+    f" Python {platform.python_version()}",
   }
 
 
