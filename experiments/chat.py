@@ -1,9 +1,9 @@
 """Chat with a checkpoint in the terminal. Answers are streamed; thoughts have a bar at their left and are dim.
 
-  python -m experiments.chat --checkpoint=runs/tiny/sft/latest
+  python -m experiments.chat --checkpoint=runs/tiny/sft/latest --thinking
   python -m experiments.chat --checkpoint=hf:DIR --thinking --tools=python
 
-Ctrl-C stops the answer, Ctrl-D quits, /help lists the commands. With --tools=python the model may run
+A line that ends in a backslash goes on in the next one. Ctrl-C stops the answer, Ctrl-D quits, /help lists the commands. With --tools=python the model may run
 Python in the sandbox. It gets the results until it answers without a call. --mesh=data:1,expert:8 shares the
 model among several devices.
 """
@@ -35,6 +35,7 @@ HELP = """\
 /tools      the tools on offer; /tools python, /tools none
 /reset      forget the conversation
 /help       this
+A line that ends in \\ goes on in the next one.
 Ctrl-C stops an answer, Ctrl-D leaves."""
 THOUGHT = "\u2502 "  # A bar down the left side of thoughts.
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -104,7 +105,7 @@ class Terminal:
     print(f"{self._state()}; /help for help")
     while True:
       try:
-        line = input("> ").strip()
+        line = read()
       except EOFError:
         print()
         return
@@ -228,6 +229,15 @@ class Terminal:
     self._dimmed = dim
     sys.stdout.write(shown(text))
     sys.stdout.flush()
+
+
+def read() -> str:
+  """What the user types, without white space around it. A line that ends in a backslash goes on in the next one."""
+  lines = [input("> ")]
+  while lines[-1].endswith("\\"):
+    lines[-1] = lines[-1][:-1].rstrip()
+    lines.append(input("... "))
+  return "\n".join(lines).strip()
 
 
 def shown(text: str) -> str:

@@ -170,6 +170,17 @@ def test_python_runs_and_its_results_go_back_until_the_model_answers(typed):
   assert "stateful_python_code_exec(code): Runs Python code" in shown
 
 
+def test_a_question_of_several_lines_is_typed_with_backslashes(typed):
+  conversation, _ = typed(["Which is a bird? \\", "(A) owl\\", "(B) tin", "/help"], ["It is A.", IM_END])
+  asked = [m["content"] for m in conversation.messages if m["role"] == "user"]
+  assert asked == ["Which is a bird?\n(A) owl\n(B) tin"]
+
+
+def test_a_question_that_ends_in_the_middle_is_not_asked(typed):
+  conversation, _ = typed(["Which is a bird?\\"])
+  assert not [m for m in conversation.messages if m["role"] == "user"]
+
+
 def test_a_malformed_call_is_told_to_the_model(typed):
   conversation, shown = typed(
     ["/tools python", "go"],

@@ -67,12 +67,17 @@ def talk(run: Run) -> list[str]:
     return []
   last = run.main[-1]
   lines = (
-    f"python -m experiments.chat --checkpoint={last['checkpoint']}",
+    f"python -m experiments.chat --checkpoint={last['checkpoint']} --thinking --temperature=0",
     f"python -m experiments.generate --checkpoint={last['checkpoint']} --input=prompts.jsonl --output=out.jsonl",
   )
   parts = [f"<pre class=command>{command(line)}</pre>" for line in lines]
   if answers := run.answers(last):
-    parts.append(note(f"Answers of {words(last['name'])}, the last stage, to held-out prompts; one of each domain."))
+    about = (
+      f"Answers of {words(last['name'])}, the last stage, to held-out prompts; one of each domain. Ask it the like: a small"
+      " model knows the forms that it was trained on. In the terminal, end each line but the last with a backslash, and"
+      " /reset before another question."
+    )
+    parts.append(note(about))
     for of in list(answers.values())[:10]:
       parts.append(f"<pre>{_cut(of[0]['prompt'])}</pre>{verdict(of[0])}<pre>{_cut(of[0]['completion'])}</pre>")
   return parts
