@@ -62,7 +62,8 @@ class Chats:
     self._asked = False  # Whether a page has asked something.
 
   def answer(self, chat: str, text: str, thinking: bool, stopped: Callable[[], bool]) -> Iterator[dict[str, str]]:
-    """Yields the parts of the answer: {"thought"}, {"said"}, or {"note"}, what the reader should know besides.
+    """Yields the parts of the answer: {"thought"}, {"said"}, {"note"}, what the reader should know besides,
+    or {"wait"}, the same until the next part.
 
     Args:
       stopped: asked every few tokens; the answer ends when it returns true.
@@ -73,7 +74,7 @@ class Chats:
         self._of.popitem(last=False)
       first, self._asked = not self._asked, True
     if first:
-      yield {"note": "the first answer waits for its programs to compile"}
+      yield {"wait": "the first answer waits for its programs to compile"}
     with own:
       conversation.thinking = thinking
       try:

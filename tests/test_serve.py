@@ -54,6 +54,14 @@ def test_thoughts_and_answers_are_apart_and_a_conversation_goes_on_until_it_is_f
   assert len(begun) == 2 and "there is room for 1024; begin anew" in joined(lines, "note")
 
 
+def test_that_the_first_answer_waits_is_said_only_until_it_comes(site):
+  post, _, _ = site
+  first = [post("/answer", {"chat": "a", "text": "the cat"})[1] for _ in range(2)]
+  kinds = [[kind for line in lines.splitlines() for kind in json.loads(line)] for lines in first]
+  assert kinds[0][0] == "wait" and "wait" not in kinds[0][1:] + kinds[1] and "note" not in kinds[0]
+  assert '.querySelectorAll(".wait")' in serve.PAGE.read_text()  # Which the next part of the answer removes.
+
+
 def test_only_the_pages_used_last_are_remembered(site):
   post, _, begun = site
   for chat in [*map(str, range(serve.KEPT + 1)), "0"]:
