@@ -97,6 +97,20 @@ def test_the_readme_is_short_and_the_test_command_stands_alone():
   assert first.startswith("    pip install")
 
 
+def test_every_metric_has_a_line():
+  """Of those whose names stand in the code as they are. Others are made of the names of domains, guards and phases."""
+  code = "\n".join(path.read_text() for part in ("nemocascade", "experiments") for path in (ROOT / part).rglob("*.py"))
+  groups = (
+    "loss|norm|rollout|policy|reward|time|speed|data|expert|tokens|pairs|advantage|teacher|exact|exchange|optimizer"
+  )
+  table = re.findall("^\\| `.*", (ROOT / "docs" / "objectives.md").read_text(), re.MULTILINE)
+  for metric in sorted(set(re.findall(rf'"((?:{groups})/[a-z_]{{2,}})"', code))):
+    group, last = metric.split("/")
+    ends = "|".join(last[i:] for i, letter in enumerate(last) if letter == "_")  # `group/a`, `_b` names group/a_b.
+    pattern = rf"`{metric}`|`{group}/.*`(?:{ends or metric})`"
+    assert any(re.search(pattern, line) for line in table), f"objectives.md has no line of {metric}"
+
+
 def test_every_floor_is_described():
   text = ARCHITECTURE.read_text()
   places = [(ROOT / "nemocascade" / file, file) for floor in test_layout.FLOORS for file in floor]
