@@ -137,6 +137,7 @@ def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", 
   lineage.set_aside(record, anew)
   if done := [entry["name"] for entry in record.stages if entry["status"] == "done"]:
     say(f"done before: {', '.join(done)}")
+  say(f"the report follows the run: {workdir / 'report' / 'index.html'}")
   with pages.live(workdir):
     # Looked up after each stage, because a gate's decision may change those that follow.
     while left := course.left(c, record, choice, passed):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import types
 
 import jax
@@ -133,6 +134,15 @@ def test_a_page_of_a_running_cascade_reloads_and_the_last_one_does_not(workdir):
   assert not (workdir / "report" / "scores.png").exists()
   assert "http-equiv=refresh" not in pages.write(workdir).read_text()
   assert (workdir / "report" / "scores.png").stat().st_size > 5000
+
+
+def test_the_page_is_there_as_soon_as_the_run_begins(workdir):
+  page = workdir / "report" / "index.html"
+  with pages.live(workdir):
+    until = time.monotonic() + 10  # Less than the time between two states of the page.
+    while not page.exists() and time.monotonic() < until:
+      time.sleep(0.01)
+    assert "http-equiv=refresh" in page.read_text()
 
 
 def test_a_smoke_run_says_that_its_scores_mean_nothing(workdir):

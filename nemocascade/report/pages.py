@@ -113,7 +113,7 @@ def _sections(run: Run, out: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 @contextlib.contextmanager
 def live(workdir: Path) -> Iterator[None]:
-  """Writes the page every RELOAD_S seconds while the body runs; only in the first process.
+  """Writes the page at once, and every RELOAD_S seconds while the body runs; only in the first process.
 
   If the body raises an error, the page is written once more, as that of a run that has ended.
   """
@@ -123,11 +123,13 @@ def live(workdir: Path) -> Iterator[None]:
   stop = threading.Event()
 
   def follow() -> None:
-    while not stop.wait(RELOAD_S):
+    while True:
       try:
         write(workdir, live=True)
       except Exception as error:  # The run is worth more than its page.
         print(f"the report is not written while the run goes on: {error}", file=sys.stderr)
+        return
+      if stop.wait(RELOAD_S):
         return
 
   thread = threading.Thread(target=follow, name="report", daemon=True)
