@@ -97,6 +97,12 @@ def test_the_readme_is_short_and_the_test_command_stands_alone():
   assert first.startswith("    pip install")
 
 
+def test_every_sweep_has_results_or_a_word_that_it_has_none():
+  text = (ROOT / "docs" / "results.md").read_text()
+  for path in (ROOT / "configs" / "tiny").glob("sweep_*.py"):
+    assert path.stem in text, path
+
+
 def test_every_metric_has_a_line():
   """Of those whose names stand in the code as they are. Others are made of the names of domains, guards and phases."""
   code = "\n".join(path.read_text() for part in ("nemocascade", "experiments") for path in (ROOT / part).rglob("*.py"))
