@@ -115,6 +115,12 @@ def test_the_machine_names_its_devices_where_they_are_not_its_cores(monkeypatch)
     assert said in begun()["machine"]
 
 
+def test_every_kind_of_stage_is_explained_in_words_that_are_not_its_name(workdir):
+  run = Run.open(workdir)
+  stage = run.stages[0] | {"kind": "reward_model", "name": "reward_model", "domains": []}
+  assert summary.what(run, stage).startswith("the judge of preferences, trained on pairs of answers")
+
+
 def test_one_teacher_is_one_and_several_are_several(workdir):
   run = Run.open(workdir)
   (stage,) = [s for s in run.stages if s["name"] == "mopd"]

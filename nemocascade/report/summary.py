@@ -9,7 +9,7 @@ from nemocascade.report.markup import command, link, text
 from nemocascade.report.run import Change, Run, Stage, change, count, duration, words
 
 MOST = 8  # Falls that are listed.
-KINDS = {"sft": "supervised fine-tuning (SFT)", "reward_model": "reward model"}
+KINDS = {"sft": "supervised fine-tuning (SFT)", "reward_model": "the judge of preferences, trained on pairs of answers"}
 BLOCKS = {"M": "Mamba-2", "*": "attention", "E": "mixture-of-experts", "-": "MLP"}
 
 
