@@ -3,9 +3,9 @@
   python -m experiments.chat --checkpoint=runs/tiny/sft/latest --thinking
   python -m experiments.chat --checkpoint=hf:DIR --thinking --tools=python
 
-A line that ends in a backslash goes on in the next one. Ctrl-C stops the answer, Ctrl-D quits, /help lists the commands. With --tools=python the model may run
-Python in the sandbox. It gets the results until it answers without a call. --mesh=data:1,expert:8 shares the
-model among several devices.
+A line that ends in a backslash goes on in the next one. Ctrl-C stops the answer, Ctrl-D quits, /help lists the
+commands. With --tools=python the model may run Python in the sandbox. It gets the results until it answers without a
+call. --mesh=data:1,expert:8 shares the model among several devices.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ class Terminated(Exception):
 FAILURE, BAD_REQUEST, INTERRUPTED = 1, 2, 130
 LOST = 69  # Another process of the run has died, hangs, or did not come.
 TERMINATED = 75  # SIGTERM.
+UNREAD = 141  # Nobody reads what the command prints, as after `| head`: the code of a process that SIGPIPE ends.
 
 
 def nearest(name: object, choices: Iterable[object]) -> str | None:

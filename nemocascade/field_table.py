@@ -341,6 +341,7 @@ RL = LANGUAGE_MODEL | {
 }
 
 CASCADE = {
+  "about": text("What the run is meant to show; its report begins with it.", optional=True),
   "order": several("The stages in their order.", text("a stage", empty=False), empty=False, unique=True),
   "side_line": several("Stages beside the main line, which init_from='previous' skips.", text("a stage"), unique=True),
   "stages": section("Name -> the fields of a stage.", empty=False),

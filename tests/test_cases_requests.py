@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,28 @@ def test_help_lists_the_fields_of_the_config():
   )  # fmt: skip
   assert "  steps = 7\n      Steps of the stage. A whole number of at least 1." in done.stdout
   assert "  rollout.top_p = 1.0\n" in done.stdout and "One of none, grpo, " in done.stdout
+
+
+@pytest.mark.parametrize("read, code, said", [(True, 0, ""), (False, 141, "")])
+def test_a_command_whose_output_nobody_reads_ends_without_a_word(read, code, said):
+  source, sink = os.pipe()
+  if not read:
+    os.close(source)
+  program = "from nemocascade.runtime import launch; launch.launch(lambda: print('x'), config=False, workdir=False)"
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=ROOT, stdout=sink, stderr=subprocess.PIPE, text=True, check=False
+  )
+  assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+  def broken():
+    raise BrokenPipeError("a sandbox has ended")
+
+  monkeypatch.setattr(sys, "argv", ["command"])
+  with pytest.raises(SystemExit) as ended:
+    launch.launch(broken, config=False, workdir=False)
+  assert ended.value.code == 1 and "error: a sandbox has ended" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["sft", "reward_model"])

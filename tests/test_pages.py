@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from configs.tiny import cascade as config
-from nemocascade.report import markup, pages, scores, summary
+from nemocascade.report import answers, markup, pages, scores, summary
 from nemocascade.report.run import Run
 from nemocascade.runtime.workdir import begun
 
@@ -133,6 +133,23 @@ def test_one_teacher_is_one_and_several_are_several(workdir):
 def test_the_same_prompt_is_shown_before_and_after_a_stage(workdir):
   page = text_of(pages.write(workdir, live=True).read_text())
   assert re.search("before, sft: ✓ right .{,80}sft &lt;script.{,80} after, if rl: ✓ right .{,80}if_rl", page)
+
+
+def test_a_run_of_many_stages_unfolds_the_answers_of_the_last_one(workdir, monkeypatch):
+  folds = lambda: re.findall(r"<details( open)?><summary><b>([^<]*)", pages.write(workdir, live=True).read_text())
+  assert len(folds()) == 3 and all(unfolded for unfolded, _ in folds())
+  monkeypatch.setattr(answers, "OPEN", 3)
+  assert folds()[-1] == (" open", "mopd") and not any(unfolded for unfolded, _ in folds()[:-1])
+
+
+def test_the_page_begins_with_what_the_run_is_meant_to_show(workdir):
+  page = text_of(pages.write(workdir, live=True).read_text())
+  assert page.index("The stages of the Nemotron-Cascade 2 recipe at a scale of minutes.") < page.index("In short")
+  path = workdir / "config.json"
+  made = json.loads(path.read_text())
+  del made["config"]["about"]
+  path.write_text(json.dumps(made))
+  assert "at a scale of minutes" not in pages.write(workdir, live=True).read_text()
 
 
 def test_a_page_of_a_running_cascade_reloads_and_the_last_one_does_not(workdir):

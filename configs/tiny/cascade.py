@@ -41,6 +41,10 @@ STAGES = dict(
 
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
+  c.about = (
+    "The stages of the Nemotron-Cascade 2 recipe at a scale of minutes. SFT learns ten domains from demonstrations, most"
+    " of which are sloppy on purpose, so that reinforcement learning has something to mend."
+  )
   c.order = tuple(STAGES)
   c.side_line = recipe.SIDE_LINE
   c.stages = {name: module.stage(arg) for name, module in STAGES.items()}

@@ -21,6 +21,10 @@ TOKENS = 96  # A prompt and its completion have at most this many. Rollouts and 
 
 def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
+  c.about = (
+    "SFT learns three domains from demonstrations, most of which are sloppy on purpose, so that reinforcement learning"
+    " has something to mend. No later stage trains on `structured`: it is the control, whose score should stay."
+  )
   c.domains = recipe.generated(*DOMAINS)
   c.tokenizer.vocab_size = c.model.vocab_size = 512
   c.evaluation.update(recipe.PLAIN | dict(total_tokens=TOKENS))

@@ -6,7 +6,8 @@
   python -m experiments.launch.tpu_vm --do=stop --tpu=NAME --zone=ZONE
 
 Copies the commit that is checked out here to all hosts, installs it (with the extra `gcs` where the command names a
-bucket), and starts the command there, detached. The same line resumes the run. `stop` sends SIGTERM: the run saves at the end of its step.
+bucket), and starts the command there, detached. The same line resumes the run. `stop` sends SIGTERM: the run saves at
+the end of its step.
 """
 
 from experiments.launch.command import COMMAND, DRY_RUN, FOLDER, Step, checked, name_of, named, take

@@ -9,13 +9,14 @@ from nemocascade.report.run import Run, Stage, words
 LONGEST = 600  # Characters of a text that are shown.
 PROMPTS = 2  # Of each of a stage's own domains.
 DOMAINS = 4  # At most, of a stage.
+OPEN = 4  # Stages whose answers are all unfolded; of more, those of the last one.
 SAMPLES = 6  # Of a stage's training.
 Answer = Mapping[str, Any]
 
 
 def before_and_after(run: Run) -> list[str]:
   """For each stage, the answers to the first held-out prompts of its own domains, before and after it."""
-  parts = []
+  parts, few = [], len(run.scored) <= OPEN
   for stage in run.scored:
     after, start = run.answers(stage), run.start_of(stage)
     before = run.answers(start) if start else {}
@@ -24,7 +25,8 @@ def before_and_after(run: Run) -> list[str]:
     pairs = [_pair(stage, new, start, old.get((d, new["prompt"]))) for d in shown for new in after[d][:PROMPTS]]
     if pairs:
       side = " (side line)" if run.is_side(stage) else ""
-      parts += [f"<h3>{text(words(stage['name']))}{side}</h3>", *pairs]
+      head = f"<summary><b>{text(words(stage['name']))}{side}</b></summary>"
+      parts.append(f"<details{' open' * (few or stage is run.scored[-1])}>{head}{''.join(pairs)}</details>")
   if parts:
     about = (
       "The first held-out prompts of each stage's own domains, not chosen by their answers. Sampled at temperature 1"

@@ -44,10 +44,13 @@ figure{margin:0}figcaption{font-size:.88em;font-weight:600}svg{display:block;wid
 mark{background:#d6ecfb;color:inherit}details{margin:.4em 0}summary{cursor:pointer;padding:.3em 0}
 @media(max-width:640px){dl.facts{grid-template-columns:1fr;gap:0}dl.facts dt{margin-top:.5em;font-size:.9em}body{padding:12px}.pair{grid-template-columns:1fr}.panels{grid-template-columns:1fr 1fr;gap:12px 8px}
 table.heat th.domain{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;padding:.3em 0}
-table.heat{font-size:.82em}table.heat th:first-child{width:6.6em}td,th{padding:.3em .25em}pre.wide{white-space:pre-wrap;font-size:.8em}}
+table.heat{font-size:.82em}table.heat th:first-child{width:6.6em}td,th{padding:.3em .25em}pre.wide{font-size:.8em}}
 @media print{body{font-size:11px;max-width:none}nav,.live{display:none}h2,h3,.key{break-after:avoid}figure,tr,.pair{break-inside:avoid}
 .scroll{overflow:visible}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
+
+
+OPEN_ALL = "document.querySelectorAll('details').forEach(of => of.open = true)"  # A printed page shows everything.
 
 
 def page(title: str, body: str, *, reload_s: int = 0) -> str:
@@ -56,7 +59,7 @@ def page(title: str, body: str, *, reload_s: int = 0) -> str:
   return (
     "<!doctype html><html lang=en><head><meta charset=utf-8>"
     f"<meta name=viewport content='width=device-width,initial-scale=1'>{again}<title>{text(title)}</title>"
-    f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    f'<style>{STYLE}</style></head><body onbeforeprint="{OPEN_ALL}">\n{body}\n</body></html>\n'
   )
 
 

@@ -40,9 +40,10 @@ def write(workdir: str | Path, *, live: bool = False) -> Path:
   sections = list(_sections(run, out))
   contents = "".join(f"<li>{link(f'#{name}', title)}</li>" for name, title, _ in sections)
   line = [words(n) for n in run.planned if n not in run.config.get("side_line", ())]
+  about = [f"<p>{text(said)}</p>"] if (said := run.config.get("about")) else []
   title = f"A cascade of {len(run.planned)} stages, from {line[0]} to {line[-1]}" if line else "A cascade that begins"
   body = [
-    f"<p class=note>nemocascade: report of a run</p><h1>{text(title)}</h1>", *_banners(run, live),
+    f"<p class=note>nemocascade: report of a run</p><h1>{text(title)}</h1>", *about, *_banners(run, live),
     summary.header(run), section("five", "In short", summary.five_answers(run)),
     f"<nav><h2>Contents</h2><ol>{contents}</ol></nav>", *(section(*parts[:2], *parts[2]) for parts in sections),
   ]  # fmt: skip

@@ -14,7 +14,7 @@ from nemocascade.runtime.hosts import exchange
 from nemocascade.runtime.teachers import BEST
 from nemocascade.store.record import Record, circle, parent_of
 
-OWN = ("stages", "order", "side_line", "recovery")  # Fields of a cascade that no stage has.
+OWN = ("about", "stages", "order", "side_line", "recovery")  # Fields of a cascade that no stage has.
 
 
 def open_record(workdir: Path) -> Record:

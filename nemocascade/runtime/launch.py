@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import select
 import socket
 import sys
 import tempfile
@@ -75,6 +76,7 @@ def launch(
       if settings.get("distributed"):
         _begin_together(settings, first[0] if config else None, flags)
       run(*first, **arguments)
+    sys.stdout.flush()
     hosts.leave()
   except NotAdmitted as error:
     end(error.ending)
@@ -87,8 +89,20 @@ def launch(
   except Terminated as error:
     _report(error, errors.TERMINATED, debug)
   except Exception as error:  # A failure rather than a wrong request.
+    if isinstance(error, BrokenPipeError) and _unread():
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends.
+      if ending := hosts.fail("error: nobody reads what this command prints", errors.UNREAD, user=False):
+        end(ending)
+      sys.exit(errors.UNREAD)  # Without a word, like other commands.
     _report(error, errors.FAILURE, debug)
   sys.exit(0)
+
+
+def _unread() -> bool:
+  """Whether stdout is a pipe whose reader has ended."""
+  stdout = select.poll()
+  stdout.register(1, 0)
+  return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def _meet(argv: Sequence[str], several: bool) -> None:
