@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 
 import pytest
 from chats import (
@@ -13,6 +14,7 @@ from chats import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemocascade.data import tool_format
 from nemocascade.data.chat import ToolCall, Turn, parse, render, text_of, tokenize
 from nemocascade.data.chat_parse import FormatError, TurnParser
 from nemocascade.data.tokenizer import (
@@ -159,3 +161,11 @@ def test_real_prompts_are_rendered_whole():
       pieces = render(prompt, tools=params.get("tools"), add_generation_prompt=True)
       tokens, _ = tokenize(pieces, TOKENIZER)
       assert TOKENIZER.decode(tokens) == text_of(pieces)
+
+
+def test_a_call_of_many_parameters_is_parsed_in_one_pass():
+  filled = "".join(f"<parameter=k{i}>\nv\n</parameter>\n" for i in range(100_000))
+  start = time.monotonic()
+  call = tool_format.parse_call(f"<function=f>\n{filled}</function>\n")
+  assert len(call.arguments) == 100_000
+  assert time.monotonic() - start < 5

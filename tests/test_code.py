@@ -208,3 +208,23 @@ def test_released_rows_are_judged():
   assert [v.reward for v in verify(released, completions)] == [1.0] * len(released)
   wrong = [complete(block("print(-1)"))] * len(released)
   assert [v.reward for v in verify(released, wrong)] == [0.0] * len(released)
+
+
+NESTED = "[" * 700 + "]" * 700
+
+
+@pytest.mark.parametrize(
+  "unit_tests",
+  [{"inputs": [1], "outputs": ["5"]}, {"inputs": ["1"], "outputs": [5]}, {"inputs": "1", "outputs": "5"},
+   {"inputs": {"1": 1}, "outputs": {"5": 1}}, {"inputs": ["1"], "outputs": ["5"], "fn_name": 5},
+   {"inputs": ["1"], "outputs": ["5"], "fn_name": ""}, {"inputs": [NESTED], "outputs": ["5"], "fn_name": "f"},
+   {"inputs": ["[" * 10**5], "outputs": ["5"], "fn_name": "f"}],
+)  # fmt: skip
+def test_a_row_whose_tests_have_another_shape_is_masked_and_the_others_are_judged(verify, unit_tests):
+  bad, good = (
+    make_prompt("code", "x", verifier_metadata={"unit_tests": tests})
+    for tests in (unit_tests, {"inputs": [""], "outputs": ["5"]})
+  )
+  solution = complete(block("def f(x):\n  return 5\nprint(5)"))
+  masked, right = verify([bad, good], [solution, solution])
+  assert masked.masked and right.reward == 1

@@ -289,3 +289,10 @@ def test_released_rows_are_judged_or_masked_by_the_names_that_are_unknown(name):
     assert verdict.reward == 0.0
     if name == "instruction_following":
       assert known, row["instruction_id_list"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_an_error_of_the_row(number):
+  row = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"num_words": number}]}
+  verdict = judge(row, "a b c")
+  assert (verdict.masked, verdict.cause) == (True, "row")

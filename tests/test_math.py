@@ -118,3 +118,14 @@ def test_released_rows_accept_their_own_answer_and_refuse_another(name):
     right = f"\\boxed{{{truth}}}" if "expected_answer" in row else truth
     assert judge(row, right).reward == 1.0, truth
     assert judge(row, "\\boxed{123456}").reward == 0.0
+
+
+@pytest.mark.parametrize(
+  ("expected", "answer", "reward"),
+  [("12", "1 2", 0), ("12", "1\n2", 0), ("12", "$1$ $2$", 0), ("12", "1\\(2\\)", 0), ("34", "3\\[4\\]", 0),
+   ("1.5", "1 .5", 0), ("1/12", "1/1 2", 0), ("1234567", "1234 567", 0), ("110", "1 1 0", 0),
+   ("1 2", "1  2", 1), ("10000", "10 000", 1), ("10 000", "$10000$", 1), ("12", "\\(12\\)", 1), ("xy", "x y", 1),
+   ("(1,2)", "(1 , 2)", 1), ("\\frac12", "\\frac 1 2", 1)],
+)  # fmt: skip
+def test_digits_that_something_separates_are_not_one_number(expected, answer, reward):
+  assert judge({"expected_answer": expected}, f"\\boxed{{{answer}}}").reward == reward

@@ -361,3 +361,13 @@ def test_the_launchers_json_is_json():
   assert json.loads(launcher.encode(float("-inf"), quote)) == float("-inf")
   with pytest.raises(TypeError):
     launcher.encode({1, 2}, quote)
+
+
+@pytest.mark.parametrize("depth", [700, 1500, 3000])
+def test_arguments_nested_too_deep_start_nothing_and_raise_nothing(box, depth):
+  nested = []
+  for _ in range(depth):
+    nested = [nested]
+  deep = Program({"m.py": "def f(x): return 1"}, calls=(Call("m", "f", (nested,)),))
+  results = box.run_batch([deep, script("print(5)")])
+  assert [result.status for result in results] == ["unstarted", "passed"]

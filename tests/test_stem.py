@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import time
 
 import pytest
 
@@ -99,3 +100,30 @@ def test_released_rows_are_judged_by_their_letter():
     for option in row["options"]:
       for letter in option:
         assert judge(row, f"\\boxed{{{letter}}}").reward == (letter == row["expected_answer"])
+
+
+@pytest.mark.parametrize(
+  ("content", "reward"),
+  [("<solution>A</solution> <SOLUTION>B</SOLUTION>", 1), ("<solution><solution>B</solution>", 1),
+   ("<solution>B</solution><solution>A", 1), ("</solution>B<solution>", 0), ("<solution>" * 100_000 + "B", 0),
+   ("<solution>A</solution>" * 50_000 + "<solution>b</solution>", 1)],
+)  # fmt: skip
+def test_the_last_closed_tag_counts_and_is_found_in_one_pass(content, reward):
+  start = time.monotonic()
+  verdict = judge({**ROW, "grading_mode": "lenient"}, content)
+  assert (verdict.reward, verdict.masked) == (reward, False)
+  assert time.monotonic() - start < 2
+
+
+def test_a_line_of_prefixes_does_not_hold_up_the_trainer(monkeypatch):
+  monkeypatch.setattr(limited.call, "__kwdefaults__", {"limit_s": 1.0})
+  row = {**ROW, "grading_mode": "lenient_answer_colon_md", "template_metadata": {"answer_prefix": "Risposta:"}}
+  assert judge(row, "Risposta: A. No.\nRisposta: B").reward == 1
+  verdict = judge(row, "Risposta: " * 20_000)
+  assert (verdict.masked, verdict.cause) == (True, "time")
+
+
+def test_a_pattern_may_match_more_than_a_reply_holds():
+  row = {**ROW, "template_metadata": {"output_regex": "(?s)(.+)"}}
+  verdict = judge(row, "B" * 2 * limited.MAX_REPLY_BYTES)
+  assert (verdict.reward, verdict.masked) == (0, False)

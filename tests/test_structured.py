@@ -148,3 +148,14 @@ def test_released_rows_take_a_valid_payload_and_refuse_an_empty_call():
     assert verdict == Verdict(1.0, "valid")
     refused = judge(row, "", ToolCall(row["tool_name"], {"no such key": "1"}))
     assert (refused.reward, refused.masked) == (0.0, False)
+
+
+@pytest.mark.parametrize(
+  ("kind", "content"),
+  [("json", '{"name": "LONG", "age": "LONG"}'), ("json", '"LONG"'), ("json", '{"LONG": 1, "LONG": 1}'),
+   ("toml", 'name = "LONG"'), ("xml", "<name>LONG</name>"), ("csv", "name,age\n,LONG")],
+)  # fmt: skip
+def test_a_wrong_text_is_wrong_however_long_it_is(kind, content):
+  verdict = judge({**ROW, "schema_type": kind}, content.replace("LONG", "a" * 2 * limited.MAX_REPLY_BYTES))
+  assert (verdict.reward, verdict.masked) == (0, False), verdict.reason
+  assert len(verdict.reason) <= 200

@@ -313,3 +313,22 @@ def test_the_released_rows_are_read_and_masked(agentless, agentic):
     assert agentic.act(world, turn(("test", {}))) == [f"error: {swe.NO_TESTS}"]
     (found,) = agentic.verify([row], [Completion((turn(content="Done."),), world)])
     assert found == no_verdict("row", swe.NO_TESTS)
+
+
+TEST = {"path": "a.py", "fn_name": "f", "inputs": [[1]], "outputs": [2]}
+NESTED = json.loads("[" * 700 + "]" * 700)
+
+
+@pytest.mark.parametrize(
+  "instance",
+  [{"tests": {"t": {**TEST, "outputs": []}}}, {"tests": {"t": {**TEST, "outputs": [2, 3]}}},
+   {"tests": {"t": {**TEST, "inputs": [], "outputs": []}}}, {"tests": {"t": {**TEST, "fn_name": 5}}},
+   {"tests": {"t": {**TEST, "inputs": [[NESTED]]}}}, {"tests": {"t": TEST}, "FAIL_TO_PASS": "[]"}],
+)  # fmt: skip
+def test_a_row_without_tests_that_can_decide_is_masked(box, instance):
+  instance = {"FAIL_TO_PASS": '["t"]', "PASS_TO_PASS": "[]"} | instance
+  files = {"a.py": "def f(x):\n  return x\n"}
+  row = make_prompt("swe", "x", metadata={"relevant_file_contents": json.dumps(files)}, instance=instance)
+  answer = edits.show(edits.Edit("a.py", "  return x", "  return x + 1"))
+  (verdict,) = swe.make_verify(box)([row], [complete(answer)])
+  assert verdict.masked and verdict.cause in ("row", "crash")

@@ -172,9 +172,9 @@ def parse_call(text: str) -> ToolCall | str:
   call = _CALL.fullmatch(text)
   if call is None:
     return "a tool call is not <function=NAME> ... </function>"
-  name, filled = call.groups()
+  name, filled = call[1], call[2].rstrip()
   arguments, start = {}, 0
-  while filled[start:].strip():
+  while start < len(filled):
     parameter = _PARAMETER.match(filled, start)
     if parameter is None:
       return f"a parameter of {name} is not <parameter=NAME> ... </parameter>"

@@ -58,7 +58,7 @@ class UnitTests:
       solution = last_block(completion.content)
       try:
         tests[i] = make_tests(row, solution or "")
-      except (KeyError, TypeError, ValueError, zlib.error) as error:  # The row is malformed.
+      except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:  # The row is malformed.
         verdicts[i] = no_verdict("row", f"no test to judge by: {error!r}")
         continue
       if any(tag in completion.content for tag in THINK_TAGS):
@@ -89,9 +89,10 @@ def make_tests(row: Row, solution: str) -> list[Test]:
   stdin and outputs are stdout.
 
   Raises:
-    KeyError, TypeError, ValueError, zlib.error: the row is malformed, or has no tests.
+    KeyError, TypeError, ValueError, RecursionError, zlib.error: the row is malformed, or has no tests.
   """
   unit_tests = _unpacked(row["verifier_metadata"]["unit_tests"])
+  _check_types(unit_tests)
   pairs = list(zip(unit_tests["inputs"], unit_tests["outputs"], strict=True))[:MOST_TESTS]
   if not pairs:
     raise ValueError("the row has no unit tests")
@@ -105,6 +106,16 @@ def make_tests(row: Row, solution: str) -> list[Test]:
   )
   expected = [json.loads(text) for _, text in pairs]
   return [(Program({"solution.py": source}, calls=calls), functools.partial(returns, expected))]
+
+
+def _check_types(unit_tests: dict[str, Any]) -> None:
+  """Raises TypeError if inputs and outputs are not lists of texts, or fn_name is neither a text nor None."""
+  for name in ("inputs", "outputs"):
+    if not isinstance(unit_tests[name], list) or not all(isinstance(text, str) for text in unit_tests[name]):
+      raise TypeError(f"unit_tests.{name} is not a list of texts")
+  function = unit_tests.get("fn_name")
+  if function is not None and (not isinstance(function, str) or not function):
+    raise TypeError(f"unit_tests.fn_name is {function!r}, not the name of a function")
 
 
 def _unpacked(unit_tests: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,18 @@ class Repository:
 
 
 def tests_program(files: Mapping[str, str], tests: Tests) -> Program:
-  """A program that makes the calls of all tests, in order. It does not contain expected values."""
+  """A program that makes the calls of all tests, in order. It does not contain expected values.
+
+  Raises:
+    KeyError, TypeError, ValueError: a test is malformed or has no case, or there are no tests.
+  """
+  if not tests:
+    raise ValueError("no test is named")
+  for name, test in tests.items():
+    if not test["inputs"] or len(test["inputs"]) != len(test["outputs"]):
+      raise ValueError(f"test {name!r} has {len(test['inputs'])} inputs and {len(test['outputs'])} outputs")
+    if not isinstance(test["fn_name"], str):
+      raise TypeError(f"test {name!r} names no function")
   calls = [
     Call(_module(test["path"]), test["fn_name"], tuple(arguments))
     for test in tests.values()

@@ -14,6 +14,7 @@ from nemocascade.sandbox.worker import Worker, ways
 
 REMEMBERED = 1 << 14  # Results in the cache.
 LONGEST_REMEMBERED = 10_000  # Results with more characters of stdout are not cached.
+TOO_DEEP = Result("unstarted", reason="the arguments of a call are nested too deep")
 PROBE = Program({"main.py": "import decimal, json, os; os.listdir('/usr/lib')"})
 
 
@@ -53,9 +54,12 @@ class Sandbox:
 
   def run_batch(self, programs: Sequence[Program]) -> list[Result]:
     """Results in order. Equal programs run once, also across batches while one runs or if its result is cached."""
-    digests = [program.digest() for program in programs]
+    digests = [_digest(program) for program in programs]
     with self._lock:
-      asked = {digest: self._ask(digest, program) for digest, program in zip(digests, programs, strict=True)}
+      asked = {
+        digest: TOO_DEEP if digest is None else self._ask(digest, program)
+        for digest, program in zip(digests, programs, strict=True)
+      }
     known = {digest: x if isinstance(x, Result) else x.result() for digest, x in asked.items()}
     return [known[digest] for digest in digests]
 
@@ -124,6 +128,8 @@ class Sandbox:
       return worker.run(program)
     except OSError as error:  # This machine failed, e.g. no space for a file; not the program.
       return Result("unstarted", reason=str(error))
+    except (RecursionError, ValueError):  # Sending a program can fail at less depth than its digest.
+      return TOO_DEEP
 
 
 class Runner:
@@ -138,6 +144,14 @@ class Runner:
     with self._lock:
       sandbox = self.sandbox = self.sandbox or Sandbox()
     return sandbox.run_batch(programs)
+
+
+def _digest(program: Program) -> bytes | None:
+  """The program's digest; None if the arguments of its calls are nested too deep for one."""
+  try:
+    return program.digest()
+  except RecursionError:
+    return None
 
 
 def _close(pool: concurrent.futures.Executor, workers: list[Worker]) -> None:

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemocascade.sandbox import limited
 from nemocascade.verifiers import patterns
 from nemocascade.verifiers.boxed import last_boxed
 
@@ -24,7 +25,7 @@ _SINGLE_LETTER = re.compile(r"(?<![A-Za-z])([A-Za-z])(?![A-Za-z])")
 _BETWEEN_CHOICES = re.compile(r"\s*[/|&,;]\s*|\s+(?:or|and)\s+|\s+", re.IGNORECASE)
 _LEADING_LETTER = re.compile(r"([A-Za-z])(?![A-Za-z0-9])")
 _CAPITAL_WORD = re.compile(r"\b[A-Z]\b")
-_SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.IGNORECASE | re.DOTALL)
+_SOLUTION_TAG = re.compile(r"<(/?)solution>", re.IGNORECASE)
 _SOLUTION_LETTER = re.compile(r"<solution>\s*\[?([A-Za-z])\]?\s*</solution>")
 _WRAP = "\\text{"
 # Option letters in the Arabic and Bengali translations of MMLU.
@@ -52,7 +53,7 @@ def chosen(text: str, options: Options, mode: str, template: Mapping[str, Any]) 
       only.
 
   Raises:
-    limited.NoAnswer: a pattern of the row exceeded the time limit.
+    limited.NoAnswer: a pattern or the prefix of the row exceeded the time limit.
     ValueError: a pattern of the row has more than one group.
   """
   text = text.strip()
@@ -68,8 +69,10 @@ def chosen(text: str, options: Options, mode: str, template: Mapping[str, Any]) 
   if mode == "lenient_answer_colon":
     return _after_colon(text, options)
   prefix = template.get("answer_prefix")
-  letter = _after_any_colon(text, options, prefix)
-  return letter or (_boxed_letter(text, options) if prefix else None)
+  if not prefix:
+    return after_any_colon(text, options, None)
+  # A prefix may occur many times in one long line, and all that follows each one is read.
+  return limited.call(after_any_colon, text, options, prefix) or _boxed_letter(text, options)
 
 
 def _by_patterns(text: str, options: Options, given: str | Sequence[str] | None) -> str | None:
@@ -97,9 +100,19 @@ def _in_solution(text: str, options: Options, *, strict: bool) -> str | None:
   if strict:
     match = _SOLUTION_LETTER.search(text)
   else:
-    tags = _SOLUTION.findall(text)
-    match = _SINGLE_LETTER.search(tags[-1]) if tags else None
+    match = _SINGLE_LETTER.search(_last_solution(text))
   return match[1].upper() if match and match[1].upper() in options else None
+
+
+def _last_solution(text: str) -> str:
+  """The content of the last <solution> tag that is closed; "" if there is none. Takes time linear in the text."""
+  found, start = "", None
+  for tag in _SOLUTION_TAG.finditer(text):
+    if not tag[1]:
+      start = tag.end() if start is None else start
+    elif start is not None:
+      found, start = text[start : tag.start()], None
+  return found
 
 
 def _boxed_letter(text: str, options: Options) -> str | None:
@@ -135,7 +148,7 @@ def _after_colon(text: str, options: Options) -> str | None:
   return next((letter for letter in options if _plain(options[letter]) == _plain(answer)), None)
 
 
-def _after_any_colon(text: str, options: Options, prefix: str | None) -> str | None:
+def after_any_colon(text: str, options: Options, prefix: str | None) -> str | None:
   """The letter after the last `Answer:` or `prefix` that is followed by one.
 
   `Answer` may be set in Markdown emphasis.

@@ -24,6 +24,9 @@ _INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 _HUGE = re.compile(r"\^\s*\{[^{}]*[\^!]|\^\s*\{?\s*\d{5,}|\d{4,}\s*!|!\s*!|\*\*")
 _EQUALS = re.compile(r"(?<![<>!:\\])=")
 _SEPARATOR = re.compile(r",|;|\\text\{\s*(?:,|and|or)\s*\}|\\(?:quad|qquad|lor|land)\b|\b(?:and|or)\b")
+_DELIMITERS = re.compile(r"(?:\s|\\[()\[\]]|\$)+")
+_APART = re.compile(rf"(?<=[\d.]){_DELIMITERS.pattern}(?=[\d.])")
+_GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:\s\d{3})+(?!\d)", re.ASCII)
 _SPACING = re.compile(r"\\[,;:! ]|~|&")
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
@@ -108,8 +111,11 @@ def _depths(text: str) -> list[int]:
 
 
 def _undelimited(text: str) -> str:
-  """The text without whitespace and LaTeX math delimiters."""
-  return re.sub(r"\s+|\\[()\[\]]|\$", "", text)
+  """The text without whitespace and LaTeX math delimiters, except those that separate digits.
+
+  Spaces that group the digits of one number by thousands are removed too: 10 000 is 10000, but 1 2 is not 12.
+  """
+  return _DELIMITERS.sub("", _APART.sub("\0", _GROUPED.sub(lambda number: "".join(number[0].split()), text)))
 
 
 @functools.lru_cache(maxsize=1 << 16)

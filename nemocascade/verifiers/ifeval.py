@@ -84,7 +84,8 @@ def letter_counting(text: str, *, N: int, relation: str = "at least") -> bool:
 
 def start_end(text: str) -> bool:
   """The first word equals the last, ignoring case and punctuation around them."""
-  words = [token.lower() for token in sentences.tokens(text) if any(sign.isalnum() for sign in token)]
+  bare = (re.sub(r"^[\W_]+|[\W_]+$", "", token.lower()) for token in sentences.tokens(text))
+  words = [word for word in bare if word]
   return len(words) > 1 and words[0] == words[-1]
 
 

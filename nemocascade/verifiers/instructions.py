@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,4 +164,6 @@ def follows(text: str, instruction_id: str, arguments: Mapping[str, Any] | None)
 
 
 def _whole(value: Any) -> Any:
+  if isinstance(value, float) and not math.isfinite(value):
+    raise TypeError(f"{value} is not a finite number")
   return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -6,6 +6,8 @@ import re
 
 from nemocascade.sandbox import limited
 
+LONGEST = 10_000  # Characters of a group that are kept, because a reply has a limit. Answers are far shorter.
+
 
 class BadPattern(ValueError):
   """A pattern does not compile."""
@@ -39,4 +41,4 @@ def search(pattern: str, text: str) -> dict[str, str | list[str] | None]:
     last = match
   if last is None:
     return {"groups": None}
-  return {"groups": [group or "" for group in last.groups()] or [last.group()]}
+  return {"groups": [(group or "")[:LONGEST] for group in last.groups() or [last.group()]]}

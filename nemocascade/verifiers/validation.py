@@ -20,6 +20,7 @@ from nemocascade.verifiers import formats
 # {"valid": ""}, {"invalid": reason}, or {"row": reason} if the schema is bad.
 Answer = dict[str, str]
 
+REASON = 200  # Characters of a reason that are kept. It may quote a text that is too long for a reply.
 LEVELS = 16  # Every schema that ends can check a value of this depth within Python's recursion limit.
 LITERALS = {"True": True, "False": False, "None": None}  # As the chat template prints them.
 # A branch describes only a part of an object. Forbidding other properties in a branch would forbid
@@ -33,11 +34,11 @@ def check_text(schema_str: str, kind: str, text: str) -> Answer:
   try:
     validator = _validator(schema_str)
   except _BAD_SCHEMA as error:
-    return {"row": f"schema: {error}"}
+    return _answer("row", f"schema: {error}")
   try:
     value = formats.parse(kind, text)
   except Exception as error:  # noqa: BLE001  Text on which a parser raises is not in its format.
-    return {"invalid": f"not {kind}: {type(error).__name__}: {error}"}
+    return _answer("invalid", f"not {kind}: {type(error).__name__}: {error}")
   fits = lambda value, part: validator.evolve(schema=part).is_valid(value)
   return _checked(lambda value: (validator, formats.typed(kind, value, validator.schema, fits)), value)
 
@@ -53,7 +54,7 @@ def check_arguments(schema_str: str, arguments: Mapping[str, Any], key: str | No
   try:
     validator = _validator(schema_str)
   except _BAD_SCHEMA as error:
-    return {"row": f"schema: {error}"}
+    return _answer("row", f"schema: {error}")
 
   def typed(readings: Mapping[str, list]) -> tuple[Any, Any]:
     if key:
@@ -116,8 +117,8 @@ def _checked(typed: Callable[[Any], tuple[Any, Any]], value: Any) -> Answer:
   try:  # The value is nested too deep, unless its outer levels alone are too deep for the schema.
     _first_error(typed, _outer(value, LEVELS))
   except RecursionError:
-    return {"row": "schema: it refers to itself without end"}
-  return {"invalid": "nested too deep"}
+    return _answer("row", "schema: it refers to itself without end")
+  return _answer("invalid", "nested too deep")
 
 
 def _first_error(typed: Callable[[Any], tuple[Any, Any]], value: Any) -> Answer:
@@ -125,12 +126,16 @@ def _first_error(typed: Callable[[Any], tuple[Any, Any]], value: Any) -> Answer:
     validator, value = typed(value)
     error = next(validator.iter_errors(value), None)
   except referencing.exceptions.Unresolvable as unresolved:
-    return {"row": f"schema: {unresolved}"}
+    return _answer("row", f"schema: {unresolved}")
   except RecursionError:
     raise
   except Exception as odd:  # noqa: BLE001  E.g. YAML keys that are not strings, or a number that is not finite.
-    return {"invalid": f"{type(odd).__name__}: {odd}"}
-  return {"valid": ""} if error is None else {"invalid": f"at {error.json_path}: {error.message}"}
+    return _answer("invalid", f"{type(odd).__name__}: {odd}")
+  return _answer("valid") if error is None else _answer("invalid", f"at {error.json_path}: {error.message}")
+
+
+def _answer(word: str, reason: str = "") -> Answer:
+  return {word: reason[:REASON]}
 
 
 def _outer(value: Any, levels: int) -> Any:
