@@ -72,6 +72,7 @@ def _check(config: Mapping, table: Mapping[str, Field], prefix: str) -> None:
 
 def _walk(node: Mapping, table: Mapping[str, Field], path: str, prefix: str) -> None:
   for key, value in node.items():
+    _check_name(prefix + path, key)
     name = f"{path}{key}"
     field = _find(table, name)
     if field is None and not _siblings(table, f"{name}.*", stars=True):
@@ -84,9 +85,18 @@ def _walk(node: Mapping, table: Mapping[str, Field], path: str, prefix: str) -> 
       field.check(prefix + name, value)
     if name in ("stages", "arms"):
       for own, stage in value.items():
+        _check_name(f"{prefix}{name}.", own)
+        if "/" in own or own in ("", ".", ".."):  # It is the name of the stage's folder.
+          raise UserError(f"{prefix}{name}.{shown(own)}: names a folder, must be a text without '/', not '.' or '..'")
         _stage(stage, f"{prefix}{name}.{own}", arm=name == "arms")
     elif isinstance(value, Mapping) and (field is None or field.kind is dict):
       _walk(value, table, f"{name}.", prefix)
+
+
+def _check_name(section: str, key: Any) -> None:
+  """Checks a name of the config's choice, which becomes part of file names and metrics."""
+  if not isinstance(key, str) or not key.isprintable():
+    raise UserError(f"{section}{shown(key)}: is a name, must be a printable text")
 
 
 def _stage(stage: Any, name: str, arm: bool) -> None:

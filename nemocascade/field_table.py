@@ -140,13 +140,17 @@ SHARED = (
     "tasks.*.sloppy": text("Marker of a step in the sloppy style.", empty=False),
     "tasks.*.phrases": several("Texts that become one token each.", text("a text", empty=False), unique=True),
     "tasks.math.terms": several(
-      "Numbers to add in a short and in a long problem.", whole("terms", 2, high=20), length=2, optional=True
+      "Numbers to add in a short and in a long problem.",
+      whole("terms", 2, high=20),
+      length=2,
+      rising=True,
+      optional=True,
     ),
     "tasks.math.long_share": number("Share of long problems.", low=0, high=1, optional=True),
     "tasks.math.largest_total": whole("Largest value of every running total.", 9, optional=True),
     "tasks.long_context.documents": whole("Documents of a prompt.", high=32, optional=True),
     "tasks.long_context.teaching_documents": several(
-      "Documents of a demonstration: (fewest, most).", whole("documents", high=32), length=2, optional=True
+      "Documents of a demonstration: (fewest, most).", whole("documents", high=32), length=2, rising=True, optional=True
     ),
     "tasks.long_context.teaching_full_share": number(
       "Share of demonstrations with as many documents as a prompt.", low=0, high=1, optional=True

@@ -11,6 +11,8 @@ from nemocascade import own_code
 from nemocascade.errors import UserError, listed, nearest, short, unknown
 
 LARGEST = 2**31 - 1  # Upper bound of every whole number, because programs count in int32.
+# Programs compute in float32: beyond these magnitudes a number would be infinite or 0 there.
+LARGEST_FLOAT, SMALLEST_FLOAT = float.fromhex("0x1.fffffep+127"), float.fromhex("0x1p-126")
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -30,6 +32,7 @@ class Field:
     empty: whether "", () or {} is allowed.
     item: the field that each value of a tuple must satisfy.
     unique: whether the values of a tuple must differ.
+    rising: whether no value of a tuple may be below the one before it.
     length: the number of values of a tuple; None allows any.
     optional: whether a config may leave the field out.
   """
@@ -47,6 +50,7 @@ class Field:
   empty: bool = True
   item: "Field | None" = None
   unique: bool = False
+  rising: bool = False
   length: int | None = None
   optional: bool = False
 
@@ -66,6 +70,8 @@ class Field:
         self.item.check(f"{name}[{i}]", part)
       if self.unique and (twice := [part for i, part in enumerate(value) if part in value[:i]]):
         raise UserError(f"{name}={shown(value)}: has {twice[0]!r} twice; must be {self.allowed()}")
+      if self.rising and list(value) != sorted(value):
+        raise UserError(f"{name}={shown(value)}: must be {self.allowed()}")
 
   def parse(self, name: str, text: str) -> Any:
     """Parses a value from the command line. Raises UserError if the text is not of the field's kind."""
@@ -94,7 +100,7 @@ class Field:
     return self.choices
 
   def allowed(self, value: Any = None) -> str:
-    """The allowed values, in words. LARGEST is mentioned only if `value` exceeds it."""
+    """The allowed values, in words. The limits of int32 and float32 are mentioned only if `value` is beyond them."""
     return " or ".join([self._allowed(value), *("None" if v is None else str(v) for v in self.also)])
 
   def _allowed(self, value: Any) -> str:
@@ -107,7 +113,7 @@ class Field:
     if self.kind is tuple and self.item is not None:
       many = f"a tuple of {self.length}" if self.length else "a tuple" if self.empty else "a tuple, not empty,"
       of = self.item._allowed(None)
-      return f"{many} of {of}" + (", each once" if self.unique else "")
+      return f"{many} of {of}" + ", each once" * self.unique + ", in rising order" * self.rising
     words = {bool: "True or False", str: "a text", dict: "a section of fields"}[self.kind]
     return words + ("" if self.empty else ", not empty")
 
@@ -116,12 +122,18 @@ class Field:
     if self.high is None and not (isinstance(value, int) and value > high):
       high = None
     words = {"at least": self.low, "above": self.above, "below": self.below, "at most": high}
+    if self.kind is float and not self._fits_float32(value):
+      words |= {"at most": LARGEST_FLOAT} if abs(value) > 1 else {"at least": SMALLEST_FLOAT}
     parts = [
       f"{word} {bound:g}" if bound != LARGEST else f"{word} {LARGEST}"
       for word, bound in words.items()
       if bound is not None
     ]
     return (" of " if parts[0].startswith("at ") else " ") + " and ".join(parts) if parts else ""
+
+  def _fits_float32(self, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return not number or value == 0 or abs(value) == math.inf or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
 
   def _high(self) -> float:
     return self.high if self.high is not None else LARGEST if self.kind is int else math.inf
@@ -143,7 +155,8 @@ class Field:
         and (self.low is None or value >= self.low)
         and (self.above is None or value > self.above)
         and (self.below is None or value < self.below)
-        and (self.infinite or not math.isinf(value))
+        and (self.infinite or abs(value) != math.inf)
+        and (self.kind is int or self._fits_float32(value))
       )
     if self.kind in (str, tuple, dict) and not self.empty and len(value) == 0:
       return False
@@ -188,7 +201,10 @@ def section(help: str, **more: Any) -> Field:
 
 def shown(value: Any, most: int = 60) -> str:
   """A value as quoted in messages: one line of at most `most` characters."""
-  return short(repr(value.to_dict() if hasattr(value, "to_dict") else value), most)
+  try:
+    return short(repr(value.to_dict() if hasattr(value, "to_dict") else value), most)
+  except ValueError:  # Python does not write whole numbers of more than some thousand digits.
+    return f"{type(value).__name__} with a number of thousands of digits"
 
 
 def no_field(name: str, among: Iterable[str]) -> UserError:

@@ -83,11 +83,35 @@ def parsed(text: str, where: str | Path, *, remedy: str) -> Any:
 
 
 def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> None:
-  """Raises UserError if the value does not match the JSON schema `shape`; it names the place in the value."""
-  error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(value))
+  """Raises UserError if the value does not match the JSON schema `shape`; it names the place in the value.
+
+  It is stricter than JSON schema: a number is not NaN, a whole number has no decimal point, and a text can be
+  encoded and has no null character.
+  """
+  error = jsonschema.exceptions.best_match(_Strict(shape).iter_errors(value))
   if error is not None:
     place = error.json_path.removeprefix("$").removeprefix(".")
     raise refused(where, f"{place + ': ' if place else ''}{_said(error)}", remedy)
+
+
+def _is_number(_, value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _is_whole(_, value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(_, value: Any) -> bool:
+  return isinstance(value, str) and "\0" not in value and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
+_Strict: Any = jsonschema.validators.extend(
+  jsonschema.Draft202012Validator,
+  type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+    {"number": _is_number, "integer": _is_whole, "string": _is_text}
+  ),
+)
 
 
 def _said(error: jsonschema.ValidationError) -> str:

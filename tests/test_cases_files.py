@@ -287,3 +287,20 @@ def test_a_hugging_face_config_that_is_no_object_is_named(tmp_path, text):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(UserError, match=f"hf:{tmp_path}: config.json"):
     loading.find(f"hf:{tmp_path}")
+
+
+TYPES = {"number": 1.5, "integer": 3, "string": "a"}
+
+
+@pytest.mark.parametrize(
+  ("kind", "text"),
+  [("number", "NaN"), ("number", "true"), ("integer", "3.0"), ("integer", "1e3"), ("integer", "NaN"),
+   ("integer", "true"), ("string", '"a\\u0000"'), ("string", '"\\ud800"'), ("string", '"\\udfff.x"')],
+)  # fmt: skip
+def test_a_state_file_holds_no_value_that_would_fail_later(tmp_path, kind, text):
+  path, shape = tmp_path / "state.json", {"type": "object", "properties": {"x": {"type": kind}}}
+  path.write_text(json.dumps({"x": TYPES[kind]}))
+  assert read_state(path, shape, remedy="") == {"x": TYPES[kind]}
+  path.write_text(f'{{"x": {text}}}')
+  with pytest.raises(UserError, match=f"x: is .*, must be of type {kind}"):
+    read_state(path, shape, remedy="")

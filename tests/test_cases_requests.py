@@ -19,7 +19,7 @@ from configs.tiny import if_rl, rlhf  # fmt: skip
 from configs.tiny import reward_model as reward_model_config
 from configs.tiny import sft as sft_config
 from experiments import cascade, reward_model, rl, sft
-from nemocascade import field_check
+from nemocascade import field_check, fields
 from nemocascade.config import SET_BY_PROGRAMS, ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.field_table import BALANCE, MODEL, RL, STAGE, WHOLE
@@ -291,3 +291,49 @@ def test_rlhf_runs_alone_with_the_judge_that_its_config_names(tmp_path):
   c.judge = judge
   rl.main(c, tmp_path / "rlhf")
   assert (tmp_path / "rlhf" / "rl" / "checkpoints" / "1" / "params").is_dir()
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 1e300, 10**400, 10**5000, 1e-39, 5e-324], ids=lambda value: "")
+def test_a_number_that_float32_does_not_hold_is_refused(value):
+  for field in (fields.number("a number"), fields.number("at least", low=0, infinite=True)):
+    with pytest.raises(UserError, match=r"3.40282e\+38|1.17549e-38") as error:
+      field.check("x", value)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.5, 3.4e38, 1.2e-38])
+def test_a_number_that_float32_holds_is_allowed(value):
+  fields.number("a number").check("x", value)
+
+
+@pytest.mark.parametrize("field", ["tasks.math.terms", "tasks.long_context.teaching_documents"])
+def test_the_ends_of_a_range_are_in_order(field):
+  WHOLE["sft"][field].check(field, (2, 2))
+  with pytest.raises(UserError, match=rf"{field}=\(9, 2\): must be .* in rising order"):
+    WHOLE["sft"][field].check(field, (9, 2))
+
+
+@pytest.mark.parametrize("name", ["'a.b'", "5", "('a',)"])
+def test_a_section_that_the_command_line_gives_has_names_of_texts_without_dots(name):
+  c = config_file.load("configs/tiny/sft.py:smoke")
+  with pytest.raises(UserError, match="sources.*: names must be texts without dots|is a name, must be a printable"):
+    config_file.change(c, [("sources", f"{{{name}: {{'path': 'generated:math'}}}}")])
+    field_check.check(c)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\n", "\0"])
+def test_a_name_of_the_configs_choice_is_printable(name):
+  c = config_file.load("configs/tiny/sft.py:smoke")
+  with c.unlocked():
+    c.sources[name] = ConfigDict({"path": "generated:math"})
+  with pytest.raises(UserError, match="is a name, must be a printable text"):
+    field_check.check(c)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "/tmp/x"])
+def test_a_stage_is_no_path_out_of_the_work_directory(name):
+  c = config_file.load("configs/tiny/cascade.py:smoke")
+  with c.unlocked():
+    c.stages[name] = c.stages.sft
+  with pytest.raises(UserError, match="names a folder, must be"):
+    field_check.check(c)

@@ -161,3 +161,10 @@ def test_a_gate_of_a_side_line_may_not_change_the_main_line():
   c.recovery = ""
   with pytest.raises(UserError, match="needs `recovery`"):
     cascade.check(c)
+
+
+def test_a_recovery_that_is_no_stage_is_refused_even_if_no_gate_needs_it():
+  c = cascade_config()
+  c.recovery = "mopdd"
+  with pytest.raises(UserError, match="unknown stage in recovery 'mopdd': did you mean 'mopd'"):
+    cascade.check(c)

@@ -8,6 +8,7 @@ import pytest
 
 from nemocascade.data.chat import Turn
 from nemocascade.domains import math
+from nemocascade.errors import UserError
 from nemocascade.generated import generator
 from nemocascade.generated import math as generated_math
 from nemocascade.verifiers import boxed, equality
@@ -129,3 +130,10 @@ def test_released_rows_accept_their_own_answer_and_refuse_another(name):
 )  # fmt: skip
 def test_digits_that_something_separates_are_not_one_number(expected, answer, reward):
   assert judge({"expected_answer": expected}, f"\\boxed{{{answer}}}").reward == reward
+
+
+def test_terms_that_no_problem_can_have_are_refused_and_not_drawn_for_ever(monkeypatch):
+  monkeypatch.setattr(generated_math, "MOST_DRAWS", 200)
+  task = dataclasses.replace(generated_math.Math(), terms=(20, 20))
+  with pytest.raises(UserError, match=r"tasks.math.terms=\(20, 20\) with largest_total=9: .* raise largest_total"):
+    generator.rows(task, "train", 0, 0, 1)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 import numpy as np
 
 from nemocascade.domains.rows import make_prompt
+from nemocascade.errors import UserError
 from nemocascade.generated import generator
 from nemocascade.verifiers.boxed import box
 from nemocascade.verifiers.verdict import Message, Row
 
 STYLE = generator.Style("sum", "about", error_rate=0.65)
 INSTRUCTION = "Solve it and put the answer inside \\boxed{}:"
+MOST_DRAWS = 100_000  # Problems that are drawn for one row.
 POOL = 1 << 30  # Size of the reasoning-gym dataset; a problem is generated from its index.
 
 
@@ -37,10 +39,15 @@ class Math(generator.Generator):
 
   def make_row(self, rng: np.random.Generator) -> Row:
     chains = _chains(self.terms[int(rng.random() < self.long_share)])
-    while True:
+    for _ in range(MOST_DRAWS):
       entry = chains(int(rng.integers(POOL)))
       if all(0 <= total <= self.largest_total for total in running_totals(_expression(entry))):
         break
+    else:
+      raise UserError(
+        f"tasks.math.terms={self.terms} with largest_total={self.largest_total}: no problem in {MOST_DRAWS} has all"
+        " its running totals in this range; give fewer terms, or raise largest_total"
+      )
     question = f"{_expression(entry)} ="
     return make_prompt(
       self.name, f"{INSTRUCTION} {question}",

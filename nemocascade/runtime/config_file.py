@@ -95,7 +95,14 @@ def change(c: ConfigDict, changes: Iterable[tuple[str, str]]) -> None:
         if part not in section:
           section[part] = ConfigDict()
         section = section[part]
-      section[last] = ConfigDict(value) if field.kind is dict else value
+      section[last] = _section_of(flag, value) if field.kind is dict else value
+
+
+def _section_of(flag: str, value: dict) -> ConfigDict:
+  try:
+    return ConfigDict(value)
+  except (ValueError, TypeError) as error:  # A name has a dot, or is no text.
+    raise UserError(f"{flag}={shown(value)}: names must be texts without dots") from error
 
 
 def shown_path(path: str, most: int = 80) -> str:

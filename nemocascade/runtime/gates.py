@@ -28,6 +28,8 @@ PASS = "pass"
 
 def check(c: ConfigDict) -> None:
   """Raises UserError if a gate of a stage can't be applied. Nothing is computed or written."""
+  if (recovery := c.get("recovery", "")) and recovery not in c.stages:
+    raise unknown("stage in recovery", recovery, c.stages)
   for name in c.order:
     for domain, gate in of(c.stages[name]).items():
       where = f"stages.{name}.gates.{domain}"
@@ -54,8 +56,6 @@ def _check_recovery(c: ConfigDict, name: str, domain: str) -> None:
   where, recovery = f"stages.{name}.gates.{domain}.action='mopd'", c.get("recovery", "")
   if not recovery:
     raise UserError(f"{where}: needs `recovery`, the stage whose config the inserted MOPD stage has")
-  if recovery not in c.stages:
-    raise unknown("stage in recovery", recovery, c.stages)
   if c.stages[recovery].kind != "rl":
     raise UserError(f"recovery={recovery!r}: is of kind {c.stages[recovery].kind!r}; must be an RL stage with teachers")
   if domain not in c.stages[recovery].mixture:

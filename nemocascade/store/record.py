@@ -16,6 +16,7 @@ NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
 # Required fields of every finished stage but a reward model's.
 SCORED = ("scores_after", "scores_intervals_after", "prompt_scores_after", "n_eval", "probe")
 NO_SCORE = "-"  # In `prompt_scores_after`: every completion of the prompt is masked.
+TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 NUMBER = r"-?\d+(\.\d+)?(e[-+]?\d+)?"
 WORDS = rf"^((-|{NUMBER})( (-|{NUMBER}))*)?$"  # A word a prompt.
 TEACHERS = {
@@ -71,7 +72,7 @@ STAGE = {
       "type": "object",
       "required": ["tokens", "logprobs", "entropy"],
       "properties": {
-        "tokens": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        "tokens": {"type": "array", "items": {"type": "array", "items": TOKEN}},
         "logprobs": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
         "entropy": {"type": "number"},
       },
