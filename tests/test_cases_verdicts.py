@@ -8,8 +8,9 @@ import pytest
 from nemocascade.data.chat import Turn
 from nemocascade.data.tool_format import ToolCall
 from nemocascade.domains import instruction, stem, structured
+from nemocascade.domains.own import OwnReward
 from nemocascade.sandbox import limited
-from nemocascade.verifiers.verdict import Completion
+from nemocascade.verifiers.verdict import Completion, Verdict
 
 CASES = json.loads((pathlib.Path(__file__).parent / "cases/verdicts.json").read_text())
 VERIFY = {
@@ -46,3 +47,12 @@ def test_what_cannot_be_judged_is_masked_by_its_cause_and_named(case, monkeypatc
   verdict = judge(case)
   assert (verdict.reward, verdict.masked, verdict.cause) == (0.0, True, case["cause"])
   assert case.get("named", "") in verdict.reason
+
+
+@pytest.mark.parametrize("fields", [{"reason": None}, {"reason": 5}, {"masked": "no"}, {"cause": None}])
+def test_a_verdict_of_a_users_reward_whose_fields_have_other_types_is_masked(fields):
+  given = Verdict(**{"reward": 1.0, "reason": ""} | fields)
+  reward = OwnReward(lambda row, completion: given, batched=False, where="x")
+  (verdict,) = reward([{}], [Completion(())])
+  assert (verdict.reward, verdict.masked, verdict.cause) == (0.0, True, "error")
+  assert next(iter(fields)) in verdict.reason

@@ -121,9 +121,13 @@ def as_verdict(score: object) -> Verdict:
   """The Verdict that a function returned, or of the number that it returned.
 
   Raises:
-    TypeError: it is neither. A number that is not finite gives a masked verdict.
+    TypeError: it is neither, or a field of the Verdict has another type than it should. A number that is not finite
+      gives a masked verdict.
   """
   if isinstance(score, Verdict):
+    for name, kind in (("reason", str), ("masked", bool), ("cause", str)):
+      if not isinstance(value := getattr(score, name), kind):
+        raise TypeError(f"returned a Verdict with {name}={_shown(value)}: must be of type {kind.__name__}")
     return score
   number = isinstance(score, numbers.Real) or getattr(score, "shape", None) == ()
   if not number or getattr(getattr(score, "dtype", None), "kind", "") in tuple("SUOcMm"):
