@@ -43,7 +43,7 @@ def run(
   seed: int, thinking: bool, mesh: str = "data:1",
 ) -> None:  # fmt: skip
   began = rows_lib.instant()
-  first_alone(lambda: rows_lib.check_output(output), "check of the output")
+  first_alone(lambda: rows_lib.check_output(output, input), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   prompts = rows_lib.tokens_of(

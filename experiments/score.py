@@ -30,7 +30,7 @@ TOKENS = 1 << 14  # Tokens of a batch, padding included.
 
 def run(checkpoint: str, input: str, output: str, mesh: str = "data:1") -> None:
   began = rows_lib.instant()
-  first_alone(lambda: rows_lib.check_output(output), "check of the output")
+  first_alone(lambda: rows_lib.check_output(output, input), "check of the output")
   rows = rows_lib.read_rows(input)
   programs, tokenizer, params = from_checkpoint(checkpoint, make_mesh(**mesh_sizes(mesh)))
   documents = rows_lib.tokens_of(rows, tokenizer, path=input, vocab_size=programs.config.vocab_size)

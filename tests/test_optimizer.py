@@ -161,3 +161,8 @@ def test_a_restored_state_takes_the_schedule_of_more_steps_and_keeps_its_moments
   np.testing.assert_allclose(updates["w"], -0.1 * 0.95, rtol=1e-5)
   again = with_schedule_of(short, state)
   jax.tree.map(np.testing.assert_array_equal, again.opt_state, moments)
+
+
+def test_an_optimizer_that_would_train_nothing_is_refused():
+  with pytest.raises(UserError, match="matches all parameters"):
+    optimizer(frozen=(".*",)).init({"a": jnp.ones(2), "b": jnp.ones(2)})

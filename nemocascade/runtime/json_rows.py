@@ -93,10 +93,16 @@ def write_rows(path: str, rows: Sequence[Row], began: tuple[float, float]) -> No
   )
 
 
-def check_output(path: str) -> None:
-  """Raises UserError if results cannot be written to `path`. Call it before computing them."""
-  if not path or Path(path).is_dir():
+def check_output(path: str, source: str) -> None:
+  """Raises UserError if results cannot be written to `path`. Call it before computing them.
+
+  Args:
+    source: the file of --input, which results must not replace.
+  """
+  if not path or (Path(path).exists() and not Path(path).is_file()):
     raise UserError(f"--output={path!r}: give the file to write")
+  if Path(path).exists() and Path(source).exists() and Path(path).samefile(source):
+    raise UserError(f"--output={path!r}: is the file of --input, which it would replace; give another one")
   writable_folder("--output", Path(path).parent)
 
 

@@ -205,6 +205,10 @@ def make_optimizer(
     for pattern in frozen:
       if not any(matches(path, (pattern,)) for path in paths):
         raise UserError(f"optimizer.frozen: no parameter matches {pattern!r}; there is {path_name(paths[0])!r}")
+    if frozen and all(matches(path, (*frozen, *NEVER)) for path in paths):
+      raise UserError(
+        f"optimizer.frozen={frozen}: matches all parameters, so that nothing is trained; give fewer patterns"
+      )
     label = lambda path, _: "frozen" if matches(path, (*frozen, *NEVER)) else "trained"  # noqa: E731
     return jax.tree_util.tree_map_with_path(label, params)
 

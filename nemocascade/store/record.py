@@ -77,7 +77,7 @@ STAGE = {
         "entropy": {"type": "number"},
       },
     },
-    "n_eval": {"type": "object", "additionalProperties": {"type": "integer"}},
+    "n_eval": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 0}},
   },
   "patternProperties": {
     "^(scores|greedy)_(before|after)$": NUMBERS,
