@@ -119,7 +119,7 @@ def _meet(argv: Sequence[str], several: bool) -> None:
         told[name] = field.parse(f"--{name}", value if equals else next(iter(argv[i + 1 :]), ""))
         field.check(f"--{name}", told[name])
   if told["distributed"] and not several:
-    raise UserError(f"--distributed={told['distributed']}: leave it out: this command runs in one process")
+    raise UserError(f"--distributed={told['distributed']}: must be left out: this command runs in one process")
   termination.listen(told["grace_s"])
   if told["distributed"]:
     hosts.connect(told["distributed"], told["connect_s"], told["grace_s"])
