@@ -207,18 +207,23 @@ def by_rows(tree: Any, B: int, mesh: Mesh) -> Any:
   return jax.tree.map(place, tree)
 
 
+def put(array: jax.Array | np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+  """Puts an array on the devices of `place`.
+
+  If it is not on these devices, every process must have the whole of it, and copies only the part of its own devices.
+  jax.device_put of such a jax.Array, in one of several processes, returns an array that cannot be read or saved.
+  """
+  if isinstance(array, jax.Array) and array.sharding.device_set == place.device_set:
+    return jax.device_put(array, place)
+  host = np.asarray(array)
+  return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+
+
 def put_rows(tree: Any, mesh: Mesh) -> Any:
   """Puts arrays on the mesh, sharded along their first dimension. Arrays that are there already stay.
 
   Every process must have host arrays of the whole shape. It copies only the rows of its own devices (own_rows).
   """
-
-  def put(a, place):
-    if isinstance(a, jax.Array) and a.sharding.device_set == place.device_set:
-      return jax.device_put(a, place)
-    a = np.asarray(a)
-    return jax.make_array_from_callback(a.shape, place, lambda index: a[index])
-
   tree = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else np.asarray(a), tree)
   return jax.tree.map(put, tree, first_rows(tree, mesh))
 

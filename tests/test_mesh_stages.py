@@ -274,6 +274,12 @@ metrics, state, store = t.sft_step(c, p, root / "two")
 gathered = jax.jit(lambda p: p, out_shardings=whole(p.programs.mesh))(state.params)
 t.assert_same(jax.device_get((metrics, gathered)), t.on_one_device(t.sft_step, root / index))
 
+store.save(1, state, {"tokens": 1})
+c.steps += 1  # The schedule's numbers then are not those of the checkpoint.
+_, again, store = t.sft_step(c, p, root / "two")
+store.save(2, again, {"tokens": 2})
+assert int(again.step) == 2
+
 import test_placement as rl
 batch, alone = rl.arranged((2, 4), 8, False)[0], rl.arranged((1, 1), 8, False)[0]
 gathered = jax.jit(lambda rows: rows, out_shardings=whole(p.programs.mesh))(batch.rows)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nemocascade.errors import UserError
-from nemocascade.mesh import make_mesh, whole
+from nemocascade.mesh import make_mesh, put, whole
 from nemocascade.rollout import intake, loop
 from nemocascade.rollout.decoding import Decoding, Layout
 from nemocascade.rollout.sampling import Options
@@ -252,11 +252,11 @@ class Engine:
         rest = [(b, tokens[self.chunk :]) for b, tokens in rows[:r]]
         left[shard] = [(b, tokens) for b, tokens in rest if tokens] + rows[r:]
       args = (a.reshape(layout.shards * r, *a.shape[2:]) for a in (row_R, tokens_RW, length_R, total_R))
-      d = self.extend_fn(params, d, *(_put(a, place) for a in args))
+      d = self.extend_fn(params, d, *(put(a, place) for a in args))
     return d
 
   def _put(self, d: Decoding) -> Decoding:
-    return jax.tree.map(_put, d, self.layout(d.known_B.shape[0]).places(d))
+    return jax.tree.map(put, d, self.layout(d.known_B.shape[0]).places(d))
 
 
 def width_of(tokens: int) -> int:
@@ -266,10 +266,3 @@ def width_of(tokens: int) -> int:
 
 def _shapes(d: Decoding) -> tuple:
   return jax.tree.structure(d), tuple((a.shape, a.dtype) for a in jax.tree.leaves(d))
-
-
-def _put(array: jax.Array | np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
-  """The array on the mesh. A numpy array has all rows in every process; each process copies those of its devices."""
-  if isinstance(array, jax.Array):
-    return jax.device_put(array, place)
-  return jax.make_array_from_callback(array.shape, place, lambda index: array[index])

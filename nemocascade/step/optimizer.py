@@ -13,6 +13,7 @@ import optax.contrib
 
 from nemocascade.errors import UserError
 from nemocascade.field_check import check_values
+from nemocascade.mesh import put
 from nemocascade.types import Params, TrainState
 
 # The router's bias is updated by expert load, not by gradient (DeepSeek-V3, arXiv 2412.19437, section 2.1.2;
@@ -246,6 +247,6 @@ def with_schedule_of(tx: optax.GradientTransformation, state: TrainState) -> Tra
 
   def chosen(path, old, new):
     of_schedule = any(getattr(key, "name", None) == "hyperparams" for key in path)
-    return jax.device_put(new, old.sharding) if of_schedule and hasattr(old, "sharding") else old
+    return put(np.asarray(new, old.dtype), old.sharding) if of_schedule and hasattr(old, "sharding") else old
 
   return state.replace(opt_state=jax.tree_util.tree_map_with_path(chosen, state.opt_state, fresh))
