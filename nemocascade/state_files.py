@@ -85,8 +85,9 @@ def parsed(text: str, where: str | Path, *, remedy: str) -> Any:
 def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> None:
   """Raises UserError if the value does not match the JSON schema `shape`; it names the place in the value.
 
-  It is stricter than JSON schema: a number is not NaN, a whole number has no decimal point, and a text can be
-  encoded and has no null character.
+  It is stricter than JSON schema: a number is not NaN, and a whole number has no decimal point. Besides JSON schema's
+  types it knows "path", a text that can name a file: one that can be encoded and has no null character. Other texts
+  may be what a model wrote, and have any characters.
   """
   error = jsonschema.exceptions.best_match(_Strict(shape).iter_errors(value))
   if error is not None:
@@ -102,14 +103,14 @@ def _is_whole(_, value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_text(_, value: Any) -> bool:
-  return isinstance(value, str) and "\0" not in value and not any("\ud800" <= sign <= "\udfff" for sign in value)
+def _is_path(_, value: Any) -> bool:
+  return isinstance(value, str) and not any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in value)
 
 
 _Strict: Any = jsonschema.validators.extend(
   jsonschema.Draft202012Validator,
   type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
-    {"number": _is_number, "integer": _is_whole, "string": _is_text}
+    {"number": _is_number, "integer": _is_whole, "path": _is_path}
   ),
 )
 

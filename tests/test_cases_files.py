@@ -289,13 +289,13 @@ def test_a_hugging_face_config_that_is_no_object_is_named(tmp_path, text):
     loading.find(f"hf:{tmp_path}")
 
 
-TYPES = {"number": 1.5, "integer": 3, "string": "a"}
+TYPES = {"number": 1.5, "integer": 3, "path": "a", "string": "a\0\ud800"}
 
 
 @pytest.mark.parametrize(
   ("kind", "text"),
   [("number", "NaN"), ("number", "true"), ("integer", "3.0"), ("integer", "1e3"), ("integer", "NaN"),
-   ("integer", "true"), ("string", '"a\\u0000"'), ("string", '"\\ud800"'), ("string", '"\\udfff.x"')],
+   ("integer", "true"), ("path", '"a\\u0000"'), ("path", '"\\ud800"'), ("path", '"\\udfff.x"'), ("string", "1")],
 )  # fmt: skip
 def test_a_state_file_holds_no_value_that_would_fail_later(tmp_path, kind, text):
   path, shape = tmp_path / "state.json", {"type": "object", "properties": {"x": {"type": kind}}}

@@ -276,9 +276,8 @@ t.assert_same(jax.device_get((metrics, gathered)), t.on_one_device(t.sft_step, r
 
 store.save(1, state, {"tokens": 1})
 c.steps += 1  # The schedule's numbers then are not those of the checkpoint.
-_, again, store = t.sft_step(c, p, root / "two")
+again, _, store = t.start(c, root / "two", p, t.sft.program(c, p.programs)[0], "")
 store.save(2, again, {"tokens": 2})
-assert int(again.step) == 2
 
 import test_placement as rl
 batch, alone = rl.arranged((2, 4), 8, False)[0], rl.arranged((1, 1), 8, False)[0]

@@ -24,7 +24,7 @@ TEACHERS = {
   "additionalProperties": {
     "type": "object",
     "required": ["checkpoint", "score", "stage"],
-    "properties": {"checkpoint": {"type": "string"}, "score": {"type": "number"}, "stage": {"type": "string"}},
+    "properties": {"checkpoint": {"type": "path"}, "score": {"type": "number"}, "stage": {"type": "path"}},
   },
 }
 GATES = {  # What runtime/gates.py found: domain -> finding.
@@ -45,10 +45,10 @@ STAGE = {
   "type": "object",
   "required": ["name", "kind", "status", "start", "domains", "wall_s"],
   "properties": {
-    "name": {"type": "string"},
+    "name": {"type": "path"},
     "kind": {"enum": ["sft", "rl", "reward_model"]},
     "status": {"enum": ["running", "done"]},
-    "start": {"type": "string"},
+    "start": {"type": "path"},
     "domains": {"type": "array", "items": {"type": "string"}},
     "wall_s": {"type": "number"},
     "train_s": {"type": "number"},
@@ -56,12 +56,12 @@ STAGE = {
     "steps": {"type": "integer", "minimum": 0},
     "tokens": {"type": "integer", "minimum": 0},
     "compilations": {"type": "integer", "minimum": 0},
-    "checkpoint": {"type": "string", "minLength": 1},
+    "checkpoint": {"type": "path", "minLength": 1},
     "asked_steps": {"type": "integer", "minimum": 1},
     "config": {"type": "string"},
     "commit": {"type": "string"},
-    "parent": {"type": "string"},
-    "judge": {"type": "string"},
+    "parent": {"type": "path"},
+    "judge": {"type": "path"},
     "judge_stage": {"type": "string"},
     "teaches": {"type": "array", "items": {"type": "string"}},
     "teachers": TEACHERS,
