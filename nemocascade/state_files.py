@@ -125,6 +125,7 @@ def _said(error: jsonschema.ValidationError) -> str:
     lacking = [name for name in wanted if name not in instance]
     return f"lacks {', '.join(lacking)}"
   if error.validator == "type":
+    wanted = "string" if wanted == "path" and not isinstance(instance, str) else wanted
     return f"is {value}, must be of type {_words(wanted)}"
   if error.validator == "enum":
     return f"is {value}, must be one of {_words(wanted)}"
