@@ -241,7 +241,7 @@ def test_a_command_of_one_process_refuses_to_meet_others(monkeypatch, capsys):
   with pytest.raises(SystemExit) as ended:
     launch.launch(lambda *_: None)
   assert ended.value.code == 2
-  assert "leave it out: this command runs in one process" in capsys.readouterr().err
+  assert "must be left out: this command runs in one process" in capsys.readouterr().err
 
 
 def test_a_domain_without_a_prompt_that_fits_is_refused_before_anything_is_written(tmp_path):
