@@ -202,19 +202,23 @@ def make_optimizer(
     )
 
   def labels(params):
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for pattern in frozen:
-      if not any(matches(path, (pattern,)) for path in paths):
-        raise UserError(f"optimizer.frozen: no parameter matches {pattern!r}; there is {path_name(paths[0])!r}")
-    if frozen and all(matches(path, (*frozen, *NEVER)) for path in paths):
-      raise UserError(
-        f"optimizer.frozen={frozen}: matches all parameters, so that nothing is trained; give fewer patterns"
-      )
+    _check_frozen(frozen, [path for path, _ in jax.tree_util.tree_leaves_with_path(params)])
     label = lambda path, _: "frozen" if matches(path, (*frozen, *NEVER)) else "trained"  # noqa: E731
     return jax.tree_util.tree_map_with_path(label, params)
 
   trained = scheduled(peak_lr, warmup_steps, total_steps, final_fraction)
   return optax.multi_transform({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+def _check_frozen(frozen: tuple[str, ...], paths: list) -> None:
+  """Raises UserError if a pattern matches no parameter, or if all parameters match."""
+  for pattern in frozen:
+    if not any(matches(path, (pattern,)) for path in paths):
+      raise UserError(f"optimizer.frozen: no parameter matches {pattern!r}; there is {path_name(paths[0])!r}")
+  if frozen and all(matches(path, (*frozen, *NEVER)) for path in paths):
+    raise UserError(
+      f"optimizer.frozen={frozen}: matches all parameters, so that nothing is trained; give fewer patterns"
+    )
 
 
 class Remembered(NamedTuple):
