@@ -232,7 +232,7 @@ class Terminal:
 
 
 def read() -> str:
-  """What the user types, without white space around it. A line that ends in a backslash goes on in the next one."""
+  """Returns what the user types, without white space around it. A line that ends in a backslash goes on in the next."""
   lines = [input("> ")]
   while lines[-1].endswith("\\"):
     lines[-1] = lines[-1][:-1].rstrip()

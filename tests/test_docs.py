@@ -104,7 +104,7 @@ def test_every_sweep_has_results_or_a_word_that_it_has_none():
 
 
 def test_every_metric_has_a_line():
-  """Of those whose names stand in the code as they are. Others are made of the names of domains, guards and phases."""
+  """The test finds names that stand in the code as they are. Others are made of names of domains, guards and phases."""
   code = "\n".join(path.read_text() for part in ("nemocascade", "experiments") for path in (ROOT / part).rglob("*.py"))
   groups = (
     "loss|norm|rollout|policy|reward|time|speed|data|expert|tokens|pairs|advantage|teacher|exact|exchange|optimizer"

@@ -97,7 +97,7 @@ def test_the_page_is_self_contained_and_shows_no_html_of_a_model(workdir):
 def test_commands_are_copied_from_the_page_as_they_are_typed(workdir):
   html = pages.write(workdir, live=True).read_text()
   found = re.findall(r"<(?:code|pre) class=command>(.*?)</(?:code|pre)>", html)
-  typed = [re.sub("<[^>]*>", "", of) for of in found]  # What a reader selects: no space comes from the layout.
+  typed = [re.sub("<[^>]*>", "", of) for of in found]  # The browser copies this text: the layout adds no space.
   assert typed[0] == "python -m experiments.cascade --config=configs/tiny/cascade.py --workdir=x"
   assert [line.split(" --")[0] for line in typed[1:]] == [
     "python -m experiments.chat",
