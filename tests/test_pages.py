@@ -73,6 +73,16 @@ def test_the_five_questions_are_answered_on_top(workdir):
   assert "4 min 0 s on a machine" in page
 
 
+def test_a_change_is_the_difference_of_the_percents_that_stand_beside_it(workdir):
+  record = json.loads((workdir / "cascade.json").read_text())
+  record["stages"][0]["scores_after"]["math"], record["stages"][-1]["scores_after"]["math"] = 0.254, 0.256
+  record["stages"][-1]["scores_before"] = record["stages"][0]["scores_after"]
+  (workdir / "cascade.json").write_text(json.dumps(record))
+  html = pages.write(workdir, live=True).read_text()
+  assert re.search(r"math 25 \[[\d, ]+\] 26 \[[\d, ]+\] \+1 ", text_of(html)), text_of(html)
+  assert re.search(r">26<small>\+1</small>", html)
+
+
 def test_a_side_line_is_never_the_end(workdir):
   run = Run.open(workdir)
   assert [s["name"] for s in run.main] == ["sft", "if_rl", "mopd"] and [s["name"] for s in run.side] == ["rlhf_teacher"]

@@ -154,6 +154,11 @@ def change(after: Stage, before: Stage, domains: Sequence[str]) -> Change:
   return Change(mean(before), mean(after), *paired_interval(np.concatenate(of)))
 
 
+def percent_points(before: float, after: float) -> int:
+  """The change of a score in percent points: the difference of the two whole percents that a reader sees."""
+  return round(100 * after) - round(100 * before)
+
+
 def words(name: str) -> str:
   """A stage's or domain's name as words."""
   return name.replace("_", " ")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemocascade.report.markup import csv_link, note, table, text, write_csv
-from nemocascade.report.run import Run, Stage, change, duration, words
+from nemocascade.report.run import Run, Stage, change, duration, percent_points, words
 
 WHITE, DARK = (247, 251, 255), (8, 48, 107)  # Colours of the scores 0 and 1.
 
@@ -43,15 +43,14 @@ def _heat_row(stage: Stage, domains: Sequence[str], kind: str) -> str:
 
 def _heat_cell(stage: Stage, domain: str, kind: str) -> str:
   score, before = stage[f"{kind}_after"][domain], stage.get(f"{kind}_before", {}).get(domain)
-  moved = "" if before is None else f"<small>{points(score - before)}</small>"
+  moved = "" if before is None else f"<small>{signed(percent_points(before, score))}</small>"
   own = " class=own" if domain in stage["domains"] else ""
   return f"<td{own} style='{colours(score)}'>{100 * score:.0f}{moved}</td>"
 
 
-def points(difference: float) -> str:
-  """A difference of scores in percent points, with its sign."""
-  whole = round(100 * difference)
-  return f"+{whole}" if whole > 0 else f"−{-whole}" if whole < 0 else "0"
+def signed(points: int) -> str:
+  """Percent points with their sign."""
+  return f"+{points}" if points > 0 else f"−{-points}" if points < 0 else "0"
 
 
 def colours(score: float) -> str:
@@ -82,7 +81,7 @@ def first_and_last(run: Run, path: Path) -> str:
       of_a, of_b = (s[f"{kind}_intervals_after"][d] for s in (first, last))
       rows.append([d, label, first["n_eval"][d], a, *of_a, b, *of_b, b - a])
       name = words(d) + (", greedy" if kind == "greedy" else "")
-      shown.append([name, percent(a, *of_a), percent(b, *of_b), points(b - a)])
+      shown.append([name, percent(a, *of_a), percent(b, *of_b), signed(percent_points(a, b))])
   header = ["domain", "sampling", "prompts", first["name"], "low", "high", last["name"], "low", "high", "change"]
   heads = ["domain", f"{words(first['name'])}, % [95%]", f"{words(last['name'])}, % [95%]", "change"]
   return table(path, header, rows, shown=(heads, shown))
@@ -110,7 +109,8 @@ def moves(run: Run, path: Path) -> str:
     start, own = run.start_of(stage), [d for d in stage["domains"] if d in run.domains]
     for d, c in ((d, change(stage, start, [d])) for d in own) if start else ():
       rows.append([stage["name"], d, c.before, c.after, c.mean, c.low, c.high])
-      moved = f"{points(c.mean)} [{points(c.low)}, {points(c.high)}]"
+      interval = f"[{signed(round(100 * c.low))}, {signed(round(100 * c.high))}]"
+      moved = f"{signed(percent_points(c.before, c.after))} {interval}"
       sign = "▲" if c.rose else "▼" if c.fell else ""
       shown.append([words(stage["name"]), words(d), f"{100 * c.before:.0f} → {100 * c.after:.0f}", f"{sign} {moved}"])
   header = ["stage", "own domain", "before", "after", "change", "low", "high"]

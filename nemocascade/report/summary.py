@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from nemocascade.config import ModelConfig
 from nemocascade.model.size import active_params, count_params
 from nemocascade.report.markup import command, link, text
-from nemocascade.report.run import Change, Run, Stage, change, count, duration, words
+from nemocascade.report.run import Change, Run, Stage, change, count, duration, percent_points, words
 
 MOST = 8  # Falls that are listed.
 KINDS = {"sft": "supervised fine-tuning (SFT)", "reward_model": "the judge of preferences, trained on pairs of answers"}
@@ -147,7 +147,7 @@ def _said(c: Change) -> str:
   tone, verdict = ("good", "better") if c.rose else ("bad", "worse") if c.fell else ("quiet", "no clear change")
   return (
     f"{c.before:.0%} → {c.after:.0%} on its own domains"
-    f" ({100 * c.mean:+.0f} points, 95% interval {100 * c.low:+.0f} to {100 * c.high:+.0f}): <span class={tone}>{verdict}</span>"
+    f" ({percent_points(c.before, c.after):+d} points, 95% interval {100 * c.low:+.0f} to {100 * c.high:+.0f}): <span class={tone}>{verdict}</span>"
   )
 
 
