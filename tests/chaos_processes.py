@@ -86,10 +86,12 @@ class Run:
   def strike(self, victim: int, kind: signal.Signals) -> tuple[float, int, str] | None:
     """Kills or stops a process. Returns (seconds until the other ended, its exit code, its line).
 
-    Returns None if one had already ended.
+    Returns None if the run had already ended: one of them is gone, or the other ends with exit code 0, because all
+    that was left to the victim was its own end.
     """
     other = self.processes[1 - victim]
     if any(process.poll() is not None for process in self.processes):
+      self.finish()
       return None
     self.processes[victim].send_signal(kind)
     began = time.monotonic()
@@ -101,7 +103,7 @@ class Run:
     seconds = time.monotonic() - began
     self.processes[victim].kill()
     self.processes[victim].wait()
-    return seconds, code, self.said(1 - victim)
+    return (seconds, code, self.said(1 - victim)) if code else None
 
 
 def main() -> int:
@@ -146,8 +148,7 @@ def shake(directory: Path, flags: argparse.Namespace, draw: random.Random) -> in
       run.wait(draw.uniform(0, (seconds - to_save) * left if late else seconds))
       after = time.monotonic() - began
       struck = run.strike(victim, kind)
-      if struck is None:  # The run had ended before.
-        run.finish()
+      if struck is None:
         if not before:  # The machine is faster now than when the undisturbed run was timed.
           to_save *= (time.monotonic() - began) / seconds
           seconds = time.monotonic() - began
