@@ -13,9 +13,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from experiments.generate import TEMPERATURE
 from nemocascade.evaluate.suites import DomainScore
 from nemocascade.field_check import check
-from nemocascade.fields import number, text, whole
+from nemocascade.fields import text, whole
 from nemocascade.mesh import make_mesh, mesh_sizes
 from nemocascade.runtime import domains
 from nemocascade.runtime.checks import check_evaluation
@@ -59,7 +60,7 @@ if __name__ == "__main__":
     checkpoint=(text("The checkpoint to evaluate.", empty=False), ""),
     judge=(text("The reward model's checkpoint, for the preference domain."), ""),
     completions=(whole("Completions of each prompt: the k of avg@k and pass@k."), 1),
-    temperature=(number("0 is greedy.", low=0, high=100), 1.0),
+    temperature=(TEMPERATURE, 1.0),
     mesh=(
       text("Devices that share the model, as data:1,expert:8; -1 takes those that are left. Default: the config's."),
       "",

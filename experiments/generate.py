@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.fields import flag, number, text, whole
+from nemocascade.fields import COLDEST, HOTTEST, flag, number, text, whole
 from nemocascade.mesh import make_mesh, mesh_sizes, read_own
 from nemocascade.rollout.exchange import merge
 from nemocascade.rollout.sampling import Options
@@ -34,7 +34,7 @@ from nemocascade.types import Params
 SLOTS = 64  # Most prompts decoded together.
 BATCH = 256  # Most prompts prefilled together; a finished one makes room for the next of them.
 MOST_TOKENS = 1 << 20  # Most tokens of one answer: four times the longest context of the recipe.
-TEMPERATURE = number("0 is greedy.", low=0, high=100)
+TEMPERATURE = number("0 is greedy.", low=COLDEST, high=HOTTEST, also=(0.0,))
 TOP_P = number("Tokens are drawn from the likeliest that together reach this.", above=0, high=1)
 
 

@@ -6,6 +6,8 @@
 import dataclasses
 
 from nemocascade.fields import (
+  COLDEST,
+  HOTTEST,
   flag,
   number,
   section,
@@ -295,7 +297,7 @@ RL = LANGUAGE_MODEL | {
   ),
   "rollout.episode_s": number("Time limit of all tool calls of a completion, in seconds.", above=0),
   "rollout.verdict_s": number("Time limit of a verdict given beside decoding, in seconds, in training.", above=0),
-  "rollout.temperature": number("Sampling temperature.", above=0, high=100),
+  "rollout.temperature": number("Sampling temperature.", low=COLDEST, high=HOTTEST),
   "rollout.top_p": number("Probability mass of the likeliest tokens, from which one is drawn.", above=0, high=1),
   "rollout.record_experts": flag("Whether the sampler records each token's experts, so that agreement is measured."),
   "rollout.replay": flag("Whether the trainer's routers take the experts that the sampler recorded."),

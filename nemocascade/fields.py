@@ -13,6 +13,9 @@ from nemocascade.errors import UserError, listed, nearest, short, unknown
 LARGEST = 2**31 - 1  # Upper bound of every whole number, because programs count in int32.
 # Programs compute in float32: beyond these magnitudes a number would be infinite or 0 there.
 LARGEST_FLOAT, SMALLEST_FLOAT = float.fromhex("0x1.fffffep+127"), float.fromhex("0x1p-126")
+# Logits are divided by the temperature. At the lowest one, two tokens whose logits differ by 100 are 10,000 nats apart,
+# which the losses still count with; far below it the quotients are infinite.
+COLDEST, HOTTEST = 0.01, 100.0
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 

@@ -109,6 +109,7 @@ def test_the_reference_page_is_that_of_the_table():
 VALUES = [  # (config, field, invalid value, start of the error message).
   (if_rl, "optimizer.peak_lr", math.nan, "optimizer.peak_lr=nan: is not a number; must be a finite number above 0"),
   (if_rl, "rollout.temperature", math.inf, "rollout.temperature=inf"),
+  (if_rl, "rollout.temperature", 1e-30, "rollout.temperature=1e-30: must be a number of at least 0.01 and at most 100"),
   (if_rl, "steps", True, "steps=True: must be a whole number of at least 1"),
   (if_rl, "steps", 2.0, "steps=2.0"),
   (if_rl, "steps", "3", "steps='3'"),

@@ -197,6 +197,11 @@ def test_without_a_tokenizer_tokens_work_and_messages_are_refused(loaded):
     ("score", [f"--output={__file__}", f"--input={__file__}"], "is the file of --input"),
     ("generate", ["--output=/dev/full", "--input=x"], "--output='/dev/full': give the file to write"),
     ("generate", ["--output=o", "--input=x", "--temperature=-1"], "--temperature=-1.0"),
+    (
+      "generate",
+      ["--output=o", "--input=x", "--temperature=1e-30"],
+      "--temperature=1e-30: must be a number of at least 0.01",
+    ),
     ("generate", ["--output=o", "--input=x", "--top_p=0"], "--top_p=0.0"),
     ("generate", ["--output=o", "--input=x", "--max_new_tokens=0"], "--max_new_tokens=0"),
     ("generate", ["--output=o", "--input=x", "--temprature=0"], "temperature"),

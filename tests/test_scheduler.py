@@ -99,6 +99,7 @@ def test_a_cancelled_request_keeps_its_tokens_and_the_others_get_theirs():
   (Request([1, V]), f"token {V}: the model's are 0 to {V - 1}"), (Request([-1]), "token -1"),
   (Request([1], T), f"max_tokens={T}: after 1 tokens of the prompt, allowed are 1 to {T - 1}"),
   (Request([1], 0), "max_tokens=0"), (Request([1], 1, -1), "seed=-1"), (Request([1], 1, options=Options(-1.0)), "temperature"),
+  (Request([1], 1, options=Options(1e-30)), "temperature 0 and 0.01 to 100"),
   (Request([1], 1, options=Options(top_p=0.0)), "top_p above 0"), (Request([1], 1, options=Options(float("nan"))), "temperature"),
   (Request([1], 1, stop_strings=["a"]), "need a tokenizer"),
 ])  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 from nemocascade.data.detokenizer import Detokenizer
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
+from nemocascade.fields import COLDEST, HOTTEST
 from nemocascade.rollout.engine import TOGETHER, Engine, width_of
 from nemocascade.rollout.sampling import Options
 from nemocascade.types import Params
@@ -120,8 +121,11 @@ class Scheduler:
     if not 0 <= request.seed < 2**31:
       raise UserError(f"seed={request.seed}: must be 0 to 2147483647")
     o = request.options
-    if not (0 <= o.temperature <= 100 and o.top_k >= 0 and 0 < o.top_p <= 1 and 0 <= o.min_p <= 1):
-      raise UserError(f"{o}: allowed are temperature 0 to 100, top_k from 0, top_p above 0 to 1, min_p 0 to 1")
+    tempered = o.temperature == 0 or COLDEST <= o.temperature <= HOTTEST
+    if not (tempered and o.top_k >= 0 and 0 < o.top_p <= 1 and 0 <= o.min_p <= 1):
+      raise UserError(
+        f"{o}: allowed are temperature 0 and {COLDEST:g} to {HOTTEST:g}, top_k from 0, top_p above 0 to 1, min_p 0 to 1"
+      )
     if request.stop_strings and self.tokenizer is None:
       raise UserError("stop_strings need a tokenizer, and the model has none")
     if "" in request.stop_strings:
