@@ -254,7 +254,8 @@ def several_teachers() -> ConfigDict:
 
 
 def shrink_comparison(c: ConfigDict) -> None:
-  """Changes the scored steps of an ablation to those of its `:smoke` form, whose arms have two steps."""
+  """Changes the scored steps and the budget of an ablation to those of its `:smoke` form, whose arms have two steps."""
   c.compared.update(at=(1,), full_at=(2,))
+  c.budget.amount = float(max(arm.steps for arm in c.arms.values()))
   if c.compared.full_completions > 2:
     c.compared.full_completions = 2

@@ -21,8 +21,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import cascade, rl
+from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError, unknown
 from nemocascade.field_check import check as check_fields
+from nemocascade.fields import shown
 from nemocascade.model.size import matmul_params
 from nemocascade.report import comparison, pages
 from nemocascade.report.metrics import read_lines
@@ -99,10 +101,7 @@ def check(c: ConfigDict) -> None:
       raise UserError(
         f"rate_of.{name}={other!r}: must be an arm without a rate_of, and {name!r} must not be one of search.arms"
       )
-  for field in ("pairs", "ends"):
-    for name in sum(c.compared[field], ()):
-      if name not in c.arms:
-        raise unknown(f"arm in compared.{field}", name, c.arms)
+  check_steps(c)
   for domain, name in c.teachers_of.items():
     if name not in c.order:
       raise unknown(f"teachers_of.{domain}", name, c.order)
@@ -119,6 +118,38 @@ def check(c: ConfigDict) -> None:
     for domain in c.arms[name].mixture:
       if domain not in c.compared.domains:
         raise UserError(f"compared.domains={tuple(c.compared.domains)}: arm {name!r} learns {domain!r}, unscored")
+
+
+def check_steps(c: ConfigDict) -> None:
+  """Raises UserError if no arm can spend the budget or reach a scored step, or if an arm is compared with itself."""
+  longest = max(arm.steps for arm in c.arms.values())
+  unit, amount, most = c.budget.unit, c.budget.amount, max(most_spent(c, name) for name in c.arms)
+  kind = "a whole number" if unit == "steps" else "a number"
+  if not 1 <= amount <= most or (unit == "steps" and amount % 1):
+    raise UserError(
+      f"budget.amount={shown(amount)}: must be {kind} of at least 1 and at most {most:g}, the most {unit} of an arm"
+    )
+  for field in ("at", "full_at"):
+    if (last := max(c.compared[field], default=0)) > longest:
+      raise UserError(f"compared.{field}: has step {last}; must be at most {longest}, the steps of the longest arm")
+  for field in ("pairs", "ends"):
+    for a, b in c.compared[field]:
+      for name in (a, b):
+        if name not in c.arms:
+          raise unknown(f"arm in compared.{field}", name, c.arms)
+      if a == b:
+        raise UserError(f"compared.{field}: compares {a!r} with itself; must be two arms")
+
+
+def most_spent(c: ConfigDict, name: str) -> int:
+  """An upper bound of what an arm spends, in the budget's unit: every completion has the greatest length."""
+  arm, r = c.arms[name], c.arms[name].rollout
+  tokens = arm.steps * arm.refill_rounds * r.prompts * r.completions * r.total_tokens
+  if c.budget.unit != "flops":
+    return tokens if c.budget.unit == "tokens" else arm.steps
+  # Teachers, a reference and the proximal policy score a token at most once each.
+  spent = Spent(sampled=tokens, prefilled=tokens, scored=3 * tokens, trained=tokens * arm.updates)
+  return spent.flops(matmul_params(ModelConfig.from_fields(c.model.to_dict())))
 
 
 def preparation(c: ConfigDict, seed: int) -> ConfigDict:

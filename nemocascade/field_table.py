@@ -363,21 +363,25 @@ ABLATION = CASCADE | {
   "rate_of": section("Arm -> the arm whose peak_lr, as the search found it, is used."),
   "rate_of.*": text("An arm.", empty=False),
   "budget.unit": word("The quantity of which all arms get the same.", ("steps", "tokens", "flops")),
-  "budget.amount": number("How much of it an arm gets.", above=0),
+  "budget.amount": number("How much of it an arm gets; at most what the longest arm can spend.", low=1),
   "compared.domains": several("Domains that are scored.", text("a domain"), empty=False, unique=True),
-  "compared.at": several("Steps after which an arm is scored on compared.prompts prompts.", whole("a step")),
+  "compared.at": several(
+    "Steps after which an arm is scored on compared.prompts prompts.", whole("a step"), unique=True
+  ),
   "compared.prompts": whole("Held-out prompts of each domain, with one completion each; at most evaluation.prompts."),
-  "compared.full_at": several("Steps after which an arm is scored on all held-out prompts.", whole("a step")),
+  "compared.full_at": several(
+    "Steps after which an arm is scored on all held-out prompts.", whole("a step"), unique=True
+  ),
   "compared.full_completions": whole("Completions of each prompt in these scores, and in the last one."),
   "compared.reach": number("Share of the gap to the teacher that counts as having reached it.", above=0, high=1),
   "compared.pairs": several(
-    "Pairs (a, b): score of a minus b at each scored step.", several("a pair", text("an arm"), length=2)
+    "Pairs (a, b): score of a minus b at each scored step.", several("a pair", text("an arm"), length=2), unique=True
   ),
   "compared.ends": several(
-    "Pairs (a, b): last score of a minus that of b.", several("a pair", text("an arm"), length=2)
+    "Pairs (a, b): last score of a minus that of b.", several("a pair", text("an arm"), length=2), unique=True
   ),
   "search.arms": several("Arms whose peak_lr is searched for.", text("an arm"), unique=True),
-  "search.rates": several("Values of peak_lr to try.", number("a rate", above=0), empty=False),
+  "search.rates": several("Values of peak_lr to try.", number("a rate", above=0), empty=False, unique=True),
   "search.steps": whole("Steps of a trial."),
   "search.seeds": several("Seeds of the trials; none of them may be in `seeds`.", whole("a seed", 0), unique=True),
 }

@@ -66,6 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
   if arg == "smoke":
     shrink(c)
     c.arms.grpo_150.steps = 3  # Longer than the other arms, as in the full form.
+    c.budget.amount = 3.0
   return c
 
 
@@ -81,7 +82,7 @@ def sweep(arg: str, arms: dict, pairs: tuple) -> ConfigDict:
   c.seeds = tuple(range(4))
   c.arms = ConfigDict(arms)
   plain = recipe.comparison()
-  c.compared.update(pairs=pairs, ends=plain.compared.ends)
+  c.compared.update(pairs=pairs, ends=plain.compared.ends, at=(10, 20, 40))
   c.search.arms, c.rate_of = plain.search.arms, plain.rate_of
   c.budget.amount = 50.0
   if arg == "smoke":
