@@ -3,7 +3,8 @@
 import itertools
 import json
 import pathlib
-import time
+import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from nemocascade.domains.rows import prompt_messages
 from nemocascade.generated import generator
 from nemocascade.generated import stem as generated_stem
 from nemocascade.sandbox import limited
+from nemocascade.verifiers import boxed
 from nemocascade.verifiers.verdict import Completion, Verdict
 
 GYM = pathlib.Path(__file__).parents[2] / "shared/data/gym"
@@ -108,11 +110,20 @@ def test_released_rows_are_judged_by_their_letter():
    ("<solution>B</solution><solution>A", 1), ("</solution>B<solution>", 0), ("<solution>" * 100_000 + "B", 0),
    ("<solution>A</solution>" * 50_000 + "<solution>b</solution>", 1)],
 )  # fmt: skip
-def test_the_last_closed_tag_counts_and_is_found_in_one_pass(content, reward):
-  start = time.monotonic()
+def test_the_last_closed_tag_counts_and_is_found_in_one_pass(content, reward, monkeypatch):
   verdict = judge({**ROW, "grading_mode": "lenient"}, content)
   assert (verdict.reward, verdict.masked) == (reward, False)
-  assert time.monotonic() - start < 2
+  searched = []
+
+  def finditer(pattern, text, flags):
+    searched.append((pattern, text))
+    return re.finditer(pattern, text, flags)
+
+  # The whole text is searched once, and at each place no more characters are read than a tag has.
+  monkeypatch.setattr(boxed, "re", SimpleNamespace(finditer=finditer, IGNORECASE=re.IGNORECASE))
+  boxed.last_tagged(content, "solution", any_case=True)
+  ((pattern, text),) = searched
+  assert text is content and re._parser.parse(pattern).getwidth()[1] == len("</solution>")
 
 
 def test_a_line_of_prefixes_does_not_hold_up_the_trainer(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemocascade.domains.domain import Verify, one_by_one
 from nemocascade.verifiers import equality, scorers
-from nemocascade.verifiers.boxed import BOXED, FBOX, last_boxed
+from nemocascade.verifiers.boxed import BOXED, FBOX, last_boxed, last_tagged
 from nemocascade.verifiers.verdict import Completion, Row, Verdict, no_verdict
 
 NO_ANSWER = "neither expected_answer nor metadata.source_dataset"
@@ -18,7 +18,7 @@ def judge(row: Row, completion: Completion) -> Verdict:
   content = completion.content
   answer = last_boxed(content, (BOXED, FBOX))
   if row.get("expected_answer") is None:
-    return _scored(row, scorers.tagged(content) or answer or content.strip())
+    return _scored(row, last_tagged(content, "answer") or answer or content.strip())
   if not answer:
     return Verdict(0.0, "no \\boxed{} answer")
   same = equality.equal(str(row["expected_answer"]), answer)

@@ -1,4 +1,4 @@
-"""Reads and writes \\boxed{} answers."""
+"""Finds the answer that a text marks: in the last \\boxed{}, or in the last of some tag."""
 
 import re
 from collections.abc import Sequence
@@ -42,3 +42,17 @@ def _inside(text: str, start: int) -> str | None:
       return text[start:i].strip()
     i += 1
   return None
+
+
+def last_tagged(text: str, name: str, *, any_case: bool = False) -> str | None:
+  """The stripped content of the last <name> tag that is closed; None if there is none.
+
+  The text is searched for tags alone, and once, so that the time is linear in its length.
+  """
+  found, start = None, None
+  for tag in re.finditer(rf"<(/?){name}>", text, re.IGNORECASE if any_case else 0):
+    if not tag[1]:
+      start = tag.end() if start is None else start
+    elif start is not None:
+      found, start = text[start : tag.start()].strip(), None
+  return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemocascade.sandbox import limited
 from nemocascade.verifiers import patterns
-from nemocascade.verifiers.boxed import last_boxed
+from nemocascade.verifiers.boxed import last_boxed, last_tagged
 
 MODES = (
   "strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon", "lenient_answer_colon_md",
@@ -25,7 +25,6 @@ _SINGLE_LETTER = re.compile(r"(?<![A-Za-z])([A-Za-z])(?![A-Za-z])")
 _BETWEEN_CHOICES = re.compile(r"\s*[/|&,;]\s*|\s+(?:or|and)\s+|\s+", re.IGNORECASE)
 _LEADING_LETTER = re.compile(r"([A-Za-z])(?![A-Za-z0-9])")
 _CAPITAL_WORD = re.compile(r"\b[A-Z]\b")
-_SOLUTION_TAG = re.compile(r"<(/?)solution>", re.IGNORECASE)
 _SOLUTION_LETTER = re.compile(r"<solution>\s*\[?([A-Za-z])\]?\s*</solution>")
 _WRAP = "\\text{"
 # Option letters in the Arabic and Bengali translations of MMLU.
@@ -100,19 +99,8 @@ def _in_solution(text: str, options: Options, *, strict: bool) -> str | None:
   if strict:
     match = _SOLUTION_LETTER.search(text)
   else:
-    match = _SINGLE_LETTER.search(_last_solution(text))
+    match = _SINGLE_LETTER.search(last_tagged(text, "solution", any_case=True) or "")
   return match[1].upper() if match and match[1].upper() in options else None
-
-
-def _last_solution(text: str) -> str:
-  """The content of the last <solution> tag that is closed; "" if there is none. Takes time linear in the text."""
-  found, start = "", None
-  for tag in _SOLUTION_TAG.finditer(text):
-    if not tag[1]:
-      start = tag.end() if start is None else start
-    elif start is not None:
-      found, start = text[start : tag.start()], None
-  return found
 
 
 def _boxed_letter(text: str, options: Options) -> str | None:

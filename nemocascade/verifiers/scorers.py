@@ -15,7 +15,6 @@ from typing import Any
 from nemocascade.sandbox import limited
 
 MAX_CHARS = 300  # A longer answer scores 0, unless it is at most 4 times as long as the row's JSON.
-TAGS = ("<answer>", "</answer>")
 
 # Modules of reasoning-gym whose scorers evaluate text: lists by eval, an integer expression by eval,
 # and expressions by SymPy's parser.
@@ -27,18 +26,6 @@ WHOLE = ("arithmetic.bitwise_arithmetic",)
 # These modules import the name `parse_expr`, so it is replaced in each. The other modules look it up
 # in SymPy, where `stand_in_for_sympy` replaces it.
 EXPRESSIONS = ("games.countdown", "games.puzzle24")
-
-
-def tagged(text: str) -> str | None:
-  """The content of the last <answer> tag, stripped; None if there is none."""
-  opening, closing = TAGS
-  found, end = None, 0
-  while (start := text.find(opening, end)) >= 0:
-    stop = text.find(closing, start)
-    if stop < 0:
-      break
-    found, end = text[start + len(opening) : stop].strip(), stop + len(closing)
-  return found
 
 
 def score(entry: dict[str, Any], answer: str) -> float | None:
