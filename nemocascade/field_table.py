@@ -22,38 +22,45 @@ REMAT = ("none", "block", "offload")
 
 SEED = {"seed": whole("Seed of parameters, data and sampling.", 0)}
 
+# Sampling finds the likeliest token by indices in float32, which are exact up to 2^24.
+VOCABULARY, WIDTH = 1 << 24, 1 << 20
+
 MODEL = {
-  "model.vocab_size": whole("Rows of the embedding; at least as many as the tokenizer has tokens."),
-  "model.hidden_size": whole("Width of the residual stream."),
+  "model.vocab_size": whole("Rows of the embedding; at least as many as the tokenizer has tokens.", high=VOCABULARY),
+  "model.hidden_size": whole("Width of the residual stream.", high=WIDTH),
   "model.hybrid_override_pattern": text(
     "The blocks in order, a letter each: M is Mamba-2, E mixture of experts, * attention, - MLP.", empty=False
   ),
-  "model.num_attention_heads": whole("Query heads.", optional=True),
-  "model.num_key_value_heads": whole("Key and value heads; divides num_attention_heads.", optional=True),
-  "model.head_dim": whole("Channels of an attention head.", optional=True),
-  "model.mamba_num_heads": whole("Heads of a Mamba-2 block.", optional=True),
-  "model.mamba_head_dim": whole("Channels of a Mamba-2 head.", optional=True),
-  "model.ssm_state_size": whole("Size of the state of each Mamba-2 channel.", optional=True),
-  "model.n_groups": whole("Groups of Mamba-2 heads that share B and C.", optional=True),
-  "model.conv_kernel": whole("Taps of the causal convolution, in tokens.", optional=True),
+  "model.num_attention_heads": whole("Query heads.", high=WIDTH, optional=True),
+  "model.num_key_value_heads": whole("Key and value heads; divides num_attention_heads.", high=WIDTH, optional=True),
+  "model.head_dim": whole("Channels of an attention head.", high=WIDTH, optional=True),
+  "model.mamba_num_heads": whole("Heads of a Mamba-2 block.", high=WIDTH, optional=True),
+  "model.mamba_head_dim": whole("Channels of a Mamba-2 head.", high=WIDTH, optional=True),
+  "model.ssm_state_size": whole("Size of the state of each Mamba-2 channel.", high=WIDTH, optional=True),
+  "model.n_groups": whole("Groups of Mamba-2 heads that share B and C.", high=WIDTH, optional=True),
+  "model.conv_kernel": whole("Taps of the causal convolution, in tokens.", high=256, optional=True),
   "model.use_conv_bias": flag("Whether the convolution has a bias.", optional=True),
-  "model.chunk_size": whole("Tokens of a chunk of the SSD scan; changes speed, not results.", optional=True),
+  "model.chunk_size": whole(
+    "Tokens of a chunk of the SSD scan; changes speed, not results.", high=WIDTH, optional=True
+  ),
   "model.time_step_min": number("Smallest step size dt of Mamba-2 at initialisation.", above=0, optional=True),
   "model.time_step_max": number("Largest step size dt at initialisation.", above=0, optional=True),
   "model.time_step_floor": number("dt is raised to at least this at initialisation.", above=0, optional=True),
   "model.time_step_limit": several(
     "Range that dt is clamped to: (lowest, highest).", number("dt", low=0, infinite=True), length=2, optional=True
   ),
-  "model.n_routed_experts": whole("Experts that the router chooses among.", optional=True),
-  "model.num_experts_per_tok": whole("Experts a token is sent to.", optional=True),
-  "model.moe_intermediate_size": whole("Width of a routed expert.", optional=True),
-  "model.moe_shared_expert_intermediate_size": whole("Width of the shared expert.", optional=True),
-  "model.n_group": whole("Groups of experts; the router first picks topk_group of them.", optional=True),
-  "model.topk_group": whole("Groups of experts that a token may use.", optional=True),
+  "model.n_routed_experts": whole("Experts that the router chooses among.", high=WIDTH, optional=True),
+  "model.num_experts_per_tok": whole("Experts a token is sent to.", high=WIDTH, optional=True),
+  "model.moe_intermediate_size": whole("Width of a routed expert.", high=WIDTH, optional=True),
+  "model.moe_shared_expert_intermediate_size": whole("Width of the shared expert.", high=WIDTH, optional=True),
+  "model.n_group": whole("Groups of experts; the router first picks topk_group of them.", high=WIDTH, optional=True),
+  "model.topk_group": whole("Groups of experts that a token may use.", high=WIDTH, optional=True),
   "model.norm_topk_prob": flag("Whether the chosen experts' weights sum to 1.", optional=True),
   "model.routed_scaling_factor": number("Factor of the sum of the routed experts' outputs.", above=0, optional=True),
-  "model.moe_latent_size": whole("Width of the experts' inputs; None is hidden_size.", also=(None,), optional=True),
-  "model.intermediate_size": whole("Width of an MLP block.", optional=True),
+  "model.moe_latent_size": whole(
+    "Width of the experts' inputs; None is hidden_size.", high=WIDTH, also=(None,), optional=True
+  ),
+  "model.intermediate_size": whole("Width of an MLP block.", high=WIDTH, optional=True),
   "model.layer_norm_epsilon": number("Epsilon of the RMS norms.", above=0, optional=True),
   "model.tie_word_embeddings": flag("Whether the output head uses the embedding's weights.", optional=True),
   "model.initializer_range": number("Standard deviation of fresh weights.", above=0, optional=True),
@@ -102,7 +109,7 @@ SHARED = (
       "Devices that the experts are split over; -1 is all devices divided by mesh.data.", also=(-1,)
     ),
     "tokenizer.path": text("tokenizer.json, tokenizer.model or a folder with one; if empty, one is trained."),
-    "tokenizer.vocab_size": whole("Vocabulary size of a tokenizer that is trained."),
+    "tokenizer.vocab_size": whole("Vocabulary size of a tokenizer that is trained.", high=VOCABULARY),
     "tokenizer.conversations": whole(
       "Conversations of each source, and demonstrations or prompts of each domain, that a tokenizer is trained on.", 0
     ),

@@ -128,7 +128,7 @@ class Field:
     if self.kind is float and not self._fits_float32(value):
       words |= {"at most": LARGEST_FLOAT} if abs(value) > 1 else {"at least": SMALLEST_FLOAT}
     parts = [
-      f"{word} {bound:g}" if bound != LARGEST else f"{word} {LARGEST}"
+      f"{word} {bound}" if isinstance(bound, int) else f"{word} {bound:g}"
       for word, bound in words.items()
       if bound is not None
     ]

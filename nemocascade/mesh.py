@@ -171,6 +171,19 @@ def placed(shapes: Any, places: Any) -> Any:
   return jax.tree.map(struct, shapes, places)
 
 
+def device_bytes(tree: Any) -> int:
+  """Bytes that one device holds of a tree of shapes with shardings."""
+
+  def of(leaf) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    size = leaf.dtype.itemsize
+    for n in shape:
+      size *= n
+    return size
+
+  return sum(of(leaf) for leaf in jax.tree.leaves(tree))
+
+
 def alike(tree: Any, params: Any, mesh: Mesh) -> Any:
   """The shardings of a tree that contains trees like `params`, such as an optimizer's moments.
 
@@ -262,7 +275,7 @@ def put_own(tree: Any, mesh: Mesh, count: int) -> Any:
   """
   own, place = np.asarray(own_rows(mesh, count), int), rows(mesh, count)
 
-  def put(values):
+  def from_own(values):
     if len(values) != len(own):
       raise ValueError(f"{len(values)} rows, but this process holds {len(own)} of {count}")
 
@@ -273,7 +286,7 @@ def put_own(tree: Any, mesh: Mesh, count: int) -> Any:
 
     return jax.make_array_from_callback((count, *values.shape[1:]), place, part)
 
-  return jax.tree.map(lambda a: put(np.asarray(a)), tree)
+  return jax.tree.map(lambda a: from_own(np.asarray(a)), tree)
 
 
 def check_rows(what: str, count: int, mesh: Mesh) -> None:

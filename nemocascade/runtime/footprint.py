@@ -1,11 +1,10 @@
 """What a stage holds on each chip beside the arguments of a program, and on each host: sizes from shapes alone."""
 
 import dataclasses
-from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from nemocascade.mesh import device_bytes
 from nemocascade.runtime import checks, objective, signals, traced
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.sampler import ahead
@@ -13,19 +12,6 @@ from nemocascade.types import TrainState
 
 TOKEN = 10  # Bytes of a token that SFT reads ahead: id, document, and its place in the order.
 SAMPLE = 4  # Bytes of a token of a completion that its process reads back.
-
-
-def device_bytes(tree: Any) -> int:
-  """Bytes that one device holds of a tree of shapes with shardings."""
-
-  def of(leaf) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    size = leaf.dtype.itemsize
-    for n in shape:
-      size *= n
-    return size
-
-  return sum(of(leaf) for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from nemocascade.domains.domain import Domain
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
 from nemocascade.runtime import domains as domains_lib
-from nemocascade.runtime import loading
+from nemocascade.runtime import loading, room
 from nemocascade.runtime.judge import load_judge
 from nemocascade.runtime.newest import newest
 from nemocascade.runtime.programs import Programs
@@ -59,6 +59,7 @@ def build(
     UserError: the parts do not fit together, or programs cannot be confined.
   """
   programs = Programs(ModelConfig.from_fields(c.model.to_dict()), mesh or make_mesh(**c.mesh))
+  room.check(c, programs)
   built = build_domains(c, domains)
   text = Text(tokenizer) if tokenizer else text_of(c, workdir, built)
   if text.tokenizer and text.tokenizer.vocab_size > programs.config.vocab_size:

@@ -4,7 +4,7 @@ import time
 
 import jax
 
-from nemocascade.runtime.footprint import device_bytes
+from nemocascade.mesh import device_bytes
 from nemocascade.runtime.programs import Programs
 from nemocascade.types import Params
 
