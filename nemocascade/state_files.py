@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -85,9 +87,10 @@ def parsed(text: str, where: str | Path, *, remedy: str) -> Any:
 def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> None:
   """Raises UserError if the value does not match the JSON schema `shape`; it names the place in the value.
 
-  It is stricter than JSON schema: a number is not NaN, and a whole number has no decimal point. Besides JSON schema's
-  types it knows "path", a text that can name a file: one that can be encoded and has no null character. Other texts
-  may be what a model wrote, and have any characters.
+  It is stricter than JSON schema: a number is finite, and a whole number has no decimal point. Besides JSON schema's
+  types it knows "path", a text that can name a file: one that can be encoded and has no null character, and "infinite".
+  Other texts may be what a model wrote, and have any characters. The keyword "sameShape" lists fields of an object that
+  hold the rows of tables: all rows have one length, and all fields the same number of rows.
   """
   error = jsonschema.exceptions.best_match(_Strict(shape).iter_errors(value))
   if error is not None:
@@ -96,7 +99,11 @@ def check_shape(value: Any, shape: dict, where: str | Path, *, remedy: str) -> N
 
 
 def _is_number(_, value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_infinite(_, value: Any) -> bool:
+  return isinstance(value, float) and math.isinf(value)
 
 
 def _is_whole(_, value: Any) -> bool:
@@ -107,10 +114,21 @@ def _is_path(_, value: Any) -> bool:
   return isinstance(value, str) and not any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in value)
 
 
+def _same_shape(_, names: list[str], value: Any, schema: dict) -> Iterator[jsonschema.ValidationError]:
+  del schema
+  tables = {name: value[name] for name in names if isinstance(value, dict) and name in value}
+  if all(isinstance(table, list) and all(isinstance(row, list) for row in table) for table in tables.values()):
+    shapes = {name: [len(row) for row in table] for name, table in tables.items()}
+    lengths = {length for shape in shapes.values() for length in shape}
+    if len(lengths) > 1 or len({len(shape) for shape in shapes.values()}) > 1:
+      yield jsonschema.ValidationError(f"rows of {' and '.join(names)} differ in number or length")
+
+
 _Strict: Any = jsonschema.validators.extend(
   jsonschema.Draft202012Validator,
+  {"sameShape": _same_shape},
   type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
-    {"number": _is_number, "integer": _is_whole, "path": _is_path}
+    {"number": _is_number, "infinite": _is_infinite, "integer": _is_whole, "path": _is_path}
   ),
 )
 
@@ -127,6 +145,8 @@ def _said(error: jsonschema.ValidationError) -> str:
   if error.validator == "type":
     wanted = "string" if wanted == "path" and not isinstance(instance, str) else wanted
     return f"is {value}, must be of type {_words(wanted)}"
+  if error.validator == "sameShape":
+    return error.message
   if error.validator == "enum":
     return f"is {value}, must be one of {_words(wanted)}"
   return f"is {value}: {error.validator} {json.dumps(wanted)[:40]}"

@@ -294,7 +294,7 @@ TYPES = {"number": 1.5, "integer": 3, "path": "a", "string": "a\0\ud800"}
 
 @pytest.mark.parametrize(
   ("kind", "text"),
-  [("number", "NaN"), ("number", "true"), ("integer", "3.0"), ("integer", "1e3"), ("integer", "NaN"),
+  [("number", "NaN"), ("number", "true"), ("number", "Infinity"), ("number", "-1e999"), ("number", "1" + "0" * 400), ("integer", "3.0"), ("integer", "1e3"), ("integer", "NaN"),
    ("integer", "true"), ("path", '"a\\u0000"'), ("path", '"\\ud800"'), ("path", '"\\udfff.x"'), ("string", "1")],
 )  # fmt: skip
 def test_a_state_file_holds_no_value_that_would_fail_later(tmp_path, kind, text):

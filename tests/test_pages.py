@@ -25,7 +25,7 @@ def entry(workdir, name, kind, start, domains, shares):
     "eval_s_after": 5.0, "steps": 3, "tokens": 1000, "compilations": 1, "checkpoint": f"{workdir}/{name}/checkpoints/3",
     "scores_after": shares, "scores_intervals_after": {d: [max(0, x - 0.1), min(1, x + 0.1)] for d, x in shares.items()},
     "n_eval": dict.fromkeys(shares, PROMPTS), "prompt_scores_after": prompts,
-    "probe": {"tokens": [[1]], "logprobs": [[0.0]], "entropy": 1.0},
+    "probe": {"tokens": [[1, 2]], "logprobs": [[0.0, -1.0]], "entropy": 1.0},
   }  # fmt: skip
 
 

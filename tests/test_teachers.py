@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 
 from nemocascade.errors import UserError
-from nemocascade.runtime.teachers import Probe, Teacher, Teachers, best_checkpoints, check_probe, take_probe
+from nemocascade.runtime.teachers import (
+  Probe,
+  Teacher,
+  Teachers,
+  best_checkpoints,
+  check_probe,
+  probe_tokens,
+  take_probe,
+)
 from nemocascade.types import Scores
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -208,3 +217,14 @@ def test_a_teacher_of_another_tokenizer_is_refused():
 def test_a_domain_without_a_teacher_is_answered_with_the_nearest():
   with pytest.raises(UserError, match="did you mean 'math'"):
     teachers().params("maths")
+
+
+@pytest.mark.parametrize("texts, shape", [(("abc", "abcd"), (2, 3)), (("", "a", "abcd"), (1, 4)), (("", "a"), (1, 16))])
+def test_a_probe_has_log_probabilities_even_if_a_prompt_is_empty(texts, shape):
+  tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()))
+  rows = {
+    f"domain {i}": [{"responses_create_params": {"input": [{"role": "user", "content": text}]}}]
+    for i, text in enumerate(texts)
+  }
+  tokens = probe_tokens(tokenizer, rows)
+  assert np.shape(tokens) == shape

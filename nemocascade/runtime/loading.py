@@ -150,7 +150,8 @@ def _shape(kind) -> dict:
     return {"anyOf": [_shape(choice) for choice in typing.get_args(kind)]}
   if typing.get_origin(kind) is tuple:
     parts = typing.get_args(kind)
-    return {"type": "array", "items": _shape(parts[0]), "minItems": len(parts), "maxItems": len(parts)}
+    bound = {"type": ["number", "infinite"]}  # The tuple is the limits of dt, of which the upper one may be infinite.
+    return {"type": "array", "items": bound, "minItems": len(parts), "maxItems": len(parts)}
   names = {int: "integer", float: "number", bool: "boolean", str: "string", types.NoneType: "null"}
   return {"type": names[kind]}
 

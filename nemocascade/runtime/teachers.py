@@ -295,9 +295,14 @@ def gather(
 
 
 def probe_tokens(tokenizer, rows: Mapping[str, Sequence[Row]]) -> list[list[int]]:
-  """The first tokens of the first held-out prompt of up to PROBE_ROWS domains, equally many of each."""
+  """The first tokens of the first held-out prompt of up to PROBE_ROWS domains, equally many of each.
+
+  If no prompt has two tokens, they are the first ids of the vocabulary.
+  """
   first = [of_domain[0] for of_domain in rows.values()][:PROBE_ROWS]
   texts = ["\n".join(str(m.get("content")) for m in prompt_messages(row)) for row in first]
-  tokens = [tokenizer.encode(text)[:PROBE_TOKENS] for text in texts]
+  # The first token of a row has no log-probability, so a prompt of one token tells nothing.
+  tokens = [found for text in texts if len(found := tokenizer.encode(text)[:PROBE_TOKENS]) > 1]
+  tokens = tokens or [list(range(PROBE_TOKENS))]
   shortest = min(map(len, tokens))
   return [row[:shortest] for row in tokens]

@@ -17,7 +17,7 @@ NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
 SCORED = ("scores_after", "scores_intervals_after", "prompt_scores_after", "n_eval", "probe")
 NO_SCORE = "-"  # In `prompt_scores_after`: every completion of the prompt is masked.
 TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-NUMBER = r"-?\d+(\.\d+)?(e[-+]?\d+)?"
+NUMBER = r"-?\d{1,9}(\.\d{1,9})?(e[-+]?\d\d?)?"
 WORDS = rf"^((-|{NUMBER})( (-|{NUMBER}))*)?$"  # A word a prompt.
 TEACHERS = {
   "type": "object",
@@ -71,8 +71,9 @@ STAGE = {
     "probe": {
       "type": "object",
       "required": ["tokens", "logprobs", "entropy"],
+      "sameShape": ["tokens", "logprobs"],
       "properties": {
-        "tokens": {"type": "array", "items": {"type": "array", "items": TOKEN}},
+        "tokens": {"type": "array", "minItems": 1, "items": {"type": "array", "minItems": 2, "items": TOKEN}},
         "logprobs": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
         "entropy": {"type": "number"},
       },
