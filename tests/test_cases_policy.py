@@ -89,6 +89,19 @@ def test_a_kl_estimate_is_finite_and_draws_the_policy_to_its_reference(name, x):
     assert value > 0 and np.sign(slope) == np.sign(x)  # Gradient descent must shrink the gap.
 
 
+@pytest.mark.parametrize("x", [-1e30, -1e15, 1e15, 1e30])
+def test_every_function_is_finite_where_a_policy_is_lost(x):
+  a_1T, gap_1T = jnp.array([CASES["advantages"]]), jnp.full((1, len(CASES["advantages"])), x)
+  for form in loss.RATIOS.values():
+    gain = lambda logprobs_1T, form=form: jnp.sum(form(logprobs_1T, jnp.zeros_like(a_1T), a_1T, ROW_MEAN)[0])
+    assert all(np.isfinite(found).all() for found in jax.value_and_grad(gain)(gap_1T)), form
+  for kl in loss.KLS.values():
+    total = lambda logprobs_1T, kl=kl: jnp.sum(kl(logprobs_1T, jnp.zeros_like(a_1T)))
+    assert all(np.isfinite(found).all() for found in jax.value_and_grad(total)(gap_1T)), kl
+  for correction in loss.CORRECTIONS.values():
+    assert np.isfinite(correction(jnp.zeros_like(gap_1T), gap_1T, ROW_MEAN)).all(), correction
+
+
 @of_log_ratios
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("name", loss.DISTILLATIONS)

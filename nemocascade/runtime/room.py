@@ -47,7 +47,7 @@ def _rows(c: ConfigDict) -> Iterator[tuple[str, int]]:
   def product(size: int, section: ConfigDict, prefix: str, *names: str) -> tuple[str, int]:
     for name in names:
       size *= section[name]
-    return " x ".join(f"{prefix}{name}={section[name]}" for name in names), size
+    return prefix + " x ".join(f"{name}={section[name]}" for name in names), size
 
   for prefix, stage in [("", c), *((f"stages.{n}.", s) for n, s in c.get("stages", {}).items())]:
     if stage.get("kind") == "sft":

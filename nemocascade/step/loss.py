@@ -54,6 +54,7 @@ AGGREGATIONS = dict(token_mean=token_mean, sequence_mean=sequence_mean, constant
 
 
 EXPONENT = 20.0  # e^20 = 4.9e8 is far above every probability ratio of a useful policy.
+FARTHEST = 1e15  # Nats. Log-ratios count as no more, so that their squares, summed over a batch, stay within float32.
 
 
 def bounded_exp(x: jax.Array) -> jax.Array:
@@ -63,7 +64,7 @@ def bounded_exp(x: jax.Array) -> jax.Array:
   from its reference.
   """
   top = jnp.exp(jnp.float32(EXPONENT))
-  return jnp.exp(jnp.minimum(x, EXPONENT)) + top * jnp.maximum(x - EXPONENT, 0.0)
+  return jnp.exp(jnp.minimum(x, EXPONENT)) + top * jnp.minimum(jnp.maximum(x - EXPONENT, 0.0), FARTHEST)
 
 
 # Corrections for the difference between trainer and sampler:
@@ -190,7 +191,7 @@ def k1(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
 
 def k2(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
   """Half of k1 squared: slightly biased, never negative."""
-  return 0.5 * jnp.square(logprobs_BT - reference_BT)
+  return 0.5 * jnp.square(jnp.clip(logprobs_BT - reference_BT, -FARTHEST, FARTHEST))
 
 
 def k3(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
