@@ -46,6 +46,17 @@ def test_the_interval_of_shares_is_wilsons(n, successes):
   np.testing.assert_allclose(found, (expected.low, expected.high), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  "rewards_Q", [[-1.0, -0.5], [5.0, 3.0, 8.0], [1.0, 1.0 + 1e-9], [3.0], [-1.0], [0.2, 1.5], [-7.0]]
+)
+def test_the_interval_of_rewards_of_another_range_holds_their_mean(rewards_Q):
+  score = score_verdicts([[Verdict(reward, "")] for reward in rewards_Q])
+  assert score.low < score.mean < score.high
+  shifted = score_verdicts([[Verdict(reward - 10.0, "")] for reward in rewards_Q])
+  if len(rewards_Q) > 1:
+    np.testing.assert_allclose(shifted.high - shifted.low, score.high - score.low, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
 def test_each_row_is_scored_once_in_its_own_domain_whatever_the_batch(batch):
   rows = {

@@ -30,10 +30,10 @@ class DomainScore:
 
 
 def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
-  """95% interval (low, high) of the mean over prompts, within [0, 1].
+  """95% interval (low, high) of the mean over prompts.
 
   If every prompt has 0 or 1 it is the Wilson interval, which stays accurate near 0 and 1. Otherwise it is the
-  normal interval of the prompts' means.
+  normal interval of the prompts' means, within [0, 1] unless a user's own reward gives others.
   """
   n = len(success_Q)
   if n == 0:
@@ -43,7 +43,9 @@ def mean_interval(success_Q: np.ndarray) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
-  half = z * float(np.std(success_Q, ddof=1)) / math.sqrt(n) if n > 1 else 1.0
+  half = z * float(np.std(success_Q, ddof=1)) / math.sqrt(n) if n > 1 else max(1.0, abs(p))
+  if np.min(success_Q) < 0.0 or np.max(success_Q) > 1.0:
+    return p - half, p + half
   return max(0.0, p - half), min(1.0, p + half)
 
 
