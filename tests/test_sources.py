@@ -79,6 +79,18 @@ def test_a_write_that_fails_leaves_the_old_dataset(directory):
   assert [path.name for path in directory.parent.iterdir()] == ["toy"]
 
 
+def test_a_full_disk_is_one_line_with_the_place_and_leaves_nothing(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  def full(*_):
+    raise RuntimeError("write() failed: No space left on device; writing shard 0")
+
+  monkeypatch.setattr(tfds.core.SequentialWriter, "add_examples", full)
+  with pytest.raises(OSError, match=r"No space left on device: .* MB are free; make room") as error:
+    write_demonstrations([{"messages": "x"}], tmp_path / "new", name="a")
+  assert error.value.filename == str(tmp_path / "new") and not list(tmp_path.iterdir())
+
+
 def test_a_place_with_other_files_is_not_overwritten(tmp_path):
   (tmp_path / "precious.txt").write_text("mine")
   with pytest.raises(UserError, match="exists and is no dataset"):

@@ -12,6 +12,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from nemocascade.errors import UserError
+from nemocascade.state_files import named
 
 SPLIT = "train"
 _BLOCK = 4096  # Examples passed to the writer at a time.
@@ -33,6 +34,7 @@ def write_demonstrations(
   Raises:
     UserError: `directory` holds other files, there are no examples, a value cannot be stored, or an
       example differs from the first in its keys or types.
+    OSError: the disk is full.
   """
   import tensorflow_datasets as tfds  # The import takes half a second, so only writing and reading do it.
 
@@ -59,10 +61,11 @@ def write_demonstrations(
     writer.initialize_splits([SPLIT])
     numbered = enumerate(itertools.chain([first], examples))
     checked = (_alike(example, first, place) for place, example in numbered)
-    while block := list(itertools.islice(checked, _BLOCK)):
-      writer.add_examples({SPLIT: block})
-    writer.close_all()
-    _move_into_place(partial, directory)
+    with named(directory):
+      while block := list(itertools.islice(checked, _BLOCK)):
+        writer.add_examples({SPLIT: block})
+      writer.close_all()
+      _move_into_place(partial, directory)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return directory
