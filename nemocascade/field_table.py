@@ -5,17 +5,7 @@
 
 import dataclasses
 
-from nemocascade.fields import (
-  COLDEST,
-  HOTTEST,
-  flag,
-  number,
-  section,
-  several,
-  text,
-  whole,
-  word,
-)
+from nemocascade.fields import COLDEST, HOTTEST, flag, number, section, several, text, whole, word
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "offload")
