@@ -19,6 +19,8 @@ from nemocascade.runtime.sharing import own
 from nemocascade.runtime.text import Text
 from nemocascade.state_files import place, read_state, stands, write_json
 
+# Fields that say how a run uses its machines, not what it computes: whoever resumes may have other machines.
+OF_MACHINES = ("mesh", "pieces", "packing.pieces", "data_workers", "sandbox.workers")
 CONFIG = {  # JSON schema of config.json.
   "type": "object",
   "required": ["config", "versions"],
@@ -38,7 +40,9 @@ def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False, may
 
   Args:
     shared: other processes with the same config may use the directory too, each in its own part.
-    may_grow: as in check_owner; config.json then gets the new steps.
+    may_grow: as in check_owner.
+
+  config.json gets what this config may have anew: more steps, other fields of OF_MACHINES.
 
   Raises:
     UserError: the directory belongs to another config, or another process writes there.
@@ -50,7 +54,7 @@ def claim(c: ConfigDict, workdir: Path, text: Text, *, shared: bool = False, may
   content = {"config": fields, "versions": versions(), "own_code": own_versions(fields), "begun": begun()}
   first_alone(lambda: path.exists() or write_json(path, content), "config of the work directory")
   check_owner(c, workdir, may_grow=may_grow)  # Another process may have written it first.
-  if may_grow:
+  if not shared:
     first_alone(lambda: _rewrite(workdir, fields), "new config of the work directory")
   return text.write()
 
@@ -63,7 +67,7 @@ def keep_compilations(workdir: Path) -> None:
 
 
 def check_owner(c: ConfigDict, workdir: Path, *, may_grow: bool = False) -> None:
-  """Checks that the work directory is new, or belongs to this config.
+  """Checks that the work directory is new, or belongs to this config. Fields of OF_MACHINES may differ.
 
   Args:
     may_grow: whether stages of a cascade may have more steps here than there.
@@ -78,6 +82,7 @@ def check_owner(c: ConfigDict, workdir: Path, *, may_grow: bool = False) -> None
   written = _written(workdir)
   before = written["config"]
   fields = json.loads(c.to_json_best_effort())
+  _move(before, fields)
   if may_grow:
     _grow(before, fields)
   if found := difference(before, fields):
@@ -103,6 +108,20 @@ def _rewrite(workdir: Path, fields: dict) -> None:
   """Gives config.json the config `fields` if it has another."""
   if (written := _written(workdir))["config"] != fields:
     write_json(place(workdir) / "config.json", written | {"config": fields})
+
+
+def _move(before: dict, now: dict) -> None:
+  """Gives `before` the fields of OF_MACHINES that are in `now`, also inside of stages and arms."""
+  for group in ("stages", "arms"):
+    for name, section in before.get(group, {}).items():
+      _move(section, now.get(group, {}).get(name, {}))
+  for field in OF_MACHINES:
+    *parents, last = field.split(".")
+    there, here = before, now
+    for parent in parents:
+      there, here = there.get(parent, {}), here.get(parent, {})
+    if last in there and last in here:
+      there[last] = here[last]
 
 
 def _grow(before: dict, now: dict) -> None:
