@@ -16,7 +16,7 @@ from nemocascade.errors import UserError
 from nemocascade.fields import text
 from nemocascade.runtime.launch import launch, writable_folder
 from nemocascade.runtime.loading import model_files, read_config, tokenizer_of
-from nemocascade.state_files import named
+from nemocascade.state_files import named, on_bucket
 from nemocascade.store import conversion, hf
 
 
@@ -24,6 +24,9 @@ def run(source: str, target: str) -> None:
   inward, outward = (name.startswith(hf.PREFIX) for name in (source, target))
   if not source or not target or inward == outward:
     raise UserError(f"--source={source!r} --target={target!r}: one of them must be hf:DIR")
+  for flag, name in (("--source", source), ("--target", target)):
+    if on_bucket(name.removeprefix(hf.PREFIX)):
+      raise UserError(f"{flag}={name!r}: is in a bucket; give a folder of this machine, and copy it from or to there")
   into = Path(target.removeprefix(hf.PREFIX)).resolve()
   if into.exists() and (not into.is_dir() or any(into.iterdir())):
     raise UserError(f"--target={target}: is there already; remove it, or choose another")

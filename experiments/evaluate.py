@@ -57,6 +57,7 @@ if __name__ == "__main__":
   launch(
     run,
     several=True,
+    buckets=True,
     checkpoint=(text("The checkpoint to evaluate.", empty=False), ""),
     judge=(text("The reward model's checkpoint, for the preference domain."), ""),
     completions=(whole("Completions of each prompt: the k of avg@k and pass@k."), 1),

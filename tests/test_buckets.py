@@ -1,6 +1,8 @@
 """A run in a bucket (gs://): checkpoints, records, metrics, data and report, on a file system that is no POSIX path."""
 
 import json
+import runpy
+import sys
 
 import buckets
 import chex
@@ -12,11 +14,11 @@ from test_checkpoint import state, template
 from configs import recipe
 from configs.tiny import cascade as tiny_cascade
 from configs.tiny import sft as sft_config
-from experiments import cascade
+from experiments import cascade, convert
 from nemocascade import state_files
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import MetricsWriter, read_lines
-from nemocascade.runtime import launch, loading
+from nemocascade.runtime import json_rows, launch, loading
 from nemocascade.state_files import place, read_state, write_json
 from nemocascade.store import checksums
 from nemocascade.store.checkpoint import Store, load_params
@@ -98,6 +100,48 @@ def test_metrics_are_uploaded_now_and_then_and_resumed_steps_are_written_once(bu
   with MetricsWriter(f"{bucket}/stage", start_step=1) as writer:
     writer.write(1, {"loss/sft": 5})
   assert [(line["step"], line["loss/sft"]) for line in read_lines(path)] == [(0, 0), (1, 5)]
+
+
+def test_rows_are_read_from_a_bucket_and_written_to_one(bucket):
+  given, out = f"{bucket}/rows/in.jsonl", f"{bucket}/rows/out.jsonl"
+  place(given).write_bytes(b'{"tokens": [1, 2]}\n')
+  json_rows.check_output(out, given)
+  rows = [row for _, row in json_rows.read_rows(given)]
+  json_rows.write_rows(out, rows, json_rows.instant())
+  assert objects("mine/rows/") == ["mine/rows/in.jsonl", "mine/rows/out.jsonl"]
+  assert json_rows.read_rows(out) == [(1, {"tokens": [1, 2]})]
+  for output, said in (
+    (given, "the file of --input"), (f"{bucket}/rows", "give the file to write"),
+    (f"gs://{buckets.READ_ONLY}/out.jsonl", "cannot be written"),
+  ):  # fmt: skip
+    with pytest.raises(UserError, match=said):
+      json_rows.check_output(output, given)
+
+
+@pytest.mark.parametrize(
+  "source, target",
+  [("gs://mine/s/1", "hf:there"), ("hf:gs://mine/s", "there"), ("hf:s", "gs://mine/s"), ("s", "hf:gs://mine/s")],
+)
+def test_a_conversion_is_refused_in_a_bucket_and_not_written_to_a_folder_of_its_name(
+  source, target, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="is in a bucket; give a folder of this machine"):
+    convert.run(source, target)
+  assert not list(tmp_path.iterdir())
+
+
+def test_scores_may_be_written_to_a_bucket(bucket, monkeypatch, capsys):
+  words = ["--config=configs/tiny/if_rl.py:smoke", f"--workdir={bucket}/scores", "--checkpoint=none"]
+  monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+  with pytest.raises(SystemExit):
+    runpy.run_module("experiments.evaluate", run_name="__main__")
+  assert capsys.readouterr().err.startswith("error: --checkpoint='none'")  # And not for its --workdir.
+
+
+def test_a_bucket_needs_a_name():
+  with pytest.raises(UserError, match="--workdir=gs://: names no bucket"):
+    launch._workdir("gs://", True)
 
 
 @pytest.mark.parametrize("takes", [False, True])

@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from nemocascade.errors import UserError
-from nemocascade.state_files import named
+from nemocascade.state_files import named, place
 
 SPLIT = "train"
 _BLOCK = 4096  # Examples passed to the writer at a time.
@@ -141,12 +141,12 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def numbered_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any] | UserError]]:
   """For each line that is not blank: (line number from 1, its object or a UserError that names the fault)."""
-  path = pathlib.Path(path)
+  path = place(path)
   rows: list[tuple[int, dict[str, Any] | UserError]] = []
   try:
     lines = path.read_bytes().split(b"\n")
   except OSError as error:
-    raise UserError(f"{path}: {error.strerror or error}") from error
+    raise UserError(f"{path}: {error.strerror or type(error).__name__}") from error
   for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue

@@ -11,8 +11,8 @@ from nemocascade.data.sources import numbered_jsonl
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.errors import UserError
 from nemocascade.report.metrics import compile_seconds, progress
-from nemocascade.runtime.launch import writable_folder
-from nemocascade.state_files import whole
+from nemocascade.runtime.launch import writable_bucket, writable_folder
+from nemocascade.state_files import on_bucket, place, whole
 
 Row = dict[str, Any]
 FEWEST = 32  # Size of the smallest bucket, in tokens.
@@ -81,7 +81,7 @@ def write_rows(path: str, rows: Sequence[Row], began: tuple[float, float]) -> No
     rows: each with "tokens", those that the model sampled or scored.
     began: the `instant` at which the command began.
   """
-  target = Path(path)
+  target = place(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   with whole(target) as partial:
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,11 +99,19 @@ def check_output(path: str, source: str) -> None:
   Args:
     source: the file of --input, which results must not replace.
   """
-  if not path or (Path(path).exists() and not Path(path).is_file()):
+  target = place(path)
+  if not path or (target.exists() and not target.is_file()):
     raise UserError(f"--output={path!r}: give the file to write")
-  if Path(path).exists() and Path(source).exists() and Path(path).samefile(source):
+  if on_bucket(path):
+    same = path == source
+  else:
+    same = target.exists() and not on_bucket(source) and Path(source).exists() and target.samefile(source)
+  if same:
     raise UserError(f"--output={path!r}: is the file of --input, which it would replace; give another one")
-  writable_folder("--output", Path(path).parent)
+  if on_bucket(path):
+    writable_bucket("--output", str(target.parent))
+  else:
+    writable_folder("--output", target.parent)
 
 
 def bucket(length: int) -> int:

@@ -228,6 +228,8 @@ def _workdir(said: str | None, buckets: bool) -> Path:
     if re.match(r"\w+://", said):  # It would be a folder of this name here.
       raise UserError(f"--workdir={config_file.shown_path(said)}: must be a folder, or gs://BUCKET/FOLDER")
     return writable_folder("--workdir", said)
+  if not re.match(r"gs://[^/]", said):
+    raise UserError(f"--workdir={config_file.shown_path(said)}: names no bucket; give gs://BUCKET/FOLDER")
   if not buckets:
     raise UserError(
       f"--workdir={config_file.shown_path(said)}: this command writes to a folder of this machine; give one"
