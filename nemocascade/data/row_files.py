@@ -63,7 +63,7 @@ class RowFiles(Sequence):
     Of data larger than SAMPLED only evenly spaced parts are compared, so a small change may go unnoticed.
     """
     sizes = [_size(path) for path in self.files]
-    return [len(self), [[path.name, size] for path, size in zip(self.files, sizes)], _digest(self.files, sizes)]
+    return [len(self), [[path.name, size] for path, size in zip(self.files, sizes)], digest(self.files, sizes)]
 
 
 def open_rows(path: str, index: Path) -> RowFiles:
@@ -345,7 +345,7 @@ class TfdsRows(RowFiles):
     return [len(self), digest.hexdigest()]
 
 
-def _digest(files: Sequence[Path], sizes: Sequence[int], part: int = 1 << 14) -> str:
+def digest(files: Sequence[Path], sizes: Sequence[int], part: int = 1 << 14) -> str:
   """SHA-256 of the files' content: all of it, or parts with equal gaps of about SAMPLED bytes together."""
   digest = hashlib.sha256()
   step = part * max(1, -(-sum(sizes) // SAMPLED))

@@ -74,7 +74,7 @@ def launch(
       first, arguments, flags = request
       settings = {name: arguments.pop(name) for name in own}
       if settings.get("distributed"):
-        _begin_together(settings, first[0] if config else None, flags)
+        _begin_together(settings, first[0] if config else None, flags, first[1] if config and workdir else None)
       run(*first, **arguments)
     sys.stdout.flush()
     hosts.leave()
@@ -125,14 +125,17 @@ def _meet(argv: Sequence[str], several: bool) -> None:
     hosts.connect(told["distributed"], told["connect_s"], told["grace_s"])
 
 
-def _begin_together(settings: dict, c: ConfigDict | None, flags: dict) -> None:
+def _begin_together(settings: dict, c: ConfigDict | None, flags: dict, workdir: Path | None) -> None:
   """Compares the processes and starts JAX. Raises UserError if they differ."""
   hosts.configure(wait_s=settings["wait_s"], check=settings["check_hosts"])
   same_start.check(
     None if c is None else json.loads(c.to_json_best_effort()),
     {name: value for name, value in flags.items() if name != "distributed"},
   )
+  if workdir is not None:
+    same_start.check_shared(workdir)
   hosts.start_jax()
+  same_start.check_devices()
 
 
 def _request(

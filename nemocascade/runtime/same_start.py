@@ -1,21 +1,43 @@
-"""Before a run of several processes begins: all must have the same code, packages, config and flags."""
+"""Before a run of several processes begins: all must have the same code, packages, config, data, work directory and devices."""
 
 import glob
 import importlib.metadata
+import itertools
 import os
 import platform
+import re
+import tempfile
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from nemocascade.data.row_files import digest
 from nemocascade.errors import UserError
-from nemocascade.runtime.hosts import exchange
+from nemocascade.runtime import newest
+from nemocascade.runtime.hosts import exchange, index
 from nemocascade.runtime.workdir import difference, own_versions
+from nemocascade.state_files import on_bucket
+from nemocascade.store import hf
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml_dtypes", "sentencepiece")
-ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+# Packages that are compared besides those that setup.py requires.
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "gcsfs")
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+# Variables whose names begin with JAX_ are compared too, but for those that begin so: they may be of one host.
+OF_HOST = tuple(
+  f"JAX_{word}"
+  for word in (
+    "COMPILATION_CACHE", "PERSISTENT_CACHE", "COORDINATOR", "PROCESS", "NUM_", "LOCAL_", "PLATFORM", "CUDA_VISIBLE",
+    "LOG", "LOGGING", "DEBUG_LOG", "DUMP", "TRACEBACK",
+  )
+)  # fmt: skip
+FILE_FLAGS = (*newest.FLAGS, "input")  # Flags that name files which every process reads.
+MOST_FILES, MOST_READ = 10_000, 1_000  # Files of a folder that are counted, and of which a part is read.
+SEEN_S = 5.0  # Time in which the others must see what process 0 has written.
 
 
 def check(config: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> None:
@@ -28,15 +50,48 @@ def check(config: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> None:
   Raises:
     UserError: processes differ. The message, the same in all, names the first difference and the processes.
   """
-  here = {
-    "code": code(),
-    "packages": packages(),
-    "environment": {name: os.environ.get(name, "") for name in ENVIRONMENT},
-    "flags": {name: str(value) for name, value in flags.items()},
-    "config": config or {},
-    "files of functions": own_versions(config or {}),
-    "files of data": data(config or {}),
-  }
+  of_flags = [flags[name] for name in FILE_FLAGS if flags.get(name)]
+  _compare(
+    {
+      "code": code(),
+      "packages": packages(),
+      "environment": environment(),
+      "flags": {name: str(value) for name, value in flags.items()},
+      "config": config or {},
+      "files of functions": own_versions(config or {}),
+      "files of data": data([config or {}, of_flags]),
+    }
+  )
+
+
+def check_devices() -> None:
+  """Compares the devices of the processes, after JAX has started. Raises UserError as `check`."""
+  devices = jax.local_devices()
+  _compare({"devices": {"number": len(devices), "kind": devices[0].device_kind}})
+
+
+def check_shared(workdir: Path) -> None:
+  """Raises UserError if a process does not see what process 0 writes to the work directory. Nothing stays there."""
+  if on_bucket(workdir):
+    return
+  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  trial = tempfile.TemporaryDirectory(prefix=".shared.", dir=there) if index() == 0 else None
+  name = exchange(trial and trial.name, "trial of the work directory")[0]
+  until = time.monotonic() + SEEN_S
+  while not (seen := os.path.isdir(name)) and time.monotonic() < until:
+    time.sleep(0.1)
+  blind = [i for i, sees in enumerate(exchange(seen, "sight of the work directory")) if not sees]
+  if trial is not None:
+    trial.cleanup()
+  if blind:
+    raise UserError(
+      f"--workdir={workdir}: {_processes(blind)} can't see what process 0 writes there; give a folder that all hosts"
+      " share, or gs://BUCKET/FOLDER"
+    )
+
+
+def _compare(here: dict[str, Any]) -> None:
+  """Raises UserError if a part of `here` is another in another process."""
   everywhere = exchange(here, "what the processes start with")
   for part in here:  # The code first: other differences can come from it.
     for there in everywhere:
@@ -49,13 +104,33 @@ def check(config: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> None:
 
 
 def data(fields: Any) -> dict[str, str]:
-  """Value of the config that names files or folders here -> how many files they are, and of how many bytes."""
+  """Value of the config that names files or folders here -> their number, bytes and checksum.
+
+  The checksum is of evenly spaced parts where the files are large.
+  """
   if isinstance(fields, dict | list):
     values = fields.values() if isinstance(fields, dict) else fields
     return {word: size for value in values for word, size in data(value).items()}
-  paths = [Path(path) for path in glob.glob(fields)] if isinstance(fields, str) else []
-  files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
-  return {fields: f"{len(files)} files of {sum(f.stat().st_size for f in files)} bytes"} if files else {}
+  name = fields.removeprefix(hf.PREFIX) if isinstance(fields, str) else ""
+  files = [file for path in sorted(glob.glob(name, recursive=True)) for file in _files(Path(path))]
+  sizes = [file.stat().st_size for file in files]
+  if not files:
+    return {}
+  step = -(-len(files) // MOST_READ)
+  return {fields: f"{len(files)} files of {sum(sizes)} bytes, {digest(files[::step], sizes[::step])[:8]}"}
+
+
+def _files(path: Path) -> list[Path]:
+  """The file, or the first files of the folder and of those in it."""
+  if path.is_file():
+    return [path]
+  return list(itertools.islice(_below(path), MOST_FILES))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+  for place, folders, names in os.walk(folder):
+    folders.sort()
+    yield from (file for name in sorted(names) if (file := Path(place) / name).is_file())
 
 
 def code() -> dict[str, str]:
@@ -66,7 +141,25 @@ def code() -> dict[str, str]:
 
 def packages() -> dict[str, str]:
   """Package -> version, for Python and the packages that several processes must share."""
-  return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+  try:
+    required = importlib.metadata.requires("nemocascade") or []
+  except importlib.metadata.PackageNotFoundError:  # Used from its folder without an installation.
+    required = []
+  names = [found[0] for line in required if "extra ==" not in line and (found := re.match(r"[\w.-]+", line))]
+  return {"python": platform.python_version()} | {name: _version(name) for name in (*PACKAGES, *names)}
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "absent"
+
+
+def environment() -> dict[str, str]:
+  """Variable -> value, for those that change how programs are compiled."""
+  own = {name: value for name, value in os.environ.items() if name.startswith("JAX_") and not name.startswith(OF_HOST)}
+  return {name: os.environ.get(name, "") for name in ENVIRONMENT} | own
 
 
 def _shown(value: Any) -> str:
