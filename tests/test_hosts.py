@@ -115,6 +115,26 @@ def test_different_numbers_of_processes_are_named():
   assert f"process 1 ({HERE}, pid {ends[1].pid}) says 3 processes, and process 0 says 2" in ends[0].err
 
 
+@pytest.mark.parametrize("index", [2, 7, -1])
+def test_an_index_that_cannot_be_is_named(index):
+  with Processes("", 0, count=2) as run:
+    run.start("", index, 2)
+    ends = [run.end(i) for i in range(2)]
+  assert [end.code for end in ends] == [2, 2] and ends[1].err == ""
+  assert ends[0].err == f"error: --distributed: process {index} ({HERE}, pid {ends[1].pid}): INDEX is from 0 to 1\n"
+
+
+@pytest.mark.parametrize(
+  "place, said", [("1,0", ""), ("2,2", "from 0 to 1"), ("0,0", "PROCESSES"), ("2,-1", "from 0 to 1")]
+)
+def test_a_place_that_cannot_be_is_named_without_the_others_too(place, said):
+  where = f"127.0.0.1:{Processes('').address.split(':')[1]},{place}"
+  assert said in meeting.misplaced(meeting.parse(where, 1))
+  if said:
+    with pytest.raises(UserError, match=said):
+      hosts.connect(where, connect_s=0.2)
+
+
 def test_processes_that_never_come_are_named():
   with Processes("", 0, 2, count=4, connect_s=1) as run:
     ends = [run.end(i) for i in range(2)]
@@ -229,6 +249,15 @@ def test_a_command_with_different_flags_is_refused_by_process_0_alone():
   assert [(end.code, end.err) for end in ends] == [
     (2, "error: processes differ in flags.word: 'a' in process 0, 'b' in process 1\n"), (2, "")
   ]  # fmt: skip
+
+
+def test_a_wrong_time_limit_of_one_process_ends_the_others_with_it():
+  with Processes("") as run:
+    for i, words in enumerate(([], ["--connect_s=-8"])):
+      run.run(COMMAND, f"--distributed={run.address},2,{i}", "--word=a", *words)
+    ends = [run.end(i) for i in range(2)]
+  assert [end.code for end in ends] == [2, 2]
+  assert "process 1" in ends[0].err and "--connect_s=-8.0: must be a finite number above 0" in ends[0].err
 
 
 def test_jax_does_not_abort_when_the_process_of_its_coordinator_dies():

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
+from nemocascade.errors import LOST, UserError
 from nemocascade.runtime import meeting, termination
-from nemocascade.runtime.ending import Ending
+from nemocascade.runtime.ending import Ending, NotAdmitted
 from nemocascade.runtime.link import Link
 
 CONNECT_S, WAIT_S = 50.0, 600.0
@@ -52,11 +53,20 @@ def connect(where: str, connect_s: float = CONNECT_S, grace_s: float = terminati
     grace_s: time limit from SIGTERM to the end of a step, after which the run ends without saving.
 
   Raises:
-    UserError: `where` has another form, or "auto" finds no job.
+    UserError: `where` has another form, its index or count can't be, or "auto" finds no job.
     ending.NotAdmitted: they did not all come, or this process is not admitted.
   """
   place = meeting.parse(where, connect_s)
-  _run.place, _run.link = place, Link(place, connect_s=connect_s, grace_s=grace_s)
+  wrong = meeting.misplaced(place)
+  if wrong and place.index == 0:
+    raise UserError(f"--distributed={where!r}: {wrong}")
+  try:
+    link = Link(place, connect_s=connect_s, grace_s=grace_s)
+  except NotAdmitted as error:
+    if wrong and error.ending.code == LOST:  # Nobody is there who could refuse this process, and the others with it.
+      raise UserError(f"--distributed={where!r}: {wrong}") from error
+    raise
+  _run.place, _run.link = place, link
   termination.tell(_run.link)
 
 

@@ -144,6 +144,8 @@ class Hub:
     there = self._members.get(new.index)
     if count != self._count:
       line = f"--distributed: {new.name} says {count} processes, and process 0 says {self._count}"
+    elif not 0 <= new.index < count:
+      line = f"--distributed: {new.name}: INDEX is from 0 to {count - 1}"
     elif there is not None and self._complete:
       line = f"--distributed: index {new.index} is taken by pid {there.pid} on {there.host}, in a run that goes on"
     elif there is not None:
@@ -153,7 +155,7 @@ class Hub:
       )
     else:
       return True
-    new.send("end", line=f"error: {line}", code=2, quiet=not self._complete and new.index > 0, cause=None)
+    new.send("end", line=f"error: {line}", code=2, quiet=not self._complete and new.index != 0, cause=None)
     with contextlib.suppress(OSError, TimeoutError):
       await asyncio.wait_for(new.writer.drain(), 2)
     if not self._complete:

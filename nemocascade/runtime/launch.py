@@ -108,21 +108,28 @@ def _unread() -> bool:
 def _meet(argv: Sequence[str], several: bool) -> None:
   """Connects to the other processes if there are any: before anything that can fail in one of them alone.
 
-  Raises UserError if there are, and the command runs in one process.
+  Raises UserError if there are, and the command runs in one process; or if a flag that is read for it has no value
+  that it may have.
   """
-  told = {}
+  told, wrong = {}, None
   for name in ("distributed", "connect_s", "grace_s"):
     field, told[name] = SEVERAL[name]
     for i, word in enumerate(argv):
       flag, equals, value = word.lstrip("-").partition("=")
       if flag == name and word.startswith("-"):
-        told[name] = field.parse(f"--{name}", value if equals else next(iter(argv[i + 1 :]), ""))
-        field.check(f"--{name}", told[name])
+        try:
+          given = field.parse(f"--{name}", value if equals else next(iter(argv[i + 1 :]), ""))
+          field.check(f"--{name}", given)
+          told[name] = given
+        except UserError as error:
+          wrong = wrong or error
   if told["distributed"] and not several:
     raise UserError(f"--distributed={told['distributed']}: must be left out: this command runs in one process")
   termination.listen(told["grace_s"])
   if told["distributed"]:
     hosts.connect(told["distributed"], told["connect_s"], told["grace_s"])
+  if wrong:  # Now the others hear of it.
+    raise wrong
 
 
 def _begin_together(settings: dict, c: ConfigDict | None, flags: dict, workdir: Path | None) -> None:

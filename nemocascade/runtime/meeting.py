@@ -22,7 +22,7 @@ class Place:
 
 
 def parse(where: str, connect_s: float) -> Place:
-  """The place that the word means.
+  """The place that the word means, which may be `misplaced`.
 
   Args:
     where: "auto" on a TPU pod or in a Slurm, Kubernetes or Open MPI job, or "HOST:PORT,PROCESSES,INDEX" with the host
@@ -42,11 +42,14 @@ def parse(where: str, connect_s: float) -> Place:
     raise UserError(f"--distributed={where!r}: give 'auto', or HOST:PORT,PROCESSES,INDEX") from error
   if not 0 < found.port < 1 << 16:
     raise UserError(f"--distributed={where!r}: PORT is from 1 to {(1 << 16) - 1}")
-  if not 0 < found.count <= MOST:
-    raise UserError(f"--distributed={where!r}: PROCESSES must be from 1 to {MOST}")
-  if not 0 <= found.index < found.count:
-    raise UserError(f"--distributed={where!r}: INDEX is from 0 to {found.count - 1}")
   return found
+
+
+def misplaced(place: Place) -> str:
+  """Why no run has this place; "" if one may have it."""
+  if not 0 < place.count <= MOST:
+    return f"PROCESSES must be from 1 to {MOST}"
+  return "" if 0 <= place.index < place.count else f"INDEX is from 0 to {place.count - 1}"
 
 
 def _detected(connect_s: float) -> Place:
