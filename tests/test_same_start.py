@@ -66,12 +66,29 @@ def test_other_numbers_of_devices_are_named(monkeypatch):
 def test_a_work_directory_that_not_all_processes_share_is_refused(tmp_path, monkeypatch, inside):
   workdir = tmp_path / inside
   said = []
-  Others(monkeypatch, trial=lambda name: said.append(Path(name).parent) or name, sight=lambda seen: False)
+  Others(monkeypatch, trial=lambda there: said.append(there[0]) or there, sight=lambda seen: False)
   with pytest.raises(
     UserError, match=re.escape(f"--workdir={workdir}: process 1 can't see what process 0 writes there")
   ):
     same_start.check_shared(workdir)
-  assert said == [tmp_path] and not list(tmp_path.iterdir())
+  assert said == [len(Path(inside).parts)] and not list(tmp_path.iterdir())
   Others(monkeypatch, sight=lambda seen: seen)
   same_start.check_shared(workdir)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_finds_the_trial_in_no_folder_of_its_own_says_so(tmp_path, monkeypatch):
+  monkeypatch.setattr(same_start, "SEEN_S", 0.2)
+  monkeypatch.setattr(same_start, "index", lambda: 1)
+  (tmp_path / "here").mkdir()
+  (tmp_path / "there" / ".shared.x").mkdir(parents=True)
+  said = []
+  monkeypatch.setattr(
+    same_start,
+    "exchange",
+    lambda value, what: said.append(value) or ([[1, ".shared.x"]] if "trial" in what else [True, value]),
+  )
+  with pytest.raises(UserError, match="process 1 can't see"):
+    same_start.check_shared(tmp_path / "here" / "run")
+  same_start.check_shared(tmp_path / "there" / "run")
+  assert said == [[1, None], False, [1, None], True]

@@ -72,8 +72,11 @@ class Member:
     return f"process {self.index} ({self.host}, pid {self.pid})"
 
   def send(self, kind: str, body: bytes = b"", **fields) -> None:
+    self.write(wire.packed(kind, body, **fields))
+
+  def write(self, message: bytes) -> None:
     if not self.writer.is_closing():
-      self.writer.write(wire.packed(kind, body, **fields))
+      self.writer.write(message)
 
 
 class Hub:
@@ -92,6 +95,7 @@ class Hub:
     self._began = time.monotonic()
     self._complete = self._over = False
     self._asked: tuple[str, float] | None = None  # Who got SIGTERM, and when.
+    self._arrived: list[Member] = []  # The processes that have come to the exchange that goes on.
     self._last: dict = {}  # Why the run has ended.
 
   async def serve(self, port: int) -> None:
@@ -167,7 +171,7 @@ class Hub:
     kind = header["kind"]
     if kind == "value":
       member.arrived = header, body, time.monotonic()
-      await self._exchange()
+      await self._exchange(member)
     elif kind == "failed":
       member.failed = Error(header["line"], header["code"], header["user"], time.monotonic())
       await self._judge()
@@ -192,20 +196,22 @@ class Hub:
     elif kind == "saving":
       member.saving = True
 
-  async def _exchange(self) -> None:
-    """Answers an exchange once all have come to it."""
-    arrived = {m.index: m.arrived for m in self._members.values() if m.arrived is not None}
-    names = {header["what"]: self._members[index].name for index, (header, _, _) in arrived.items()}
-    if len(names) > 1:
-      said = " and ".join(f"{who} is at {what!r}" for what, who in list(names.items())[:2])
+  async def _exchange(self, member: Member) -> None:
+    """Takes a process's part of an exchange, and answers once all have come to it. The work for one does not grow with
+    the number of processes."""
+    self._arrived.append(member)
+    first, (header, _, _) = self._arrived[0], member.arrived
+    if header["what"] != first.arrived[0]["what"]:
+      said = " and ".join(f"{m.name} is at {m.arrived[0]['what']!r}" for m in (first, member))
       await self._end(f"error: the processes went different ways: {said}", 1)
-    elif len(arrived) == self._count:
-      bodies = [arrived[i][1] for i in range(self._count)]
-      last = max(at for _, _, at in arrived.values())
-      whole = b"".join(bodies)
-      for member in self._members.values():
-        member.arrived = None
-        member.send("values", whole, sizes=[len(body) for body in bodies], waited=last - arrived[member.index][2])
+    elif len(self._arrived) == self._count:
+      everyone, self._arrived = sorted(self._arrived, key=lambda m: m.index), []
+      bodies, times = [m.arrived[1] for m in everyone], [m.arrived[2] for m in everyone]
+      waited = [round(max(times) - at, 6) for at in times]
+      message = wire.packed("values", b"".join(bodies), sizes=[len(body) for body in bodies], waited=waited)
+      for m in everyone:
+        m.arrived = None
+        m.write(message)
 
   async def _watch(self) -> None:
     """Looks at the clock until the run is over."""

@@ -71,7 +71,7 @@ class Link:
     for size in header["sizes"]:
       bodies.append(whole[start : start + size])
       start += size
-    return bodies, header["waited"]
+    return bodies, header["waited"][self._place.index]
 
   def fail(self, line: str, code: int, user: bool) -> Ending:
     """Reports that this process has failed. Returns what all processes end with."""

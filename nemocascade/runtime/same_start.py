@@ -74,11 +74,12 @@ def check_shared(workdir: Path) -> None:
   """Raises UserError if a process does not see what process 0 writes to the work directory. Nothing stays there."""
   if on_bucket(workdir):
     return
-  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  up, there = next((up, path) for up, path in enumerate((workdir, *workdir.parents)) if path.exists())
   trial = tempfile.TemporaryDirectory(prefix=".shared.", dir=there) if index() == 0 else None
-  name = exchange(trial and trial.name, "trial of the work directory")[0]
+  up, name = exchange([up, trial and Path(trial.name).name], "trial of the work directory")[0]
+  own = (workdir, *workdir.parents)[up : up + 1]
   until = time.monotonic() + SEEN_S
-  while not (seen := os.path.isdir(name)) and time.monotonic() < until:
+  while not (seen := any((path / name).is_dir() for path in own)) and time.monotonic() < until:
     time.sleep(0.1)
   blind = [i for i, sees in enumerate(exchange(seen, "sight of the work directory")) if not sees]
   if trial is not None:
