@@ -28,11 +28,22 @@ from nemocascade.model.expert_parallel import check_experts
 from nemocascade.report import pages
 from nemocascade.report.metrics import CompileCounter
 from nemocascade.report.tree import tree
-from nemocascade.runtime import course, domains, finished, gates, lineage, loading, objective, parts, plan, termination
+from nemocascade.runtime import (
+  course,
+  domains,
+  finished,
+  gates,
+  hosts,
+  lineage,
+  loading,
+  objective,
+  parts,
+  plan,
+  termination,
+)
 from nemocascade.runtime.checks import check_evaluation
 from nemocascade.runtime.course import Choice, flat, inside
 from nemocascade.runtime.heldout import Heldout, draw_heldout, write_answers
-from nemocascade.runtime.hosts import first_alone
 from nemocascade.runtime.launch import launch
 from nemocascade.runtime.outcome import Outcome
 from nemocascade.runtime.parts import Parts
@@ -111,6 +122,7 @@ def scores(c: ConfigDict, p: Parts, heldout: Heldout, params, name: str) -> tupl
     greedy = heldout.evaluate(p, params, temperature=0.0)
     fields |= columns(greedy, "after", prefix="greedy")
   fields["n_eval"] = {name: score.prompts for name, score in sampled.items()}
+  hosts.decided(fields, "held-out scores")
   return fields, {"eval_s_after": time.time() - began}, sampled
 
 
@@ -142,6 +154,7 @@ def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", 
     # Looked up after each stage, because a gate's decision may change those that follow.
     while left := course.left(c, record, choice, passed):
       now, name = course.decided(c, record), left[0]
+      hosts.decided(left, "stages that are left")
       if name in choice.of(now):
         p = finish_stage(now, workdir, p, heldout, record, name)
         gates.obey(record.stage(name), left[1:])
@@ -150,7 +163,7 @@ def run(c: ConfigDict, workdir: Path, choice: Choice = ALL, *, wandb: str = "", 
       elif now.stages[name].kind == "reward_model" and record.is_done(name):
         p = parts.with_judge(now, p, record.checkpoint(name))
       passed.append(name)
-  first_alone(lambda: pages.write(workdir), "report")
+  hosts.first_alone(lambda: pages.write(workdir), "report")
   say(f"cascade finished in {time.time() - began:.0f} s: {workdir / 'report' / 'index.html'}")
   return record
 
@@ -174,7 +187,7 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
       entry[f"{key}_before"] = source[f"{key}_after"]
   if before.get("status") == "done":  # The stage gets more steps. Others may have started from its end so far.
     end = int(Path(before["checkpoint"]).name)
-    first_alone(lambda: keep_step(workdir / name / "checkpoints", f"end_{end}", end), "kept checkpoints")
+    hosts.first_alone(lambda: keep_step(workdir / name / "checkpoints", f"end_{end}", end), "kept checkpoints")
   teachers = None
   if stage.kind == "rl" and objective.taught(stage):
     found = find(stage, [e for e in map(record.stage, c.order[: c.order.index(name)]) if e is not None])
@@ -194,7 +207,7 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
   }
   if stage.kind != "reward_model":
     fields, seconds, answers = scores(c, p, heldout, outcome.params, name)
-    first_alone(lambda: write_answers(workdir / name / "answers.jsonl", outcome.steps, answers), "answers")
+    hosts.first_alone(lambda: write_answers(workdir / name / "answers.jsonl", outcome.steps, answers), "answers")
     probe = take_probe(p.programs.score, outcome.params, probe_tokens(p.text.tokenizer, heldout.rows))
     entry |= fields | seconds | {"probe": dataclasses.asdict(probe)}
     entry |= gates.judge(stage, entry, source) if source else {}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -170,6 +171,11 @@ def write_json(path: str | Path, value: Any) -> None:
     os.fsync(file.fileno())
 
 
+def own_name() -> str:
+  """A word for temporary names that no other process has: in containers, processes of several hosts have one number."""
+  return f"{socket.gethostname()[:32]}.{os.getpid()}"
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
   """Context manager: a temporary path next to `path`, renamed to it at the end or removed on an error.
@@ -181,7 +187,7 @@ def whole(path: Path) -> Iterator[Path]:
       yield (local := Path(folder) / "object")
       path.write_bytes(local.read_bytes())
     return
-  partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  partial = path.with_name(f"{path.name}.{own_name()}.tmp")
   try:
     with named(path):
       yield partial

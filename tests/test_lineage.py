@@ -37,6 +37,14 @@ def test_only_from_and_until_choose_stages(tmp_path, monkeypatch, capsys):
   assert script.stages == list(LINE)
 
 
+def test_the_choice_of_the_next_stage_is_compared_between_processes(tmp_path, monkeypatch):
+  Script(monkeypatch)
+  decided = []
+  monkeypatch.setattr(cascade.hosts, "decided", lambda value, what: decided.append(value))
+  run(tmp_path, last="if_rl")
+  assert [value for value in decided if isinstance(value, list)] == [["sft", "if_rl"], ["if_rl"]]
+
+
 @pytest.mark.parametrize(
   "choice, message",
   [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemocascade import state_files
 from nemocascade.errors import UserError
 from nemocascade.runtime import same_start
 
@@ -92,3 +93,14 @@ def test_a_process_that_finds_the_trial_in_no_folder_of_its_own_says_so(tmp_path
     same_start.check_shared(tmp_path / "here" / "run")
   same_start.check_shared(tmp_path / "there" / "run")
   assert said == [[1, None], False, [1, None], True]
+
+
+def test_hosts_whose_processes_have_one_number_write_under_other_temporary_names(tmp_path, monkeypatch):
+  monkeypatch.setattr(state_files.os, "getpid", lambda: 1)
+  path = tmp_path / "index"
+  with state_files.whole(path) as one:
+    one.write_text("one")
+    monkeypatch.setattr(state_files.socket, "gethostname", lambda: "another")
+    with state_files.whole(path) as other:
+      other.write_text("other")
+  assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]

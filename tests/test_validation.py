@@ -125,3 +125,11 @@ def test_what_cannot_be_done_is_refused(fields, message):
   with pytest.raises(UserError) as error:
     rl.check(c)
   assert message in str(error.value)
+
+
+def test_its_decisions_are_compared_between_processes(tmp_path, monkeypatch):
+  decided = []
+  monkeypatch.setattr(validation.hosts, "decided", lambda value, what: decided.append(value))
+  watch, _ = stage(tmp_path, every=2, metric="math", patience=2)
+  assert [watch(step, step, Spent()) for step in range(1, 9)][-1]
+  assert decided[-2:] == [[4, False], [4, True]]

@@ -15,6 +15,7 @@ from nemocascade.errors import UserError
 from nemocascade.report import wandb_run
 from nemocascade.report.metrics import MetricsWriter, read_lines
 from nemocascade.report.trace import traced
+from nemocascade.runtime import supervision
 from nemocascade.runtime.supervision import Supervisor
 from nemocascade.runtime.validation import scores_at
 from nemocascade.runtime.watching import Watching
@@ -176,3 +177,13 @@ def test_a_stage_none_of_whose_steps_has_learned_anything_says_so(tmp_path, caps
     assert re.search(f"warning: sft: no step changed what the model has learned: {says}", said)
   else:
     assert not said
+
+
+def test_what_guards_find_is_compared_between_processes(tmp_path, monkeypatch):
+  decided = []
+  monkeypatch.setattr(supervision.hosts, "decided", lambda value, what: decided.append(value))
+  c = rl_config.get_config("smoke")
+  c.guards.entropy_collapse.update(action="warn", threshold=1.0)
+  window = c.guards.window
+  supervised(tmp_path, c, [({"policy/entropy": 0.5}, [0.0])] * window)
+  assert decided == [[]] * (window - 1) + [[["entropy_collapse", "warn"]]]

@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from nemocascade.errors import UserError
-from nemocascade.state_files import named, place
+from nemocascade.state_files import named, own_name, place
 
 SPLIT = "train"
 _BLOCK = 4096  # Examples passed to the writer at a time.
@@ -49,7 +49,7 @@ def write_demonstrations(
     raise UserError(f"{directory}: there are no examples to write")
   features = tfds.features.FeaturesDict({key: _feature(key, first[key]) for key in first})
 
-  partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+  partial = directory.with_name(f".{directory.name}.{own_name()}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   try:
@@ -242,7 +242,7 @@ def _entries(metadata: Any, key: str) -> list[dict]:
 
 def _move_into_place(partial: pathlib.Path, directory: pathlib.Path) -> None:
   """Replaces `directory` by `partial` in two renames: one rename cannot replace a folder that has files."""
-  old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+  old = directory.with_name(f".{directory.name}.{own_name()}.old")
   shutil.rmtree(old, ignore_errors=True)
   if directory.exists():
     os.rename(directory, old)

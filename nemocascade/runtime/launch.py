@@ -5,7 +5,6 @@ import json
 import os
 import re
 import select
-import socket
 import sys
 import tempfile
 import traceback
@@ -23,7 +22,7 @@ from nemocascade.runtime import config_file, hosts, same_start, termination
 from nemocascade.runtime.ending import NotAdmitted, end
 from nemocascade.runtime.newest import FLAGS, name_newest, newest
 from nemocascade.runtime.start_model import take_model
-from nemocascade.state_files import on_bucket, place
+from nemocascade.state_files import on_bucket, own_name, place
 
 HELP = ("--help", "-h", "-help", "--helpshort")
 LONGEST = 199  # Most characters of an error line. --debug prints the whole error.
@@ -249,7 +248,7 @@ def _workdir(said: str | None, buckets: bool) -> Path:
 
 def writable_bucket(flag: str, said: str) -> Path:
   """The path in a bucket. Raises UserError if nothing can be written there."""
-  trial = place(said) / f"trial.{socket.gethostname()}.{os.getpid()}"
+  trial = place(said) / f"trial.{own_name()}"
   try:  # The libraries of buckets raise errors of their own.
     trial.write_bytes(b"trial")
     trial.unlink()

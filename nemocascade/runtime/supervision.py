@@ -94,6 +94,7 @@ class Supervisor:
     self._applied += applied
     empty = not skipped or metrics.get("tokens/learned") == 0
     self._steps["empty" if empty else "learned" if applied else "refused"] += 1
+    hosts.decided([[finding.guard, finding.action] for finding in findings], "guards")
     self._react(step, findings)
     self._terminated = termination.stopping() or self._terminated
     for refused in skipped:

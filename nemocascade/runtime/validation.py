@@ -102,7 +102,9 @@ class Validation:
     if not v.patience or not found:
       return False
     best = _best(found)
-    return sum(best < step <= steps for step in found) >= v.patience
+    ended = sum(best < step <= steps for step in found) >= v.patience
+    hosts.decided([best, ended], "best step, and whether the stage ends")
+    return ended
 
   def handed_on(self, outcome: Outcome) -> Outcome:
     """The outcome of a finished stage with its best checkpoint; unchanged without validation."""

@@ -9,7 +9,6 @@ attention's four matrices are rearranged.
 import dataclasses
 import functools
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from nemocascade.data import chat_template
 from nemocascade.data.tokenizer import TOKENIZERS
 from nemocascade.errors import UserError
 from nemocascade.model.hybrid import init_params
-from nemocascade.state_files import check_shape, parsed, read_state, read_text
+from nemocascade.state_files import check_shape, own_name, parsed, read_state, read_text
 from nemocascade.store import arrays, checksums
 from nemocascade.store.arrays import Layout
 from nemocascade.store.checkpoint import check
@@ -276,7 +275,7 @@ class _whole_or_nothing:
 
   def __init__(self, target: Path):
     self.target = target
-    self.partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    self.partial = target.with_name(f".{target.name}.{own_name()}.partial")
 
   def __enter__(self) -> Path:
     self.target.parent.mkdir(parents=True, exist_ok=True)
