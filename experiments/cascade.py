@@ -208,6 +208,7 @@ def run_stage(c: ConfigDict, workdir: Path, p: Parts, heldout: Heldout, record: 
   if stage.kind != "reward_model":
     fields, seconds, answers = scores(c, p, heldout, outcome.params, name)
     hosts.first_alone(lambda: write_answers(workdir / name / "answers.jsonl", outcome.steps, answers), "answers")
+    p.watching.end(workdir / name, outcome.steps, stage, fields["scores_after"])
     probe = take_probe(p.programs.score, outcome.params, probe_tokens(p.text.tokenizer, heldout.rows))
     entry |= fields | seconds | {"probe": dataclasses.asdict(probe)}
     entry |= gates.judge(stage, entry, source) if source else {}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from scripted_cascade import LINE, Script, cascade_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import cascade
 from nemocascade.errors import UserError
@@ -83,6 +84,13 @@ def finished(tmp_path, monkeypatch):
   run(tmp_path)
   script.runs.clear()
   return tmp_path, script
+
+
+def test_the_scores_after_each_stage_are_in_its_tensorboard(finished):
+  workdir, _ = finished
+  for name in LINE:
+    (event,) = EventAccumulator(str(workdir / name)).Reload().Scalars("heldout_end/math")
+    assert event.value == 0.5
 
 
 @pytest.mark.parametrize(

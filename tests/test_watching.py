@@ -187,3 +187,15 @@ def test_what_guards_find_is_compared_between_processes(tmp_path, monkeypatch):
   window = c.guards.window
   supervised(tmp_path, c, [({"policy/entropy": 0.5}, [0.0])] * window)
   assert decided == [[]] * (window - 1) + [[["entropy_collapse", "warn"]]]
+
+
+def test_the_scores_at_the_end_of_a_stage_are_in_tensorboard_beside_its_metrics(tmp_path):
+  c, watching = sft_config.get_config("smoke"), Watching.of("", "")
+  with watching.writer(tmp_path / "sft", 0, c) as writer:
+    for step in range(3):
+      writer.write(step, {"loss/sft": 1.0})
+  watching.end(tmp_path / "sft", 3, c, {"math": 0.25})
+  found = EventAccumulator(str(tmp_path / "sft")).Reload()
+  assert [(e.step, e.value) for e in found.Scalars("heldout_end/math")] == [(2, 0.25)]
+  assert [e.step for e in found.Scalars("loss/sft")] == [0, 1, 2]
+  assert [line["step"] for line in read_lines(tmp_path / "sft" / "metrics.jsonl")] == [0, 1, 2]

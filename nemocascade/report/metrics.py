@@ -96,11 +96,12 @@ class MetricsWriter:
     if self._wandb:
       self._wandb.write(step, numbers)
 
-  def write_scores(self, step: int, scores: Mapping[str, float]) -> None:
-    """Writes held-out scores after a step to TensorBoard, as heldout/NAME. On disk validation.json has them."""
+  def write_scores(self, step: int, scores: Mapping[str, float], part: str = "heldout") -> None:
+    """Writes held-out scores after a step to TensorBoard, as PART/NAME. On disk validation.json has those of validations,
+    and cascade.json those at the end of a stage."""
     if not self._files or not scores:
       return
-    numbers = {f"heldout/{name}": score for name, score in scores.items()}
+    numbers = {f"{part}/{name}": score for name, score in scores.items()}
     self._event(step=step, summary=Summary(value=[Summary.Value(tag=n, simple_value=x) for n, x in numbers.items()]))
     if self._wandb:
       self._wandb.write(step, numbers)

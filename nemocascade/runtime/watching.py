@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -46,6 +46,11 @@ class Watching:
   def steps(self, steps: Iterable[int], stage_dir: Path) -> Iterator[int]:
     """Yields the steps of a stage, and traces those that the user asks for."""
     return traced(steps, self.trace, stage_dir.parent / "trace" / stage_dir.name)
+
+  def end(self, stage_dir: Path, steps: int, c: ConfigDict, scores: Mapping[str, float]) -> None:
+    """Shows the held-out scores at the end of a stage of a cascade beside its metrics, as heldout_end/DOMAIN."""
+    with self.writer(stage_dir, steps, c) as writer:
+      writer.write_scores(steps - 1, scores, "heldout_end")
 
   def writer(self, stage_dir: Path, start_step: int, c: ConfigDict) -> MetricsWriter:
     """The writer of a stage's metrics; `c` is the stage's config."""
