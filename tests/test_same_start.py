@@ -31,6 +31,7 @@ def test_data_of_the_same_size_and_another_content_is_another(tmp_path, prefix, 
   seen = []
   for text in ("one", "two", "one"):
     file.write_text(text)
+    same_start._said_of.cache_clear()
     seen.append(same_start.data({"sources": {"mine": {"path": name}}, "steps": 3}))
   assert set(seen[0]) == {name} and seen[0] == seen[2] != seen[1]
 

@@ -345,10 +345,10 @@ class TfdsRows(RowFiles):
     return [len(self), digest.hexdigest()]
 
 
-def digest(files: Sequence[Path], sizes: Sequence[int], part: int = 1 << 14) -> str:
-  """SHA-256 of the files' content: all of it, or parts with equal gaps of about SAMPLED bytes together."""
+def digest(files: Sequence[Path], sizes: Sequence[int], most: int = SAMPLED, part: int = 1 << 14) -> str:
+  """SHA-256 of the files' content: all of it, or parts with equal gaps of about `most` bytes together."""
   digest = hashlib.sha256()
-  step = part * max(1, -(-sum(sizes) // SAMPLED))
+  step = part * max(1, -(-sum(sizes) // most))
   for file, size in zip(files, sizes):
     try:
       with file.open("rb", buffering=0) as data:

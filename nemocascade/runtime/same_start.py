@@ -1,5 +1,6 @@
 """Before a run of several processes begins: all must have the same code, packages, config, data, work directory and devices."""
 
+import functools
 import glob
 import importlib.metadata
 import itertools
@@ -36,7 +37,8 @@ OF_HOST = tuple(
   )
 )  # fmt: skip
 FILE_FLAGS = (*newest.FLAGS, "input")  # Flags that name files which every process reads.
-MOST_FILES, MOST_READ = 10_000, 1_000  # Files of a folder that are counted, and of which a part is read.
+MOST_FILES, MOST_READ = 10_000, 1_000  # Files of a folder that are counted, and of which parts are read.
+MOST_BYTES = 1 << 24  # Bytes that are read of them.
 SEEN_S = 5.0  # Time in which the others must see what process 0 has written.
 
 
@@ -112,13 +114,19 @@ def data(fields: Any) -> dict[str, str]:
   if isinstance(fields, dict | list):
     values = fields.values() if isinstance(fields, dict) else fields
     return {word: size for value in values for word, size in data(value).items()}
-  name = fields.removeprefix(hf.PREFIX) if isinstance(fields, str) else ""
-  files = [file for path in sorted(glob.glob(name, recursive=True)) for file in _files(Path(path))]
-  sizes = [file.stat().st_size for file in files]
+  said = _said_of(fields) if isinstance(fields, str) else ""
+  return {fields: said} if said else {}
+
+
+@functools.cache
+def _said_of(word: str) -> str:
+  """What `data` says of the files of a word; "" if it names none."""
+  found = sorted(glob.glob(word.removeprefix(hf.PREFIX), recursive=True))
+  files = [file for path in found for file in _files(Path(path))]
   if not files:
-    return {}
-  step = -(-len(files) // MOST_READ)
-  return {fields: f"{len(files)} files of {sum(sizes)} bytes, {digest(files[::step], sizes[::step])[:8]}"}
+    return ""
+  sizes, step = [file.stat().st_size for file in files], -(-len(files) // MOST_READ)
+  return f"{len(files)} files of {sum(sizes)} bytes, {digest(files[::step], sizes[::step], MOST_BYTES)[:8]}"
 
 
 def _files(path: Path) -> list[Path]:
