@@ -68,7 +68,7 @@ def test_other_numbers_of_devices_are_named(monkeypatch):
 def test_a_work_directory_that_not_all_processes_share_is_refused(tmp_path, monkeypatch, inside):
   workdir = tmp_path / inside
   said = []
-  Others(monkeypatch, trial=lambda there: said.append(there[0]) or there, sight=lambda seen: False)
+  Others(monkeypatch, trial=lambda there: said.append(there[1]) or there, sight=lambda seen: False)
   with pytest.raises(
     UserError, match=re.escape(f"--workdir={workdir}: process 1 can't see what process 0 writes there")
   ):
@@ -88,12 +88,12 @@ def test_a_process_that_finds_the_trial_in_no_folder_of_its_own_says_so(tmp_path
   monkeypatch.setattr(
     same_start,
     "exchange",
-    lambda value, what: said.append(value) or ([[1, ".shared.x"]] if "trial" in what else [True, value]),
+    lambda value, what: said.append(value) or ([["/run", 1, ".shared.x"]] if "trial" in what else [True, value]),
   )
-  with pytest.raises(UserError, match="process 1 can't see"):
+  with pytest.raises(UserError, match="--workdir=/run: process 1 can't see"):
     same_start.check_shared(tmp_path / "here" / "run")
   same_start.check_shared(tmp_path / "there" / "run")
-  assert said == [[1, None], False, [1, None], True]
+  assert said == [[str(tmp_path / "here" / "run"), 1, None], False, [str(tmp_path / "there" / "run"), 1, None], True]
 
 
 def test_hosts_whose_processes_have_one_number_write_under_other_temporary_names(tmp_path, monkeypatch):

@@ -78,7 +78,8 @@ def check_shared(workdir: Path) -> None:
     return
   up, there = next((up, path) for up, path in enumerate((workdir, *workdir.parents)) if path.exists())
   trial = tempfile.TemporaryDirectory(prefix=".shared.", dir=there) if index() == 0 else None
-  up, name = exchange([up, trial and Path(trial.name).name], "trial of the work directory")[0]
+  said = [str(workdir), up, trial and Path(trial.name).name]
+  named, up, name = exchange(said, "trial of the work directory")[0]
   own = (workdir, *workdir.parents)[up : up + 1]
   until = time.monotonic() + SEEN_S
   while not (seen := any((path / name).is_dir() for path in own)) and time.monotonic() < until:
@@ -88,7 +89,7 @@ def check_shared(workdir: Path) -> None:
     trial.cleanup()
   if blind:
     raise UserError(
-      f"--workdir={workdir}: {_processes(blind)} can't see what process 0 writes there; give a folder that all hosts"
+      f"--workdir={named}: {_processes(blind)} can't see what process 0 writes there; give a folder that all hosts"
       " share, or gs://BUCKET/FOLDER"
     )
 
