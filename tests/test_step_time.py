@@ -1,5 +1,6 @@
 """Seconds of a step on paper: compared with arithmetic done by hand from published figures."""
 
+import itertools
 import json
 
 import pytest
@@ -60,8 +61,9 @@ def test_the_exchange_of_2048_completions_is_below_a_hundredth_of_the_step():
   c, verdict = if_rl.get_config(), [127, 15, 1 / 3, "x" * 200, True, "nonfinite"]
   assert len(json.dumps(verdict)) + len(json.dumps([127, 15, 49_152, 45_056, 49_152, False])) < step_time.EXCHANGED
   assert step_time.exchanged(c) == 2_048 * 320 + 32 * 49_152 * 4  # A matrix of tokens would have 403 MB.
-  for topology in ("v5p:4x4x4", "v5p:8x8x8"):
-    found = seconds(if_rl, topology)
+  for config, topology in itertools.product((if_rl, mopd), ("v5p:4x4x4", "v5p:8x8x8")):
+    found = seconds(config, topology)
+    assert found["exchange"].limit == "process_0"
     assert found["exchange"].seconds < 0.01 * sum(p.seconds for p in found.values())
 
 
