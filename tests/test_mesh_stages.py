@@ -15,7 +15,7 @@ from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
 from nemocascade.runtime import objective
-from nemocascade.runtime.hosts import join
+from nemocascade.runtime.hosts import connect
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import start
@@ -296,4 +296,4 @@ def test_two_processes_of_four_devices_are_one_device(tmp_path):
 )
 def test_how_processes_meet_is_refused_where_it_cannot_be(where, said):
   with pytest.raises(UserError, match=said):
-    join(where)
+    connect(where, connect_s=1.0)
