@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = base.get_config(arg)
   c.about = (
     "SFT learns three domains from demonstrations, most of which are sloppy on purpose, so that reinforcement learning"
-    " has something to mend. No later stage trains on `structured`: it is the control, whose score should stay."
+    " has something to mend. No later stage trains on the domain structured: it is the control, whose score should stay."
   )
   c.domains = recipe.generated(*DOMAINS)
   c.tokenizer.vocab_size = c.model.vocab_size = 512
