@@ -176,10 +176,7 @@ def device_bytes(tree: Any) -> int:
 
   def of(leaf) -> int:
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    size = leaf.dtype.itemsize
-    for n in shape:
-      size *= n
-    return size
+    return leaf.dtype.itemsize * math.prod(shape)
 
   return sum(of(leaf) for leaf in jax.tree.leaves(tree))
 

@@ -134,7 +134,7 @@ def test_a_conversion_is_refused_in_a_bucket_and_not_written_to_a_folder_of_its_
 def test_scores_may_be_written_to_a_bucket(bucket, monkeypatch, capsys):
   words = ["--config=configs/tiny/if_rl.py:smoke", f"--workdir={bucket}/scores", "--checkpoint=none"]
   monkeypatch.setattr(sys, "argv", ["evaluate", *words])
-  monkeypatch.setattr(launch.termination, "listen", lambda grace_s: None)  # Of this process, which runs other tests.
+  monkeypatch.setattr(launch.termination, "listen", lambda grace_s: None)  # Other tests need this process's SIGTERM.
   with pytest.raises(SystemExit):
     runpy.run_module("experiments.evaluate", run_name="__main__")
   assert capsys.readouterr().err.startswith("error: --checkpoint='none'")  # And not for its --workdir.

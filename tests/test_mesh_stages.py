@@ -277,6 +277,7 @@ t.assert_same(jax.device_get((metrics, gathered)), t.on_one_device(t.sft_step, r
 store.save(1, state, {"tokens": 1})
 c.steps += 1  # The schedule's numbers then are not those of the checkpoint.
 again, _, store = t.start(c, root / "two", p, t.sft.program(c, p.programs)[0], "")
+assert int(again.step) == 1
 store.save(2, again, {"tokens": 2})
 
 import test_placement as rl

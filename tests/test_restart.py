@@ -1,4 +1,4 @@
-"""What a run that is started again may change: the machines it uses, and nothing that it computes."""
+"""A run that is started again may use other machines, and must compute what it computed before."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What several processes compare before they begin."""
+"""Several processes compare code, data, devices and the work directory before they begin."""
 
 import json
 import re

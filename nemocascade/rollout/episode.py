@@ -36,7 +36,7 @@ CALLS_S, EPISODE_S = 300.0, 3600.0
 
 def look(processes: int, tokens: int = LOOK) -> int:
   """The tokens between two looks of this many processes; a few look every `tokens` tokens."""
-  return tokens * max(1, processes // FEW)
+  return min(NEVER, tokens * max(1, processes // FEW))
 
 
 def row_domain(row: Row) -> str:
@@ -156,8 +156,8 @@ class _Run:
     self.limit_B, self.held_B, self.exchange = limit_B, held_B, exchange
     self.calls_s, self.episode_s = calls_s, episode_s
     self.judging, self.judged = judging, judged
-    tokens = LOOK if held_B.any() else JUDGED_LOOK
-    self.look = look(jax.process_count(), tokens) if held_B.any() or judging is not None else NEVER
+    tokens = LOOK if held_B.any() else JUDGED_LOOK if judging is not None else NEVER
+    self.look = look(jax.process_count(), tokens)
     self.beside = Beside(AT_ONCE)
     self.place = {b: i for i, b in enumerate(own_rows(engine.mesh, len(limit_B)))}
     # Unless the devices divide the rows, other processes may hold a row too; they need its results as well.

@@ -102,16 +102,16 @@ def check_output(path: str, source: str) -> None:
   target = place(path)
   if not path or (target.exists() and not target.is_file()):
     raise UserError(f"--output={path!r}: give the file to write")
-  if on_bucket(path):
-    same = path == source
-  else:
-    same = target.exists() and not on_bucket(source) and Path(source).exists() and target.samefile(source)
-  if same:
+  if _same_file(path, source):
     raise UserError(f"--output={path!r}: is the file of --input, which it would replace; give another one")
-  if on_bucket(path):
-    writable_bucket("--output", str(target.parent))
-  else:
-    writable_folder("--output", target.parent)
+  check = writable_bucket if on_bucket(path) else writable_folder
+  check("--output", str(target.parent))
+
+
+def _same_file(path: str, other: str) -> bool:
+  if on_bucket(path) or on_bucket(other):
+    return path == other
+  return Path(path).exists() and Path(other).exists() and Path(path).samefile(other)
 
 
 def bucket(length: int) -> int:

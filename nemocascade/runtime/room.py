@@ -13,7 +13,7 @@ from nemocascade.errors import UserError
 from nemocascade.mesh import device_bytes
 from nemocascade.runtime.programs import Programs
 
-COPIES = 3  # Of the parameters while a model is trained: they, their gradients, and at least one moment.
+COPIES = 3  # Training holds the parameters, their gradients and at least one moment, all of one size.
 SAMPLED, PACKED = 12, 9  # Bytes of a token: id, segment and log-probability; id, segment and whether it is learned.
 
 

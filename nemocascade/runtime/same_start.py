@@ -1,4 +1,4 @@
-"""Before a run of several processes begins: all must have the same code, packages, config, data, work directory and devices."""
+"""The processes of a run must agree in code, packages, config, data, work directory and devices before it begins."""
 
 import functools
 import glob
