@@ -19,6 +19,7 @@ def test_few_functions_begin_at_a_time(monkeypatch):
 
   for name in range(30):
     work.start(name, call, 60)
+  assert work.ended() == []
   for _ in range(2):
     begun.get(timeout=60)
   with pytest.raises(queue.Empty):  # A third one would begin within this time.

@@ -96,18 +96,28 @@ def test_what_never_becomes_a_character_comes_at_the_end(kind):
   assert "".join(parts) == "a" and set(rest) == {"\ufffd"}
 
 
+class Counting:
+  """Notes how many ids each call of a tokenizer decodes."""
+
+  def __init__(self, tokenizer):
+    self._tokenizer, self.seen = tokenizer, []
+    self.byte_ids, self.special_names = tokenizer.byte_ids, tokenizer.special_names
+
+  def decode(self, ids):
+    self.seen.append(len(ids))
+    return self._tokenizer.decode(ids)
+
+
 @each
 def test_the_work_of_an_id_does_not_grow_with_the_text(kind):
   """Only a bounded tail is decoded again: for 2000 ids, each `add` decodes at most 11 more than a window holds."""
-  seen = []
+  counting = Counting(TOKENIZERS[kind])
+  streamed(counting, (TOKENIZERS[kind].encode("abc aé日") * 300)[:2000])
+  assert max(counting.seen) <= detokenizer.LONGEST + 11
 
-  class Counting:
-    byte_ids = TOKENIZERS[kind].byte_ids
 
-    def decode(self, ids):
-      seen.append(len(ids))
-      return TOKENIZERS[kind].decode(ids)
-
-  ids = (TOKENIZERS[kind].encode("abc aé日") * 300)[:2000]
-  streamed(Counting(), ids)
-  assert max(seen) <= detokenizer.LONGEST + 11
+@each
+def test_a_special_id_is_decoded_once(kind):
+  counting = Counting(TOKENIZERS[kind])
+  streamed(counting, [*counting.special_names] * 20)
+  assert max(counting.seen) == 1

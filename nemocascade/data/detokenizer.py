@@ -25,8 +25,11 @@ class Detokenizer:
     text = self._tokenizer.decode(self._window[:sure])
     certain = text.rstrip(_NO_TEXT)  # The last character may be incomplete: later ids may hold its other bytes.
     new, self._given = certain[self._given :], max(self._given, len(certain))
-    if len(self._window) >= LONGEST and sure == len(self._window) and certain == text:
-      self._forget()
+    if sure == len(self._window) and certain == text:
+      if self._window and self._window[-1] in self._tokenizer.special_names:  # What follows is decoded apart from it.
+        self._window, self._given = [], 0
+      elif len(self._window) >= LONGEST:
+        self._forget()
     return new
 
   def finish(self) -> str:

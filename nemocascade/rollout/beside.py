@@ -51,11 +51,16 @@ class Beside:
     return len(self._open)
 
   def start(self, name: Hashable, call: Callable[[], Any], limit_s: float) -> None:
-    """Runs `call` under a name that no other piece of work has now, for at most `limit_s` seconds."""
+    """Queues `call`, to run for at most `limit_s` seconds. The next call of `ended` starts threads for what is queued.
+
+    Short functions then share a few threads. A thread started for each of them took longer than they did.
+
+    Args:
+      name: no other piece of work has it now.
+    """
     self._open.add(name)
     with self._lock:
       self._waiting.append(_Work(name, call, limit_s))
-    self._go_on()
 
   def _go_on(self) -> None:
     while (work := self._next()) is not None:
@@ -100,6 +105,7 @@ class Beside:
     Args:
       wait_s: waits so long for the first one, if something runs; less where something waits to run.
     """
+    self._go_on()
     found: list[tuple[Hashable, Any, Exception | None, float]] = []
     wait = bool(self._open) and wait_s > 0
     with contextlib.suppress(queue.Empty):
