@@ -15,7 +15,6 @@ from nemocascade.config import ModelConfig
 from nemocascade.errors import UserError
 from nemocascade.mesh import make_mesh
 from nemocascade.runtime import objective
-from nemocascade.runtime.hosts import connect
 from nemocascade.runtime.parts import Parts
 from nemocascade.runtime.programs import Programs
 from nemocascade.runtime.start import start
@@ -290,11 +289,3 @@ print("the same")
 
 def test_two_processes_of_four_devices_are_one_device(tmp_path):
   assert_both_say("the same", PROCESS, str(tmp_path))
-
-
-@pytest.mark.parametrize(
-  "where, said", [("localhost:1234", "HOST:PORT,PROCESSES,INDEX"), ("localhost:1234,2,2", "from 0 to 1")]
-)
-def test_how_processes_meet_is_refused_where_it_cannot_be(where, said):
-  with pytest.raises(UserError, match=said):
-    connect(where, connect_s=1.0)
