@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 from nemocascade.errors import unknown
 
 # `rows` and `row_tokens` of an SFT step: 64 rows of 256K, as the report's, in `pieces`, with the chips of an expert group
-# sharing a row; or 2M tokens, one row per device. Small chips get shorter rows.
+# sharing a row; on the smallest chips 2M tokens, one row per device.
 SLICES = {
   "v5p:4x4x4": dict(data=-1, expert=8, rows=64, row_tokens=262_144, pieces=8),  # 64 chips of 95 GiB.
   "v5p:8x8x8": dict(data=-1, expert=8, rows=64, row_tokens=262_144),  # 512 of them.
-  "v6e:16x16": dict(data=-1, expert=8, rows=256, row_tokens=8_192),  # 256 chips of 32 GiB.
+  "v6e:16x16": dict(data=-1, expert=16, rows=64, row_tokens=262_144, pieces=4),  # 256 chips of 32 GiB.
   "v5e:16x16": dict(data=-1, expert=16, rows=256, row_tokens=8_192),  # 256 chips of 16 GiB.
-  "tpu7x:4x4x4": dict(data=-1, expert=8, rows=128, row_tokens=16_384),  # 64 chips of 2 x 96 GiB.
+  "tpu7x:4x4x4": dict(data=-1, expert=8, rows=64, row_tokens=262_144, pieces=4),  # 64 chips of 2 x 96 GiB.
 }
 DEFAULT = "v5p:4x4x4"
 DEVICES = {"v5p:4x4x4": 64, "v5p:8x8x8": 512, "v6e:16x16": 256, "v5e:16x16": 256, "tpu7x:4x4x4": 128}
