@@ -60,8 +60,8 @@ def _backward(saved, dy_BTC):
   gate_BTC = jax.nn.sigmoid(y_BTC)
   dy_BTC = dy_BTC.astype(jnp.float32) * gate_BTC * (1 + y_BTC * (1 - gate_BTC))
   dbias_C = None if bias_C is None else jnp.sum(dy_BTC, axis=(0, 1)).astype(bias_C.dtype)
-  # In x's dtype to save traffic: it is read once per tap. Without the barrier libtpu 0.0.42 aborts for tpu7x at rows of
-  # 32,768 tokens: it computes dy with the sums over it, and gives its bf16 array two layouts.
+  # In x's dtype to save traffic: it is read once per tap. Without the barrier libtpu 0.0.42 refuses a step for tpu7x with
+  # 32,768 tokens of a row on a device: it computes dy together with the sums over it, and gives dy two layouts.
   dy_BTC = jax.lax.optimization_barrier(dy_BTC.astype(x_BTC.dtype))
 
   def of_tap(w):
