@@ -225,7 +225,7 @@ def put(array: jax.Array | np.ndarray, place: jax.sharding.Sharding) -> jax.Arra
   """
   if isinstance(array, jax.Array):
     if array.committed and array.sharding == place:
-      return array  # As jax.device_put does, which takes longer to see it.
+      return array  # jax.device_put would return it too, but takes longer to see that nothing is to be done.
     if array.sharding.device_set == place.device_set:
       return jax.device_put(array, place)
   host = np.asarray(array)

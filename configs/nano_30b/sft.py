@@ -4,9 +4,9 @@
   python -m experiments.sft --config=configs/nano_30b/sft.py --workdir=DIR
   python -m experiments.sft --config=configs/nano_30b/sft.py:smoke --workdir=DIR
 
-A step has 64 rows of 256K tokens, as in the report. A row lies over the chips of an expert group. On 64 v5p chips, 8 rows
-are processed at a time; on 512 chips all of them. On v5e a row is as long as one chip holds (meshes.py). Longer conversations
-are split.
+A step has 64 rows of 256K tokens, as in the report. A row lies over the devices of an expert group. 8 rows are processed
+at a time on 64 v5p chips, 16 on the slices of v6e and tpu7x, and all on 512 v5p chips. On v5e a row is as long as one chip
+holds (meshes.py). Longer conversations are split.
 """
 
 from ml_collections import ConfigDict
@@ -55,7 +55,7 @@ def stage(arg: str = "") -> ConfigDict:
   c.long_documents = "split"
   c.look_ahead = 2**25  # 340 MB on a host that runs all streams.
   c.streams = 16  # Hosts of 64 v5p chips. Of more hosts, several read the same stream.
-  c.rows = meshes.SLICES[slice_]["rows"]  # 64, but on v5e.
+  c.rows = meshes.SLICES[slice_]["rows"]  # 64 on all slices but v5e's.
   c.row_tokens = meshes.SLICES[slice_]["row_tokens"]
   c.pieces = meshes.SLICES[slice_].get("pieces", 1)
   c.steps = 40_000  # Length of the schedule. The report stops at 33,000, about 1.5 epochs.

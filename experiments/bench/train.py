@@ -233,10 +233,10 @@ def draw(lines: list[dict], path: Path) -> None:
 
   found = {line["case"]: line for line in lines}
   dtypes = [dtype for dtype in DTYPES if f"step_{dtype}" in found]
-  if not dtypes:  # Nothing is measured yet.
+  names = [name for name in (*PARTS.values(), "head", "update") if any(f"part_{name}_{d}" in found for d in dtypes)]
+  if not names:  # No part is measured yet.
     return
   figure, axes = plt.subplots(figsize=(9, 1 + 1.2 * len(dtypes)), layout="constrained")
-  names = [*PARTS.values(), "head", "update"]
   labels = []
   for dtype in dtypes:
     for side, label in (("ours", dtype), ("peer", f"{dtype}, at the machine's rates")):
@@ -253,7 +253,7 @@ def draw(lines: list[dict], path: Path) -> None:
   axes.set_yticks(range(len(labels)), labels)
   axes.invert_yaxis()
   axes.set_xlabel("ms of a step; | is the whole step")
-  axes.legend(loc="lower right")
+  figure.legend(loc="outside upper center", ncols=len(names))
   with whole(path) as partial:
     figure.savefig(partial, format="png", dpi=150)
   plt.close(figure)

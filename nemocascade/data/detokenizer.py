@@ -19,17 +19,16 @@ class Detokenizer:
   def add(self, ids: Sequence[int]) -> str:
     """Adds ids and returns the new text that is final."""
     self._window += map(int, ids)
+    if self._window and self._window[-1] in self._tokenizer.special_names:
+      return self.finish()  # The tokenizer decodes the ids after a special one without those before it.
     sure = len(self._window)
     while sure and self._window[sure - 1] in self._tokenizer.byte_ids:
       sure -= 1
     text = self._tokenizer.decode(self._window[:sure])
     certain = text.rstrip(_NO_TEXT)  # The last character may be incomplete: later ids may hold its other bytes.
     new, self._given = certain[self._given :], max(self._given, len(certain))
-    if sure == len(self._window) and certain == text:
-      if self._window and self._window[-1] in self._tokenizer.special_names:  # What follows is decoded apart from it.
-        self._window, self._given = [], 0
-      elif len(self._window) >= LONGEST:
-        self._forget()
+    if len(self._window) >= LONGEST and sure == len(self._window) and certain == text:
+      self._forget()
     return new
 
   def finish(self) -> str:
